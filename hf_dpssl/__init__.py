@@ -1,0 +1,33 @@
+"""Distance-preserving self-supervised learning for the Hugging Face ecosystem."""
+
+from transformers import AutoConfig, AutoModel
+
+from .losses import info_nce, moco, t_simclr
+from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, SimCLRForPreTraining
+from .modeling_vq import VQAutoencoder, VQConfig
+from .pipeline_vq_dit import VQDiTPipeline
+from .quantizer import VectorQuantizer
+
+__version__ = "0.1.0"
+
+AutoConfig.register("dpssl_contrastive", ContrastiveConfig)
+AutoConfig.register("dpssl_vq", VQConfig)
+AutoModel.register(ContrastiveConfig, ContrastiveEncoder)
+AutoModel.register(VQConfig, VQAutoencoder)
+for _class in (ContrastiveEncoder, VQAutoencoder):
+    _class.register_for_auto_class("AutoModel")
+    _class.config_class.register_for_auto_class("AutoConfig")
+
+__all__ = [
+    "ContrastiveConfig",
+    "ContrastiveEncoder",
+    "MoCoForPreTraining",
+    "SimCLRForPreTraining",
+    "VQAutoencoder",
+    "VQConfig",
+    "VQDiTPipeline",
+    "VectorQuantizer",
+    "info_nce",
+    "moco",
+    "t_simclr",
+]

@@ -1,0 +1,354 @@
+"""Which images: one table of data sets, and the way from `--dataset` to splits with known columns and classes.
+
+`--dataset` takes a name of the table, a Hub id (`org/name`, `org/name@revision`), a folder of
+images or of parquet files, a parquet file, or a union `a+b`. Nothing is decoded here: the image
+column holds bytes and paths, and `batches.py` decodes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+
+from .keyed_random import permutation
+
+_GREY = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+_HELD_OUT_SHARE = 0.1  # of a data set that has one split only
+_EVALUATION_SPLITS = ("validation", "valid", "val", "test")
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One line of the table. `local` is the stem of parquet files under DPSSL_DATA; `checked`: really loaded by us.
+
+    `statistics` are mean and std of images in [0, 1]; `augmentation` names a preset of transforms.py.
+    """
+
+    hub_id: str | None = None
+    revision: str = "main"
+    config: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    train_split: str | None = None
+    evaluation_split: str | None = None
+    image_size: int = 32
+    statistics: tuple = _IMAGENET
+    augmentation: str = "natural"
+    licence: str = "unknown"
+    local: str | None = None
+    checked: bool = False
+
+
+def _cifar(hub_id: str, label_column: str, statistics: tuple) -> DatasetEntry:
+    return DatasetEntry(hub_id, "main", None, "img", label_column, "train", "test", 32, statistics, licence="unknown")
+
+
+def _local(stem: str, size: int, augmentation: str, licence: str, statistics: tuple = _IMAGENET) -> DatasetEntry:
+    return DatasetEntry(
+        None, image_column="image", label_column="label", image_size=size, statistics=statistics,
+        augmentation=augmentation, licence=licence, local=stem, checked=True,
+    )  # fmt: skip
+
+
+_RESEARCH = "research use, cite Krizhevsky 2009"
+TABLE = {
+    "digits": DatasetEntry(
+        image_column="image", label_column="label", image_size=16, statistics=_GREY,
+        augmentation="digits", licence="CC BY 4.0 (UCI, through scikit-learn)", checked=True,
+    ),
+    "mnist": DatasetEntry(
+        "ylecun/mnist", "main", None, "image", "label", "train", "test", 28, _GREY,
+        "digits", "CC BY-SA 3.0", "mnist", True,
+    ),
+    "cifar10": _cifar("uoft-cs/cifar10", "label", _CIFAR),
+    "cifar100": _cifar("uoft-cs/cifar100", "fine_label", _CIFAR100),
+    "imagenet-1k": DatasetEntry(
+        "ILSVRC/imagenet-1k", "main", None, "image", "label", "train", "validation", 224,
+        augmentation="imagenet", licence="ImageNet terms, non-commercial research",
+    ),
+    "celeba-hq": DatasetEntry(
+        "korexyz/celeba-hq-256x256", "main", None, "image", "label", "train", "validation", 256,
+        augmentation="faces", licence="CelebA terms, non-commercial research",
+    ),
+    "ffhq": DatasetEntry(
+        "merkol/ffhq-256", "main", None, "image", None, "train", None, 256,
+        augmentation="faces", licence="CC BY-NC-SA 4.0",
+    ),
+    "cifar10-jpeg": _local("cifar10-jpeg", 32, "natural", _RESEARCH, _CIFAR),
+    "cifar10-jpeg-small": _local("cifar10-jpeg-small", 32, "natural", _RESEARCH, _CIFAR),
+    "mnist-m-small": _local("mnist-m-small", 32, "digits", "non-commercial research"),
+    "pacs-64px": _local("pacs-64px", 64, "natural", "research use, cite Li et al. 2017"),
+    "tiny-imagenet-20c": _local("tiny-imagenet-20c", 64, "natural", "ImageNet terms, non-commercial research"),
+    "caltech101-20c": _local("caltech101-20c", 128, "natural", "CC BY 4.0"),
+    "dtd-10c-128px": _local("dtd-10c-128px", 128, "textures", "research"),
+    "orl-faces": _local("orl-faces", 64, "faces", "free with credit to AT&T Cambridge"),
+}  # fmt: skip
+
+
+@dataclass
+class ImageData:
+    """Loaded splits. `image_column` holds bytes or paths; `class_names` is None for unlabelled data."""
+
+    name: str
+    train: Dataset | IterableDataset
+    evaluation: Dataset | IterableDataset | None
+    image_column: str
+    label_column: str | None
+    class_names: list[str] | None
+    entry: DatasetEntry
+    fingerprint: str = field(default="")
+
+
+def load_images(
+    name: str,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
+    revision: str | None = None,
+) -> ImageData:
+    """Load a data set by name of the table, Hub id, path or union; see the top of this file.
+
+    Args:
+        name: what `--dataset` says.
+        image_column, label_column: override the table and the search by type.
+        streaming: do not download first; splits are then `IterableDataset`s.
+        revision: branch, tag or commit of a Hub data set; overrides the table and `@revision`.
+
+    Raises:
+        ValueError: unknown name, missing column or empty split; says what was found and what to do.
+        FileNotFoundError: a path, or a file under DPSSL_DATA, that is not there.
+    """
+    if "+" in name and not Path(name).exists():
+        options = dict(image_column=image_column, label_column=label_column, streaming=streaming, revision=revision)
+        return _union(name, [load_images(part.strip(), **options) for part in name.split("+")])
+    entry, splits = _open(name, streaming, revision)
+    train, evaluation = _choose_splits(name, splits, entry)
+    image_column = _find_image_column(name, train, image_column or entry.image_column)
+    label_column = _find_label_column(name, train, label_column or entry.label_column)
+    class_names = None
+    if label_column is not None:
+        train, evaluation, class_names = _class_labels(name, train, evaluation, label_column)
+    columns = [image_column] + ([label_column] if label_column else [])
+    splits = [None if s is None else _undecoded(s.select_columns(columns), image_column) for s in (train, evaluation)]
+    data = ImageData(name, *splits, image_column, label_column, class_names, entry)
+    data.fingerprint = name if streaming else f"{name} {len(data.train)} {data.train._fingerprint}"
+    return data
+
+
+def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntry, dict]:
+    if name == "digits":
+        splits = load_digits()
+        return TABLE[name], {k: s.to_iterable_dataset(4) for k, s in splits.items()} if streaming else splits
+    entry = TABLE.get(name)
+    if entry is not None and entry.local and (files := _local_files(entry.local)):
+        return entry, _load("parquet", data_files=files, streaming=streaming)
+    if entry is not None and entry.hub_id is None:
+        raise FileNotFoundError(
+            f"data set {name!r} is read from {entry.local}*.parquet in the folder that the environment variable "
+            f"DPSSL_DATA names; it is {os.environ.get('DPSSL_DATA')!r}."
+        )
+    if entry is None and (path := Path(name).expanduser()).exists():
+        return _entry_for_path(path), _load_path(path, streaming)
+    if entry is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        close = difflib.get_close_matches(name, TABLE, 3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise FileNotFoundError(
+            f"{name!r} is no path, no Hub id of the form org/name and no name of the table: {', '.join(TABLE)}.{hint}"
+        )
+    entry = entry or DatasetEntry(name.split("@")[0], image_size=64)
+    if "@" in name:
+        entry = replace(entry, revision=name.split("@")[1])
+    revision = revision or entry.revision
+    return entry, _load(entry.hub_id, entry.config, revision=revision, streaming=streaming)
+
+
+def load_digits() -> dict[str, Dataset]:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey: a stratified split into 1,437 train and 360 test images."""
+    from sklearn.datasets import load_digits as load
+    from sklearn.model_selection import train_test_split
+
+    source = load()
+    pixels = np.rint(source.images * (255 / 16)).astype(np.uint8)
+    rows = train_test_split(np.arange(len(pixels)), test_size=360, stratify=source.target, random_state=0)
+    features = datasets.Features({"image": Image(), "label": ClassLabel(names=[str(d) for d in range(10)])})
+    splits = {}
+    for split, chosen in zip(("train", "test"), rows, strict=True):
+        columns = {"image": [_png(pixels[i]) for i in chosen], "label": source.target[chosen].tolist()}
+        splits[split] = Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def _png(pixels: np.ndarray) -> dict:
+    import io
+
+    from PIL import Image as Pillow
+
+    buffer = io.BytesIO()
+    Pillow.fromarray(pixels).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _local_files(stem: str) -> dict[str, str]:
+    folder = os.environ.get("DPSSL_DATA")
+    if not folder:
+        return {}
+    candidates = {"train": f"{stem}-train", "test": f"{stem}-test", "validation": f"{stem}-val"}
+    files = {split: Path(folder) / f"{file}.parquet" for split, file in candidates.items()}
+    if not any(path.exists() for path in files.values()):
+        files = {"train": Path(folder) / f"{stem}.parquet"}
+    return {split: str(path) for split, path in files.items() if path.exists()}
+
+
+def _entry_for_path(path: Path) -> DatasetEntry:
+    return DatasetEntry(image_size=64, licence=f"as the owner of {path.name} says", checked=False)
+
+
+def _load_path(path: Path, streaming: bool) -> dict:
+    parquet = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(
+            f"{path} is a single {path.suffix or 'unnamed'} file: give a folder of images or parquet files."
+        )
+    if not parquet:
+        if not any(file.is_file() for file in path.rglob("*")):
+            raise ValueError(
+                f"the folder {path} is empty: put images (or parquet files) into it, one folder per class."
+            )
+        return _load("imagefolder", data_dir=str(path), streaming=streaming)
+    files: dict[str, list[str]] = {}
+    for file in parquet:
+        words = file.stem.lower().replace("_", "-").split("-") + [file.parent.name.lower()]
+        split = next((s for s in _EVALUATION_SPLITS if s in words), "train")
+        files.setdefault(split, []).append(str(file))
+    return _load("parquet", data_files=files, streaming=streaming)
+
+
+def _load(source: str, config: str | None = None, **options) -> dict:
+    try:
+        return datasets.load_dataset(source, config, **options)
+    except (datasets.exceptions.DatasetsError, ConnectionError, OSError) as error:
+        where = options.get("data_dir") or options.get("data_files") or f"{source} on {datasets.config.HF_ENDPOINT}"
+        raise ValueError(
+            f"cannot load the data set {where}: {type(error).__name__}: {error}. Check the name and the network, log "
+            "in for a gated or private set, or unset HF_HUB_OFFLINE."
+        ) from error
+
+
+def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
+    names = list(splits)
+    train_name = entry.train_split or ("train" if "train" in splits else names[0] if len(names) == 1 else None)
+    if train_name not in splits:
+        raise ValueError(f"data set {name!r} has the splits {names}, but no training split {train_name or 'train'!r}.")
+    candidates = [entry.evaluation_split] if entry.evaluation_split else _EVALUATION_SPLITS
+    evaluation_name = next((s for s in candidates if s in splits and s != train_name), None)
+    train, evaluation = splits[train_name], splits.get(evaluation_name)
+    for split_name, split in ((train_name, train), (evaluation_name, evaluation)):
+        if split is not None and not isinstance(split, IterableDataset) and len(split) == 0:
+            raise ValueError(f"split {split_name!r} of data set {name!r} is empty.")
+    if evaluation is None and not isinstance(train, IterableDataset):
+        held_out = max(1, int(len(train) * _HELD_OUT_SHARE))
+        order = permutation(len(train), seed=0, epoch=0).numpy()
+        evaluation, train = train.select(np.sort(order[:held_out])), train.select(np.sort(order[held_out:]))
+        if len(train) == 0:
+            raise ValueError(f"data set {name!r} holds a single image: nothing is left to train on.")
+    return train, evaluation
+
+
+def _features(split: Dataset | IterableDataset) -> datasets.Features:
+    return split.features if split.features is not None else split._resolve_features().features
+
+
+def _find_image_column(name: str, split, wanted: str | None) -> str:
+    features = _features(split)
+    if wanted is not None:
+        if wanted not in features:
+            raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --image_column.")
+        return wanted
+    found = [column for column, feature in features.items() if isinstance(feature, Image)]
+    if len(found) != 1:
+        raise ValueError(
+            f"data set {name!r} has {len(found)} image columns among {list(features)}: name one with --image_column."
+        )
+    return found[0]
+
+
+def _find_label_column(name: str, split, wanted: str | None) -> str | None:
+    features = _features(split)
+    if wanted is not None:
+        if wanted not in features:
+            raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --label_column.")
+        return wanted
+    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    return found[0] if len(found) == 1 else "label" if "label" in features else None
+
+
+def _class_labels(name: str, train, evaluation, column: str) -> tuple:
+    """Both splits with labels 0 .. n - 1, and the n names."""
+    feature = _features(train)[column]
+    if isinstance(feature, ClassLabel):
+        return train, evaluation, list(feature.names)
+    if isinstance(train, IterableDataset):
+        raise ValueError(
+            f"column {column!r} of {name!r} is {feature}, not a ClassLabel: its classes cannot be known while "
+            "streaming. Leave --streaming out, or choose another --label_column."
+        )
+    if not isinstance(feature, Value) or feature.dtype.startswith("float"):
+        raise ValueError(f"column {column!r} of {name!r} is {feature}: labels are integers, strings or a ClassLabel.")
+    values = set(train.unique(column)) | set(evaluation.unique(column) if evaluation is not None else [])
+    if None in values:
+        raise ValueError(f"column {column!r} of {name!r} has rows without a label: fill or drop them.")
+    ordered = sorted(values)
+    to_id, names = {value: i for i, value in enumerate(ordered)}, [str(value) for value in ordered]
+
+    def relabel(split):
+        if split is None:
+            return None
+        ids = [to_id[value] for value in split[column]]
+        return split.remove_columns(column).add_column(column, ids).cast_column(column, ClassLabel(names=names))
+
+    return relabel(train), relabel(evaluation), names
+
+
+def _undecoded(split, column: str):
+    return split.cast_column(column, Image(decode=False)) if isinstance(_features(split)[column], Image) else split
+
+
+def _union(name: str, parts: list[ImageData]) -> ImageData:
+    """Concatenate data sets; classes of equal name become one, and a part without labels makes all unlabelled."""
+    labelled = all(part.class_names is not None for part in parts)
+    names = sorted({n for part in parts for n in part.class_names}) if labelled else None
+    if labelled and all(part.class_names == parts[0].class_names for part in parts):
+        names = parts[0].class_names
+
+    def unify(split, part: ImageData):
+        columns = [part.image_column] + ([part.label_column] if labelled else [])
+        split = split.select_columns(columns).rename_column(part.image_column, "image_bytes")
+        if labelled and part.class_names != names:
+            lookup = np.array([names.index(n) for n in part.class_names])
+            relabel = {"fn_kwargs": {"column": part.label_column, "lookup": lookup}}
+            split = split.map(_relabel_row, **relabel).cast_column("class_id", ClassLabel(names=names))
+            split = split.remove_columns(part.label_column)
+        elif labelled:
+            split = split.rename_column(part.label_column, "class_id")
+        return split
+
+    train = datasets.concatenate_datasets([unify(part.train, part) for part in parts])
+    evaluations = [unify(part.evaluation, part) for part in parts if part.evaluation is not None]
+    evaluation = datasets.concatenate_datasets(evaluations) if evaluations else None
+    entry = replace(parts[0].entry, licence="; ".join(sorted({part.entry.licence for part in parts})))
+    label_column, fingerprint = "class_id" if labelled else None, " + ".join(part.fingerprint for part in parts)
+    return ImageData(name, train, evaluation, "image_bytes", label_column, names, entry, fingerprint)
+
+
+def _relabel_row(row: dict, column: str, lookup: np.ndarray) -> dict:
+    return {"class_id": int(lookup[row[column]])}

@@ -1,0 +1,76 @@
+"""Log-similarities between two sets of points: cosine, Gaussian, Student-t.
+
+Every kernel returns LOG-similarities of shape (N, M), so that losses can work with log-sum-exp.
+`temperature` always divides: the cosine, or the squared distance. Half-precision inputs are
+computed in float32, since squared distances and exponentials do not survive bfloat16.
+
+Source: van der Maaten and Hinton 2008 (Gaussian, Student-t); Hu et al., ICLR 2023, section 4
+(Student-t with temperature and degrees of freedom).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError for a temperature or dof that is not a positive finite number."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive finite number, got {value}.")
+
+
+def in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, with bfloat16 and float16 raised to float32 (float64 is kept)."""
+    return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared Euclidean distances by the Gram trick, never negative.
+
+    Args:
+        x: (N, D) points.
+        y: (M, D) points.
+
+    Returns:
+        (N, M). Points are centred first: distances do not change, cancellation shrinks.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = in_float32(x, y)
+        centre = y.detach().mean(0)
+        x, y = x - centre, y - centre
+        gram = x @ y.T
+        distances = x.pow(2).sum(1)[:, None] + y.pow(2).sum(1)[None] - 2 * gram
+        return distances.clamp_min(0)
+
+
+def log_cosine(x: Tensor, y: Tensor, *, temperature: float) -> Tensor:
+    """cos(x_i, y_j) / temperature, (N, M); rows of x (N, D) and y (M, D) are L2-normalised here."""
+    check_positive(temperature=temperature)
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = in_float32(x, y)
+        return F.normalize(x, dim=1) @ F.normalize(y, dim=1).T / temperature
+
+
+def log_gaussian(x: Tensor, y: Tensor, *, temperature: float) -> Tensor:
+    """-|x_i - y_j|^2 / temperature, (N, M); SNE's bandwidth is temperature = 2 sigma^2."""
+    check_positive(temperature=temperature)
+    return -squared_distances(x, y) / temperature
+
+
+def student_t_from_squared_distance(squared_distance: Tensor, *, temperature: float, dof: float) -> Tensor:
+    """-(dof + 1)/2 * log(1 + d^2 / (temperature * dof)), elementwise.
+
+    As dof grows it tends to -d^2 / (2 temperature), the Gaussian kernel of twice the temperature.
+    """
+    check_positive(temperature=temperature, dof=dof)
+    return -(dof + 1) / 2 * torch.log1p(squared_distance / (temperature * dof))
+
+
+def log_student_t(x: Tensor, y: Tensor, *, temperature: float, dof: float) -> Tensor:
+    """Student-t log-similarity of x (N, D) and y (M, D), (N, M); the points are not normalised."""
+    return student_t_from_squared_distance(squared_distances(x, y), temperature=temperature, dof=dof)

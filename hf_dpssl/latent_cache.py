@@ -1,0 +1,114 @@
+"""Latents of a data set on disk: encoded once, in shards, recognised by the fingerprints of what they were made from.
+
+A folder holds `latents-00000.npy`, ... (memory-mapped when read), `labels.npy` and, last of all,
+`index.json`. Shards appear whole or not at all; without a matching index the cache is not trusted,
+and whole shards of an interrupted build with the same fingerprint are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .batches import evaluation_batches
+from .checkpoint import atomic_file, write_json
+from .image_table import ImageTable
+from .modeling_vq import VQAutoencoder
+from .weights import combined_sha256
+
+
+class LatentTable(torch.utils.data.Dataset):
+    """Map-style latents of a finished cache; items are (epoch, row) pairs, batches are dicts.
+
+    Keys of a batch: latents float32 (B, C, h, w), labels (B,) int64, sample_ids (B,) int64, epoch.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+        self.fingerprint = index["fingerprint"]
+        self.labels = torch.from_numpy(np.load(self.folder / "labels.npy"))
+        shards = (self.folder / name for name in index["shards"])
+        self.shards = [np.load(shard, mmap_mode="r") for shard in shards]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def latents(self, rows: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of rows (B,)."""
+        shard_of = np.searchsorted(self.ends, rows.numpy(), side="right")
+        starts = np.concatenate([[0], self.ends])[shard_of]
+        picked = [self.shards[shard][row - start] for shard, row, start in zip(shard_of, rows, starts, strict=True)]
+        return torch.from_numpy(np.stack(picked))
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> dict:
+        rows = torch.tensor([row for _, row in items])
+        return dict(latents=self.latents(rows), labels=self.labels[rows], sample_ids=rows, epoch=items[0][0])
+
+
+def cache_fingerprint(autoencoder: VQAutoencoder, table: ImageTable) -> str:
+    """Hash of what decides the cached numbers: autoencoder, data set, image size."""
+    parts = {"autoencoder": autoencoder.fingerprint(), "data": table.data.fingerprint, "size": str(table.image_size)}
+    return combined_sha256(parts | {"rows": str(len(table))})
+
+
+@torch.no_grad()
+def build_latent_cache(
+    autoencoder: VQAutoencoder,
+    table: ImageTable,
+    folder: str | Path,
+    *,
+    batch_size: int = 256,
+    rows_per_shard: int = 16384,
+    show_progress: bool = True,
+) -> LatentTable:
+    """Encode all images of a table into `folder`, or reuse what is there when its fingerprint matches.
+
+    Args:
+        autoencoder: in eval mode.
+        table: images in order, without augmentation.
+        folder: of the cache; one of another fingerprint is removed first.
+        batch_size: images encoded at once.
+        rows_per_shard: at most so many latents are held in memory.
+    """
+    folder, fingerprint = Path(folder), cache_fingerprint(autoencoder, table)
+    if (folder / "index.json").exists():
+        cached = LatentTable(folder)
+        if cached.fingerprint == fingerprint:
+            return cached
+    stamp = folder / "building"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+        with atomic_file(stamp) as file:
+            file.write(fingerprint)
+    names = []
+    starts = range(0, len(table), rows_per_shard)
+    for number, first in enumerate(tqdm(starts, "caching latents", disable=not show_progress, leave=False)):
+        path = folder / f"latents-{number:05d}.npy"
+        names.append(path.name)
+        if not path.exists():
+            _write_shard(autoencoder, table, path, range(first, min(first + rows_per_shard, len(table))), batch_size)
+    labels = np.concatenate([np.load(folder / f"{name}.labels.npy") for name in names])
+    with atomic_file(folder / "labels.npy", "wb") as file:
+        np.save(file, labels)
+    write_json(folder / "index.json", {"fingerprint": fingerprint, "shards": names})
+    return LatentTable(folder)
+
+
+def _write_shard(autoencoder: VQAutoencoder, table: ImageTable, path: Path, rows: range, batch_size: int) -> None:
+    latents, labels = [], []
+    for batch in evaluation_batches(table, batch_size, rows):
+        pixel_values = batch["images"].to(autoencoder.device, torch.float32) / 127.5 - 1
+        latents.append(autoencoder.encode(pixel_values).latents.float().cpu().numpy())
+        labels.append(batch["labels"].numpy())
+    with atomic_file(path.with_name(f"{path.name}.labels.npy"), "wb") as file:
+        np.save(file, np.concatenate(labels))
+    with atomic_file(path, "wb") as file:
+        np.save(file, np.concatenate(latents))

@@ -1,0 +1,271 @@
+"""The part of training that all scripts share: processes, trackers, progress, checkpoints, exact resume.
+
+    accelerator = start_accelerator(args)
+    loop = TrainingLoop(args, accelerator, "encoder", total_steps, make_loader)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
+    for batch in loop:
+        with accelerator.accumulate(model):
+            ...
+        loop.log(loss=loss)
+
+A resumed run gives the same weights bit for bit, because nothing random has a history: order,
+augmentation, noise and dropout are functions of (seed, epoch, sample) or (seed, step).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from . import keyed_random
+from .checkpoint import CheckpointFolder, write_json
+from .recipe import RunArguments
+
+logger = logging.getLogger(__name__)
+# What may differ between a run and its continuation without changing the weights.
+_FREE_TO_CHANGE = set(
+    "output_dir overwrite num_workers logging_steps log_with checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint num_processes preload_gb".split()
+)
+
+
+def start_accelerator(args: RunArguments) -> Accelerator:
+    """Accelerator with the asked-for processes, precision, accumulation and trackers.
+
+    Raises:
+        RuntimeError: fewer or more processes than asked for.
+        ImportError: a tracker that is not installed. ValueError: an unknown one.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "timm", "accelerate", "datasets", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    _check_trackers(args.log_with)
+    asked_for = args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        # Without this, processes of a machine without GPU do not find each other, and each trains alone.
+        cpu=asked_for > 1 and not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.log_with or None,
+        project_dir=str(Path(args.output_dir) / "logs"),
+        # Buffers are equal by construction (queue, codebook) or each process's own (batch norm).
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        step_scheduler_with_optimizer=False,
+    )
+    _check_processes(asked_for, accelerator.num_processes)
+    if args.log_with:
+        settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(args).items()}
+        accelerator.init_trackers(Path(args.output_dir).name, config=settings)
+    if torch.distributed.is_initialized():
+        atexit.register(_leave_process_group)
+    return accelerator
+
+
+def finish(accelerator: Accelerator) -> None:
+    """Wait for all processes and close the trackers; the process group stays, for a script that goes on."""
+    accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_trackers(names: list[str]) -> None:
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    known = available | {
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "aim",
+        "comet_ml",
+        "mlflow",
+        "dvclive",
+        "swanlab",
+        "clearml",
+    }
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--log_with {name!r} is no tracker; choose among {sorted(known)}.")
+        if name not in available:
+            raise ImportError(f"--log_with {name} was asked for, but {name} is not installed: pip install {name}.")
+
+
+def _check_processes(asked_for: int, found: int) -> None:
+    """accelerate can start one process where several were asked for, or let several run apart, without a word."""
+    if asked_for != found:
+        raise RuntimeError(f"{asked_for} processes were asked for, but this run has {found}. {_LAUNCH_HINT}")
+    launched_for_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if found == 1 and launched_for_several and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(f"accelerate was asked for several processes and started one. {_LAUNCH_HINT}")
+
+
+_LAUNCH_HINT = (
+    "Start several CPU processes with accelerate launch --config_file training/accelerate/cpu_2_processes.yaml SCRIPT "
+    "(on a machine with a GPU prefix ACCELERATE_USE_CPU=true); --cpu --num_processes N starts one."
+)
+
+
+class TrainingLoop:
+    """Yields batches from where the run stands, and after each does progress bar, log and checkpoint.
+
+    Args:
+        args: the script's arguments.
+        accelerator: from `start_accelerator`.
+        name: of the checkpoints' folder and of the progress bar, e.g. "encoder".
+        total_steps: optimiser steps of the whole loop.
+        make_loader: makes an endless iterable of batches from `start=(epoch, batch)`.
+    """
+
+    def __init__(
+        self,
+        args: RunArguments,
+        accelerator: Accelerator,
+        name: str,
+        total_steps: int,
+        make_loader: Callable[..., Iterable[dict]],
+    ):
+        self.args, self.accelerator, self.name = args, accelerator, name
+        self.total_steps, self.make_loader = total_steps, make_loader
+        self.step, self.epoch, self.batch = 0, 0, 0
+        self.history: list[dict] = []
+        self.skipped: dict[str, str] = {}
+        self._pending: dict[str, float | torch.Tensor] = {}
+        self._kept: dict[str, object] = {}
+        folder = Path(args.output_dir) / "checkpoints" / name
+        self.checkpoints = CheckpointFolder(folder, args.checkpoints_total_limit)
+        if accelerator.is_main_process and args.resume_from_checkpoint is None and self.checkpoints.steps():
+            if not args.overwrite:
+                raise FileExistsError(
+                    f"{folder} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
+                    "start afresh with --overwrite, or choose another --output_dir."
+                )
+            self.checkpoints.clear()
+
+    def keep(self, **objects) -> None:
+        """Name the objects whose `state_dict` makes up a checkpoint (model, optimizer, scheduler, ema, ...)."""
+        self._kept = {
+            name: self.accelerator.unwrap_model(value) if isinstance(value, torch.nn.Module) else value
+            for name, value in objects.items()
+        }
+        if self.accelerator.scaler is not None:
+            self._kept["scaler"] = self.accelerator.scaler
+        if self.args.resume_from_checkpoint is not None:
+            self._resume(self.args.resume_from_checkpoint)
+
+    def _resume(self, which: str) -> None:
+        loaded = self.checkpoints.load(which)
+        if loaded is None:
+            self.accelerator.print(f"{self.name}: no checkpoint in {self.checkpoints.path}, starting afresh")
+            return
+        state, meta = loaded
+        self._check_same_run(meta)
+        for name, value in self._kept.items():
+            value.load_state_dict(state[name])
+        self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
+        self.history, self.skipped = meta["history"], meta["skipped"]
+        where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
+        replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
+        self.accelerator.print(f"{self.name}: resumed at {where}{replay}")
+
+    def _check_same_run(self, meta: dict) -> None:
+        then, now = meta["arguments"], asdict(self.args)
+        changed = sorted(k for k in then.keys() | now.keys() if k not in _FREE_TO_CHANGE and then.get(k) != now.get(k))
+        if meta["num_processes"] != self.accelerator.num_processes:
+            changed.append("num_processes")
+            then, now = then | meta, now | {"num_processes": self.accelerator.num_processes}
+        if changed:
+            listed = ", ".join(f"{k}: {then.get(k)!r} -> {now.get(k)!r}" for k in changed)
+            raise ValueError(
+                f"cannot continue the run in {self.checkpoints.path}: its settings were others ({listed}). "
+                "Use the same, or start afresh with --overwrite."
+            )
+
+    def __iter__(self) -> Iterator[dict]:
+        args, accelerator = self.args, self.accelerator
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc=self.name,
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
+        micro_step = self.step * args.gradient_accumulation_steps
+        batches = iter(self.make_loader(start=(self.epoch, self.batch))) if self.step < self.total_steps else iter(())
+        while self.step < self.total_steps:
+            batch = next(batches)
+            self._advance(batch)
+            keyed_random.seed_step(args.seed, micro_step, accelerator.process_index)
+            yield self._to_device(batch)
+            micro_step += 1
+            if micro_step % args.gradient_accumulation_steps:
+                continue
+            self.step += 1
+            bar.update()
+            if self.step % args.logging_steps == 0 or self.step == self.total_steps:
+                self._write_log(bar)
+            if self.step % args.checkpointing_steps == 0 or self.step == self.total_steps:
+                self.save()
+        bar.close()
+        self._report_skipped()
+
+    def _advance(self, batch: dict) -> None:
+        if batch["epoch"] != self.epoch:
+            self.epoch, self.batch = batch["epoch"], 0
+        self.batch += 1
+        for row, reason in batch.get("skipped", {}).items():
+            if str(row) not in self.skipped:
+                self.skipped[str(row)] = reason
+                logger.warning("skipped: %s", reason)
+
+    def _to_device(self, batch: dict) -> dict:
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Values of this step for bar, trackers and curves; read every `logging_steps` only."""
+        self._pending = values
+
+    def _write_log(self, bar: tqdm) -> None:
+        values = {k: float(v) for k, v in self._pending.items() if v is not None}
+        self.history.append({"step": self.step, **values})
+        bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+        self.accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint now (all processes call it)."""
+        if self.accelerator.is_main_process:
+            state = {name: value.state_dict() for name, value in self._kept.items()}
+            meta = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "num_processes": self.accelerator.num_processes,
+                "arguments": asdict(self.args),
+                "history": self.history,
+                "skipped": self.skipped,
+            }
+            self.checkpoints.save(self.step, state, meta)
+        self.accelerator.wait_for_everyone()
+
+    def _report_skipped(self) -> None:
+        skipped = {row: reason for part in gather_object([self.skipped]) for row, reason in part.items()}
+        if skipped and self.accelerator.is_main_process:
+            path = Path(self.args.output_dir) / "skipped_images.json"
+            write_json(path, {"count": len(skipped), "images": skipped})
+            self.accelerator.print(f"{len(skipped)} unreadable images were skipped, see {path}")

@@ -1,0 +1,45 @@
+"""Hashes of weights, and the refusal to run with weights that a checkpoint did not hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def tensor_sha256(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes, by name; dtype and shape are part of the hash."""
+    hashes = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(data)
+        hashes[name] = digest.hexdigest()
+    return hashes
+
+
+def combined_sha256(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 for a set of named hashes, whatever their order."""
+    return hashlib.sha256("\n".join(f"{name} {hashes[name]}" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def load_complete(from_pretrained: Callable, *args, **kwargs):
+    """Call `from_pretrained(*args, **kwargs)` and refuse a checkpoint that lacks weights of the model.
+
+    transformers builds models on the meta device; what a checkpoint lacks is then uninitialised
+    memory unless `_init_weights` redraws it, which for blocks of other libraries it must not.
+
+    Raises:
+        ValueError: naming the tensors that the checkpoint lacks or holds in another shape.
+    """
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = from_pretrained(*args, output_loading_info=True, **kwargs)
+    wrong = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(
+            f"{args[0] if args else 'the checkpoint'} lacks {len(wrong)} tensors of {type(model).__name__} "
+            f"({', '.join(wrong[:3])}, ...): it is incomplete, or belongs to another class or config."
+        )
+    return (model, info) if wants_info else model
