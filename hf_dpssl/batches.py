@@ -27,6 +27,11 @@ class _EpochOrder(Sampler):
     """Batches of (epoch, row) from a given point on, endlessly: this process's slice of each global batch."""
 
     def __init__(self, size: int, batch_size: int, seed: int, start: tuple[int, int], process: tuple[int, int]):
+        if size < batch_size * process[1]:
+            raise ValueError(
+                f"{size} samples are fewer than one batch of all processes ({batch_size} x {process[1]}): "
+                "lower --batch_size."
+            )
         self.size, self.batch_size, self.seed, self.start, self.process = size, batch_size, seed, start, process
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -73,12 +78,11 @@ class _StreamBatches(TorchIterableDataset):
 
     def _global_batches(self, epoch: int) -> Iterator[list[dict]]:
         seed = keyed_random.derive_seed(self.source.seed, "stream", epoch)
-        size, rows = self.source.batch_size * self.source.process[1], []
-        for row in self.source.data.train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
-            rows.append(row)
-            if len(rows) == size:
-                yield rows
-                rows = []
+        size = self.source.batch_size * self.source.process[1]
+        stream = self.source.data.train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        # In a loader worker iter(stream) would leave out the shards of other workers; stream.iter reads them all.
+        for columns in stream.iter(size, drop_last_batch=True):
+            yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _make(self, rows: list[dict], batch: int, epoch: int) -> dict:
         index = self.source.process[0]
@@ -164,6 +168,7 @@ class ImageSource:
 
     def _table(self, split: Dataset, label: str, views: TwoViews | None = None) -> ImageTable:
         table = ImageTable(self.data, split, self.image_size, self.on_bad_image, views)
+        table.skipped = self.skipped
         bad = table.preload(self.preload_bytes, show_progress=self.process[0] == 0)
         self.skipped |= {f"{label} row {row}": reason for row, reason in bad.items()}
         return table
@@ -219,9 +224,11 @@ def evaluation_batches(table: ImageTable, batch_size: int, rows: range | None = 
     for first in range(0, len(rows), batch_size):
         batch = table.__getitems__([(0, row) for row in rows[first : first + batch_size]])
         if batch["skipped"]:
+            table.skipped.update({f"row {row}": reason for row, reason in batch["skipped"].items()})
             keep = torch.tensor([int(row) not in batch["skipped"] for row in batch["sample_ids"]])
             batch |= {key: batch[key][keep] for key in ("images", "labels", "sample_ids")}
-        yield batch
+        if len(batch["images"]):
+            yield batch
 
 
 def spread_rows(size: int, limit: int) -> range:

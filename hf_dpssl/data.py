@@ -15,7 +15,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub import snapshot_download
 
+from .digits import load_digits
 from .keyed_random import permutation
 
 _GREY = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -139,9 +142,9 @@ def load_images(
     if label_column is not None:
         train, evaluation, class_names = _class_labels(name, train, evaluation, label_column)
     columns = [image_column] + ([label_column] if label_column else [])
-    splits = [None if s is None else _undecoded(s.select_columns(columns), image_column) for s in (train, evaluation)]
+    splits = [None if s is None else _undecoded(s, image_column).select_columns(columns) for s in (train, evaluation)]
     data = ImageData(name, *splits, image_column, label_column, class_names, entry)
-    data.fingerprint = name if streaming else f"{name} {len(data.train)} {data.train._fingerprint}"
+    data.fingerprint = f"{name} {revision}" if streaming else f"{name} {len(data.train)} {data.train._fingerprint}"
     return data
 
 
@@ -149,8 +152,9 @@ def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntr
     if name == "digits":
         splits = load_digits()
         return TABLE[name], {k: s.to_iterable_dataset(4) for k, s in splits.items()} if streaming else splits
-    entry = TABLE.get(name)
-    if entry is not None and entry.local and (files := _local_files(entry.local)):
+    base, _, pinned = name.partition("@")
+    entry = TABLE.get(base)
+    if entry is not None and entry.local and not pinned and (files := _local_files(entry.local)):
         return entry, _load("parquet", data_files=files, streaming=streaming)
     if entry is not None and entry.hub_id is None:
         raise FileNotFoundError(
@@ -158,44 +162,17 @@ def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntr
             f"DPSSL_DATA names; it is {os.environ.get('DPSSL_DATA')!r}."
         )
     if entry is None and (path := Path(name).expanduser()).exists():
-        return _entry_for_path(path), _load_path(path, streaming)
-    if entry is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        licence = f"as the owner of {path.name} says"
+        return DatasetEntry(image_size=64, licence=licence), _load_path(path, streaming)
+    if entry is None and (base.count("/") != 1 or name.startswith((".", "/", "~"))):
         close = difflib.get_close_matches(name, TABLE, 3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise FileNotFoundError(
             f"{name!r} is no path, no Hub id of the form org/name and no name of the table: {', '.join(TABLE)}.{hint}"
         )
-    entry = entry or DatasetEntry(name.split("@")[0], image_size=64)
-    if "@" in name:
-        entry = replace(entry, revision=name.split("@")[1])
-    revision = revision or entry.revision
+    entry = entry or DatasetEntry(base, image_size=64)
+    revision = revision or pinned or entry.revision
     return entry, _load(entry.hub_id, entry.config, revision=revision, streaming=streaming)
-
-
-def load_digits() -> dict[str, Dataset]:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey: a stratified split into 1,437 train and 360 test images."""
-    from sklearn.datasets import load_digits as load
-    from sklearn.model_selection import train_test_split
-
-    source = load()
-    pixels = np.rint(source.images * (255 / 16)).astype(np.uint8)
-    rows = train_test_split(np.arange(len(pixels)), test_size=360, stratify=source.target, random_state=0)
-    features = datasets.Features({"image": Image(), "label": ClassLabel(names=[str(d) for d in range(10)])})
-    splits = {}
-    for split, chosen in zip(("train", "test"), rows, strict=True):
-        columns = {"image": [_png(pixels[i]) for i in chosen], "label": source.target[chosen].tolist()}
-        splits[split] = Dataset.from_dict(columns, features=features)
-    return splits
-
-
-def _png(pixels: np.ndarray) -> dict:
-    import io
-
-    from PIL import Image as Pillow
-
-    buffer = io.BytesIO()
-    Pillow.fromarray(pixels).save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def _local_files(stem: str) -> dict[str, str]:
@@ -209,16 +186,10 @@ def _local_files(stem: str) -> dict[str, str]:
     return {split: str(path) for split, path in files.items() if path.exists()}
 
 
-def _entry_for_path(path: Path) -> DatasetEntry:
-    return DatasetEntry(image_size=64, licence=f"as the owner of {path.name} says", checked=False)
-
-
 def _load_path(path: Path, streaming: bool) -> dict:
     parquet = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(
-            f"{path} is a single {path.suffix or 'unnamed'} file: give a folder of images or parquet files."
-        )
+        raise ValueError(f"{path} is one {path.suffix or 'unnamed'} file: give a folder of images or parquet files.")
     if not parquet:
         if not any(file.is_file() for file in path.rglob("*")):
             raise ValueError(
@@ -235,13 +206,23 @@ def _load_path(path: Path, streaming: bool) -> dict:
 
 def _load(source: str, config: str | None = None, **options) -> dict:
     try:
+        if "revision" in options:
+            builder = datasets.load_dataset_builder(source, config, revision=options["revision"])
+            if isinstance(builder, Cache):  # no Hub, and this is the copy cached last, of whatever revision
+                revision = options.pop("revision")
+                source = snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True)
+        if isinstance(files := options.pop("data_files", None), dict):
+            # One by one: together, the class names of the first split would silently become those of all.
+            return {split: datasets.load_dataset(source, data_files={split: file}, **options)[split]
+                    for split, file in files.items()}  # fmt: skip
         return datasets.load_dataset(source, config, **options)
-    except (datasets.exceptions.DatasetsError, ConnectionError, OSError) as error:
-        where = options.get("data_dir") or options.get("data_files") or f"{source} on {datasets.config.HF_ENDPOINT}"
-        raise ValueError(
-            f"cannot load the data set {where}: {type(error).__name__}: {error}. Check the name and the network, log "
-            "in for a gated or private set, or unset HF_HUB_OFFLINE."
-        ) from error
+    except (datasets.exceptions.DatasetsError, ConnectionError, OSError, ValueError) as error:
+        where = options.get("data_dir") or (files if source == "parquet" else None)
+        advice = "Check that the files can be read, and that each split holds at least one image."
+        if where is None:
+            where = f"{source} on {datasets.config.HF_ENDPOINT}"
+            advice = "Check the name and the network, log in for a gated or private set, or unset HF_HUB_OFFLINE."
+        raise ValueError(f"cannot load the data set {where}: {type(error).__name__}: {error}. {advice}") from error
 
 
 def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
@@ -296,6 +277,8 @@ def _class_labels(name: str, train, evaluation, column: str) -> tuple:
     """Both splits with labels 0 .. n - 1, and the n names."""
     feature = _features(train)[column]
     if isinstance(feature, ClassLabel):
+        if evaluation is not None and _features(evaluation)[column] != feature:
+            evaluation = evaluation.align_labels_with_mapping({n: i for i, n in enumerate(feature.names)}, column)
         return train, evaluation, list(feature.names)
     if isinstance(train, IterableDataset):
         raise ValueError(
@@ -320,7 +303,11 @@ def _class_labels(name: str, train, evaluation, column: str) -> tuple:
 
 
 def _undecoded(split, column: str):
-    return split.cast_column(column, Image(decode=False)) if isinstance(_features(split)[column], Image) else split
+    if not isinstance(_features(split)[column], Image):
+        return split
+    if isinstance(split, IterableDataset) and split.features is not None:
+        split = split.decode(False)  # a streamed folder of the Hub comes with a pool of threads that decode it
+    return split.cast_column(column, Image(decode=False))
 
 
 def _union(name: str, parts: list[ImageData]) -> ImageData:
@@ -331,16 +318,13 @@ def _union(name: str, parts: list[ImageData]) -> ImageData:
         names = parts[0].class_names
 
     def unify(split, part: ImageData):
-        columns = [part.image_column] + ([part.label_column] if labelled else [])
-        split = split.select_columns(columns).rename_column(part.image_column, "image_bytes")
+        columns = {part.image_column: "image_bytes"} | ({part.label_column: "class_id"} if labelled else {})
+        split = split.rename_columns({old: new for old, new in columns.items() if old != new})
         if labelled and part.class_names != names:
-            lookup = np.array([names.index(n) for n in part.class_names])
-            relabel = {"fn_kwargs": {"column": part.label_column, "lookup": lookup}}
-            split = split.map(_relabel_row, **relabel).cast_column("class_id", ClassLabel(names=names))
-            split = split.remove_columns(part.label_column)
-        elif labelled:
-            split = split.rename_column(part.label_column, "class_id")
-        return split
+            lookup = [names.index(n) for n in part.class_names]
+            features = datasets.Features(_features(split) | {"class_id": ClassLabel(names=names)})
+            split = split.map(_relabel_row, fn_kwargs={"lookup": lookup}, features=features)
+        return split.select_columns(list(columns.values()))
 
     train = datasets.concatenate_datasets([unify(part.train, part) for part in parts])
     evaluations = [unify(part.evaluation, part) for part in parts if part.evaluation is not None]
@@ -350,5 +334,6 @@ def _union(name: str, parts: list[ImageData]) -> ImageData:
     return ImageData(name, train, evaluation, "image_bytes", label_column, names, entry, fingerprint)
 
 
-def _relabel_row(row: dict, column: str, lookup: np.ndarray) -> dict:
-    return {"class_id": int(lookup[row[column]])}
+def _relabel_row(row: dict, lookup: list[int]) -> dict:
+    known = row["class_id"] is not None and row["class_id"] >= 0
+    return {"class_id": lookup[row["class_id"]] if known else -1}

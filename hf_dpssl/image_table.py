@@ -41,6 +41,7 @@ class ImageTable(torch.utils.data.Dataset):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}.")
         self.data, self.split, self.image_size = data, split, image_size
         self.on_bad_image, self.views = on_bad_image, views
+        self.skipped: dict[str, str] = {}  # unreadable rows met by `preload` and `evaluation_batches`
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
 
@@ -53,7 +54,8 @@ class ImageTable(torch.utils.data.Dataset):
             return {}
         bad: dict[int, str] = {}
         images, labels = [], []
-        rows = tqdm(range(len(self.split)), "reading images", unit="img", disable=not show_progress, leave=False)
+        silent = {} if show_progress else {"disable": True}  # else TQDM_DISABLE decides
+        rows = tqdm(range(len(self.split)), "reading images", unit="img", leave=False, **silent)
         for row in rows:
             try:
                 image, label = self._row(row)

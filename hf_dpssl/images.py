@@ -4,7 +4,7 @@
 |---|---|
 | RGB, L, 1, YCbCr, LAB, HSV | Pillow's own conversion (grey is copied to three channels) |
 | P (palette) | its colours; transparent entries as alpha |
-| RGBA, LA, PA, transparent P | composited over white |
+| RGBA, LA, PA, RGB, L or P with a transparent colour | composited over white |
 | CMYK | Pillow's conversion |
 | I;16, I;16L, I;16B, I (16-bit grey) | value / 65535; Pillow's convert("RGB") would clip it to 255 |
 | F (float grey) | taken as [0, 1] |
@@ -18,6 +18,7 @@ import io
 
 import numpy as np
 import torch
+from datasets.utils.file_utils import xopen
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -31,7 +32,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: for a 32-bit or float image whose values are outside the stated range.
     """
     image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):
         return _grey_from_array(np.asarray(image, dtype=np.int64), 65535, image.mode)
@@ -45,12 +46,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_from_array(values: np.ndarray, maximum: float, mode: str) -> Image.Image:
-    if values.min() < 0 or values.max() > maximum:
+    if not (values.min() >= 0 and values.max() <= maximum):  # also when one is not a number
         raise ValueError(
             f"a mode {mode} image is read as grey in [0, {maximum:g}], but its values go from "
             f"{values.min():g} to {values.max():g}: rescale it."
         )
-    return Image.fromarray(np.rint(values * (255 / maximum)).astype(np.uint8), mode="L").convert("RGB")
+    return Image.fromarray(np.rint(values * (255 / maximum)).astype(np.uint8)).convert("RGB")
 
 
 def decode_image(value: object) -> Image.Image:
@@ -68,6 +69,9 @@ def decode_image(value: object) -> Image.Image:
             value = value["bytes"]
         elif isinstance(value, dict):
             value = value.get("path")
+        if isinstance(value, str) and value.startswith("hf://"):  # a row of a streamed folder of the Hub
+            with xopen(value, "rb") as file:
+                value = file.read()
         if isinstance(value, bytes):
             if not value:
                 raise ValueError("it holds 0 bytes")
@@ -77,7 +81,10 @@ def decode_image(value: object) -> Image.Image:
         with Image.open(value) as image:
             image.load()
             return to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        what = value if isinstance(value, str) else f"{value.getbuffer().nbytes} bytes from {value.getvalue()[:8]} on"
+        raise ValueError(f"no picture format that Pillow can read ({what})") from error
+    except (OSError, SyntaxError, TypeError, NotImplementedError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -67,7 +67,6 @@ def build_latent_cache(
     *,
     batch_size: int = 256,
     rows_per_shard: int = 16384,
-    show_progress: bool = True,
 ) -> LatentTable:
     """Encode all images of a table into `folder`, or reuse what is there when its fingerprint matches.
 
@@ -83,14 +82,14 @@ def build_latent_cache(
         cached = LatentTable(folder)
         if cached.fingerprint == fingerprint:
             return cached
-    stamp = folder / "building"
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != fingerprint:
+    stamp, plan = folder / "building", f"{fingerprint} {rows_per_shard}"
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != plan:
         shutil.rmtree(folder, ignore_errors=True)
         with atomic_file(stamp) as file:
-            file.write(fingerprint)
+            file.write(plan)
     names = []
     starts = range(0, len(table), rows_per_shard)
-    for number, first in enumerate(tqdm(starts, "caching latents", disable=not show_progress, leave=False)):
+    for number, first in enumerate(tqdm(starts, "caching latents", leave=False)):
         path = folder / f"latents-{number:05d}.npy"
         names.append(path.name)
         if not path.exists():

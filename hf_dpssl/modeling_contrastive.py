@@ -9,13 +9,12 @@ Source: Chen et al. 2020 (SimCLR, MoCo-v2), He et al. 2020 (MoCo), Hu et al., IC
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import os
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -24,12 +23,12 @@ from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrap
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 from transformers.utils import ModelOutput
 
+from .blocks import FEATURE_NORMS, ProjectionHead, use_small_image_stem_
 from .gather import gather_with_gradient, gather_without_gradient
 from .losses import KERNELS, NORMALIZATIONS, info_nce, moco, t_simclr
 from .momentum import ema_update_, enqueue_
 from .weights import load_complete
 
-FEATURE_NORMS = ("l2", "batch", "none")
 STEMS = ("timm", "small_image")
 _METHOD_FIELDS = (
     "stem kernel normalization feature_norm temperature dof projection_hidden_dim projection_dim "
@@ -112,8 +111,10 @@ class ContrastiveConfig(TimmWrapperConfig):
         if not 1 <= self.projection_layers <= 3:
             raise ValueError(f"projection_layers must be 1, 2 or 3, got {self.projection_layers}.")
         for name in ("temperature", "dof", "projection_dim", "queue_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum is the share kept of the old key encoder, in [0, 1], got {self.momentum}.")
 
     def _get_generation_parameters(self) -> dict:
         return {}  # `temperature` is the kernel's; transformers would take it for text generation's
@@ -124,8 +125,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if "dpssl_contrastive" != config_dict.get("model_type"):
             dpssl = dict(config_dict.get("dpssl") or {})
-            config_dict |= dpssl.pop("method", {})
-            config_dict |= {"dpssl": dpssl, "model_type": cls.model_type}
+            config_dict |= dpssl.pop("method", {}) | {"dpssl": dpssl, "model_type": cls.model_type}
             config_dict.pop("num_features", None)
         config_dict.setdefault("label_names", [])
         return config_dict, kwargs
@@ -173,7 +173,7 @@ class ContrastiveEncoder(TimmWrapperModel):
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
         if config.stem == "small_image":
-            _use_small_image_stem(self.timm_model)
+            use_small_image_stem_(self.timm_model)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -213,34 +213,10 @@ class ContrastiveEncoder(TimmWrapperModel):
             state_dict = self.state_dict() if state_dict is None else state_dict
             weights = {key.removeprefix("timm_model."): value.contiguous() for key, value in state_dict.items()}
             save_file(weights, os.path.join(save_directory, "model.safetensors"), metadata={"format": "pt"})
-            text = json.dumps(self.config.to_timm_dict(self.num_features), indent=2, sort_keys=True)
             with open(os.path.join(save_directory, "config.json"), "w", encoding="utf-8") as file:
-                file.write(text + "\n")
+                file.write(json.dumps(self.config.to_timm_dict(self.num_features), indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
-
-
-class ProjectionHead(nn.Sequential):
-    """Linear - (BatchNorm) - ReLU blocks and a last linear layer, then the feature norm."""
-
-    def __init__(self, in_features: int, config: ContrastiveConfig):
-        hidden = config.projection_hidden_dim or in_features
-        layers: list[nn.Module] = []
-        for _ in range(config.projection_layers - 1):
-            layers.append(nn.Linear(in_features, hidden, bias=not config.projection_batch_norm))
-            layers += [nn.BatchNorm1d(hidden)] if config.projection_batch_norm else []
-            layers.append(nn.ReLU())
-            in_features = hidden
-        layers.append(nn.Linear(in_features, config.projection_dim))
-        if config.feature_norm == "batch":
-            layers.append(nn.BatchNorm1d(config.projection_dim, affine=False))
-        super().__init__(*layers)
-        self.normalize = config.feature_norm == "l2"
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Embeddings (B, projection_dim) of features (B, num_features)."""
-        embeddings = super().forward(features)
-        return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
 
 class ContrastivePreTrainedModel(PreTrainedModel):
@@ -250,11 +226,17 @@ class ContrastivePreTrainedModel(PreTrainedModel):
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
     _supports_sdpa = True  # as the encoder's parent: timm dispatches attention itself
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
         self.encoder = ContrastiveEncoder(config)
-        self.head = ProjectionHead(self.encoder.num_features, config)
+        self.head = self._make_head()
+
+    def _make_head(self) -> ProjectionHead:
+        config, width = self.config, self.encoder.num_features
+        sizes = (width, config.projection_hidden_dim or width, config.projection_dim, config.projection_layers)
+        return ProjectionHead(*sizes, batch_norm=config.projection_batch_norm, feature_norm=config.feature_norm)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -305,14 +287,8 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         if config.kernel == "cosine":
             loss = info_nce(view_1, view_2, temperature=config.temperature, weights=weights)
         else:
-            loss = t_simclr(
-                view_1,
-                view_2,
-                temperature=config.temperature,
-                dof=config.dof,
-                normalization=config.normalization,
-                weights=weights,
-            )
+            options = {"temperature": config.temperature, "dof": config.dof, "normalization": config.normalization}
+            loss = t_simclr(view_1, view_2, **options, weights=weights)
         return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
 
 
@@ -329,7 +305,7 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         if config.normalization == "joint":
             raise ValueError("normalization='joint' needs all pairs of a batch; MoCo's queue takes 'anchor'.")
         self.key_encoder = ContrastiveEncoder(config)
-        self.key_head = ProjectionHead(self.encoder.num_features, config)
+        self.key_head = self._make_head()
         self.register_buffer("queue", torch.zeros(config.queue_size, config.projection_dim))
         self.register_buffer("queue_cursor", torch.zeros((), dtype=torch.int64))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
@@ -339,10 +315,9 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
     def _copy_query_to_key(self) -> None:
         # After post_init, which may draw weights: before it, queries and keys would start apart.
         if self.head[0].weight.device.type != "meta":
-            self.key_encoder.load_state_dict(copy.deepcopy(self.encoder.timm_model.state_dict()))
+            self.key_encoder.load_state_dict(self.encoder.state_dict())
             self.key_head.load_state_dict(self.head.state_dict())
-        self.key_encoder.requires_grad_(False)
-        self.key_head.requires_grad_(False)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> MoCoForPreTraining:
         """As `nn.Module.train`; the key branch stays without gradient, also after `from_pretrained`."""
@@ -373,13 +348,3 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         if self.training:
             enqueue_(self.queue, self.queue_cursor, self.queue_filled, all_keys)
         return ContrastiveOutput(loss, queries, keys, features)
-
-
-def _use_small_image_stem(resnet: nn.Module) -> None:
-    """3x3 stride-1 first convolution and no max-pooling, as in the t-SimCLR code's CIFAR ResNets."""
-    conv = getattr(resnet, "conv1", None)
-    if not isinstance(conv, nn.Conv2d) or not hasattr(resnet, "maxpool"):
-        raise ValueError(f"stem='small_image' needs a timm ResNet with a single conv1, not {type(resnet).__name__}.")
-    replacement = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(replacement.weight, mode="fan_out", nonlinearity="relu")
-    resnet.conv1, resnet.maxpool = replacement.to(conv.weight.device, conv.weight.dtype), nn.Identity()

@@ -7,6 +7,7 @@ convolution and codebook, and then trains the real decoder: `replace_decoder`, `
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from .quantizer import QuantizerOutput, VectorQuantizer
 from .weights import combined_sha256, load_complete, tensor_sha256
 
 FROZEN_MODULES = ("encoder", "quant_conv", "quantizer")
+_COUNTS = "image_size num_channels latent_channels num_codes norm_num_groups encoder_layers_per_block".split()
 
 
 class VQConfig(PretrainedConfig):
@@ -115,19 +117,19 @@ class VQConfig(PretrainedConfig):
         for name, allowed in (("quantizer", ("vq", "none")), ("reconstruction_loss", ("l2", "l1"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        encoder_channels, decoder_channels = self.encoder_block_out_channels, self.decoder_block_out_channels
-        if len(encoder_channels) != len(decoder_channels):
-            raise ValueError(
-                "encoder and decoder need the same number of levels, got block_out_channels "
-                f"{encoder_channels} and {decoder_channels}."
-            )
-        uneven = [w for w in encoder_channels + decoder_channels if w % self.norm_num_groups]
+        for name in (*_COUNTS, "decoder_layers_per_block"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        encoder, decoder = self.encoder_block_out_channels, self.decoder_block_out_channels
+        if len(encoder) != len(decoder):
+            raise ValueError(f"encoder and decoder need the same number of levels, got widths {encoder} and {decoder}.")
+        uneven = [width for width in encoder + decoder if width % self.norm_num_groups]
         if uneven:
             raise ValueError(f"norm_num_groups={self.norm_num_groups} must divide every width, not {uneven}.")
-        if self.image_size % self.downsampling_factor or self.latent_size < 1:
+        if self.image_size % self.downsampling_factor:
             raise ValueError(
                 f"image_size={self.image_size} must be a multiple of the downsampling factor "
-                f"{self.downsampling_factor} (from {len(encoder_channels)} levels)."
+                f"{self.downsampling_factor} (from {len(encoder)} levels)."
             )
         if not 0 <= self.decoder_dropout < 1:
             raise ValueError(f"decoder_dropout lies in [0, 1), got {self.decoder_dropout}.")
@@ -171,6 +173,7 @@ class VQAutoencoder(PreTrainedModel):
     base_model_prefix = "vq_autoencoder"
     main_input_name = "pixel_values"
     _keep_in_fp32_modules_strict = ["quantizer"]
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
 
     def __init__(self, config: VQConfig):
         super().__init__(config)
@@ -187,12 +190,8 @@ class VQAutoencoder(PreTrainedModel):
         self.quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.quantizer = None
         if config.quantizer == "vq":
-            self.quantizer = VectorQuantizer(
-                config.num_codes,
-                config.latent_channels,
-                decay=config.codebook_decay,
-                revival_threshold=config.revival_threshold,
-            )
+            options = {"decay": config.codebook_decay, "revival_threshold": config.revival_threshold}
+            self.quantizer = VectorQuantizer(config.num_codes, config.latent_channels, **options)
         self._build_decoder()
         self.post_init()
 
@@ -220,6 +219,14 @@ class VQAutoencoder(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs) -> VQAutoencoder:
         """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
         return load_complete(super().from_pretrained, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`; records the encoder's hashes, or checks those of a frozen one."""
+        if self.config.encoder_frozen and self.dtype == torch.float32:
+            self.check_encoder_unchanged()
+        elif self.dtype == torch.float32:
+            self.config.encoder_sha256 = self.hash_encoder()
+        super().save_pretrained(save_directory, **kwargs)
 
     def train(self, mode: bool = True) -> VQAutoencoder:
         """As `nn.Module.train`; a frozen encoder stays in eval mode and without gradient, also after loading."""
@@ -250,7 +257,7 @@ class VQAutoencoder(PreTrainedModel):
     def decode_codes(self, codes: Tensor) -> VQDecoderOutput:
         """Images of codes (B, h, w); IndexError on an id outside the codebook."""
         if self.quantizer is None:
-            raise ValueError("this autoencoder has no quantiser (config.quantizer is 'none') and so no codes.")
+            raise ValueError("this autoencoder has no quantiser (config.quantizer is 'none'), so it has no codes.")
         return self.decode(self.quantizer.lookup(codes))
 
     def forward(self, pixel_values: Tensor, **kwargs) -> VQAutoencoderOutput:
@@ -268,15 +275,8 @@ class VQAutoencoder(PreTrainedModel):
         reconstruction = self.decode(quantized).pixel_values
         distance = F.mse_loss if self.config.reconstruction_loss == "l2" else F.l1_loss
         recon = distance(reconstruction.float(), pixel_values.float())
-        return VQAutoencoderOutput(
-            loss=recon + self.config.commitment_weight * commit,
-            recon=recon,
-            commit=commit,
-            perplexity=perplexity,
-            pixel_values=reconstruction,
-            latents=latents,
-            codes=codes,
-        )
+        loss = recon + self.config.commitment_weight * commit
+        return VQAutoencoderOutput(loss, recon, commit, perplexity, reconstruction, latents, codes)
 
     def _latents(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
@@ -306,10 +306,12 @@ class VQAutoencoder(PreTrainedModel):
 
     def replace_decoder(self, block_out_channels: list[int], layers_per_block: int, dropout: float = 0.0) -> None:
         """Put a freshly initialised decoder (and post_quant_conv) in place of the present one."""
-        self.config.decoder_block_out_channels = list(block_out_channels)
-        self.config.decoder_layers_per_block = layers_per_block
-        self.config.decoder_dropout = dropout
-        self.config._check()
+        config = copy.copy(self.config)
+        config.decoder_block_out_channels = list(block_out_channels)
+        config.decoder_layers_per_block = layers_per_block
+        config.decoder_dropout = dropout
+        config._check()
+        self.config = config
         reference = self.quant_conv.weight
         self._build_decoder()
         self.post_quant_conv.to(reference.device, reference.dtype)

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from .modeling_vq import VQAutoencoder
@@ -48,7 +49,7 @@ class VQDiTPipeline(DiffusionPipeline):
         transformer: DiTTransformer2DModel,
         vae: VQAutoencoder,
         scheduler: SchedulerMixin,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,
         vae_fingerprint: str | None = None,
     ):
         super().__init__()
@@ -61,6 +62,16 @@ class VQDiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
         self.register_to_config(id2label=id2label, vae_fingerprint=vae_fingerprint)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Fetch a pipeline of the Hub, which `from_pretrained` then loads; returns its folder.
+
+        diffusers' own refuses components whose class is of a package that it does not know, like our autoencoder.
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
 
     @property
     def class_names(self) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .gather import broadcast_, gather_without_gradient, is_distributed
 
 _MAX_CHUNK_ELEMENTS = 2**25  # scores held at once in `nearest_codes`: 128 MiB
+_LEAST_COUNT = 1e-6  # of a code whose row is still computed from its statistics
 
 
 @dataclass
@@ -166,7 +167,9 @@ class VectorQuantizer(nn.Module):
         dead = self.counts < self.revival_threshold * mean_usage
         if dead.any():
             self._revive_(dead, vectors, mean_usage)
-        self.codebook.copy_(self.sums / self.counts.clamp_min(1e-6)[:, None])
+        # A code unused for so long that nothing of its statistics is left stays where it is.
+        used = (self.counts > _LEAST_COUNT)[:, None]
+        self.codebook.copy_(torch.where(used, self.sums / self.counts[:, None], self.codebook))
 
     def _revive_(self, dead: Tensor, vectors: Tensor, mean_usage: Tensor) -> None:
         """Restart dead codes at random vectors of this batch, chosen by process 0 for all."""

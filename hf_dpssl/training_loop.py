@@ -1,7 +1,7 @@
 """The part of training that all scripts share: processes, trackers, progress, checkpoints, exact resume.
 
     accelerator = start_accelerator(args)
-    loop = TrainingLoop(args, accelerator, "encoder", total_steps, make_loader)
+    loop = TrainingLoop(args, accelerator, "encoder", total_steps, make_loader, skipped={})
     model, optimizer = accelerator.prepare(model, optimizer)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
     for batch in loop:
@@ -74,9 +74,17 @@ def start_accelerator(args: RunArguments) -> Accelerator:
     return accelerator
 
 
-def finish(accelerator: Accelerator) -> None:
-    """Wait for all processes and close the trackers; the process group stays, for a script that goes on."""
+def finish(accelerator: Accelerator, args: RunArguments, skipped: dict[str, str]) -> None:
+    """Wait for all processes, list the skipped images of all of them in OUTPUT_DIR/skipped_images.json, close trackers.
+
+    The process group stays, for a script that goes on.
+    """
     accelerator.wait_for_everyone()
+    everywhere = {row: reason for part in gather_object([skipped]) for row, reason in part.items()}
+    if everywhere and accelerator.is_main_process:
+        path = Path(args.output_dir) / "skipped_images.json"
+        write_json(path, {"count": len(everywhere), "images": everywhere})
+        accelerator.print(f"{len(everywhere)} unreadable images were skipped, see {path}")
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -130,6 +138,7 @@ class TrainingLoop:
         name: of the checkpoints' folder and of the progress bar, e.g. "encoder".
         total_steps: optimiser steps of the whole loop.
         make_loader: makes an endless iterable of batches from `start=(epoch, batch)`.
+        skipped: {row: reason} of unreadable images, extended while training.
     """
 
     def __init__(
@@ -139,12 +148,13 @@ class TrainingLoop:
         name: str,
         total_steps: int,
         make_loader: Callable[..., Iterable[dict]],
+        skipped: dict[str, str],
     ):
         self.args, self.accelerator, self.name = args, accelerator, name
         self.total_steps, self.make_loader = total_steps, make_loader
         self.step, self.epoch, self.batch = 0, 0, 0
         self.history: list[dict] = []
-        self.skipped: dict[str, str] = {}
+        self.skipped = skipped
         self._pending: dict[str, float | torch.Tensor] = {}
         self._kept: dict[str, object] = {}
         folder = Path(args.output_dir) / "checkpoints" / name
@@ -178,7 +188,8 @@ class TrainingLoop:
         for name, value in self._kept.items():
             value.load_state_dict(state[name])
         self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
-        self.history, self.skipped = meta["history"], meta["skipped"]
+        self.history = meta["history"]
+        self.skipped.update(meta["skipped"])
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
         replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
         self.accelerator.print(f"{self.name}: resumed at {where}{replay}")
@@ -198,13 +209,8 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[dict]:
         args, accelerator = self.args, self.accelerator
-        bar = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc=self.name,
-            unit="step",
-            disable=not accelerator.is_main_process,
-        )
+        silent = {} if accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE decides
+        bar = tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5, **silent)
         micro_step = self.step * args.gradient_accumulation_steps
         batches = iter(self.make_loader(start=(self.epoch, self.batch))) if self.step < self.total_steps else iter(())
         while self.step < self.total_steps:
@@ -222,7 +228,6 @@ class TrainingLoop:
             if self.step % args.checkpointing_steps == 0 or self.step == self.total_steps:
                 self.save()
         bar.close()
-        self._report_skipped()
 
     def _advance(self, batch: dict) -> None:
         if batch["epoch"] != self.epoch:
@@ -244,7 +249,7 @@ class TrainingLoop:
     def _write_log(self, bar: tqdm) -> None:
         values = {k: float(v) for k, v in self._pending.items() if v is not None}
         self.history.append({"step": self.step, **values})
-        bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+        bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
         self.accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=self.step)
 
     def save(self) -> None:
@@ -262,10 +267,3 @@ class TrainingLoop:
             }
             self.checkpoints.save(self.step, state, meta)
         self.accelerator.wait_for_everyone()
-
-    def _report_skipped(self) -> None:
-        skipped = {row: reason for part in gather_object([self.skipped]) for row, reason in part.items()}
-        if skipped and self.accelerator.is_main_process:
-            path = Path(self.args.output_dir) / "skipped_images.json"
-            write_json(path, {"count": len(skipped), "images": skipped})
-            self.accelerator.print(f"{len(skipped)} unreadable images were skipped, see {path}")

@@ -50,9 +50,16 @@ class Augmentation:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, got {self.crop_scale}.")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio must satisfy 0 < low <= high, got {self.crop_ratio}.")
         for name in ("flip", "jitter", "grey", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability in [0, 1], got {getattr(self, name)}.")
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a strength in [0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"rotation lies in [0, 180] degrees, got {self.rotation}.")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"hue lies in [0, 0.5] turns, got {self.hue}.")
 

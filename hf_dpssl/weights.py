@@ -35,8 +35,9 @@ def load_complete(from_pretrained: Callable, *args, **kwargs):
         ValueError: naming the tensors that the checkpoint lacks or holds in another shape.
     """
     wants_info = kwargs.pop("output_loading_info", False)
+    kwargs["ignore_mismatched_sizes"] = True  # reported here, with what lacks, instead of as RuntimeError
     model, info = from_pretrained(*args, output_loading_info=True, **kwargs)
-    wrong = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
+    wrong = sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])])
     if wrong:
         raise ValueError(
             f"{args[0] if args else 'the checkpoint'} lacks {len(wrong)} tensors of {type(model).__name__} "

@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "training"))
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are several times slower
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> Path:
     optimizer = make_optimizer(args, model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=total_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    loop = TrainingLoop(args, accelerator, args.name, total_steps, source.loader)
+    loop = TrainingLoop(args, accelerator, args.name, total_steps, source.loader, source.skipped)
     model, optimizer = accelerator.prepare(model, optimizer)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> Path:
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
         save(accelerator.unwrap_model(model).eval(), args, source, loop, target)
-    finish(accelerator)
+    finish(accelerator, args, source.skipped)
     return target
 
 

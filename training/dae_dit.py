@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> Path:
         revision=args.dataset_revision,
     )
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
-    latents = cached_latents(args, autoencoder, data, accelerator)
+    latents, skipped = cached_latents(args, autoencoder, data, accelerator)
     class_names = data.class_names or []
 
     # Model
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> Path:
     def make_loader(start):
         return ordered_batches(latents, args.batch_size, args.seed, start, process, args.num_workers)
 
-    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader)
+    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
     ema.to(accelerator.device)
 
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> Path:
             transformer.eval(), autoencoder, noise_scheduler, dict(enumerate(class_names)), autoencoder.fingerprint()
         )
         save(pipeline, args, data, len(latents), loop, target_folder)
-    finish(accelerator)
+    finish(accelerator, args, skipped)
     return target_folder
 
 
@@ -164,12 +164,15 @@ def train_autoencoder(args: DiTArguments) -> Path:
     return dae_vq.main(argv + shlex.split(args.autoencoder_args))
 
 
-def cached_latents(args: DiTArguments, autoencoder: VQAutoencoder, data: ImageData, accelerator) -> LatentTable:
-    """The latent cache under OUTPUT_DIR, built by the main process."""
-    folder = Path(args.output_dir) / "latents"
+def cached_latents(
+    args: DiTArguments, autoencoder: VQAutoencoder, data: ImageData, accelerator
+) -> tuple[LatentTable, dict[str, str]]:
+    """The latent cache under OUTPUT_DIR, built by the main process, and the images that it had to skip."""
+    folder, skipped = Path(args.output_dir) / "latents", {}
     if accelerator.is_main_process:
         source = ImageSource.from_arguments(data, args, accelerator, autoencoder.config.image_size)
         build_latent_cache(autoencoder, source.training_table(), folder)
+        skipped = source.skipped
     accelerator.wait_for_everyone()
     latents = LatentTable(folder)
     if len(latents) < args.batch_size * accelerator.num_processes:
@@ -177,7 +180,7 @@ def cached_latents(args: DiTArguments, autoencoder: VQAutoencoder, data: ImageDa
             f"{len(latents)} latents are fewer than one batch of all processes "
             f"({args.batch_size} x {accelerator.num_processes}): lower --batch_size."
         )
-    return latents
+    return latents, skipped
 
 
 def sample_grid(

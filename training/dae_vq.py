@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> Path:
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
         save(model.eval(), args, source, history, target)
-    finish(accelerator)
+    finish(accelerator, args, source.skipped)
     return target
 
 
@@ -176,7 +176,7 @@ def train_stage(
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=stage.steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    loop = TrainingLoop(args, accelerator, f"{args.name}/{stage.name}", stage.steps, source.loader)
+    loop = TrainingLoop(args, accelerator, f"{args.name}/{stage.name}", stage.steps, source.loader, source.skipped)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler)
     quantizer = model.quantizer if stage.train_encoder else None
@@ -248,9 +248,7 @@ def save(model: VQAutoencoder, args: VQArguments, source: ImageSource, history: 
     train_rows, held_out_rows = (spread_rows(len(t), args.evaluation_images) for t in (training_table, held_out))
     measure_latents(model, training_table, train_rows)
     metrics, pictures = evaluate(model, held_out, held_out_rows)
-    config = model.config
-    config.encoder_sha256 = config.encoder_sha256 or model.hash_encoder()
-    config.dpssl = {
+    model.config.dpssl = {
         "scheme": args.scheme,
         "dataset": data.name,
         "licence_of_data": data.entry.licence,

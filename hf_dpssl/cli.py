@@ -1,0 +1,81 @@
+"""The command line `hf-dpssl`: train, demo, env."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from .recipe import training_folder
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    scripts, configs = _shipped("*.py"), _shipped("accelerate/*.yaml")
+    parser = argparse.ArgumentParser(prog="hf-dpssl", description="Distance-preserving self-supervised learning.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole chain on embedded digits, on a CPU, in minutes", add_help=False)
+    demo.set_defaults(run=lambda known, rest: _run_script("demo", rest))
+
+    train = commands.add_parser(
+        "train", help="start a training script through accelerate", add_help=False, allow_abbrev=False
+    )
+    train.add_argument("script", nargs="?", choices=sorted(set(scripts) - {"demo"}), help="what to train")
+    train.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {sorted(configs)}")
+    train.set_defaults(run=lambda known, rest: _train(known, rest, train))
+
+    environment = commands.add_parser("env", help="machine and library versions, for a bug report")
+    environment.add_argument("--json", action="store_true", help="as JSON")
+    environment.set_defaults(run=_print_environment)
+
+    known, rest = parser.parse_known_args(argv)
+    if rest and known.command == "env":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return known.run(known, rest)
+
+
+def _shipped(pattern: str) -> dict[str, Path]:
+    return {path.stem: path for path in training_folder().glob(pattern)}
+
+
+def _run_script(name: str, arguments: list[str], launcher: list[str] | None = None) -> int:
+    script = training_folder() / f"{name}.py"
+    return subprocess.call([*(launcher or [sys.executable]), str(script), *arguments])
+
+
+def _train(known: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+    if known.script is None:
+        parser.print_help()
+        print("\nhf-dpssl train SCRIPT --help lists the flags of a script.")
+        return 0 if set(rest) & {"-h", "--help"} else 2
+    if known.accelerate_config is None:
+        return _run_script(known.script, rest)
+    shipped = _shipped("accelerate/*.yaml")
+    config = shipped.get(known.accelerate_config, Path(known.accelerate_config))
+    if not config.exists():
+        print(f"hf-dpssl: no accelerate config {known.accelerate_config!r}: give a file or one of {sorted(shipped)}.")
+        return 2
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return _run_script(known.script, rest, launcher)
+
+
+def _print_environment(known: argparse.Namespace, rest: list[str]) -> int:
+    from .results import environment
+
+    found = environment()
+    if known.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for name, value in found.items():
+        if name != "libraries":
+            print(f"{name:<16}{value}")
+    for name, version in found["libraries"].items():
+        print(f"{name:<16}{version}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

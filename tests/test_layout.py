@@ -1,0 +1,76 @@
+"""Budgets and rules of the code base, so that it stays easy to read."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGE = sorted((REPOSITORY / "hf_dpssl").rglob("*.py"))
+SCRIPTS = sorted((REPOSITORY / "training").glob("*.py"))
+TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
+# Allowed imports within the package: a module may import those of its own level listed before it, and lower levels.
+LEVELS = [
+    "weights kernels gather keyed_random losses momentum quantizer".split(),
+    "blocks modeling_contrastive modeling_vq".split(),
+    "images transforms digits data image_table batches checkpoint pipeline_vq_dit diffusion".split()
+    + "latent_cache evaluation plots".split(),
+    "recipe results model_card training_loop cli".split(),
+]
+
+
+def identifier(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+def functions(tree: ast.AST):
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("path", PACKAGE + SCRIPTS + TESTS, ids=identifier)
+def test_file_is_within_its_budget_of_lines(path):
+    limit = 350 if path in PACKAGE else 320 if path in SCRIPTS else 300
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
+
+
+@pytest.mark.parametrize("path", PACKAGE + SCRIPTS, ids=identifier)
+def test_functions_are_short_and_public_names_have_docstrings(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for function in functions(tree):
+        doc = ast.get_docstring(function) or ""
+        body = function.end_lineno - function.lineno + 1 - len(doc.splitlines())
+        limit = 80 if function.name in ("main", "__call__") else 60 if function.name == "forward" else 50
+        assert body <= limit, f"{function.name} has {body} lines"
+    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    assert ast.get_docstring(tree) and all(ast.get_docstring(node) for node in public)
+
+
+def test_imports_go_downwards_only():
+    rank = {name: (level, place) for level, names in enumerate(LEVELS) for place, name in enumerate(names)}
+    modules = {path.stem for path in PACKAGE if path.parent.name == "hf_dpssl"} | {"evaluation"}
+    assert modules - {"__init__"} == set(rank), "a module is missing in LEVELS"
+    for path in PACKAGE:
+        name = path.stem if path.parent.name == "hf_dpssl" else "evaluation"
+        if name == "__init__":
+            continue
+        for imported in re.findall(r"^\s*from \.+(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
+            if imported in rank and name in rank and imported != name:
+                assert rank[imported] < rank[name], f"{name} imports {imported}"
+
+
+def test_no_folder_name_that_diffusers_takes_for_its_own():
+    from diffusers import pipelines
+
+    taken = {entry.name for entry in Path(pipelines.__file__).parent.iterdir() if entry.is_dir()}
+    assert not taken & {path.parent.name for path in PACKAGE}
+
+
+def test_nothing_large_is_committed():
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        path, limit = REPOSITORY / name, 200_000 if name.endswith(".png") else 50_000
+        assert not path.exists() or path.stat().st_size <= limit, f"{name} is larger than {limit} bytes"

@@ -1,0 +1,85 @@
+"""The two in-place updates of MoCo against the formula and against a deque."""
+
+from collections import deque
+
+import pytest
+import torch
+
+from hf_dpssl.momentum import ema_update_, enqueue_
+
+
+def tensors(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(3, 2), (4,), ()]]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.999, 1.0])
+def test_ema_update_equals_the_formula(momentum):
+    target, source = tensors(0), tensors(1)
+    expected = [momentum * old + (1 - momentum) * new for old, new in zip(target, source, strict=True)]
+    ema_update_(target, source, momentum)
+    torch.testing.assert_close(target, expected, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(source, tensors(1), rtol=0, atol=0)
+
+
+def test_momentum_of_one_changes_no_bit_and_of_zero_copies_every_bit():
+    target, source = [t.float() for t in tensors(0)], [t.float() for t in tensors(1)]
+    ema_update_(target, source, 1.0)
+    torch.testing.assert_close(target, [t.float() for t in tensors(0)], rtol=0, atol=0)
+    ema_update_(target, source, 0.0)
+    torch.testing.assert_close(target, source, rtol=0, atol=0)
+
+
+def test_ema_update_takes_iterators_and_leaves_no_graph_in_the_target():
+    query, key = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    ema_update_(key.parameters(), query.parameters(), 0.5)
+    assert all(p.grad_fn is None and p.is_leaf for p in key.parameters())
+    ema_update_([], [], 0.5)
+
+
+def test_ema_update_converges_to_the_source_like_a_geometric_series():
+    target, source = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    for _ in range(50):
+        ema_update_([target], [source], 0.9)
+    assert float(target) == pytest.approx(1 - 0.9**50, rel=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
+def test_momentum_outside_0_1_is_refused(momentum):
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        ema_update_([torch.zeros(1)], [torch.ones(1)], momentum)
+
+
+def empty_queue(size: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    count = torch.zeros((), dtype=torch.int64)
+    return torch.zeros(size, 1, dtype=dtype), count, count.clone()
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+@pytest.mark.parametrize(
+    "batches", [[1] * 9, [3] * 6, [4, 4, 4], [2, 5, 1, 7, 3], [9], [20, 1, 8], [0, 3, 0, 8], [14, 7]], ids=str
+)
+def test_queue_holds_what_a_deque_of_the_same_length_holds(size, batches):
+    queue, cursor, filled = empty_queue(size)
+    reference: deque[float] = deque(maxlen=size)
+    start = 1
+    for count in batches:
+        keys = torch.arange(start, start + count, dtype=torch.float32)[:, None]
+        start += count
+        enqueue_(queue, cursor, filled, keys)
+        reference.extend(keys.flatten().tolist())
+        assert int(filled) == len(reference)
+        assert sorted(queue[: int(filled), 0].tolist()) == sorted(reference)
+        assert not queue[int(filled) :].any(), "a row that holds no key was written"
+        oldest_first = queue.roll(-int(cursor), 0) if int(filled) == size else queue[: int(filled)]
+        assert oldest_first.flatten().tolist() == list(reference)
+
+
+def test_enqueue_keeps_storage_and_dtype_of_the_queue_and_cuts_the_gradient():
+    queue, cursor, filled = empty_queue(4, torch.bfloat16)
+    address = queue.data_ptr()
+    enqueue_(queue, cursor, filled, torch.ones(3, 1, requires_grad=True) * 2)
+    assert queue.data_ptr() == address
+    assert queue.dtype == torch.bfloat16
+    assert not queue.requires_grad
+    assert queue.flatten().tolist() == [2, 2, 2, 0]

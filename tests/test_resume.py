@@ -1,0 +1,111 @@
+"""A run killed with SIGKILL at any moment and resumed ends with weights bit-identical to the uninterrupted run."""
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+STEPS = 14
+COMMON = ["--checkpointing_steps", 2, "--logging_steps", 2]
+CONTRASTIVE = [*COMMON, "--batch_size", 32, "--max_train_steps", STEPS]
+MOCO = ["--negatives", "queue", "--normalization", "anchor", "--queue_size", 100, "--feature_norm", "batch"]
+TWO_WORKERS = ["--preload_gb", 0, "--num_workers", 2]
+STAGES = [*COMMON, "--stage_1_steps", 8, "--stage_2_steps", 8, "--auxiliary_dropout", 0.2, "--batch_size", 16]
+DIT = [*COMMON, "--max_train_steps", STEPS, "--width", 32, "--num_layers", 2, "--sampling_steps", 1]
+DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointing_steps 2"]
+RUNS = {  # script, flags, processes
+    "t_simclr": ("contrastive", CONTRASTIVE, 1),
+    "t_moco": ("contrastive", [*CONTRASTIVE, *MOCO, "--projection_batch_norm"], 1),
+    "t_moco_two_processes": ("contrastive", [*CONTRASTIVE, *MOCO], 2),
+    "t_simclr_two_processes": ("contrastive", CONTRASTIVE, 2),
+    "t_simclr_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS], 1),
+    "t_simclr_stream_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS, "--streaming"], 1),
+    "dae_vq": ("dae_vq", STAGES, 1),
+    "dae_vq_two_processes": ("dae_vq", STAGES, 2),
+    "dae_vq_two_workers": ("dae_vq", [*STAGES, *TWO_WORKERS], 1),
+    "dae_dit": ("dae_dit", DIT, 1),
+    "dae_dit_two_processes": ("dae_dit", DIT, 2),
+    "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
+}
+FAST = ["t_simclr", "t_moco", "t_simclr_two_processes", "t_simclr_stream_two_workers", "dae_vq", "dae_dit"]
+
+
+def weights(folder: Path) -> dict:
+    """All tensors of all safetensors files below a folder."""
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files, f"no weights in {folder}"
+    return {f"{file.relative_to(folder)}/{k}": v for file in files for k, v in load_file(file).items()}
+
+
+def assert_identical(found: Path, expected: Path) -> None:
+    found, expected = weights(found), weights(expected)
+    assert found.keys() == expected.keys()
+    different = [name for name in expected if not found[name].equal(expected[name])]
+    assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:3]}"
+
+
+def wait_for_checkpoint(launched, folder: Path, count: int) -> None:
+    """Until `count` checkpoints have been seen in any loop of the run, or it has ended."""
+    seen = set()
+    while launched.is_alive() and len(seen) < count:
+        seen |= {str(path) for path in folder.rglob("step-*")}
+        time.sleep(0.002)
+
+
+def run_with_kills(launch, script, flags, processes, folder, kills: int, generator: random.Random) -> int:
+    """Start, kill after a random number of checkpoints and milliseconds, resume, ...; returns the kills that struck."""
+    struck = 0
+    argv = [*flags, "--output_dir", folder, "--resume_from_checkpoint", "latest"]
+    for _ in range(kills):
+        launched = launch(script, argv, processes)
+        wait_for_checkpoint(launched, folder / "checkpoints", generator.randint(1, 3))
+        time.sleep(generator.random() * 0.1)
+        struck += launched.is_alive()
+        launched.kill()
+    output = launch(script, argv, processes).wait()
+    assert struck == 0 or "resumed at" in output
+    return struck
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_killed_and_resumed_run_is_bit_identical(name, launch, tmp_path):
+    script, flags, processes = RUNS[name]
+    launch(script, [*flags, "--output_dir", tmp_path / "whole"], processes).wait()
+    struck = run_with_kills(launch, script, flags, processes, tmp_path / "killed", 2, random.Random(name))
+    assert struck >= 1, "no kill came in time"
+    assert_identical(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_ten_kills_leave_no_trace(name, launch, tmp_path):
+    script, flags, processes = RUNS[name]
+    launch(script, [*flags, "--output_dir", tmp_path / "whole"], processes).wait()
+    struck = run_with_kills(launch, script, flags, processes, tmp_path / "killed", 10, random.Random(name))
+    assert struck >= 2, "no kill came in time"
+    assert_identical(tmp_path / "killed", tmp_path / "whole")
+    print(f"{name}: {struck} kills struck")
+
+
+def test_two_processes_really_were_two(launch, tmp_path):
+    output = launch("contrastive", [*CONTRASTIVE, "--output_dir", tmp_path, "--num_processes", 2], 2).wait()
+    assert "knn_top1" in output
+
+
+def test_resume_refuses_other_settings(launch, tmp_path):
+    script, flags, _ = RUNS["t_simclr"]
+    launch(script, [*flags, "--output_dir", tmp_path]).wait()
+    changed = [*flags, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", "0.1"]
+    with pytest.raises(AssertionError, match="learning_rate: 0.002 -> 0.1"):
+        launch(script, changed).wait()
+
+
+def test_latest_starts_afresh_without_checkpoint_and_second_run_needs_overwrite(launch, tmp_path):
+    script, flags, _ = RUNS["t_simclr"]
+    flags = [*flags, "--output_dir", tmp_path]
+    assert "starting afresh" in launch(script, [*flags, "--resume_from_checkpoint", "latest"]).wait()
+    with pytest.raises(AssertionError, match="--overwrite"):
+        launch(script, flags).wait()
+    launch(script, [*flags, "--overwrite"]).wait()

@@ -1,0 +1,302 @@
+"""The whole chain on scikit-learn's digits, on a CPU, in minutes: encoders, autoencoders, latent DiT, judged.
+
+    make demo          # or: hf-dpssl demo --output_dir outputs/demo
+
+Writes encoder/, autoencoder/ and dit/ (complete checkpoint folders), comparison/ (the runs they are
+compared with), samples.png, reconstructions.png, map.png and report.json; prints a short table.
+Every figure is on the 360 held-out images; a target that is missed is printed as missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import time
+from pathlib import Path
+
+import contrastive
+import dae_dit
+import dae_vq
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from hf_dpssl import SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline, keyed_random
+from hf_dpssl.data import load_images
+from hf_dpssl.evaluation import class_consistency, copies, diversity, knn, psnr
+from hf_dpssl.image_table import ImageTable
+from hf_dpssl.plots import plot_map, save_grid
+from hf_dpssl.recipe import find_recipe
+from hf_dpssl.results import write_results
+
+IMAGE_SIZE = 16
+NUM_SAMPLES = 300
+KNN = {"k": 20, "metric": "euclidean"}
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run the demo; returns the folder with report.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="outputs/demo", help="folder of the results; an older demo is replaced")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--recipe", default="demo", help="recipe with the numbers of steps")
+    args = parser.parse_args(argv)
+    folder = Path(args.output_dir)
+    for old in ("encoder", "autoencoder", "dit", "comparison", "checkpoints", "latents", "logs"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    steps, watch = read_steps(args.recipe), Stopwatch()
+    base = ["--output_dir", str(folder), "--seed", str(args.seed), "--checkpointing_steps", "100000"]
+
+    images = load_splits()
+    report: dict = {}
+    with watch("encoders"):
+        encoders = train_encoders(base, steps)
+    with watch("map and kNN"):
+        report |= judge_encoders(encoders, images, folder / "map.png")
+    with watch("autoencoders"):
+        autoencoders = train_autoencoders(base, steps)
+        report |= judge_autoencoders(autoencoders, images, folder / "reconstructions.png")
+    with watch("latent DiT"):
+        dae_dit.main([*base, "--autoencoder", str(folder / "autoencoder"), "--max_train_steps", str(steps["dit"])])
+    with watch("samples"):
+        report |= judge_samples(folder / "dit", folder / "autoencoder", images, steps, args.seed)
+        shutil.copyfile(folder / "dit" / "samples.png", folder / "samples.png")
+    shutil.rmtree(folder / "checkpoints")
+
+    targets = check_targets(report)
+    samples = {"train": len(images["train"]), "held_out": len(images["held_out"]), "generated": NUM_SAMPLES}
+    timing = {"seconds": watch.seconds | {"total": round(sum(watch.seconds.values()), 1)}}
+    write_results(
+        folder / "report.json", report | timing, dataset="digits", seed=args.seed, samples=samples,
+        targets=targets, knn=KNN, recipe=steps,
+    )  # fmt: skip
+    print_table(report, targets, watch.seconds, folder)
+    return folder
+
+
+def read_steps(recipe: str) -> dict:
+    """Numbers of steps and epochs of the demo, from a recipe file."""
+    import yaml
+
+    return yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
+
+
+class Stopwatch:
+    """`with watch("name")`: seconds of each part."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str):
+        self.name, self.start = name, time.perf_counter()
+        print(f"\n== {name}")
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.seconds[self.name] = round(time.perf_counter() - self.start, 1)
+
+
+def load_splits() -> dict[str, Tensor]:
+    """Images (N, 3, 16, 16) in [0, 1] and classes of both splits, plain and randomly shifted and rotated."""
+    data, images = load_images("digits"), {}
+    for name, split, offset in (("train", data.train, 0), ("held_out", data.evaluation, 100_000)):
+        table = ImageTable(data, split, IMAGE_SIZE)
+        table.preload(2**30, show_progress=False)
+        images[name], images[f"{name}_classes"] = table.images / 255, table.labels
+        images[f"{name}_moved"] = shift_and_rotate(images[name], torch.arange(len(table)) + offset)
+    return images
+
+
+def shift_and_rotate(images: Tensor, sample_ids: Tensor, seed: int = 1, shift: float = 2, angle: float = 20) -> Tensor:
+    """Images (N, C, H, W) moved by up to `shift` pixels each way and `angle` degrees, zeros outside."""
+    draws = 2 * keyed_random.uniform(sample_ids, 3, seed=seed, stream="shift and rotate") - 1
+    turn = draws[:, 0] * math.radians(angle)
+    offset = draws[:, 1:] * 2 * shift / images.shape[-1]
+    rows = [
+        torch.stack([turn.cos(), -turn.sin(), offset[:, 0]], dim=1),
+        torch.stack([turn.sin(), turn.cos(), offset[:, 1]], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def train_encoders(base: list[str], steps: dict) -> dict[int, Path]:
+    """t-SimCLR encoders with 32-d and 2-d embeddings: {dimension: folder}."""
+    dof = {2: "1"}  # in the plane the tails of t-SNE
+    return {
+        dimension: contrastive.main(
+            [*base, "--name", name, "--projection_dim", str(dimension), "--dof", dof.get(dimension, "5"),
+             "--num_train_epochs", str(steps[f"encoder_{dimension}d_epochs"])]
+        )
+        for dimension, name in ((32, "encoder"), (2, "comparison/encoder-2d"))
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def judge_encoders(folders: dict[int, Path], images: dict[str, Tensor], picture: Path) -> dict:
+    """kNN accuracy of embeddings, PCA, the untrained encoder and raw pixels; writes the 2-d map."""
+
+    def accuracy(represent, moved: bool) -> float:
+        suffix = "_moved" if moved else ""
+        bank, query = represent(images[f"train{suffix}"], images[f"held_out{suffix}"])
+        return knn(bank, images["train_classes"], query, images["held_out_classes"], **KNN)["knn_top1"]
+
+    def both(represent) -> dict[str, float]:
+        return {"plain": accuracy(represent, False), "moved": accuracy(represent, True)}
+
+    def with_model(model):
+        return lambda *parts: [model((part - 0.5) / 0.5).embeddings for part in parts]
+
+    def with_pca(dimension: int):
+        def represent(bank, query):
+            pca = PCA(dimension, random_state=0).fit(bank.flatten(1).numpy())
+            return [torch.from_numpy(pca.transform(part.flatten(1).numpy())) for part in (bank, query)]
+
+        return represent
+
+    report = {"knn_raw_pixels": both(lambda *parts: [part.flatten(1) for part in parts])}
+    for dimension, folder in folders.items():
+        trained = SimCLRForPreTraining.from_pretrained(folder / "pretraining").eval()
+        torch.manual_seed(0)
+        untrained = SimCLRForPreTraining(trained.config).eval()
+        entries = {"t_simclr": with_model(trained), "pca": with_pca(dimension), "untrained": with_model(untrained)}
+        report[f"knn_{dimension}d"] = {name: both(represent) for name, represent in entries.items()}
+        if dimension == 2:
+            classes, maps = images["held_out_classes"].numpy(), {}
+            for title, name in (("PCA", "pca"), ("t-SimCLR", "t_simclr")):
+                _, points = entries[name](images["train"], images["held_out"])
+                score = report["knn_2d"][name]["plain"]
+                maps[f"{title}, held-out digits in 2-d\nkNN accuracy {score:.1f} %"] = (points.numpy(), classes)
+            plot_map(maps, [str(digit) for digit in range(10)], picture)
+    return report
+
+
+def train_autoencoders(base: list[str], steps: dict) -> dict[str, Path]:
+    """DAE, joint at equal total and at equal encoder steps, and joint without quantiser: {name: folder}."""
+    stages = ["--stage_1_steps", str(steps["stage_1"]), "--stage_2_steps", str(steps["stage_2"])]
+    runs = {
+        "dae": ["--name", "autoencoder"],
+        "joint_equal_total_steps": ["--scheme", "joint", "--name", "comparison/joint-total"],
+        "joint_equal_encoder_steps": ["--scheme", "joint", "--budget", "encoder", "--name", "comparison/joint-encoder"],
+        "without_quantizer": ["--scheme", "joint", "--quantizer", "none", "--name", "comparison/no-quantizer"],
+    }
+    return {name: dae_vq.main([*base, *stages, *flags]) for name, flags in runs.items()}
+
+
+@torch.no_grad()
+def judge_autoencoders(folders: dict[str, Path], images: dict[str, Tensor], picture: Path) -> dict:
+    """PSNR of every run and code statistics of the DAE; writes originals and reconstructions, a row each."""
+    held_out = images["held_out"] * 2 - 1
+    report, rows = {"reconstruction_psnr": {}}, [held_out[:10]]
+    for name, folder in folders.items():
+        autoencoder = VQAutoencoder.from_pretrained(folder).eval()
+        reconstructions = autoencoder(held_out).pixel_values.clamp(-1, 1)
+        report["reconstruction_psnr"][name] = psnr(held_out, reconstructions)["psnr"]
+        rows.append(reconstructions[:10])
+        if name == "dae":
+            metrics = autoencoder.config.dpssl["metrics"]
+            report |= {key: metrics[key] for key in ("code_usage", "code_perplexity", "dead_codes")}
+    save_grid(torch.cat(rows), picture, columns=10, min_side=64)
+    return report
+
+
+def train_classifier(images: dict[str, Tensor], epochs: int) -> nn.Module:
+    """A small convolutional classifier of real training digits, slightly moved in each epoch; input in [0, 1]."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels_in, channels, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2)):
+        layers += [nn.Conv2d(channels_in, channels, 3, stride, 1), nn.BatchNorm2d(channels), nn.ReLU()]
+    classifier = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 10))
+    train, classes = images["train"], images["train_classes"]
+    batches = len(train) // 64
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+    for epoch in range(epochs):
+        order = keyed_random.permutation(len(train), seed=0, epoch=epoch)
+        for rows in order[: batches * 64].view(batches, 64):
+            moved = shift_and_rotate(train[rows], rows + 10_000 * epoch, seed=2, shift=1, angle=10)
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(moved), classes[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return classifier.eval()
+
+
+@torch.no_grad()
+def judge_samples(dit: Path, autoencoder: Path, images: dict[str, Tensor], steps: dict, seed: int) -> dict:
+    """Class consistency with floor and ceiling, copies and diversity of the first 300 samples of the seed."""
+    with torch.enable_grad():
+        classifier = train_classifier(images, steps["classifier_epochs"])
+    held_out, classes = images["held_out"], images["held_out_classes"]
+    pipeline = VQDiTPipeline.from_pretrained(dit)
+    pipeline.set_progress_bar_config(disable=True)
+    ids = torch.arange(NUM_SAMPLES) % 10
+
+    def sample(labels, **options) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        options |= {"num_inference_steps": 25, "generator": generator, "output_type": "pt"}
+        return pipeline(labels, **options).images
+
+    unguided, guided = sample(ids.tolist(), guidance_scale=1.0), sample(ids.tolist(), guidance_scale=2.0)
+    unconditional = sample(None, num_images=NUM_SAMPLES)
+    vae = VQAutoencoder.from_pretrained(autoencoder).eval()
+    reconstructed = (vae(held_out * 2 - 1).pixel_values / 2 + 0.5).clamp(0, 1)
+
+    def consistency(pictures: Tensor, wanted: Tensor) -> float:
+        return class_consistency(classifier(pictures), wanted)["class_consistency"]
+
+    report = {
+        "classifier_accuracy": consistency(held_out, classes),
+        "class_consistency": consistency(unguided, ids),
+        "class_consistency_guided": consistency(guided, ids),
+        "class_consistency_floor": consistency(unconditional, ids),
+        "class_consistency_ceiling": consistency(reconstructed, classes),
+    }
+    for suffix, pictures in (("", unguided), ("_guided", guided)):
+        report[f"copies{suffix}"] = copies(pictures, images["train"], held_out)["copies"]
+        report[f"diversity{suffix}"] = diversity(pictures, ids, held_out, classes)["diversity"]
+    return report
+
+
+def check_targets(report: dict) -> dict[str, dict]:
+    """Each target of the demo with the value reached and whether it was met."""
+    plane, space = report["knn_2d"], report["knn_32d"]
+    limits = [
+        ("knn_2d t-SimCLR above PCA, plain digits", plane["t_simclr"]["plain"], ">", plane["pca"]["plain"]),
+        ("knn_2d t-SimCLR above PCA, moved digits", plane["t_simclr"]["moved"], ">", plane["pca"]["moved"]),
+        ("knn_32d above raw pixels, moved digits", space["t_simclr"]["moved"], ">", report["knn_raw_pixels"]["moved"]),
+        ("code_usage, percent", report["code_usage"], ">=", 60.0),
+        ("code_perplexity", report["code_perplexity"], ">=", 64.0),
+        ("classifier_accuracy, percent", report["classifier_accuracy"], ">=", 98.0),
+        ("class_consistency_guided, percent", report["class_consistency_guided"], ">=", 97.0),
+        ("class_consistency, percent", report["class_consistency"], ">=", 90.0),
+        ("copies, percent", report["copies"], "<=", 5.0),
+        ("copies_guided, percent", report["copies_guided"], "<=", 5.0),
+        ("diversity, of real", report["diversity"], ">=", 0.8),
+        ("diversity_guided, of real", report["diversity_guided"], ">=", 0.8),
+    ]
+    compare = {">": float.__gt__, ">=": float.__ge__, "<=": float.__le__}
+    return {
+        name: {"value": value, "target": f"{sign} {limit:.4g}", "met": compare[sign](float(value), float(limit))}
+        for name, value, sign, limit in limits
+    }
+
+
+def print_table(report: dict, targets: dict[str, dict], seconds: dict[str, float], folder: Path) -> None:
+    """The report in short."""
+    print("\n== report, on held-out digits")
+    for name, entry in targets.items():
+        print(f"{'ok    ' if entry['met'] else 'MISSED'} {name:<45} {entry['value']:>7.2f}   target {entry['target']}")
+    decibels = ", ".join(f"{name} {value:.1f}" for name, value in report["reconstruction_psnr"].items())
+    print(f"reconstruction PSNR in dB: {decibels}")
+    print(f"seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}")
+    print(f"see {folder}/samples.png, reconstructions.png, map.png, report.json")
+
+
+if __name__ == "__main__":
+    main()
