@@ -5,7 +5,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from datasets import ClassLabel, Value
-from pictures import encoded, noise, row, write_parquet
+from pictures import encoded, row, write_parquet
 from sklearn.datasets import load_digits
 
 from hf_dpssl.data import TABLE, load_images
@@ -295,9 +295,3 @@ def test_local_set_loads_with_its_classes_and_readable_pictures(data_folder, nam
     assert len(data.train) > len(data.evaluation) > 0
     size = np.asarray(decode_image(data.train[0][data.image_column])).shape
     assert len(size) == 3 and size[2] == 3 and min(size[:2]) >= 28
-
-
-def test_noise_pictures_survive_a_parquet_file_unchanged(tmp_path):
-    data = load_images(str(write_parquet(tmp_path / "set.parquet", [row(seed) for seed in range(10)])))
-    found = {decode_image(r["image"]).tobytes() for split in (data.train, data.evaluation) for r in split}
-    assert found == {noise(seed).tobytes() for seed in range(10)}
