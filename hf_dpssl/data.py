@@ -88,7 +88,7 @@ TABLE = {
     ),
     "cifar10-jpeg": _local("cifar10-jpeg", 32, "natural", _RESEARCH, _CIFAR),
     "cifar10-jpeg-small": _local("cifar10-jpeg-small", 32, "natural", _RESEARCH, _CIFAR),
-    "mnist-m-small": _local("mnist-m-small", 32, "digits", "non-commercial research"),
+    "mnist-m-small": _local("mnist-m-small", 32, "digits-on-photos", "non-commercial research"),
     "pacs-64px": _local("pacs-64px", 64, "natural", "research use, cite Li et al. 2017"),
     "tiny-imagenet-20c": _local("tiny-imagenet-20c", 64, "natural", "ImageNet terms, non-commercial research"),
     "caltech101-20c": _local("caltech101-20c", 128, "natural", "CC BY 4.0"),

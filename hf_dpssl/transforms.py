@@ -28,7 +28,9 @@ class Augmentation:
     """What a random view may differ in; a strength of 0 switches its part off.
 
     crop_scale: area of the crop, as a share of the image. crop_ratio: its width / height.
-    flip: probability of a mirror image. rotation: largest angle in degrees.
+    translation: largest shift of the crop each way, as a share of the image's side; rotation: largest angle
+    in degrees; padding: what lies beyond the image, its "border" pixels or "zeros" (black).
+    flip: probability of a mirror image.
     jitter: probability of colour jitter; brightness, contrast, saturation: factors in [1 - s, 1 + s];
     hue: shift in [-h, h] turns, at most 0.5. grey: probability of grey.
     blur: probability of a Gaussian blur with sigma in [0.1, 2] pixels.
@@ -38,6 +40,8 @@ class Augmentation:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     rotation: float = 0.0
+    translation: float = 0.0
+    padding: str = "border"
     jitter: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
@@ -58,6 +62,10 @@ class Augmentation:
         for name in ("brightness", "contrast", "saturation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a strength in [0, 1], got {getattr(self, name)}.")
+        if self.padding not in ("border", "zeros"):
+            raise ValueError(f"padding must be 'border' or 'zeros', got {self.padding!r}.")
+        if not 0 <= self.translation <= 1:
+            raise ValueError(f"translation is a share of the image's side in [0, 1], got {self.translation}.")
         if not 0 <= self.rotation <= 180:
             raise ValueError(f"rotation lies in [0, 180] degrees, got {self.rotation}.")
         if not 0 <= self.hue <= 0.5:
@@ -66,13 +74,19 @@ class Augmentation:
 
 NATURAL = Augmentation()
 IMAGENET = replace(NATURAL, blur=0.5)
-# Neither a mirror image nor another hue nor a grey copy of a digit is the same digit seen again.
+# Neither a mirror image nor another hue nor a grey copy of a digit is the same digit seen again, but one that stands
+# elsewhere is. Digits on black are black beyond the edge.
 DIGITS = Augmentation(
-    crop_scale=(0.5, 1.0), flip=0.0, rotation=20.0, jitter=0.0, hue=0.0, grey=0.0, crop_ratio=(0.8, 1.25)
-)
+    crop_scale=(0.7, 1.0), crop_ratio=(0.8, 1.25), flip=0.0, rotation=20.0, translation=0.1, padding="zeros",
+    jitter=0.0, hue=0.0, grey=0.0,
+)  # fmt: skip
+DIGITS_ON_PHOTOS = replace(DIGITS, padding="border")
 TEXTURES = replace(NATURAL, blur=0.5)
 FACES = replace(NATURAL, crop_scale=(0.5, 1.0), blur=0.5)
-PRESETS = {"natural": NATURAL, "imagenet": IMAGENET, "digits": DIGITS, "textures": TEXTURES, "faces": FACES}
+PRESETS = {
+    "natural": NATURAL, "imagenet": IMAGENET, "textures": TEXTURES, "faces": FACES,
+    "digits": DIGITS, "digits-on-photos": DIGITS_ON_PHOTOS,
+}  # fmt: skip
 
 
 def crop_boxes(augmentation: Augmentation, draws: Tensor) -> Tensor:
@@ -116,7 +130,7 @@ class TwoViews:
 
     def _view(self, images: Tensor, sample_ids: Tensor, epoch: int, view: int) -> Tensor:
         a, u = self.augmentation, self.draws(sample_ids, epoch, view)
-        images = move(images, a, u[:, :6], self.crop)
+        images = move(images, a, torch.cat([u[:, :6], u[:, 14:16]], dim=1), self.crop)
         if a.jitter > 0:
             images = torch.where(_chosen(u[:, 6], a.jitter), jitter(images, a, u[:, 7:11]), images)
         if a.grey > 0:
@@ -133,15 +147,17 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def move(images: Tensor, augmentation: Augmentation, draws: Tensor, crop: bool = True) -> Tensor:
-    """Crop, flip and rotation in one resampling (bilinear, border pixels repeated).
+    """Crop, flip, rotation and translation in one bilinear resampling.
 
-    images: (B, C, H, W) in [0, 1]; draws: (B, 6) uniform: area, ratio, x, y, flip, angle.
+    images: (B, C, H, W) in [0, 1]; draws: (B, 8) uniform: area, ratio, x, y, flip, angle, translation in x and y.
     """
     a, size = augmentation, len(images)
     box = crop_boxes(a, draws[:, :4]) if crop else torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(size, 4).to(draws)
-    if not crop and a.flip == 0 and a.rotation == 0:
+    if not crop and a.flip == a.rotation == a.translation == 0:
         return images
     centre_x, centre_y = box[:, 0] + box[:, 2] - 1, box[:, 1] + box[:, 3] - 1  # in [-1, 1]
+    centre_x = centre_x + 2 * a.translation * (2 * draws[:, 6] - 1)
+    centre_y = centre_y + 2 * a.translation * (2 * draws[:, 7] - 1)
     half_width, half_height = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
     sign = torch.where(draws[:, 4] < a.flip, -1.0, 1.0)
     angle = (2 * draws[:, 5] - 1) * math.radians(a.rotation)
@@ -149,7 +165,7 @@ def move(images: Tensor, augmentation: Augmentation, draws: Tensor, crop: bool =
     row_x = torch.stack([half_width * cos * sign, -half_height * sin, centre_x], dim=1)
     row_y = torch.stack([half_width * sin * sign, half_height * cos, centre_y], dim=1)
     grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=a.padding, align_corners=False)
 
 
 def jitter(images: Tensor, augmentation: Augmentation, draws: Tensor) -> Tensor:

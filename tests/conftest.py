@@ -27,6 +27,7 @@ def _run_script(script: str, argv: list[str], environment: dict[str, str], log: 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         sys.path.insert(0, str(REPOSITORY / "training"))
+        sys.argv = [f"{script}.py", *argv]
         try:
             module = __import__(script)
             module.main(argv)

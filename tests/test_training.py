@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from hf_dpssl import MoCoForPreTraining, VQAutoencoder, VQDiTPipeline
+from hf_dpssl import ContrastiveEncoder, MoCoForPreTraining, VQAutoencoder, VQDiTPipeline
 
 SMALL_DIT = ["--width", 32, "--num_layers", 2, "--sampling_steps", 2, "--batch_size", 32]
 SHORT_STAGES = ["--stage_1_steps", 4, "--stage_2_steps", 4]
@@ -36,7 +36,8 @@ def test_contrastive_script_writes_a_complete_folder(launch, tmp_path):
     results = read(folder / "results.json")
     assert 0 <= results["metrics"]["knn_top1"] <= 100
     assert results["dataset"] == "digits" and results["samples"]["evaluation"] == 360 and results["seed"] == 0
-    assert "torch" in results["environment"]["libraries"] and "contrastive" in results["command"] or results["command"]
+    assert "torch" in results["environment"]["libraries"]
+    assert results["command"].startswith("contrastive.py --output_dir") and "--max_train_steps 4" in results["command"]
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["batch_size"] == 64
     card = (folder / "README.md").read_text()
     assert f"{results['metrics']['knn_top1']:.4g}" in card and "AutoModel.from_pretrained" in card
@@ -52,6 +53,20 @@ def test_moco_trains_and_fills_its_queue(launch, tmp_path):
     assert int(model.queue_filled) == 192
     torch.testing.assert_close(model.queue[:192].norm(dim=1), torch.ones(192))
     assert bool((model.queue[192:] == 0).all())
+
+
+def test_run_starts_from_a_given_encoder_and_refuses_another_architecture(launch, tmp_path):
+    flags = ["--max_train_steps", 1, "--batch_size", 16, "--output_dir", tmp_path]
+    launch("contrastive", [*flags, "--name", "first"]).wait()
+    start = ["--init_encoder", tmp_path / "first", "--learning_rate", 0, "--weight_decay", 0]
+    queue = ["--negatives", "queue", "--normalization", "anchor", "--momentum", 0.5, "--queue_size", 64]
+    launch("contrastive", [*flags, "--name", "second", "--seed", 7, *start, *queue]).wait()
+    first = dict(ContrastiveEncoder.from_pretrained(tmp_path / "first").named_parameters())
+    second = MoCoForPreTraining.from_pretrained(tmp_path / "second" / "pretraining")
+    for backbone in (second.encoder, second.key_encoder):
+        assert all(first[name].equal(value) for name, value in backbone.named_parameters())
+    with pytest.raises(AssertionError, match="pass its --architecture and --model_args"):
+        launch("contrastive", [*flags, "--name", "third", *start, "--architecture", "resnet18"]).wait()
 
 
 def test_bf16_on_the_cpu_trains_and_keeps_weights_and_codebook_float32(launch, tmp_path):

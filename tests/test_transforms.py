@@ -81,16 +81,28 @@ def test_blur_equals_torchvision_with_a_kernel_of_a_tenth(size, kernel):
 
 
 def test_flip_equals_torchvision():
-    close(move(unit(), replace(OFF, flip=1), draws(8, 6), crop=False), F.horizontal_flip(unit()))
+    close(move(unit(), replace(OFF, flip=1), draws(8, 8), crop=False), F.horizontal_flip(unit()))
 
 
 @pytest.mark.parametrize("crop", [False, True])
 def test_rotation_equals_torchvision_where_no_border_is_seen(crop):
-    images, u = unit(8, 33), draws(8, 6)
+    images, u = unit(8, 33), draws(8, 8)
     degrees = 30 * (2 * u[:, 5] - 1)
     expected = each(images, lambda image, angle: F.rotate(image, angle, BILINEAR), degrees)
     inside = (slice(None), slice(None), slice(7, -7), slice(7, -7))
     close(move(images, replace(OFF, rotation=30), u, crop)[inside], expected[inside], 1e-4)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.parametrize("right, down", [(3, -2), (-4, 4), (0, 1)])
+def test_translation_equals_torchvision_with_black_outside(right, down, crop):
+    images, u = unit(8, 20), draws(8, 8)
+    u[:, 6], u[:, 7] = 0.5 - right / 8, 0.5 - down / 8  # of at most 4 pixels
+    expected = F.affine(images, angle=0, translate=[right, down], scale=1, shear=[0], interpolation=BILINEAR)
+    close(move(images, replace(OFF, translation=0.2, padding="zeros"), u, crop), expected, 1e-5)
+    bordered = move(images, replace(OFF, translation=0.2), u, crop)
+    edge = 0 if right >= 0 else -1
+    assert torch.isin(bordered[..., edge].round(decimals=4), images[..., edge].round(decimals=4)).all()
 
 
 def draws_of_box(augmentation, left, top, width, height, size):
@@ -99,7 +111,7 @@ def draws_of_box(augmentation, left, top, width, height, size):
     area, ratio = width * height / size**2, width / height
     along = (math.log(ratio) - math.log(narrow)) / (math.log(wide) - math.log(narrow))
     place = [offset / (size - side) if side < size else 0 for offset, side in ((left, width), (top, height))]
-    return torch.tensor([[(area - low) / (high - low), along, *place, 0.5, 0.5]])
+    return torch.tensor([[(area - low) / (high - low), along, *place, 0.5, 0.5, 0.5, 0.5]])
 
 
 BOXES = [(4, 8, 16, 16), (0, 0, 16, 16), (16, 16, 16, 16), (3, 5, 24, 20), (10, 2, 18, 24), (0, 0, 32, 32)]
@@ -107,7 +119,7 @@ BOXES = [(4, 8, 16, 16), (0, 0, 16, 16), (16, 16, 16, 16), (3, 5, 24, 20), (10, 
 
 @pytest.mark.parametrize("left, top, width, height", BOXES)
 def test_crop_equals_torchvision_resized_crop_inside(left, top, width, height):
-    """At the edge of the crop torchvision repeats its last pixel, where we see the picture's next one."""
+    """At its edge torchvision repeats the last pixel, where we see the picture's next one."""
     images = unit(4, 32)
     augmentation = replace(OFF, crop_scale=(0.2, 1), crop_ratio=(3 / 4, 4 / 3))
     u = draws_of_box(augmentation, left, top, width, height, 32)
@@ -123,7 +135,7 @@ def test_crop_equals_torchvision_resized_crop_inside(left, top, width, height):
 
 
 def test_mirrored_crop_is_the_mirror_image_of_the_crop():
-    images, u = unit(), draws(8, 6)
+    images, u = unit(), draws(8, 8)
     augmentation = replace(OFF, crop_scale=(0.2, 1), crop_ratio=(3 / 4, 4 / 3))
     expected = F.horizontal_flip(move(images, augmentation, u))
     close(move(images, replace(augmentation, flip=1), u), expected)
@@ -255,6 +267,7 @@ def test_digits_are_never_mirrored_recoloured_or_made_grey():
         (dict(grey=2), "grey"), (dict(blur=-1), "blur"), (dict(hue=0.6), "hue .*0.6"), (dict(hue=-0.1), "hue"),
         (dict(brightness=-0.4), "brightness"), (dict(contrast=1.1), "contrast"), (dict(saturation=2), "saturation"),
         (dict(rotation=-10), "rotation"), (dict(rotation=270), "rotation .*270"), (dict(flip=math.nan), "flip"),
+        (dict(translation=1.5), "translation .*1.5"), (dict(padding="mirror"), "padding .*'mirror'"),
     ],
 )  # fmt: skip
 def test_strength_out_of_range_is_refused(strength, message):

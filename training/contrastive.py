@@ -23,7 +23,12 @@ from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.evaluation import knn
 from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_contrastive import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl.modeling_contrastive import (
+    ContrastiveConfig,
+    ContrastiveEncoder,
+    MoCoForPreTraining,
+    SimCLRForPreTraining,
+)
 from hf_dpssl.plots import plot_curves
 from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.results import write_results
@@ -40,12 +45,13 @@ class ContrastiveArguments(RunArguments):
     kernel: str = option("student_t", "similarity of embeddings", choices=["cosine", "student_t"])
     normalization: str = option("joint", "denominator over all pairs or per anchor", choices=["joint", "anchor"])
     feature_norm: str = option("none", "normalisation of embeddings", choices=["l2", "batch", "none"])
-    temperature: float = option(8.0, "divides the cosine or the squared distance")
+    temperature: float = option(2.0, "divides the cosine or the squared distance")
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
     queue_size: int = option(65536, "negatives of MoCo")
     momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
     architecture: str = option("resnet10t", "timm model")
     model_args: str | None = option('{"channels": [32, 64, 128, 256]}', "JSON keyword arguments of timm.create_model")
+    init_encoder: str | None = option(None, "folder or Hub id of an encoder of this architecture to start from")
     stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=["timm", "small_image"])
     projection_dim: int = option(32, "dimension of the embeddings")
     projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
@@ -144,7 +150,22 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
             "projection_hidden_dim projection_layers projection_batch_norm".split()
         },
     )
-    return (MoCoForPreTraining if args.negatives == "queue" else SimCLRForPreTraining)(config)
+    model = (MoCoForPreTraining if args.negatives == "queue" else SimCLRForPreTraining)(config)
+    if args.init_encoder:
+        start_from(model, ContrastiveEncoder.from_pretrained(args.init_encoder))
+    return model
+
+
+def start_from(model: SimCLRForPreTraining | MoCoForPreTraining, encoder: ContrastiveEncoder) -> None:
+    """Copy the weights of a trained encoder into the backbone, and of MoCo into both; ValueError when they differ."""
+    for backbone in [model.encoder, *([model.key_encoder] if isinstance(model, MoCoForPreTraining) else [])]:
+        try:
+            backbone.load_state_dict(encoder.state_dict())
+        except RuntimeError as error:
+            given, wanted = (f"{config.architecture} {config.model_args}" for config in (encoder.config, model.config))
+            raise ValueError(
+                f"--init_encoder holds {given}, the run asks for {wanted}: pass its --architecture and --model_args."
+            ) from error
 
 
 def make_optimizer(args: ContrastiveArguments, model) -> torch.optim.Optimizer:
