@@ -58,14 +58,10 @@ def k_means(vectors: Tensor, num_codes: int, iterations: int = 10) -> Tensor:
 
 def code_statistics(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """How often each code is used (K,), and the sum of its vectors (K, D)."""
-    counts, sums = vectors.new_zeros(num_codes), vectors.new_zeros(num_codes, vectors.shape[1])
-    rows = max(1, _MAX_CHUNK_ELEMENTS // num_codes)
-    for part, part_codes in zip(vectors.split(rows), codes.split(rows), strict=True):
-        # A product with one-hot rows is deterministic on a GPU too, where index_add is not.
-        one_hot = F.one_hot(part_codes, num_codes).to(vectors.dtype)
-        counts += one_hot.sum(0)
-        sums.addmm_(one_hot.T, part)
-    return counts, sums
+    counts = torch.bincount(codes, minlength=num_codes)
+    by_code = vectors[codes.argsort(stable=True)]
+    # Deterministic on a GPU too, where index_add is not.
+    return counts.to(vectors.dtype), torch.segment_reduce(by_code, "sum", lengths=counts)
 
 
 class VectorQuantizer(nn.Module):

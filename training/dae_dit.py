@@ -50,13 +50,13 @@ class DiTArguments(RunArguments):
     patch_size: int = option(2, "latent cells per token and side")
     objective: str = option("flow", "what is predicted", choices=["flow", "epsilon", "v_prediction"])
     class_dropout: float = option(0.1, "share of images whose label is dropped, for classifier-free guidance")
-    ema_decay: float = option(0.995, "share of the old averaged weights kept at each step")
-    max_train_steps: int = option(1600, "optimiser steps")
+    ema_decay: float = option(0.998, "share of the old averaged weights kept at each step")
+    max_train_steps: int = option(2400, "optimiser steps")
     learning_rate: float = option(2e-3, "peak learning rate")
     weight_decay: float = option(0.0, "weight decay")
     warmup_steps: int = option(50, "steps of linear warm-up")
     sampling_steps: int = option(25, "denoising steps of the sample grids")
-    guidance_scale: float = option(2.0, "guidance of the guided sample grid")
+    guidance_scale: float = option(1.5, "guidance of the guided sample grid")
 
     def __post_init__(self):
         super().__post_init__()

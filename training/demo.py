@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> Path:
         dae_dit.main([*base, "--autoencoder", str(folder / "autoencoder"), "--max_train_steps", str(steps["dit"])])
     with watch("samples"):
         report |= judge_samples(folder / "dit", folder / "autoencoder", images, steps, args.seed)
-        shutil.copyfile(folder / "dit" / "samples-unguided.png", folder / "samples.png")
+        shutil.copyfile(folder / "dit" / "samples.png", folder / "samples.png")
     shutil.rmtree(folder / "checkpoints")
 
     targets = check_targets(report)
@@ -126,7 +126,7 @@ def shift_and_rotate(images: Tensor, sample_ids: Tensor, seed: int = 1, shift: f
 
 
 def train_encoders(base: list[str], steps: dict) -> dict[int, Path]:
-    """t-SimCLR with 32-d and 2-d embeddings, {dimension: folder}; the map starts from the 32-d run, as t-SimCNE does."""
+    """t-SimCLR with 32-d and 2-d embeddings: {dimension: folder}. The map starts from the 32-d run, as in t-SimCNE."""
     space = contrastive.main([*base, "--num_train_epochs", str(steps["encoder_32d_epochs"])])
     options = ["--projection_dim", "2", "--dof", "1", "--temperature", "0.5", "--init_encoder", str(space)]
     options += ["--name", "comparison/encoder-2d", "--num_train_epochs", str(steps["encoder_2d_epochs"])]

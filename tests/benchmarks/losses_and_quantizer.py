@@ -43,7 +43,7 @@ def loss_rows(pairs: int) -> list[tuple[str, str, Callable, Callable, bool]]:
         views.grad = None
         value = loss()
         value.backward()
-        return float(value)
+        return value.item()
 
     ours = {
         "info_nce": partial(backward, lambda: info_nce(*views, temperature=0.5)),
@@ -77,13 +77,13 @@ def queue_row(queue_size: int, batch: int = 256) -> tuple[str, str, Callable, Ca
         value = moco(query, key, queue.clone(), kernel="cosine", temperature=0.2)  # the copy that the model makes
         value.backward()
         enqueue_(queue, cursor, filled, key)
-        return float(value)
+        return value.item()
 
     def theirs() -> float:
         query.grad = None
         value = bank(query, key)
         value.backward()
-        return float(value)
+        return value.item()
 
     return f"MoCo, batch {batch}, queue {queue_size}", "lightly NTXentLoss with memory bank", ours, theirs, False
 
@@ -100,17 +100,17 @@ def quantizer_rows(num_codes: int, channels: int = 64) -> list[tuple[str, str, C
     def ours() -> float:
         output = own(latents)
         (output.quantized.sum() + output.commitment).backward()
-        return float(output.commitment)
+        return output.commitment.item()
 
     def ema_peer() -> float:
         quantized, _, commitment = lucid(flat)
         (quantized.sum() + commitment.sum()).backward()
-        return float(commitment)
+        return commitment.item()
 
     def gradient_peer() -> float:
         quantized, loss, _ = gradient(latents)
         (quantized.sum() + loss).backward()
-        return float(loss)
+        return loss.item()
 
     name = f"quantiser, {num_codes} codes"
     return [

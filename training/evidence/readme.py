@@ -27,7 +27,7 @@ def demo_table(report: dict) -> str:
     lines = ["| measure, on held-out digits | reached | target | |", "|---|---|---|---|"]
     for name, entry in report["targets"].items():
         lines.append(
-            f"| {name} | {entry['value']:.1f} | {entry['target']} | {'met' if entry['met'] else '**missed**'} |"
+            f"| {name} | {entry['value']:.4g} | {entry['target']} | {'met' if entry['met'] else '**missed**'} |"
         )
     lines += ["", "| kNN accuracy, percent | unmoved digits | shifted and rotated digits |", "|---|---|---|"]
     rows = {"raw pixels (256-d)": metrics["knn_raw_pixels"]}
