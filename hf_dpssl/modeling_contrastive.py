@@ -43,8 +43,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         architecture: timm model name.
         model_args: keyword arguments of `timm.create_model`.
         pretrained_cfg: timm's preprocessing entry: input_size, mean, std, interpolation, crop_pct.
-        stem: "timm", or "small_image": 3x3 stride-1 first convolution and no max-pooling, for a
-            timm ResNet on images of about 32 px; stock timm cannot express it.
+        stem: "timm", or "small_image" for a ResNet on images of about 32 px, which stock timm cannot express.
         kernel: "cosine" or "student_t".
         normalization: "anchor" (one denominator per anchor) or "joint" (t-SimCLR; no queue).
         feature_norm: of embeddings: "l2", "batch" (batch norm without affine, t-MoCo-v2) or "none".
@@ -149,10 +148,7 @@ class ContrastiveConfig(TimmWrapperConfig):
 
 @dataclass
 class ContrastiveOutput(ModelOutput):
-    """loss: scalar, None without the second view; embeddings, paired_embeddings: (B, projection_dim).
-
-    features: (B, num_features), pooled backbone output of the first view.
-    """
+    """loss: scalar or None; embeddings, paired_embeddings: (B, projection_dim); features: (B, num_features), pooled."""
 
     loss: Tensor | None = None
     embeddings: Tensor | None = None
@@ -169,6 +165,7 @@ class ContrastiveEncoder(TimmWrapperModel):
     """
 
     config_class = ContrastiveConfig
+    _supports_sdpa = True  # timm dispatches attention itself
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
@@ -225,7 +222,7 @@ class ContrastivePreTrainedModel(PreTrainedModel):
     config_class = ContrastiveConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    _supports_sdpa = True  # as the encoder's parent: timm dispatches attention itself
+    _supports_sdpa = True  # as the encoder
     accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
 
     def __init__(self, config: ContrastiveConfig):
@@ -241,7 +238,9 @@ class ContrastivePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Reached for the heads only, the encoder has its own: torch's defaults, as in the papers' code.
-        if isinstance(module, nn.Linear | nn.BatchNorm1d):
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        loaded = any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
+        if isinstance(module, nn.Linear | nn.BatchNorm1d) and not loaded:
             module.reset_parameters()
 
     @classmethod

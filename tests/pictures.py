@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 from datasets import Dataset, Features, Image
 from PIL import Image as Pillow
 
@@ -36,5 +37,5 @@ def write_parquet(path: Path, images: list, image_column: str = "image", **colum
     path.parent.mkdir(parents=True, exist_ok=True)
     features = Features({image_column: Image()} | {name: feature for name, (_, feature) in columns.items()})
     values = {image_column: images} | {name: list(values) for name, (values, _) in columns.items()}
-    Dataset.from_dict(values, features=features).to_parquet(str(path))
+    pyarrow.parquet.write_table(Dataset.from_dict(values, features=features).data.table, path)
     return path
