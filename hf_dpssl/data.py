@@ -205,22 +205,24 @@ def _load_path(path: Path, streaming: bool) -> dict:
 
 
 def _load(source: str, config: str | None = None, **options) -> dict:
+    if "data_files" in options and "split" not in options:
+        # One by one: together, the class names of the first split would silently become those of all.
+        files = options.pop("data_files").items()
+        return {split: _load(source, data_files={split: file}, split=split, **options) for split, file in files}
     try:
         if "revision" in options:
             builder = datasets.load_dataset_builder(source, config, revision=options["revision"])
             if isinstance(builder, Cache):  # no Hub, and this is the copy cached last, of whatever revision
-                revision = options.pop("revision")
-                source = snapshot_download(source, repo_type="dataset", revision=revision, local_files_only=True)
-        if isinstance(files := options.pop("data_files", None), dict):
-            # One by one: together, the class names of the first split would silently become those of all.
-            return {split: datasets.load_dataset(source, data_files={split: file}, **options)[split]
-                    for split, file in files.items()}  # fmt: skip
+                snapshot = snapshot_download(
+                    source, repo_type="dataset", revision=options["revision"], local_files_only=True
+                )
+                return datasets.load_dataset(snapshot, config, **options | {"revision": None})
         return datasets.load_dataset(source, config, **options)
     except (datasets.exceptions.DatasetsError, ConnectionError, OSError, ValueError) as error:
-        where = options.get("data_dir") or (files if source == "parquet" else None)
+        where = options.get("data_dir") or options.get("data_files", {}).get(options.get("split"))
         advice = "Check that the files can be read, and that each split holds at least one image."
         if where is None:
-            where = f"{source} on {datasets.config.HF_ENDPOINT}"
+            where = f"{source} at revision {options['revision']!r} on {datasets.config.HF_ENDPOINT}"
             advice = "Check the name and the network, log in for a gated or private set, or unset HF_HUB_OFFLINE."
         raise ValueError(f"cannot load the data set {where}: {type(error).__name__}: {error}. {advice}") from error
 

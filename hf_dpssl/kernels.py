@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+KERNELS = ("cosine", "student_t")
+
 
 def check_positive(**values: float) -> None:
     """Raise ValueError for a temperature or dof that is not a positive finite number."""

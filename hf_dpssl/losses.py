@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import check_positive, in_float32, log_cosine, log_student_t, student_t_from_squared_distance
+from .kernels import KERNELS, check_positive, in_float32, log_cosine, log_student_t, student_t_from_squared_distance
 
-KERNELS = ("cosine", "student_t")
 NORMALIZATIONS = ("joint", "anchor")
 
 

@@ -25,7 +25,8 @@ from transformers.utils import ModelOutput
 
 from .blocks import FEATURE_NORMS, ProjectionHead, use_small_image_stem_
 from .gather import gather_with_gradient, gather_without_gradient
-from .losses import KERNELS, NORMALIZATIONS, info_nce, moco, t_simclr
+from .kernels import KERNELS
+from .losses import NORMALIZATIONS, info_nce, moco, t_simclr
 from .momentum import ema_update_, enqueue_
 from .weights import load_complete
 

@@ -1,8 +1,7 @@
 """VQ autoencoder for decoupled training (DAE): encoder, quantiser, and a decoder that can be exchanged.
 
-The blocks are diffusers' (`Encoder`, `Decoder`), the quantiser is ours. Decoupled training (Hu et
-al., NeurIPS 2023) trains the encoder against a weakened decoder, freezes encoder, pre-quantiser
-convolution and codebook, and then trains the real decoder: `replace_decoder`, `freeze_encoder`.
+Blocks are diffusers', the quantiser is ours. DAE (Hu et al., NeurIPS 2023): after training with a weakened
+decoder, encoder, pre-quantiser convolution and codebook are frozen and the real decoder learns.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .gather import is_distributed  # noqa: F401  transformers < 5.13 copies only the direct siblings of this file
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .weights import combined_sha256, load_complete, tensor_sha256
 

@@ -215,7 +215,7 @@ def test_splits_that_number_their_classes_differently_are_aligned_by_name(tmp_pa
 def test_empty_split_is_refused(tmp_path, empty):
     for split in ("train", "test"):
         labelled(tmp_path / "set" / f"{split}.parquet", 0 if split == empty else 5)
-    with pytest.raises(ValueError, match=rf"set/{empty}.parquet.*{empty}.*at least one image"):
+    with pytest.raises(ValueError, match=rf"set/{empty}.parquet.*at least one image"):
         load_images(str(tmp_path / "set"))
 
 
@@ -259,7 +259,7 @@ def test_local_set_without_its_folder_names_the_environment_variable(monkeypatch
 def test_unreachable_hub_set_says_where_it_was_sought_and_what_to_check(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"cannot load .* nobody/nothing on http.*network.*HF_HUB_OFFLINE"):
+    with pytest.raises(ValueError, match=r"nobody/nothing at revision 'v1' on http.*network.*HF_HUB_OFFLINE"):
         load_images("nobody/nothing@v1")
 
 

@@ -39,8 +39,8 @@ MODELS = {
 class Rows(IterableDataset):
     """The same rows in the same order, again and again; with two views of each image and a label."""
 
-    def __init__(self, count: int):
-        first = random(count, 3, 16, 16, seed=1)
+    def __init__(self, count: int, dtype: torch.dtype):
+        first = random(count, 3, 16, 16, seed=1).to(dtype)
         second = first + 0.1 * random(count, 3, 16, 16, seed=2)
         self.rows = [
             {"pixel_values": a, "paired_pixel_values": b, "label": i % 3}
@@ -63,7 +63,7 @@ def train(model: torch.nn.Module, folder, *, rows: int, **options) -> Trainer:
         lr_scheduler_type="constant",
         **options,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(rows))
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(rows, model.dtype))
     trainer.train()
     return trainer
 
