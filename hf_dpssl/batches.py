@@ -189,11 +189,20 @@ class ImageSource:
         return _loader(_StreamBatches(self, start), self.num_workers, batch_size=None)
 
     def training_table(self) -> ImageTable:
-        """The training images uncropped, in order: for evaluation, latent statistics and caches."""
+        """The training images uncropped, in order, to evaluate and measure; of a stream the first 10,000."""
         split = self.data.train
         if isinstance(split, IterableDataset):
             return self._table(_materialize(split), "train")
         return self.table if self.views is None else self._table(split, "train")
+
+    def whole_training_table(self) -> ImageTable:
+        """As `training_table`, but of a stream all of it: a table to be read once, from start to end."""
+        split = self.data.train
+        if not isinstance(split, IterableDataset):
+            return self.training_table()
+        table = ImageTable(self.data, split, self.image_size, self.on_bad_image)
+        table.skipped = self.skipped
+        return table
 
     def evaluation_table(self) -> ImageTable | None:
         """The held-out images, or None; of a stream the first 10,000."""
@@ -222,12 +231,7 @@ def evaluation_batches(table: ImageTable, batch_size: int, rows: range | None = 
     """All readable images of a table (or of some rows) in order, once; bad ones are left out under "skip"."""
     rows = range(len(table)) if rows is None else rows
     for first in range(0, len(rows), batch_size):
-        batch = table.__getitems__([(0, row) for row in rows[first : first + batch_size]])
-        if batch["skipped"]:
-            table.skipped.update({f"row {row}": reason for row, reason in batch["skipped"].items()})
-            keep = torch.tensor([int(row) not in batch["skipped"] for row in batch["sample_ids"]])
-            batch |= {key: batch[key][keep] for key in ("images", "labels", "sample_ids")}
-        if len(batch["images"]):
+        if batch := table.readable_batch(rows[first : first + batch_size]):
             yield batch
 
 

@@ -27,6 +27,7 @@ class ImageTable(torch.utils.data.Dataset):
         on_bad_image: "error", or "skip": a bad row's place is taken by the next readable row.
         views: random-resized-crop each image twice from its full resolution while loading, for
             contrastive learning on images larger than `image_size`.
+        first_row: number of the split's first row in the whole data set, for messages.
     """
 
     def __init__(
@@ -36,11 +37,12 @@ class ImageTable(torch.utils.data.Dataset):
         image_size: int,
         on_bad_image: str = "error",
         views: TwoViews | None = None,
+        first_row: int = 0,
     ):
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}.")
         self.data, self.split, self.image_size = data, split, image_size
-        self.on_bad_image, self.views = on_bad_image, views
+        self.on_bad_image, self.views, self.first_row = on_bad_image, views, first_row
         self.skipped: dict[str, str] = {}  # unreadable rows met by `preload` and `evaluation_batches`
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
@@ -76,7 +78,7 @@ class ImageTable(torch.utils.data.Dataset):
     def _row(self, row: int):
         """(RGB picture, label or -1) of a row; BadImageError when it cannot be decoded."""
         values = self.split[row]
-        return decode_row(self.data, values, f"row {row}")
+        return decode_row(self.data, values, f"row {self.first_row + row}")
 
     def _readable(self, row: int, skipped: dict[int, str]):
         for step in range(len(self.split)):
@@ -97,6 +99,25 @@ class ImageTable(torch.utils.data.Dataset):
         pictures, labels = zip(*(self._readable(row, skipped) for _, row in items), strict=True)
         images = stack(pictures, self.image_size, self.views, rows, epoch)
         return dict(images=images, labels=torch.tensor(labels), sample_ids=rows, epoch=epoch, skipped=skipped)
+
+    def readable_batch(self, rows: range) -> dict | None:
+        """Those of the rows that can be read, none twice; keys as in `__getitems__`, None when none can be read."""
+        if self.images is not None:
+            return self.__getitems__([(0, row) for row in rows])
+        kept, pictures, labels = [], [], []
+        for row in rows:
+            try:
+                picture, label = self._row(row)
+            except BadImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                self.skipped[f"row {self.first_row + row}"] = str(error)
+                continue
+            kept.append(row), pictures.append(picture), labels.append(label)
+        if not kept:
+            return None
+        images = stack(pictures, self.image_size, None, torch.tensor(kept), 0)
+        return dict(images=images, labels=torch.tensor(labels), sample_ids=torch.tensor(kept), epoch=0, skipped={})
 
 
 def decode_row(data: ImageData, values: dict, place: str) -> tuple[Image.Image, int]:

@@ -7,12 +7,15 @@ and whole shards of an interrupted build with the same fingerprint are kept.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -56,7 +59,8 @@ class LatentTable(torch.utils.data.Dataset):
 def cache_fingerprint(autoencoder: VQAutoencoder, table: ImageTable) -> str:
     """Hash of what decides the cached numbers: autoencoder, data set, image size."""
     parts = {"autoencoder": autoencoder.fingerprint(), "data": table.data.fingerprint, "size": str(table.image_size)}
-    return combined_sha256(parts | {"rows": str(len(table))})
+    rows = "stream" if isinstance(table.split, IterableDataset) else str(len(table))
+    return combined_sha256(parts | {"rows": rows})
 
 
 @torch.no_grad()
@@ -66,16 +70,16 @@ def build_latent_cache(
     folder: str | Path,
     *,
     batch_size: int = 256,
-    rows_per_shard: int = 16384,
+    rows_per_shard: int = 4096,
 ) -> LatentTable:
     """Encode all images of a table into `folder`, or reuse what is there when its fingerprint matches.
 
     Args:
         autoencoder: in eval mode.
-        table: images in order, without augmentation.
+        table: images in order, without augmentation; its split may be a stream, which is read once.
         folder: of the cache; one of another fingerprint is removed first.
         batch_size: images encoded at once.
-        rows_per_shard: at most so many latents are held in memory.
+        rows_per_shard: at most so many latents, and rows of a stream, are held in memory.
     """
     folder, fingerprint = Path(folder), cache_fingerprint(autoencoder, table)
     if (folder / "index.json").exists():
@@ -88,12 +92,11 @@ def build_latent_cache(
         with atomic_file(stamp) as file:
             file.write(plan)
     names = []
-    starts = range(0, len(table), rows_per_shard)
-    for number, first in enumerate(tqdm(starts, "caching latents", leave=False)):
+    for number, (part, rows) in enumerate(tqdm(_parts(table, rows_per_shard), "caching latents", leave=False)):
         path = folder / f"latents-{number:05d}.npy"
         names.append(path.name)
         if not path.exists():
-            _write_shard(autoencoder, table, path, range(first, min(first + rows_per_shard, len(table))), batch_size)
+            _write_shard(autoencoder, part, path, rows, batch_size)
     labels = np.concatenate([np.load(folder / f"{name}.labels.npy") for name in names])
     with atomic_file(folder / "labels.npy", "wb") as file:
         np.save(file, labels)
@@ -101,8 +104,24 @@ def build_latent_cache(
     return LatentTable(folder)
 
 
+def _parts(table: ImageTable, size: int) -> Iterator[tuple[ImageTable, range]]:
+    """Tables and rows that together are the whole table, `size` rows at a time."""
+    if not isinstance(table.split, IterableDataset):
+        yield from ((table, range(first, min(first + size, len(table)))) for first in range(0, len(table), size))
+        return
+    rows, first = iter(table.split), 0
+    while chunk := list(itertools.islice(rows, size)):
+        split = Dataset.from_list(chunk, features=table.split.features)
+        part = ImageTable(table.data, split, table.image_size, table.on_bad_image, first_row=first)
+        part.skipped, first = table.skipped, first + len(chunk)
+        yield part, range(len(chunk))
+
+
 def _write_shard(autoencoder: VQAutoencoder, table: ImageTable, path: Path, rows: range, batch_size: int) -> None:
-    latents, labels = [], []
+    config = autoencoder.config
+    side = table.image_size * config.latent_size // config.image_size
+    latents = [np.empty((0, config.latent_channels, side, side), np.float32)]
+    labels = [np.empty(0, np.int64)]  # all that is left of a shard without a readable picture
     for batch in evaluation_batches(table, batch_size, rows):
         pixel_values = batch["images"].to(autoencoder.device, torch.float32) / 127.5 - 1
         latents.append(autoencoder.encode(pixel_values).latents.float().cpu().numpy())

@@ -85,6 +85,36 @@ def test_cache_equals_direct_encoding_in_any_number_of_shards(autoencoder, table
     assert_holds(cached, autoencoder, range(COUNT))
 
 
+@pytest.mark.parametrize("rows_per_shard", [1000, 10, 1])
+def test_cache_of_a_stream_holds_the_whole_stream_and_survives_an_interruption(autoencoder, tmp_path, rows_per_shard):
+    make_table(tmp_path / "set")
+    stream = load_images(str(tmp_path / "set"), streaming=True)
+    table = ImageTable(stream, stream.train, 16)
+    built = build(autoencoder, table, tmp_path / "cache", rows_per_shard=rows_per_shard)
+    assert_holds(built, autoencoder, range(COUNT))
+    before = written(tmp_path / "cache")
+    for name in ("index.json", "latents-00000.npy"):
+        (tmp_path / "cache" / name).unlink()
+    assert_holds(
+        build(autoencoder, table, tmp_path / "cache", rows_per_shard=rows_per_shard), autoencoder, range(COUNT)
+    )
+    after = written(tmp_path / "cache")
+    rewritten = {name for name in before if after[name] != before[name]}
+    assert rewritten == {"index.json", "labels.npy", "latents-00000.npy", "latents-00000.npy.labels.npy"}
+
+
+def test_unreadable_rows_of_a_stream_are_listed_by_their_number_in_it(autoencoder, tmp_path):
+    broken = {3, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19}  # the second shard wholly
+    make_table(tmp_path / "set", broken=broken)
+    stream = load_images(str(tmp_path / "set"), streaming=True)
+    table = ImageTable(stream, stream.train, 16, "skip")
+    cached = build(autoencoder, table, tmp_path / "cache")
+    assert_holds(cached, autoencoder, [i for i in range(COUNT) if i not in broken])
+    assert set(table.skipped) == {f"row {i}" for i in broken}
+    with pytest.raises(BadImageError, match="row 3 of"):
+        build(autoencoder, ImageTable(stream, stream.train, 16), tmp_path / "other")
+
+
 def test_latents_of_different_pictures_differ(autoencoder):
     latents = encoded(autoencoder, range(COUNT)).flatten(1)
     assert torch.pdist(latents).min() > 1e-2  # else the comparisons above would show nothing

@@ -171,7 +171,7 @@ def cached_latents(
     folder, skipped = Path(args.output_dir) / "latents", {}
     if accelerator.is_main_process:
         source = ImageSource.from_arguments(data, args, accelerator, autoencoder.config.image_size)
-        build_latent_cache(autoencoder, source.training_table(), folder)
+        build_latent_cache(autoencoder, source.whole_training_table(), folder)
         skipped = source.skipped
     accelerator.wait_for_everyone()
     latents = LatentTable(folder)
