@@ -23,6 +23,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 def _run_script(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:
     """In a child process: run `script.main(argv)` with its output in a file."""
     os.environ.update(environment)
+    # As in a script that a user starts; loader workers of a forkserver would outlive a killed run.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
