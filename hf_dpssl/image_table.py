@@ -91,7 +91,7 @@ class ImageTable(torch.utils.data.Dataset):
         raise BadImageError(f"no image of {self.data.name!r} can be read: {next(iter(skipped.values()))}")
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict:
-        """The batch of these (epoch, row) pairs; keys as in `training_batches`."""
+        """The batch of these (epoch, row) pairs; keys as in `ImageSource.loader`."""
         epoch, rows = items[0][0], torch.tensor([row for _, row in items])
         if self.images is not None:
             return dict(images=self.images[rows], labels=self.labels[rows], sample_ids=rows, epoch=epoch, skipped={})
