@@ -3,7 +3,8 @@
 from transformers import AutoConfig, AutoModel
 
 from .losses import info_nce, moco, t_simclr
-from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, SimCLRForPreTraining
+from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from .modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from .modeling_vq import VQAutoencoder, VQConfig
 from .pipeline_vq_dit import VQDiTPipeline
 from .quantizer import VectorQuantizer

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KERNELS = ("cosine", "student_t")
+NORMALIZATIONS = ("joint", "anchor")  # one denominator for all pairs, or one per anchor
 
 
 def check_positive(**values: float) -> None:

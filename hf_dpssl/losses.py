@@ -11,9 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import KERNELS, check_positive, in_float32, log_cosine, log_student_t, student_t_from_squared_distance
-
-NORMALIZATIONS = ("joint", "anchor")
+from .kernels import (
+    KERNELS,
+    NORMALIZATIONS,
+    check_positive,
+    in_float32,
+    log_cosine,
+    log_student_t,
+    student_t_from_squared_distance,
+)
 
 
 def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float, weights: Tensor | None = None) -> Tensor:

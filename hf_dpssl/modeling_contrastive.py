@@ -1,8 +1,8 @@
-"""Contrastive encoders over any timm backbone: SimCLR, t-SimCLR, MoCo-v2 and t-MoCo-v2.
+"""Contrastive encoders over any timm backbone: their configuration, and the bare encoder.
 
-The four methods are a table, not four classes: kernel {cosine, student_t} x negatives {batch,
-queue}. `ContrastiveEncoder` is the bare backbone and saves a folder in timm's own layout, which
-stock AutoModel, AutoImageProcessor, pipelines and timm load without this package.
+`ContrastiveEncoder` is the bare backbone and saves a folder in timm's own layout, which stock AutoModel,
+AutoImageProcessor, pipelines and timm load without this package. The models that train it are in
+modeling_contrastive_pretraining.py.
 
 Source: Chen et al. 2020 (SimCLR, MoCo-v2), He et al. 2020 (MoCo), Hu et al., ICLR 2023.
 """
@@ -12,22 +12,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
-from transformers.utils import ModelOutput
 
-from .blocks import FEATURE_NORMS, ProjectionHead, use_small_image_stem_
-from .gather import gather_with_gradient, gather_without_gradient
-from .kernels import KERNELS
-from .losses import NORMALIZATIONS, info_nce, moco, t_simclr
-from .momentum import ema_update_, enqueue_
+from .blocks import FEATURE_NORMS, use_small_image_stem_
+from .kernels import KERNELS, NORMALIZATIONS
 from .weights import load_complete
 
 STEMS = ("timm", "small_image")
@@ -147,16 +141,6 @@ class ContrastiveConfig(TimmWrapperConfig):
         return timm_dict
 
 
-@dataclass
-class ContrastiveOutput(ModelOutput):
-    """loss: scalar or None; embeddings, paired_embeddings: (B, projection_dim); features: (B, num_features), pooled."""
-
-    loss: Tensor | None = None
-    embeddings: Tensor | None = None
-    paired_embeddings: Tensor | None = None
-    features: Tensor | None = None
-
-
 class ContrastiveEncoder(TimmWrapperModel):
     """The bare backbone: `last_hidden_state` and pooled features `pooler_output` (B, num_features).
 
@@ -215,136 +199,3 @@ class ContrastiveEncoder(TimmWrapperModel):
                 file.write(json.dumps(self.config.to_timm_dict(self.num_features), indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.fspath(save_directory))), **kwargs)
-
-
-class ContrastivePreTrainedModel(PreTrainedModel):
-    """What both pretraining classes share: config, `encoder` as base model, and a head."""
-
-    config_class = ContrastiveConfig
-    base_model_prefix = "encoder"
-    main_input_name = "pixel_values"
-    _supports_sdpa = True  # as the encoder
-    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
-
-    def __init__(self, config: ContrastiveConfig):
-        super().__init__(config)
-        self.encoder = ContrastiveEncoder(config)
-        self.head = self._make_head()
-
-    def _make_head(self) -> ProjectionHead:
-        config, width = self.config, self.encoder.num_features
-        sizes = (width, config.projection_hidden_dim or width, config.projection_dim, config.projection_layers)
-        return ProjectionHead(*sizes, batch_norm=config.projection_batch_norm, feature_norm=config.feature_norm)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # Reached for the heads only, the encoder has its own: torch's defaults, as in the papers' code.
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        loaded = any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
-        if isinstance(module, nn.Linear | nn.BatchNorm1d) and not loaded:
-            module.reset_parameters()
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs) -> ContrastivePreTrainedModel:
-        """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
-        return load_complete(super().from_pretrained, *args, **kwargs)
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Parameters of encoder and head, for the optimiser."""
-        return [*self.encoder.parameters(), *self.head.parameters()]
-
-    def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.encoder(pixel_values).pooler_output
-        return features, self.head(features)
-
-
-class SimCLRForPreTraining(ContrastivePreTrainedModel):
-    """SimCLR (kernel="cosine") and t-SimCLR (kernel="student_t"): negatives are the rest of the global batch."""
-
-    def __init__(self, config: ContrastiveConfig):
-        super().__init__(config)
-        self.post_init()
-
-    def forward(
-        self, pixel_values: Tensor, paired_pixel_values: Tensor | None = None, weights: Tensor | None = None, **kwargs
-    ) -> ContrastiveOutput:
-        """Embed one view, and with `paired_pixel_values` (the other view, same order) compute the loss.
-
-        Args:
-            pixel_values: (B, C, H, W), normalised with the config's mean and std.
-            paired_pixel_values: (B, C, H, W), second view of the same images.
-            weights: (B,) weight of each pair.
-        """
-        if paired_pixel_values is None:
-            features, embeddings = self._embed(pixel_values)
-            return ContrastiveOutput(embeddings=embeddings, features=features)
-        # One pass over both views: batch norm sees 2B images, as in the papers' code.
-        features, embeddings = self._embed(torch.cat([pixel_values, paired_pixel_values]))
-        embeddings, paired = embeddings.chunk(2)
-        view_1, view_2 = gather_with_gradient(embeddings), gather_with_gradient(paired)
-        weights = None if weights is None else gather_without_gradient(weights)
-        config = self.config
-        if config.kernel == "cosine":
-            loss = info_nce(view_1, view_2, temperature=config.temperature, weights=weights)
-        else:
-            options = {"temperature": config.temperature, "dof": config.dof, "normalization": config.normalization}
-            loss = t_simclr(view_1, view_2, **options, weights=weights)
-        return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
-
-
-class MoCoForPreTraining(ContrastivePreTrainedModel):
-    """MoCo-v2 (kernel="cosine") and t-MoCo-v2 (kernel="student_t"): negatives are a queue of earlier keys.
-
-    In training mode each forward with two views moves the key encoder and, after the loss, puts the
-    keys of all processes into the queue. Only rows that hold a key are used while it fills; the very
-    first step takes the keys of its own batch as negatives.
-    """
-
-    def __init__(self, config: ContrastiveConfig):
-        super().__init__(config)
-        if config.normalization == "joint":
-            raise ValueError("normalization='joint' needs all pairs of a batch; MoCo's queue takes 'anchor'.")
-        self.key_encoder = ContrastiveEncoder(config)
-        self.key_head = self._make_head()
-        self.register_buffer("queue", torch.zeros(config.queue_size, config.projection_dim))
-        self.register_buffer("queue_cursor", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
-        self.post_init()
-        self._copy_query_to_key()
-
-    def _copy_query_to_key(self) -> None:
-        # After post_init, which may draw weights: before it, queries and keys would start apart.
-        if self.head[0].weight.device.type != "meta":
-            self.key_encoder.load_state_dict(self.encoder.state_dict())
-            self.key_head.load_state_dict(self.head.state_dict())
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> MoCoForPreTraining:
-        """As `nn.Module.train`; the key branch stays without gradient, also after `from_pretrained`."""
-        super().train(mode)
-        self.key_encoder.requires_grad_(False)
-        self.key_head.requires_grad_(False)
-        return self
-
-    @torch.no_grad()
-    def _keys(self, pixel_values: Tensor) -> Tensor:
-        if self.training:
-            key_parameters = [*self.key_encoder.parameters(), *self.key_head.parameters()]
-            ema_update_(key_parameters, self.trainable_parameters(), self.config.momentum)
-        return self.key_head(self.key_encoder(pixel_values).pooler_output)
-
-    def forward(self, pixel_values: Tensor, paired_pixel_values: Tensor | None = None, **kwargs) -> ContrastiveOutput:
-        """Queries of `pixel_values` (B, C, H, W); with `paired_pixel_values` also keys and the loss."""
-        features, queries = self._embed(pixel_values)
-        if paired_pixel_values is None:
-            return ContrastiveOutput(embeddings=queries, features=features)
-        keys = self._keys(paired_pixel_values)
-        all_keys = gather_without_gradient(keys)
-        filled = int(self.queue_filled)
-        # A copy, since the queue is written before the backward pass reads it.
-        negatives = self.queue[:filled].clone() if filled else all_keys
-        config = self.config
-        loss = moco(queries, keys, negatives, kernel=config.kernel, temperature=config.temperature, dof=config.dof)
-        if self.training:
-            enqueue_(self.queue, self.queue_cursor, self.queue_filled, all_keys)
-        return ContrastiveOutput(loss, queries, keys, features)

@@ -23,12 +23,8 @@ from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.evaluation import knn
 from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_contrastive import (
-    ContrastiveConfig,
-    ContrastiveEncoder,
-    MoCoForPreTraining,
-    SimCLRForPreTraining,
-)
+from hf_dpssl.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.plots import plot_curves
 from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.results import write_results
