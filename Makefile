@@ -40,7 +40,8 @@ test-lowest:
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python tests/benchmarks/losses_and_quantizer.py
+	$(BIN)/python tests/benchmarks/contrastive.py
+	$(BIN)/python tests/benchmarks/quantizer.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs

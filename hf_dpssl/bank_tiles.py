@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import power, precise, refuse_second_derivatives
+from .tiles import power_, precise, refuse_second_derivatives
 
 
 def log_bank_partition(
@@ -82,7 +82,7 @@ class _Bank:
         if self.kernel == "student_t":
             inverse = tile.clamp_(min=1).reciprocal_()
             nearest = inverse.amax(1, keepdim=True)
-            similarity = power(inverse / nearest, self.exponent)
+            similarity = power_(torch.empty_like(inverse), inverse / nearest, self.exponent)
             largest = self.exponent * nearest.log()
         else:
             largest = tile.amax(1, keepdim=True)

@@ -93,34 +93,33 @@ class _Kernel:
         torch.mm(self.left[rows], self.right[columns].T, out=tile)
         return tile.clamp_(min=1) if self.name == "student_t" else tile.clamp_(max=0)
 
-    def similarity_(self, filled: Tensor) -> tuple[Tensor, Tensor | None]:
-        """k / exp(largest), and 1 / (1 + squared distance) for "student_t"; the filled tile is overwritten."""
+    def similarity_(self, filled: Tensor, spare: Tensor) -> tuple[Tensor, Tensor | None]:
+        """k / exp(largest), and 1 / (1 + squared distance) for "student_t"; both arguments are overwritten."""
         if self.name != "student_t":
             return filled.exp_(), None
         inverse = filled.reciprocal_()
-        return power(inverse, self.exponent), inverse
+        return power_(spare, inverse, self.exponent), inverse
 
-    def log_similarity_(self, filled: Tensor) -> tuple[Tensor, Tensor | None]:
+    def log_similarity_(self, filled: Tensor, spare: Tensor) -> tuple[Tensor, Tensor | None]:
         """As `similarity_`, with the logarithm of the first."""
         if self.name != "student_t":
             return filled, None
-        inverse = filled.reciprocal()
-        return filled.log_().mul_(-self.exponent), inverse
+        torch.log(filled, out=spare)
+        return spare.mul_(-self.exponent), filled.reciprocal_()
 
 
-def power(base: Tensor, exponent: float) -> Tensor:
-    """A new tensor base ** exponent, base in (0, 1]; by products when the exponent is a small multiple of 1/2."""
-    if not (0.5 <= exponent <= 16 and (2 * exponent).is_integer()):
-        return base.log().mul_(exponent).exp_()
-    bits, square = int(exponent), base
-    result = base.sqrt() if exponent % 1 else None
-    while bits:
-        if bits & 1:
-            result = square.clone() if result is None else result.mul_(square)
-        bits >>= 1
-        if bits:
-            square = square * square
-    return result
+def power_(target: Tensor, base: Tensor, exponent: float) -> Tensor:
+    """base ** exponent into target, base in (0, 1]; by products when the exponent is a small multiple of 1/2."""
+    if not (1 <= exponent <= 16 and (2 * exponent).is_integer()):
+        return torch.log(base, out=target).mul_(exponent).exp_()
+    whole = int(exponent)
+    digits = f"{whole:b}"
+    torch.pow(base, int(digits[:2], 2), out=target)  # 1, 2 or 3: one pass
+    for digit in digits[2:]:
+        target.mul_(target)
+        if digit == "1":
+            target.mul_(base)
+    return target if exponent == whole else target.mul_(base.sqrt())
 
 
 def precise(kernel: str, exponent: float, *points: Tensor) -> list[Tensor]:
@@ -162,7 +161,9 @@ class _Pairs:
         self.left, self.right, self.kernel = left, right, kernel
         self.with_gradient, self.learn_exponent = with_gradient, learn_exponent
         self.side = _CPU_TILE if left.points.device.type == "cpu" else _GPU_TILE
-        self.buffer = left.points.new_empty(min(self.side, len(left.points)) * min(self.side, len(right.points)))
+        # Work space is allocated once: small results between large blocks would fragment the heap.
+        elements = min(self.side, len(left.points)) * min(self.side, len(right.points))
+        self.buffers = left.points.new_empty(3, elements)
         self.exponent_gradient = left.points.new_zeros(())
         self.symmetric = left is right
 
@@ -174,25 +175,26 @@ class _Pairs:
                 rows, columns = slice(top, min(top + self.side, height)), slice(first, min(first + self.side, width))
                 yield rows, columns, self.symmetric and top == first
 
-    def filled(self, rows: slice, columns: slice) -> Tensor:
+    def buffer(self, index: int, rows: slice, columns: slice) -> Tensor:
         shape = rows.stop - rows.start, columns.stop - columns.start
-        return self.kernel.fill_(self.buffer[: shape[0] * shape[1]].view(shape), rows, columns)
+        return self.buffers[index, : shape[0] * shape[1]].view(shape)
 
-    def similarities(self) -> Iterator[tuple[slice, slice, bool, Tensor, Tensor | None]]:
+    def similarities(self, logarithm: bool = False) -> Iterator[tuple[slice, slice, bool, Tensor, Tensor | None]]:
+        """(rows, columns, diagonal, kernel or its logarithm, inverse) of each tile, in the first two buffers."""
+        fill = self.kernel.log_similarity_ if logarithm else self.kernel.similarity_
         for rows, columns, diagonal in self.tiles():
-            similarity, inverse = self.kernel.similarity_(self.filled(rows, columns))
+            tile, spare = self.buffer(0, rows, columns), self.buffer(1, rows, columns)
+            similarity, inverse = fill(self.kernel.fill_(tile, rows, columns), spare)
             if diagonal:
-                similarity.fill_diagonal_(0)
+                similarity.fill_diagonal_(-math.inf if logarithm else 0)
             yield rows, columns, diagonal, similarity, inverse
 
     def pull(self, strength: Tensor, inverse: Tensor | None, rows: slice, columns: slice, diagonal: bool) -> None:
         """Gradient of the tile's pairs; strength: derivative by log k of both orders of a pair, overwritten."""
         if self.learn_exponent:
             self.exponent_gradient += (strength * inverse.log()).sum() / (2 if diagonal else 1)
-        strength = strength if inverse is None else strength.mul_(inverse)
-        self.pull_multiplied(strength, rows, columns, diagonal)
-
-    def pull_multiplied(self, strength: Tensor, rows: slice, columns: slice, diagonal: bool) -> None:
+        if inverse is not None:
+            strength.mul_(inverse)
         left, right, distances = self.left, self.right, self.kernel.name != "cosine"
         left.pulls[rows].addmm_(strength, right.points[columns])
         if distances:
@@ -204,12 +206,11 @@ class _Pairs:
 
     def joint(self) -> Tensor:
         """log of the sum over all ordered pairs: one pass."""
-        totals = []
+        total = self.left.points.new_zeros(())
         for rows, columns, diagonal, similarity, inverse in self.similarities():
-            totals.append(similarity.sum() * (1 if diagonal else 2))
+            total += similarity.sum() * (1 if diagonal else 2)
             if self.with_gradient:
                 self.pull(similarity, inverse, rows, columns, diagonal)
-        total = torch.stack(totals).sum()
         for part in (self.left.pulls, self.left.pull_sums, self.exponent_gradient):
             part.mul_(2 / total)
         return total.log() + self.kernel.largest
@@ -223,22 +224,21 @@ class _Pairs:
             left.sums[rows] += similarity.sum(1)
             if not diagonal:
                 right.sums[columns] += similarity.sum(0)
-            if keep:  # with its inverse multiplied in, or copied out of the buffer
-                strength = similarity.clone() if inverse is None else similarity.mul_(inverse)
+            if keep:
+                strength = similarity.clone() if inverse is None else similarity * inverse
                 kept.append((rows, columns, diagonal, strength, None))
         value = self._weighted([part.sums.log() for part in self._sets()])
         if self.with_gradient:
             for rows, columns, diagonal, strength, inverse in kept or self.similarities():
                 share = left.weights[rows] / left.sums[rows], right.weights[columns] / right.sums[columns]
-                strength.mul_(share[0][:, None] + share[1])
+                strength.mul_(torch.add(share[0][:, None], share[1], out=self.buffer(2, rows, columns)))
                 self.pull(strength, inverse, rows, columns, diagonal)
         return value
 
     def over_logarithms(self, joint: bool) -> Tensor:
         """The same in logarithms, for kernels of any range: two passes."""
         left, right = self.left, self.right
-        for rows, columns, diagonal in self.tiles():
-            log_k, _ = self._log_similarity(rows, columns, diagonal)
+        for rows, columns, diagonal, log_k, _ in self.similarities(logarithm=True):
             left.log_sums[rows] = left.log_sums[rows].logaddexp(log_k.logsumexp(1))
             if not diagonal:
                 right.log_sums[columns] = right.log_sums[columns].logaddexp(log_k.logsumexp(0))
@@ -251,16 +251,11 @@ class _Pairs:
             value = self._weighted([part.log_sums for part in self._sets()])
         if self.with_gradient:
             offset, right_offset = (part.weights.log() - part.log_sums for part in (left, right))
-            for rows, columns, diagonal in self.tiles():
-                log_k, inverse = self._log_similarity(rows, columns, diagonal)
-                strength = (log_k + offset[rows, None]).exp_()
+            for rows, columns, diagonal, log_k, inverse in self.similarities(logarithm=True):
+                strength = torch.add(log_k, offset[rows, None], out=self.buffer(2, rows, columns)).exp_()
                 strength += log_k.add_(right_offset[columns]).exp_()
                 self.pull(strength, inverse, rows, columns, diagonal)
         return value
-
-    def _log_similarity(self, rows: slice, columns: slice, diagonal: bool) -> tuple[Tensor, Tensor | None]:
-        log_k, inverse = self.kernel.log_similarity_(self.filled(rows, columns))
-        return (log_k.fill_diagonal_(-math.inf) if diagonal else log_k), inverse
 
     def _sets(self) -> list[_Points]:
         return [self.left] if self.symmetric else [self.left, self.right]
