@@ -77,3 +77,51 @@ def student_t_from_squared_distance(squared_distance: Tensor, *, temperature: fl
 def log_student_t(x: Tensor, y: Tensor, *, temperature: float, dof: float) -> Tensor:
     """Student-t log-similarity of x (N, D) and y (M, D), (N, M); the points are not normalised."""
     return student_t_from_squared_distance(squared_distances(x, y), temperature=temperature, dof=dof)
+
+
+def perplexity_temperatures(squared_distances: Tensor, perplexity: float) -> Tensor:
+    """Temperature of each row at which the Gaussian softmax(-d^2 / temperature) has a given perplexity.
+
+    perplexity = exp(entropy of the row in nats): the effective number of neighbours. It grows
+    with the temperature, which is found by bisection of its logarithm in float64.
+
+    Args:
+        squared_distances: (N, M); an infinite entry is left out (a point's distance to itself).
+        perplexity: > 1 and below the number of entries that each row keeps; met within 1e-10.
+
+    Returns:
+        (N,) float64, SNE's 2 sigma_i^2.
+
+    Raises:
+        ValueError: on a perplexity out of range, NaN or -inf, or a row in which so many nearest
+            points are equally near that every temperature gives more than the perplexity.
+
+    Source: Hinton and Roweis 2002 (SNE); van der Maaten and Hinton 2008, section 2.
+    """
+    distances = squared_distances.detach().double()
+    if distances.ndim != 2 or bool((distances.isnan() | (distances == -math.inf)).any()):
+        raise ValueError(f"squared_distances must be (N, M) without NaN or -inf, got {tuple(distances.shape)}.")
+    kept = distances.isfinite()  # (N, M)
+    fewest = int(kept.sum(1).min())
+    if not 1 < perplexity < fewest:
+        raise ValueError(f"perplexity must lie in (1, {fewest}), the number of neighbours, got {perplexity}.")
+    gaps = distances - distances.amin(1, keepdim=True)  # a shift of the row changes no probability
+    ties = ((gaps == 0) & kept).sum(1)
+    if bool((ties >= perplexity).any()):
+        row = int((ties >= perplexity).nonzero()[0])
+        raise ValueError(
+            f"row {row} has {int(ties[row])} nearest points at one distance, so its perplexity cannot fall to "
+            f"{perplexity}: raise the perplexity or remove duplicate points."
+        )
+    longest = gaps.where(kept, 0).amax(1)
+    shortest = gaps.where(kept & (gaps > 0), math.inf).amin(1)
+    low = torch.maximum(shortest / 1e3, longest * 1e-300).log()  # only the nearest points count
+    high = longest.log() + math.log(1e9)  # all count alike
+    while True:
+        middle = (low + high) / 2
+        log_p = (-gaps / middle.exp()[:, None]).log_softmax(1)
+        excess = -(log_p.exp() * log_p.where(kept, 0)).sum(1) - math.log(perplexity)
+        done = (excess.abs() < 1e-13) | (middle == low) | (middle == high)
+        if bool(done.all()):
+            return middle.exp()
+        low, high = low.where(done | (excess > 0), middle), high.where(done | (excess <= 0), middle)
