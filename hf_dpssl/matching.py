@@ -174,7 +174,7 @@ def match(p: Tensor, log_q: Tensor, divergence: str = "kl", *, alpha: float = 0.
                 f"{divergence if divergence != 'alpha' else f'alpha = {alpha}'} is infinite where P is 0 and Q is not: "
                 "pass smoothing (for example 0.1) to spread a share of P evenly, or take another divergence."
             )
-        values = _alpha_divergence(p, q, log_ratio, order)
+        values = _alpha_divergence(p, log_q, q, log_ratio, order)
     return (values.sum(1) * weights).sum()
 
 
@@ -184,7 +184,7 @@ def cross_entropy(p: Tensor, log_q: Tensor, *, smoothing: float = 0.0) -> Tensor
     return (-(p * log_q).sum(1) * weights).sum()
 
 
-def _alpha_divergence(p: Tensor, q: Tensor, log_ratio: Tensor, alpha: float) -> Tensor:
+def _alpha_divergence(p: Tensor, log_q: Tensor, q: Tensor, log_ratio: Tensor, alpha: float) -> Tensor:
     """Terms that sum to the alpha divergence, KL at 1 and reverse KL at 0; exact also close to either."""
     if alpha == 1:
         return p * log_ratio
@@ -192,7 +192,9 @@ def _alpha_divergence(p: Tensor, q: Tensor, log_ratio: Tensor, alpha: float) -> 
         return -q * log_ratio
     if alpha > 0.5:
         return p * ((alpha - 1) * log_ratio).expm1() / (alpha * (alpha - 1))
-    return q * (alpha * log_ratio).expm1().where(p > 0, -1) / (alpha * (alpha - 1))
+    exponent = alpha * log_ratio  # q expm1(exponent), where expm1 may overflow while q underflows
+    terms = ((log_q + exponent).exp() - q).where(exponent > 1, q * exponent.clamp(max=1).expm1())
+    return terms.where(p > 0, -q) / (alpha * (alpha - 1))
 
 
 def _distributions(p: Tensor, log_q: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from hf_dpssl.matching import (
     normalize_similarities,
     pair_similarities,
 )
+from hf_dpssl.transforms import NATURAL, crop_boxes
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
 
@@ -124,6 +125,13 @@ def test_box_iou_equals_torchvision_and_known_values():
     unit = torch.tensor([[0.0, 0, 1, 1]])
     for other, expected in [([0, 0, 1, 1], 1), ([0.5, 0, 1.5, 1], 1 / 3), ([1, 0, 2, 1], 0), ([2, 2, 3, 3], 0)]:
         assert math.isclose(box_iou(unit, torch.tensor([other], dtype=torch.float32)), expected)
+
+
+def test_crop_boxes_of_two_views_can_be_weighed():
+    views = [crop_boxes(NATURAL, torch.rand(40, 4, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    overlap = box_iou(*views)
+    assert (overlap >= 0).all() and (overlap < 1).all() and overlap.std() > 0.05
+    torch.testing.assert_close(box_iou(views[0], views[0]), torch.ones(40, dtype=torch.float64))
 
 
 def test_iou_weights_are_proportional_to_the_exponential_and_flatten_with_temperature():
