@@ -72,8 +72,8 @@ def q_similarities(
     *,
     kernel: str,
     normalization: str,
-    temperature: float,
-    dof: float = 5.0,
+    temperature: float | Tensor,
+    dof: float | Tensor = 5.0,
     mask: Tensor | None = None,
 ) -> Tensor:
     """LOG of the similarities Q of embeddings, normalised; -inf where a pair is left out.
@@ -87,7 +87,7 @@ def q_similarities(
         kernel: "cosine" (of normalised embeddings), "gaussian" or "student_t" (of raw ones).
         normalization: "anchor" or "joint".
         temperature: > 0, divides the cosine or the squared distance.
-        dof: degrees of freedom, > 0; read for "student_t" only.
+        dof: degrees of freedom, > 0, read for "student_t" only; math.inf is the Gaussian of twice the temperature.
         mask: (N, M) bool, False for further pairs to leave out.
 
     Returns:
@@ -117,6 +117,8 @@ def q_similarities(
         log_k = log_cosine(embeddings, candidates, temperature=temperature)
     elif kernel == "gaussian":
         log_k = log_gaussian(embeddings, candidates, temperature=temperature)
+    elif math.isinf(dof):
+        log_k = log_gaussian(embeddings, candidates, temperature=2 * temperature)
     else:
         log_k = log_student_t(embeddings, candidates, temperature=temperature, dof=dof)
     log_k = log_k.masked_fill(~allowed, -math.inf)
