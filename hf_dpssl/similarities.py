@@ -68,8 +68,8 @@ def gaussian_similarities(points: Tensor, perplexity: float, *, normalization: s
     Source: Hinton and Roweis 2002; van der Maaten and Hinton 2008, section 2 and 3.1.
     """
     distances = _squared_distances(points).where(_off_diagonal(points), torch.inf)
-    temperatures = perplexity_temperatures(distances, perplexity)
-    conditional = (-distances / temperatures[:, None]).softmax(1)
+    distances = distances - distances.amin(1, keepdim=True)  # changes no probability, shrinks cancellation
+    conditional = (-distances / perplexity_temperatures(distances, perplexity)[:, None]).softmax(1)
     return (conditional + conditional.T) / (2 * len(points)) if _is_joint(normalization) else conditional
 
 
