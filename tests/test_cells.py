@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_dpssl import matching
-from hf_dpssl.losses import info_nce, moco, t_simclr
+from hf_dpssl.losses import clip, info_nce, moco, sne, sup_con, t_simclr, t_sne
 from hf_dpssl.matching import DIVERGENCES, KERNELS, NORMALIZATIONS, cross_entropy, match, q_similarities
 
 RING = torch.stack([torch.arange(5).mul(2 * math.pi / 5).cos(), torch.arange(5).mul(2 * math.pi / 5).sin()], dim=1)
@@ -62,15 +62,58 @@ def test_info_nce_weighed_by_overlap_of_crops_is_the_cell_of_iou_similarities():
 
 @pytest.mark.parametrize("kernel", ["cosine", "student_t"])
 def test_moco_is_its_cell(kernel):
-    options = {"kernel": kernel, "temperature": 0.7, "dof": 3.0}
+    options, queue = {"kernel": kernel, "temperature": 0.7, "dof": 3.0}, points(6, seed=2)
 
-    def cell(query, key, queue):
+    def cell(query, key):
         mask = torch.cat([torch.eye(3), torch.ones(3, 6)], dim=1).bool()  # no other query's key
         log_q = q_similarities(query, torch.cat([key, queue]), normalization="anchor", mask=mask, **options)
         return match(torch.eye(3, 9), log_q)
 
-    loss = lambda query, key, queue: moco(query, key, queue, **options)  # noqa: E731
-    equal(cell, loss, points(3), points(3, seed=1), points(6, seed=2))
+    equal(cell, lambda query, key: moco(query, key, queue, **options), points(3), points(3, seed=1))
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "student_t"])
+def test_clip_is_the_mean_of_two_cells(kernel):
+    options = {"kernel": kernel, "temperature": 0.7, "dof": 3.0}
+
+    def cell(image, text):
+        forth = match(torch.eye(5), q_similarities(image, text, normalization="anchor", **options))
+        back = match(torch.eye(5), q_similarities(text, image, normalization="anchor", **options))
+        return (forth + back) / 2
+
+    equal(cell, lambda image, text: clip(image, text, **options), points(5), points(5, seed=1))
+
+
+@pytest.mark.parametrize("kernel", ["cosine", "student_t"])
+@pytest.mark.parametrize("labels", [[0, 1, 0, 2, 1, 0], [3, 3, 3, 3, 3, 3], [0, 0, 1, 2, 3, 4]])
+def test_sup_con_is_its_cell(kernel, labels):
+    options, labels = {"kernel": kernel, "temperature": 0.7, "dof": 3.0}, torch.tensor(labels)
+    p = matching.label_similarities(labels, normalization="anchor")
+
+    def cell(z):
+        return cross_entropy(p, q_similarities(z, normalization="anchor", **options))
+
+    equal(cell, lambda z: sup_con(z, labels, **options), points(6))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_sne_is_its_cell(temperature):
+    p = matching.gaussian_similarities(points(9), 4.0, normalization="anchor")
+
+    def cell(z):
+        return match(p, q_similarities(z, kernel="gaussian", normalization="anchor", temperature=temperature))
+
+    equal(cell, lambda z: sne(p, z, temperature=temperature), points(9, 2, seed=1))
+
+
+@pytest.mark.parametrize("dof", [1.0, 3.0, math.inf])
+def test_t_sne_is_its_cell(dof):
+    p = matching.gaussian_similarities(points(9), 4.0, normalization="joint")
+
+    def cell(z):
+        return match(p, q_similarities(z, kernel="student_t", normalization="joint", temperature=1.0, dof=dof))
+
+    equal(cell, lambda z: t_sne(p, z, dof=dof), points(9, 2, seed=1))
 
 
 def mixture(size: int, std: float = 0.1) -> torch.Tensor:

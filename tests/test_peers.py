@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.manifold._t_sne import _joint_probabilities, _kl_divergence
 
-from hf_dpssl.losses import info_nce, t_simclr
+from hf_dpssl.losses import info_nce, sup_con, t_simclr, t_sne
 from hf_dpssl.matching import (
     cross_entropy,
     gaussian_similarities,
@@ -84,18 +84,25 @@ def test_info_nce_equals_ntxentloss_of_pytorch_metric_learning(temperature):
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 0, 2, 1, 0, 2, 2], [0, 0, 0, 0, 1, 1, 1, 1]])
-def test_supervised_contrastive_cell_equals_supconloss_of_pytorch_metric_learning(labels):
+def test_sup_con_and_its_cell_equal_supconloss_of_pytorch_metric_learning(labels):
     theirs = pytest.importorskip("pytorch_metric_learning.losses").SupConLoss(temperature=0.2)
     labels = torch.tensor(labels * 8)
 
-    def ours(a, b):
+    def cell(a, b):
         log_q = q_similarities(torch.cat([a, b]), kernel="cosine", normalization="anchor", temperature=0.2)
         return cross_entropy(label_similarities(labels, normalization="anchor"), log_q)
 
-    equal(ours, lambda a, b: theirs(torch.cat([a, b]), labels))
+    equal(cell, lambda a, b: theirs(torch.cat([a, b]), labels))
+    loss = lambda a, b: sup_con(torch.cat([a, b]), labels, temperature=0.2)  # noqa: E731
+    equal(loss, lambda a, b: theirs(torch.cat([a, b]), labels))
 
 
-def test_t_sne_cell_equals_value_and_gradient_of_scikit_learn():
+def t_sne_cell(p, z):
+    return match(p, q_similarities(z, kernel="student_t", normalization="joint", temperature=1.0, dof=1.0))
+
+
+@pytest.mark.parametrize("loss", [t_sne, t_sne_cell])
+def test_t_sne_and_its_cell_equal_value_and_gradient_of_scikit_learn(loss):
     points = torch.cat(views()).double()
     squared = torch.cdist(points, points).square().numpy().astype(np.float32)
     condensed = _joint_probabilities(squared, 10.0, 0)
@@ -106,25 +113,25 @@ def test_t_sne_cell_equals_value_and_gradient_of_scikit_learn():
     ours = gaussian_similarities(points, 10.0, normalization="joint")
     torch.testing.assert_close(ours, p, rtol=2e-3, atol=1e-7)  # its bisection stops at 1e-5 of the entropy
     z = (0.1 * points[:, :2]).clone().requires_grad_()
-    loss = match(p, q_similarities(z, kernel="student_t", normalization="joint", temperature=1.0, dof=1.0))
-    loss.backward()
+    ours = loss(p, z)
+    ours.backward()
     value, gradient = _kl_divergence(z.detach().numpy().ravel(), condensed, 1, 64, 2)
-    assert abs(float(loss.detach()) - value) < 1e-6
+    assert abs(float(ours.detach()) - value) < 1e-6
     torch.testing.assert_close(z.grad.flatten(), torch.from_numpy(gradient), rtol=1e-6, atol=1e-8)
 
 
-def test_t_sne_cell_equals_value_and_gradient_of_open_tsne():
+@pytest.mark.parametrize("loss", [t_sne, t_sne_cell])
+def test_t_sne_and_its_cell_equal_value_and_gradient_of_open_tsne(loss):
     open_tsne = pytest.importorskip("openTSNE.tsne")
     affinity = pytest.importorskip("openTSNE.affinity")
     points = torch.cat(views()).double()
     p = affinity.PerplexityBasedNN(points.numpy(), 20.99, method="exact", n_jobs=1, k_neighbors=63).P
     z = (0.1 * points[:, :2]).clone().requires_grad_()
-    log_q = q_similarities(z, kernel="student_t", normalization="joint", temperature=1.0, dof=1.0)
-    loss = match(gaussian_similarities(points, 20.99, normalization="joint"), log_q)
-    loss.backward()
+    ours = loss(gaussian_similarities(points, 20.99, normalization="joint"), z)
+    ours.backward()
     embedding = z.detach().numpy().copy()
     value, gradient = open_tsne.kl_divergence_bh(
         embedding, p, dof=1, bh_params={"theta": 0.0}, fft_params={}, should_eval_error=True, n_jobs=1
     )
-    assert abs(float(loss.detach()) - value) < 1e-6
+    assert abs(float(ours.detach()) - value) < 1e-6
     torch.testing.assert_close(z.grad, 4 * torch.from_numpy(gradient), rtol=1e-6, atol=1e-8)  # it leaves out the 4
