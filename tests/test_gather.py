@@ -1,8 +1,5 @@
 """Two real gloo processes against one process that holds the whole batch."""
 
-import os
-import traceback
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -121,7 +118,7 @@ def quantizer_case(revival_threshold: float) -> dict:
     return {"codes": torch.stack(codes)} | {name: value.clone() for name, value in vq.state_dict().items()}
 
 
-def gather_case(_) -> dict:
+def gather_case() -> dict:
     rank = dist.get_rank()
     own = torch.full((2, 3), float(rank + 1), requires_grad=True)
     gathered = gather_with_gradient(own)
@@ -138,49 +135,6 @@ def gather_case(_) -> dict:
     }
 
 
-CASES = {
-    "loss": loss_case, "simclr": simclr_case, "moco": moco_case, "quantizer": quantizer_case, "gather": gather_case
-}  # fmt: skip
-
-
-def run_as_one_of_two(rank: int, case: str, argument, folder: str) -> None:
-    """Body of a child process: join the group, run one case, and save what it returns."""
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-        result = {"world_size": torch.tensor(dist.get_world_size())} | CASES[case](argument)
-        torch.save(result, os.path.join(folder, f"{rank}.pt"))
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        with open(os.path.join(folder, f"{rank}.error"), "w", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
-        os._exit(1)
-
-
-@pytest.fixture
-def run_in_two(fork_server, tmp_path):
-    """run_in_two(case, argument) -> the two processes' results, after checking that there were two."""
-
-    def run(case: str, argument=None) -> list[dict[str, torch.Tensor]]:
-        arguments = (case, argument, str(tmp_path))
-        processes = [fork_server.Process(target=run_as_one_of_two, args=(r, *arguments)) for r in range(WORLD_SIZE)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        for process in processes:
-            process.kill()
-        errors = [path.read_text() for path in tmp_path.glob("*.error")]
-        assert not errors, "\n".join(errors)
-        assert [process.exitcode for process in processes] == [0] * WORLD_SIZE
-        results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
-        assert [int(result.pop("world_size")) for result in results] == [2, 2]
-        return results
-
-    return run
-
-
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -188,7 +142,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(run_in_two):
-    for rank, result in enumerate(run_in_two("gather")):
+    for rank, result in enumerate(run_in_two(gather_case)):
         expected = torch.tensor([1.0, 1, 2, 2])[:, None].expand(4, 3)
         assert torch.equal(result["gathered"], expected)
         assert torch.equal(result["detached"], expected) and not result["detached has gradient"]
@@ -202,7 +156,7 @@ def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(run_i
 def test_loss_and_gradient_over_two_processes_equal_one_process_with_the_whole_batch(name, run_in_two):
     expected = loss_case(name)
     assert expected["projection.weight"].abs().max() > 1e-3
-    for result in run_in_two("loss", name):
+    for result in run_in_two(loss_case, name):
         assert_same(result, expected, **EXACT)
 
 
@@ -210,7 +164,7 @@ def test_loss_and_gradient_over_two_processes_equal_one_process_with_the_whole_b
 def test_simclr_over_two_processes_equals_one_process_with_the_whole_batch(method, run_in_two):
     expected = simclr_case(method)
     assert expected["encoder.timm_model.stem.0.weight"].abs().max() > 1e-7
-    for result in run_in_two("simclr", method):
+    for result in run_in_two(simclr_case, method):
         assert_same(result, expected, **EXACT)
 
 
@@ -219,19 +173,19 @@ def test_moco_loss_gradient_keys_and_queue_over_two_processes_equal_one_process(
     expected = moco_case(kernel)
     assert int(expected["state of queue_filled"]) == 20 and int(expected["state of queue_cursor"]) == 4
     assert expected["state of queue"].abs().sum(1).min() > 0
-    for result in run_in_two("moco", kernel):
+    for result in run_in_two(moco_case, kernel):
         assert_same(result, expected, **EXACT)
 
 
 def test_quantizer_statistics_over_two_processes_equal_one_process_with_the_whole_batch(run_in_two):
     expected = quantizer_case(0.0)
-    first, second = run_in_two("quantizer", 0.0)
+    first, second = run_in_two(quantizer_case, 0.0)
     assert_same(first, second, rtol=0, atol=0)
     assert_same(first, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_revived_codes_are_the_same_on_both_processes_and_vectors_of_the_first(run_in_two):
-    first, second = run_in_two("quantizer", 0.2)
+    first, second = run_in_two(quantizer_case, 0.2)
     assert_same(first, second, rtol=0, atol=0)
     last = random(WORLD_SIZE * PAIRS, 3, 4, 4, seed=STEPS - 1, dtype=torch.float32)
     candidates = last.chunk(WORLD_SIZE)[0].permute(0, 2, 3, 1).reshape(-1, 3)
