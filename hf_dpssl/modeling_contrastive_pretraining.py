@@ -83,7 +83,12 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         self.post_init()
 
     def forward(
-        self, pixel_values: Tensor, paired_pixel_values: Tensor | None = None, weights: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor,
+        paired_pixel_values: Tensor | None = None,
+        weights: Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
     ) -> ContrastiveOutput:
         """Embed one view, and with `paired_pixel_values` (the other view, same order) compute the loss.
 
@@ -91,8 +96,9 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
             pixel_values: (B, C, H, W), normalised with the config's mean and std.
             paired_pixel_values: (B, C, H, W), second view of the same images.
             weights: (B,) weight of each pair.
+            return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
         """
-        if paired_pixel_values is None:
+        if paired_pixel_values is None or not return_loss:
             features, embeddings = self._embed(pixel_values)
             return ContrastiveOutput(embeddings=embeddings, features=features)
         # One pass over both views: batch norm sees 2B images, as in the papers' code.
@@ -163,6 +169,7 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         pixel_values: Tensor,
         paired_pixel_values: Tensor | None = None,
         momentum: float | None = None,
+        return_loss: bool = True,
         **kwargs,
     ) -> ContrastiveOutput:
         """Queries of `pixel_values` (B, C, H, W); with `paired_pixel_values` also keys and the loss.
@@ -171,12 +178,13 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
             pixel_values: (B, C, H, W), normalised with the config's mean and std.
             paired_pixel_values: (B, C, H, W), second view of the same images.
             momentum: of this step instead of the config's, e.g. from `momentum_at`.
+            return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
 
         Raises:
             ValueError: in training, when the queue is smaller than the batch of all processes.
         """
         features, queries = self._embed(pixel_values)
-        if paired_pixel_values is None:
+        if paired_pixel_values is None or not return_loss:
             return ContrastiveOutput(embeddings=queries, features=features)
         all_keys = self._keys(paired_pixel_values, momentum)
         keys = own_rows(all_keys)
