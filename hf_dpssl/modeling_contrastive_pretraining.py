@@ -194,8 +194,7 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
                 "could not hold one batch. Give a larger queue_size or a smaller batch."
             )
         filled = int(self.queue_filled)
-        # A copy, since the queue is written before the backward pass reads it.
-        negatives = self.queue[:filled].clone() if filled else all_keys
+        negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
         config = self.config
         loss = moco(queries, keys, negatives, kernel=config.kernel, temperature=config.temperature, dof=config.dof)
         if self.training:
