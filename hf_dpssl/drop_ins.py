@@ -46,9 +46,9 @@ class SentencePairLoss(nn.Module):
         loss: of two views (N, D) each; its temperature is 1 / scale of sentence-transformers.
 
     Relations:
-        `partial(clip, temperature=1 / scale)` equals MultipleNegativesRankingLoss(model, scale, directions=("query_to_doc",
-        "doc_to_query"), partition_mode="per_direction", gather_across_devices=True), which is the older
-        MultipleNegativesSymmetricRankingLoss. `info_nce` and `t_simclr` also take other anchors as negatives.
+        With `partial(clip, temperature=1 / scale)` it equals MultipleNegativesRankingLoss(model, scale,
+        directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction", gather_across_devices=True),
+        formerly MultipleNegativesSymmetricRankingLoss. `info_nce` and `t_simclr` also take other anchors as negatives.
     """
 
     def __init__(self, model: nn.Module, loss: PairLoss):
