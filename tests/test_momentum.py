@@ -6,6 +6,7 @@ from collections import deque
 import pytest
 import torch
 
+from hf_dpssl import ContrastiveConfig, MoCoForPreTraining
 from hf_dpssl.momentum import choose_queue_size, ema_update_, enqueue_, momentum_at
 
 
@@ -128,3 +129,28 @@ def test_momentum_of_an_undefined_step_is_refused(arguments, message):
 )
 def test_chosen_queue_is_the_largest_power_of_two_within_half_of_the_data(num_images, batch_size, expected):
     assert choose_queue_size(num_images, batch_size) == expected
+
+
+def tiny_moco(queue_size: int) -> MoCoForPreTraining:
+    model_args = {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+    options = {"normalization": "anchor", "projection_dim": 4, "momentum": 0.9, "queue_size": queue_size}
+    return MoCoForPreTraining(ContrastiveConfig("convnext_atto", model_args, **options)).train()
+
+
+def test_model_takes_the_momentum_of_a_step_instead_of_that_of_its_config():
+    model, images = tiny_moco(8), torch.randn(4, 3, 8, 8)
+    torch.nn.init.zeros_(model.key_head[0].weight)
+    query = model.head[0].weight.detach()
+    model(images, images)
+    torch.testing.assert_close(model.key_head[0].weight, 0.1 * query)
+    model(images, images, momentum=0.25)
+    torch.testing.assert_close(model.key_head[0].weight, 0.25 * 0.1 * query + 0.75 * query)
+
+
+def test_model_refuses_a_queue_that_holds_less_than_one_batch():
+    with pytest.raises(ValueError, match="queue_size 3 is smaller than the batch of 4 keys"):
+        tiny_moco(3)(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8))
+    model = tiny_moco(4)
+    model(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8))
+    assert int(model.queue_filled) == 4
+    assert tiny_moco(3).eval()(torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)).loss.isfinite()
