@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import power
+from .tiles import power, precise, refuse_second_derivatives
 
 
 def log_bank_partition(
@@ -50,8 +50,6 @@ class _Bank:
         self.centre = torch.zeros_like(query[0]) if kernel == "cosine" else query.mean(0)
         self.query = query - self.centre
         squares, ones = self.query.pow(2).sum(1, keepdim=True), query.new_ones(len(query), 1)
-        if not bool(squares.isfinite().all()):
-            raise ValueError(f"embeddings must be finite, got NaN or inf in {int((~squares.isfinite()).sum())} rows.")
         parts = {
             "cosine": [scale * self.query],
             "gaussian": [2 * scale * self.query, -scale * squares, ones],
@@ -116,15 +114,19 @@ class _Bank:
 class _LogBankPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: Tensor, bank: Tensor, scale: Tensor, exponent: Tensor, kernel: str) -> Tensor:
+        dtype, factor, power_of_kernel = query.dtype, float(scale), float(exponent)
         with torch.autocast(query.device.type, enabled=False):
             learn = ctx.needs_input_grad[2], ctx.needs_input_grad[3] and kernel == "student_t"
-            sums = _Bank(query, bank, float(scale), float(exponent), kernel, learn)
+            # Far points of the bank need no more precision: only those near a query, so about as far, matter.
+            centred = (query - query.mean(0)) * factor**0.5
+            query = query.to(precise(kernel, power_of_kernel, centred)[0].dtype)
+            sums = _Bank(query, bank, factor, power_of_kernel, kernel, learn)
             sums.visit()
-            ctx.save_for_backward(*sums.gradients())
-            return (sums.sums.log() + sums.log_offset)[:, 0]
+            ctx.save_for_backward(*(gradient.to(dtype) for gradient in sums.gradients()))
+            return (sums.sums.log() + sums.log_offset)[:, 0].to(dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
+        refuse_second_derivatives()
         by_query, by_scale, by_exponent = (upstream[:, None] * gradient for gradient in ctx.saved_tensors)
         return by_query, None, by_scale.sum(), by_exponent.sum(), None

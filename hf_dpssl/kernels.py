@@ -23,8 +23,13 @@ NORMALIZATIONS = ("joint", "anchor")  # one denominator for all pairs, or one pe
 def check_positive(**values: float | Tensor) -> None:
     """Raise ValueError for a temperature or dof (number or 0-dim tensor) that is not a positive finite number."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive finite number, got {float(value)}.")
+        if not (math.isfinite(number(value)) and value > 0):
+            raise ValueError(f"{name} must be a positive finite number, got {number(value)}.")
+
+
+def number(value: float | Tensor) -> float:
+    """A number, or the value of a 0-dim tensor."""
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -85,12 +90,12 @@ def check_kernel(kernel: str, temperature: float | Tensor, dof: float | Tensor) 
         raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}.")
     check_positive(temperature=temperature)
     if kernel == "student_t" and not dof > 0:
-        raise ValueError(f"dof must be positive (math.inf is the Gaussian kernel), got {float(dof)}.")
+        raise ValueError(f"dof must be positive (math.inf is the Gaussian kernel), got {number(dof)}.")
 
 
 def distance_kernel(temperature: float | Tensor, dof: float | Tensor) -> tuple[float | Tensor, str, float | Tensor]:
     """(scale, form, exponent) of a Student-t kernel as tiles.py writes it; infinite dof gives the Gaussian form."""
-    if math.isinf(dof):
+    if math.isinf(number(dof)):
         return 1 / (2 * temperature), "gaussian", 1.0
     return 1 / (temperature * dof), "student_t", (dof + 1) / 2
 

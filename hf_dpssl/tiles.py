@@ -12,7 +12,8 @@ Points come scaled, so that kernels need no temperature here and autograd carrie
     "student_t"  log k = -exponent * log(1 + |y_i - y_j|^2)     y = x / sqrt(temperature * dof), exponent (dof + 1)/2
 
 As long as no log k can lie more than 80 below the largest, kernels are summed as they are: nothing underflows in
-float32. Otherwise the same sums run over logarithms, about twice as slowly.
+float32. Otherwise the same sums run over logarithms, about twice as slowly. Distances come from products, where far
+points cancel; points so far apart that float32 would lose them are computed in float64.
 
 Source: van der Maaten and Hinton 2008 (gradient of t-SNE); Rabe and Staats 2021 (sums of exponentials in chunks).
 """
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 _LARGEST_RANGE = 80.0  # exp(-80) is a normal float32
+_LARGEST_SQUARE = 4096.0  # of a point's norm, times the exponent: float32 errs by 1e-3 in log k from there on
 _KEPT_BYTES = 128 * 2**20  # kernels kept between the two passes; when they need more they are computed twice
 _CPU_TILE, _GPU_TILE = 320, 4096  # two tiles in a core's cache; few launches on a GPU
 
@@ -47,6 +49,7 @@ def log_partition(
 
     Raises:
         ValueError: when a point is NaN or infinite.
+        RuntimeError: when a second derivative is asked for.
     """
     weights = points.new_full((len(points),), 1 / len(points)) if weights is None else weights.detach().to(points)
     exponent = torch.as_tensor(exponent, dtype=points.dtype, device=points.device)
@@ -71,9 +74,6 @@ class _Kernel:
     def __init__(self, name: str, exponent: float, left: Tensor, right: Tensor):
         left_squares, right_squares = left.pow(2).sum(1, keepdim=True), right.pow(2).sum(1, keepdim=True)
         reach = float(left_squares.max()) ** 0.5, float(right_squares.max()) ** 0.5
-        if not math.isfinite(sum(reach)):
-            bad = max(int((~squares.isfinite()).sum()) for squares in (left_squares, right_squares))
-            raise ValueError(f"embeddings must be finite, got NaN, inf or an overflow of squares in {bad} rows.")
         left_ones, right_ones = torch.ones_like(left_squares), torch.ones_like(right_squares)
         self.name, self.exponent, self.largest = name, exponent, 0.0
         if name == "cosine":
@@ -121,6 +121,21 @@ def power(base: Tensor, exponent: float) -> Tensor:
         if bits:
             square = square * square
     return result
+
+
+def precise(kernel: str, exponent: float, *points: Tensor) -> list[Tensor]:
+    """The sets of scaled points, in float64 where float32 would lose small distances between far points.
+
+    Raises:
+        ValueError: when a point is NaN or infinite.
+    """
+    squares = [part.pow(2).sum(1) for part in points]
+    largest = max(float(part.max()) for part in squares)
+    if not math.isfinite(largest):
+        bad = sum(int((~part.isfinite()).sum()) for part in squares)
+        raise ValueError(f"embeddings must be finite, got NaN, inf or an overflow of squares in {bad} rows.")
+    far = kernel != "cosine" and max(1.0, exponent) * largest > _LARGEST_SQUARE
+    return [part.double() if far and part.device.type != "mps" else part for part in points]
 
 
 class _Points:
@@ -258,25 +273,32 @@ class _Pairs:
 class _LogPartition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, left, right, exponent, weights, right_weights, kernel: str, joint: bool) -> Tensor:
+        dtype, wanted = left.dtype, ctx.needs_input_grad
         with torch.autocast(left.device.type, enabled=False):
-            others = left if right is None else right
-            sides = [_Points(left, weights)]
-            sides.append(sides[0] if right is None else _Points(right, right_weights))
-            wanted = ctx.needs_input_grad
+            power_of_kernel = float(exponent)
+            points = precise(kernel, power_of_kernel, *([left] if right is None else [left, right]))
+            sides = [_Points(points[0], weights.to(points[0]))]
+            if right is not None:
+                sides.append(_Points(points[1], right_weights.to(points[1])))
             learn_exponent = wanted[2] and kernel == "student_t"
-            pairs = _Pairs(*sides, _Kernel(kernel, float(exponent), left, others), any(wanted[:3]), learn_exponent)
-            if not pairs.kernel.direct:
+            tiled = _Kernel(kernel, power_of_kernel, points[0], points[-1])
+            pairs = _Pairs(sides[0], sides[-1], tiled, any(wanted[:3]), learn_exponent)
+            if not tiled.direct:
                 value = pairs.over_logarithms(joint)
             else:
                 value = pairs.joint() if joint else pairs.per_anchor()
-            gradients = [
-                side.gradient(pairs.kernel) if any(wanted[:3]) else None for side in sides[: 1 + (right is not None)]
-            ]
-        ctx.save_for_backward(*gradients, pairs.exponent_gradient)
-        return value
+            gradients = [side.gradient(tiled).to(dtype) for side in sides] if any(wanted[:3]) else []
+        ctx.save_for_backward(*gradients, pairs.exponent_gradient.to(dtype))
+        return value.to(dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: Tensor):
+        refuse_second_derivatives()
         left, *right, exponent = (upstream * gradient for gradient in ctx.saved_tensors)
         return left, (right[0] if right else None), exponent, None, None, None, None
+
+
+def refuse_second_derivatives() -> None:
+    """Raise RuntimeError in a backward pass that is itself recorded: its result would be taken for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the loss has a first derivative only; call backward without create_graph=True.")
