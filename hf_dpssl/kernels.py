@@ -20,9 +20,10 @@ KERNELS = ("cosine", "student_t")
 NORMALIZATIONS = ("joint", "anchor")  # one denominator for all pairs, or one per anchor
 
 
-def check_positive(**values: float) -> None:
-    """Raise ValueError for a temperature or dof that is not a positive finite number."""
+def check_positive(**values: float | Tensor) -> None:
+    """Raise ValueError for a temperature or dof (a number or a 0-dim tensor) that is not positive and finite."""
     for name, value in values.items():
+        value = value.detach() if isinstance(value, Tensor) else value
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive finite number, got {value}.")
 
