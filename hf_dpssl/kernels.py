@@ -21,11 +21,10 @@ NORMALIZATIONS = ("joint", "anchor")  # one denominator for all pairs, or one pe
 
 
 def check_positive(**values: float | Tensor) -> None:
-    """Raise ValueError for a temperature or dof (a number or a 0-dim tensor) that is not positive and finite."""
+    """Raise ValueError for a temperature or dof (number or 0-dim tensor) that is not a positive finite number."""
     for name, value in values.items():
-        value = value.detach() if isinstance(value, Tensor) else value
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a positive finite number, got {value}.")
+            raise ValueError(f"{name} must be a positive finite number, got {float(value)}.")
 
 
 def in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -78,3 +77,47 @@ def student_t_from_squared_distance(squared_distance: Tensor, *, temperature: fl
 def log_student_t(x: Tensor, y: Tensor, *, temperature: float, dof: float) -> Tensor:
     """Student-t log-similarity of x (N, D) and y (M, D), (N, M); the points are not normalised."""
     return student_t_from_squared_distance(squared_distances(x, y), temperature=temperature, dof=dof)
+
+
+def check_kernel(kernel: str, temperature: float | Tensor, dof: float | Tensor) -> None:
+    """Raise ValueError for an unknown kernel or a temperature or dof out of range; dof may be infinite."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}.")
+    check_positive(temperature=temperature)
+    if kernel == "student_t" and not dof > 0:
+        raise ValueError(f"dof must be positive (math.inf is the Gaussian kernel), got {float(dof)}.")
+
+
+def distance_kernel(temperature: float | Tensor, dof: float | Tensor) -> tuple[float | Tensor, str, float | Tensor]:
+    """(scale, form, exponent) of a Student-t kernel as tiles.py writes it; infinite dof gives the Gaussian form."""
+    if math.isinf(dof):
+        return 1 / (2 * temperature), "gaussian", 1.0
+    return 1 / (temperature * dof), "student_t", (dof + 1) / 2
+
+
+def scaled_points(
+    embeddings: list[Tensor], kernel: str, temperature: float | Tensor, dof: float | Tensor
+) -> tuple[list[Tensor], str, float | Tensor]:
+    """(sets of points, form, exponent) such that tiles.py's kernels of the points need no temperature.
+
+    The points carry the temperature's gradient. For distances they are centred, which changes none and lets
+    cancellation shrink.
+    """
+    embeddings = list(in_float32(*embeddings))
+    if kernel == "cosine":
+        return [F.normalize(part, dim=1) * temperature**-0.5 for part in embeddings], "cosine", 1.0
+    scale, form, exponent = distance_kernel(temperature, dof)
+    centre = torch.stack([part.detach().mean(0) for part in embeddings]).mean(0)
+    return [(part - centre) * scale**0.5 for part in embeddings], form, exponent
+
+
+def log_of_pairs(points: Tensor, others: Tensor, form: str, exponent: float | Tensor) -> Tensor:
+    """Log-similarities (N,) of row i with row i of scaled points (N, D), exact also where they nearly coincide."""
+    if form == "cosine":
+        return (points * others).sum(1)
+    return log_of_distances((points - others).pow(2).sum(1), form, exponent)
+
+
+def log_of_distances(squared_distances: Tensor, form: str, exponent: float | Tensor) -> Tensor:
+    """Log-similarities, elementwise, of squared distances of scaled points."""
+    return -squared_distances if form == "gaussian" else -exponent * torch.log1p(squared_distances)

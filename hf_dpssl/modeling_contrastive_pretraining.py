@@ -165,8 +165,7 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         keys = self._keys(paired_pixel_values)
         all_keys = gather_without_gradient(keys)
         filled = int(self.queue_filled)
-        # A copy, since the queue is written before the backward pass reads it.
-        negatives = self.queue[:filled].clone() if filled else all_keys
+        negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
         scale = self.kernel_scale
         scale.calibrate_queue(gather_without_gradient(queries), all_keys, negatives)
         options = {"kernel": self.config.kernel, "temperature": scale.temperature, "dof": scale.dof}
