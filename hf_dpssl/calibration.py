@@ -20,8 +20,10 @@ from .kernels import in_float32, log_cosine, squared_distances, student_t_from_s
 
 PERPLEXITY = 0.3  # of Q, as a share of the candidates
 DOF_RANGE = (0.1, 1000.0)  # learned dof stay inside; from 1000 on the kernel is Gaussian to float32's eye
-_TEMPERATURE_RANGE = (1e-4, 1e3)  # in units of the mean dissimilarity
-_BISECTIONS = 20  # of the range's logarithm: 1.5e-5 relative
+_SEARCH = (1e-6, 1e6)  # of temperatures, in units of the mean dissimilarity
+_BISECTIONS = 24  # of the range's logarithm: 2e-6 relative
+COSINE_BOUNDS = (0.1, 1.0)  # the published range; without it, coinciding points lead to ever lower temperatures
+STUDENT_T_BOUNDS = (1e-2, 1e2)  # in units of the mean squared distance: the kernel keeps its flat top
 _ANCHORS, _CANDIDATES = 64, 2048  # at most so many rows and columns are looked at
 _MEMORY = 0.9  # share kept of the old log-temperature at each step
 _FREE_SCALE_STEPS = 10
@@ -55,8 +57,8 @@ def temperature_of_perplexity(
         dof: degrees of freedom of the Student-t kernel; None: exp(-dissimilarity / temperature).
 
     Returns:
-        Scalar, within 1e-4 and 1e3 mean dissimilarities. A Student-t kernel cannot have any perplexity: towards
-        temperature 0 it becomes a power of the distance; where even that is too wide, the lower bound comes back.
+        Scalar, within 1e-6 and 1e6 mean dissimilarities. A Student-t kernel cannot have any perplexity: towards
+        temperature 0 it becomes a power of the distance; where even that is too wide, the lower end comes back.
 
     Raises:
         ValueError: share outside (0, 1), or dissimilarities that are negative or NaN.
@@ -64,18 +66,26 @@ def temperature_of_perplexity(
     check_share(share)
     if bool(dissimilarities.isnan().any()) or bool((dissimilarities < 0).any()):
         raise ValueError("dissimilarities must be non-negative numbers; a negative or NaN one was given.")
-    counts = torch.ones_like(dissimilarities) if counts is None else counts.to(dissimilarities)
-    counts = counts.expand_as(dissimilarities).masked_fill(dissimilarities.isinf(), 0)
+    counts = _counts(dissimilarities, counts)
     dissimilarities = dissimilarities.masked_fill(dissimilarities.isinf(), 0)
     target = share * counts.sum(1).mean()
-    unit = ((counts * dissimilarities).sum() / counts.sum()).clamp_min(torch.finfo(dissimilarities.dtype).tiny * 1e8)
-    low, high = (math.log(bound) for bound in _TEMPERATURE_RANGE)
-    low, high = unit.log() + low, unit.log() + high
+    unit = _mean(dissimilarities, counts)
+    low, high = (unit.log() + math.log(bound) for bound in _SEARCH)
     for _ in range(_BISECTIONS):  # the entropy of a row grows with the temperature, for both kernels
         middle = (low + high) / 2
         too_wide = mean_perplexity(_log_similarities(dissimilarities, middle.exp(), dof), counts) > target
         low, high = torch.where(too_wide, low, middle), torch.where(too_wide, middle, high)
     return ((low + high) / 2).exp()
+
+
+def _counts(dissimilarities: Tensor, counts: Tensor | None) -> Tensor:
+    counts = torch.ones_like(dissimilarities) if counts is None else counts.to(dissimilarities)
+    return counts.expand_as(dissimilarities).masked_fill(dissimilarities.isinf(), 0)
+
+
+def _mean(dissimilarities: Tensor, counts: Tensor) -> Tensor:
+    total = torch.where(counts > 0, counts * dissimilarities, 0.0).sum()
+    return (total / counts.sum()).clamp_min(1e-30)
 
 
 def _log_similarities(dissimilarities: Tensor, temperature: Tensor, dof: float | None) -> Tensor:
@@ -104,6 +114,7 @@ class KernelScale(nn.Module):
     this goes on throughout. Where the scale of the embeddings is free (Student-t on raw outputs) only the first 10
     steps count and their mean is held: dividing by a temperature that follows the embeddings would make the loss blind
     to their scale, which then grows without end, while the map itself has to find it.
+    The temperature stays within `COSINE_BOUNDS`, or within `STUDENT_T_BOUNDS` mean squared distances.
 
     learnable_dof=True: dof = 0.1 * 10^(4 sigmoid(parameter)), so it stays in (0.1, 1000) whatever the step.
 
@@ -149,6 +160,11 @@ class KernelScale(nn.Module):
         return dof_from_raw(self.raw_dof) if hasattr(self, "raw_dof") else self.given_dof
 
     @torch.no_grad()
+    def numbers(self) -> dict[str, float]:
+        """{"temperature", "dof"} as they are now."""
+        return {"temperature": float(self.temperature), "dof": float(self.dof)}
+
+    @torch.no_grad()
     def calibrate(self, view_1: Tensor, view_2: Tensor) -> None:
         """Follow a batch, (N, D) twice, of all processes; the candidates are its other points. Only with "auto"."""
         if self._calibrating():
@@ -185,11 +201,16 @@ class KernelScale(nn.Module):
 
     def _follow(self, values: Tensor, counts: Tensor | None) -> None:
         dof = None if self.kernel == "cosine" else float(self.dof)
-        wanted = temperature_of_perplexity(values, counts, share=self.perplexity, dof=dof).log()
+        wanted = temperature_of_perplexity(values, counts, share=self.perplexity, dof=dof)
+        if dof is None:
+            wanted = wanted.clamp(*COSINE_BOUNDS)
+        else:
+            low, high = (bound * _mean(values, _counts(values, counts)) for bound in STUDENT_T_BOUNDS)
+            wanted = wanted.clamp(low, high)
         # A plain mean at first, so that the start (zero) does not count. Rounding may differ between processes.
         weight = 1 / (int(self.steps) + 1)
         weight = weight if self.free_scale else max(1 - _MEMORY, weight)
-        broadcast_(self.log_temperature.lerp_(wanted.to(self.log_temperature), weight))
+        broadcast_(self.log_temperature.lerp_(wanted.log().to(self.log_temperature), weight))
         self.steps += 1
 
 

@@ -90,7 +90,7 @@ def check_kernel(kernel: str, temperature: float | Tensor, dof: float | Tensor) 
 
 def distance_kernel(temperature: float | Tensor, dof: float | Tensor) -> tuple[float | Tensor, str, float | Tensor]:
     """(scale, form, exponent) of a Student-t kernel as tiles.py writes it; infinite dof gives the Gaussian form."""
-    if math.isinf(dof):
+    if dof == math.inf:
         return 1 / (2 * temperature), "gaussian", 1.0
     return 1 / (temperature * dof), "student_t", (dof + 1) / 2
 

@@ -24,6 +24,7 @@ METHODS = {
     "simclr": {"kernel": "cosine", "normalization": "anchor", "feature_norm": "l2", "temperature": 0.5},
     "t_simclr_joint": {"kernel": "student_t", "normalization": "joint"},
     "t_simclr_anchor": {"kernel": "student_t", "normalization": "anchor"},
+    "calibrated": {"temperature": "auto", "learnable_dof": True},
 }
 
 
@@ -83,7 +84,8 @@ def simclr_case(method: str) -> dict:
     model = parallel(SimCLRForPreTraining(tiny_config(**METHODS[method])).double().train())
     loss = model(own_share(image_batch(1)), own_share(image_batch(2))).loss
     loss.backward()
-    return {"loss": loss.detach()} | gradients(model)
+    scales = {name: value.clone() for name, value in model.named_buffers() if "kernel_scale" in name}
+    return {"loss": loss.detach()} | gradients(model) | {k.removeprefix("module."): v for k, v in scales.items()}
 
 
 def moco_case(kernel: str) -> dict:

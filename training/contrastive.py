@@ -216,7 +216,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
     """Evaluate, and write the complete checkpoint folder."""
     metrics, samples = evaluate(model, args, source)
     data = source.data
-    kernel = {"temperature": float(model.kernel_scale.temperature), "dof": float(model.kernel_scale.dof)}
+    kernel = model.kernel_scale.numbers()
     model.config.dpssl = {
         "method_name": method_name(args),
         "dataset": data.name,

@@ -54,8 +54,8 @@ ARMS = {
     "gaussian_anchor": {"kernel": "student_t", "normalization": "anchor", "dof": 1e4},  # the limit dof -> infinity
 }
 TEMPERATURES = {"simclr": (0.05, 0.15, 0.5)}
-TEMPERATURES |= dict.fromkeys(("t_anchor", "t_joint", "gaussian_anchor"), (0.05, 1.0, 20.0))
-LEARNING_RATES = (1e-2, 3e-2)
+TEMPERATURES |= dict.fromkeys(("t_anchor", "t_joint", "gaussian_anchor"), (0.002, 0.05, 1.0))
+LEARNING_RATES = (3e-3, 1e-2)
 # In the order in which they run: the claim itself, SimCLR(d + 1), the Gaussian kernel, then d = 32.
 MAIN = [(arm, dimension) for dimension in (2, 128, 8) for arm in ("simclr", "t_anchor", "t_joint")]
 CELLS = MAIN + [("simclr", 3), ("gaussian_anchor", 2), ("simclr", 9), ("gaussian_anchor", 8)]
@@ -105,17 +105,17 @@ def best_metric(reports: list[dict]) -> tuple[str, float]:
 
 
 def planned(stage: str, runs: Path, cells: list[tuple[str, int]]) -> Iterator[Run]:
-    """The runs of a stage in their order; final and auto runs only of cells that are tuned."""
-    for arm, dimension in cells:
-        if stage == "tune":
-            yield from grid(arm, dimension)
-            continue
-        tuned = best(arm, dimension, runs)
-        if tuned is None:
-            print(f"{arm} {dimension}d is not tuned yet and left out: run --stage tune first.")
-            continue
-        temperature = "auto" if stage == "auto" else tuned.temperature
-        for seed in SEEDS:
+    """The runs of a stage in their order; final and auto runs, seed by seed, only of cells that are tuned."""
+    if stage == "tune":
+        yield from (run for cell in cells for run in grid(*cell))
+        return
+    for seed in SEEDS:
+        for arm, dimension in cells:
+            tuned = best(arm, dimension, runs)
+            if tuned is None:
+                print(f"{arm} {dimension}d is not tuned yet and left out: run --stage tune first.")
+                continue
+            temperature = "auto" if stage == "auto" else tuned.temperature
             yield replace(tuned, stage=stage, temperature=temperature, epochs=EPOCHS, seed=seed)
 
 
@@ -188,12 +188,10 @@ def train(run: Run, splits: dict[str, tuple[Tensor, Tensor]]) -> dict:
             losses.append(output.loss.detach())
         entry = {"loss": round(float(torch.stack(losses).mean()), 4)} | scale(model, output)
         if run.stage != "tune" and epoch + 1 == round(0.8 * run.epochs):
-            entry |= evaluate(model, splits, "validation")
+            entry |= evaluate(model, splits, ["validation"])["validation"]
         history.append(entry)
-    report = {"history": history, "validation": evaluate(model, splits, "validation")}
-    if run.stage != "tune":
-        report["test"] = evaluate(model, splits, "test")
-    return asdict(run) | report | {"cpu_seconds": round(time.process_time() - start, 1)}
+    accuracies = evaluate(model, splits, ["validation"] if run.stage == "tune" else ["validation", "test"])
+    return asdict(run) | {"history": history} | accuracies | {"cpu_seconds": round(time.process_time() - start, 1)}
 
 
 @torch.no_grad()
@@ -201,7 +199,7 @@ def scale(model: SimCLRForPreTraining, output) -> dict[str, float]:
     """temperature, perplexity of Q over the last batch, and its mean squared embedding (per point, centred)."""
     z = torch.cat([output.embeddings, output.paired_embeddings])
     config = model.config
-    temperature = float(getattr(model, "temperature", config.temperature))
+    temperature = float(model.kernel_scale.temperature)
     if config.kernel == "cosine":
         log_q = log_cosine(z, z, temperature=temperature)
     else:
@@ -211,15 +209,18 @@ def scale(model: SimCLRForPreTraining, output) -> dict[str, float]:
     return {name: float(f"{v:.4g}") for name, v in dict(t=temperature, perplexity=perplexity, spread=spread).items()}
 
 
-def evaluate(model: SimCLRForPreTraining, splits: dict, name: str) -> dict[str, float]:
-    """1-NN and 20-NN accuracy, cosine and Euclidean, of the embeddings of a split; neighbours are training images."""
+def evaluate(model: SimCLRForPreTraining, splits: dict, names: list[str]) -> dict[str, dict[str, float]]:
+    """1-NN and 20-NN accuracy, cosine and Euclidean, of the embeddings of splits; neighbours are training images."""
     bank, bank_labels = embed(model, splits["train"][0]), splits["train"][1]
-    query, labels = embed(model, splits[name][0]), splits[name][1]
-    return {
-        f"{metric}_{k}nn": round(knn(bank, bank_labels, query, labels, k=k, metric=metric)["knn_top1"], 2)
-        for metric in ("cosine", "euclidean")
-        for k in (1, 20)
-    }
+    accuracies: dict[str, dict[str, float]] = {}
+    for name in names:
+        query, labels = embed(model, splits[name][0]), splits[name][1]
+        accuracies[name] = {
+            f"{metric}_{k}nn": round(knn(bank, bank_labels, query, labels, k=k, metric=metric)["knn_top1"], 2)
+            for metric in ("cosine", "euclidean")
+            for k in (1, 20)
+        }
+    return accuracies
 
 
 @torch.no_grad()
