@@ -20,6 +20,7 @@ from diffusers.optimization import get_scheduler
 
 from hf_dpssl.batches import ImageSource, evaluation_batches, spread_rows
 from hf_dpssl.blocks import BATCH_NORMS
+from hf_dpssl.calibration import PERPLEXITY
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.evaluation import knn
@@ -43,8 +44,10 @@ class ContrastiveArguments(RunArguments):
     kernel: str = option("student_t", "similarity of embeddings", choices=["cosine", "student_t"])
     normalization: str = option("joint", "denominator over all pairs or per anchor", choices=["joint", "anchor"])
     feature_norm: str = option("none", "normalisation of embeddings", choices=["l2", "batch", "none"])
-    temperature: float = option(2.0, "divides the cosine or the squared distance")
+    temperature: str = option("2.0", "divides the cosine or the squared distance; auto: set by --perplexity")
+    perplexity: float = option(PERPLEXITY, "of Q, as a share of the candidates, with --temperature auto")
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
+    learnable_dof: bool = option(False, "train the degrees of freedom too")
     queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
     momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
     momentum_schedule: str = option("constant", "or cosine: from --momentum to 1", choices=MOMENTUM_SCHEDULES)
@@ -70,6 +73,11 @@ class ContrastiveArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.temperature != "auto":
+            try:
+                self.temperature = float(self.temperature)
+            except ValueError:
+                raise ValueError(f"--temperature must be a number or auto, got {self.temperature!r}.") from None
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "--gradient_accumulation_steps > 1 would change the loss: negatives come from one batch (or, with a "
@@ -168,8 +176,9 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
         },
         **{
             name: getattr(args, name)
-            for name in "stem kernel normalization feature_norm temperature dof momentum projection_dim "
-            "projection_hidden_dim projection_layers projection_batch_norm batch_norm batch_norm_splits".split()
+            for name in "stem kernel normalization feature_norm temperature perplexity dof learnable_dof momentum "
+            "projection_dim projection_hidden_dim projection_layers projection_batch_norm batch_norm "
+            "batch_norm_splits".split()
         },
         **({"queue_size": args.queue_size} if args.queue_size else {}),
     )
@@ -193,7 +202,9 @@ def start_from(model: SimCLRForPreTraining | MoCoForPreTraining, encoder: Contra
 
 def make_optimizer(args: ContrastiveArguments, model) -> torch.optim.Optimizer:
     """AdamW or SGD with momentum 0.9 over encoder and head (never the key branch)."""
-    parameters = model.trainable_parameters()
+    parameters = [{"params": model.trainable_parameters()}]
+    if model.undecayed_parameters():
+        parameters.append({"params": model.undecayed_parameters(), "weight_decay": 0.0})
     if args.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=args.learning_rate, momentum=0.9, weight_decay=args.weight_decay)
     return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -233,11 +244,13 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
     """Evaluate, and write the complete checkpoint folder."""
     metrics, samples = evaluate(model, args, source)
     data = source.data
+    kernel = model.kernel_scale.numbers()
     model.config.dpssl = {
         "method_name": method_name(args),
         "dataset": data.name,
         "licence_of_data": data.entry.licence,
         "steps": loop.step,
+        "kernel": kernel,
         "metrics": metrics,
     }
     with atomic_folder(target) as folder:
@@ -246,9 +259,8 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=method_name(args))
         settings = {"k": args.knn_k, "metric": args.knn_metric}
-        write_results(
-            folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, knn=settings
-        )
+        about = dict(dataset=data.name, seed=args.seed, samples=samples)
+        write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
         write_card(folder, "encoder", title=f"{method_name(args)} on {data.name}", license_of_data=data.entry.licence)
     print(f"{target}: " + (", ".join(f"{k} {v:.2f} %" for k, v in metrics.items()) or "no labels, not evaluated"))
 
