@@ -16,6 +16,7 @@ report and in config.json.
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import os
 import re
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 from torch import Tensor, nn
 
 from .checkpoint import atomic_folder
@@ -100,26 +102,19 @@ def import_checkpoint(
     backbone, classifier = to_timm(parts["backbone"])
     if not backbone:
         raise ValueError(f"no tensor stands under {origin.backbone!r}, only {', '.join(count_by_part(tensors))}.")
-    name, model_args = (architecture, None) if architecture else resnet_architecture(backbone)
+    name, model_args = _named(architecture, image_size) if architecture else resnet_architecture(backbone)
     stem = stem or find_stem(origin, parts["backbone"], backbone)
     method, fields, notes = find_method(origin, parts, rest, settings)
-    statistics, size = find_statistics(origin, tensors, settings, stem != "timm") if mean is None else ((mean, std), 0)
-    preprocessing = _preprocessing(*statistics, image_size or size or (224 if stem == "timm" else 32))
-    config = ContrastiveConfig(
-        name, model_args, preprocessing, stem, **fields | (head_settings(parts["head"]) or {})
-    )  # fmt: skip
+    small, size = stem != "timm", image_size or (model_args or {}).get("img_size")
+    statistics = (
+        find_statistics(origin, tensors, settings, small) if mean is None else ((mean, std), 32 if small else 224)
+    )
+    preprocessing = _preprocessing(*statistics, size)
+    config = ContrastiveConfig(name, model_args, preprocessing, stem, **fields, **(head_settings(parts["head"]) or {}))
     encoder = ContrastiveEncoder(config)
     _load(encoder.timm_model, backbone, f"{name} with stem {stem!r}")
-    report = Imported(
-        output,
-        origin.code,
-        method or "unknown",
-        name,
-        stem,
-        [f"backbone ({origin.backbone or 'all'})"],
-        [],
-        notes,
-    )
+    report = Imported(output, origin.code, method or "unknown", name, stem, notes=notes)
+    report.taken.append(f"backbone ({origin.backbone or 'all'})")
     model = _pretraining_model(origin, parts, rest, encoder, report, ours=method is not None)
     report.left_out = count_by_part(rest | classifier) + unread
     config.dpssl = {"method_name": report.method, "imported": _record(report, path)}
@@ -147,12 +142,26 @@ def _read(content: object) -> tuple[dict[str, Tensor], dict, list[str]]:
     return tensors, settings, [str(name) for name in content if name != found] if found else []
 
 
-def _preprocessing(mean: Iterable[float], std: Iterable[float], size: int) -> dict:
+def _named(architecture: str, image_size: int | None) -> tuple[str, dict | None]:
+    """timm's name and `model_args`: an architecture for one image size must be made for it, or timm resamples it."""
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), 3)
+        raise ValueError(
+            f"timm has no architecture {architecture!r}." + f" Did you mean {' or '.join(close)}?" * bool(close)
+        )
+    entry = timm.get_pretrained_cfg(architecture)
+    if entry is None or not entry.fixed_input_size:
+        return architecture, None
+    return architecture, {"img_size": image_size or entry.input_size[-1]}
+
+
+def _preprocessing(statistics: tuple, default_size: int, size: int | None) -> dict:
     """timm's entry; images of 224 px are cut out of 256 px, as in the codes' own evaluation."""
+    size = size or default_size
     return {
         "input_size": [3, size, size],
-        "mean": list(mean),
-        "std": list(std),
+        "mean": list(statistics[0]),
+        "std": list(statistics[1]),
         "interpolation": "bilinear",
         "crop_pct": 0.875 if size >= 224 else 1.0,
         "crop_mode": "center",

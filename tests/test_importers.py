@@ -39,7 +39,7 @@ def draw_statistics_(module: nn.Module) -> nn.Module:
 
 
 def forward_by_names(tensors: dict, images: torch.Tensor, activation: bool = True) -> torch.Tensor:
-    """Features of a 3x3-stem ResNet of one basic block per stage, from its tensors by name; shortcuts are named `shortcut`."""
+    """Features of a 3x3-stem ResNet of one basic block per stage, from its tensors by the t-SimCLR code's names."""
 
     def norm(values, name):
         names = ("running_mean", "running_var", "weight", "bias")
