@@ -20,12 +20,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
-from .blocks import FEATURE_NORMS, check_batch_norm, use_small_image_stem_
+from .blocks import FEATURE_NORMS, SMALL_IMAGE_STEMS, check_batch_norm, use_small_image_stem_
 from .calibration import PERPLEXITY, check_share, check_temperature, raw_from_dof
 from .kernels import KERNELS, NORMALIZATIONS
 from .weights import load_complete
 
-STEMS = ("timm", "small_image")
+STEMS = ("timm", *SMALL_IMAGE_STEMS)
 _METHOD_FIELDS = (
     "stem kernel normalization feature_norm temperature perplexity dof learnable_dof projection_hidden_dim "
     "projection_dim projection_layers projection_batch_norm batch_norm batch_norm_splits queue_size momentum"
@@ -39,7 +39,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         architecture: timm model name.
         model_args: keyword arguments of `timm.create_model`.
         pretrained_cfg: timm's preprocessing entry: input_size, mean, std, interpolation, crop_pct.
-        stem: "timm", or "small_image" for a ResNet on images of about 32 px, which stock timm cannot express.
+        stem: "timm", or "small_image" for a ResNet on images of about 32 px, which stock timm cannot express
+            (two variants of it, for encoders of other libraries, stand in blocks.py).
         kernel: "cosine" or "student_t".
         normalization: "anchor" (one denominator per anchor) or "joint" (t-SimCLR; no queue).
         feature_norm: of embeddings: "l2", "batch" (batch norm without affine, t-MoCo-v2) or "none".
@@ -166,7 +167,7 @@ class ContrastiveEncoder(TimmWrapperModel):
     """The bare backbone: `last_hidden_state` and pooled features `pooler_output` (B, num_features).
 
     `save_pretrained` writes timm's layout (config.json and model.safetensors with timm's keys), so
-    that the folder loads with stock transformers and timm. Only with stem="small_image" is it this
+    that the folder loads with stock transformers and timm. Only with a small-image stem is it this
     class's own layout, which needs hf_dpssl or trust_remote_code.
     """
 
@@ -175,8 +176,8 @@ class ContrastiveEncoder(TimmWrapperModel):
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
-        if config.stem == "small_image":
-            use_small_image_stem_(self.timm_model)
+        if config.stem != "timm":
+            use_small_image_stem_(self.timm_model, config.stem)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

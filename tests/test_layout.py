@@ -17,8 +17,8 @@ LEVELS = [
     + "quantizer drop_ins".split(),
     "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining modeling_vq".split(),
     "images transforms digits data image_table batches checkpoint pipeline_vq_dit diffusion".split()
-    + "latent_cache evaluation plots".split(),
-    "recipe results model_card training_loop cli".split(),
+    + "latent_cache evaluation plots pickled_tensors foreign_layouts".split(),
+    "recipe results model_card training_loop importers cli".split(),
 ]
 
 

@@ -25,7 +25,7 @@ from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.evaluation import knn
 from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from hf_dpssl.modeling_contrastive import STEMS, ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.momentum import MOMENTUM_SCHEDULES, choose_queue_size, momentum_at
 from hf_dpssl.plots import plot_curves
@@ -54,7 +54,7 @@ class ContrastiveArguments(RunArguments):
     architecture: str = option("resnet10t", "timm model")
     model_args: str | None = option('{"channels": [32, 64, 128, 256]}', "JSON keyword arguments of timm.create_model")
     init_encoder: str | None = option(None, "folder or Hub id of an encoder of this architecture to start from")
-    stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=["timm", "small_image"])
+    stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=list(STEMS))
     projection_dim: int = option(32, "dimension of the embeddings")
     projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
     projection_layers: int = option(2, "linear layers of the head")
@@ -190,6 +190,10 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
 
 def start_from(model: SimCLRForPreTraining | MoCoForPreTraining, encoder: ContrastiveEncoder) -> None:
     """Copy the weights of a trained encoder into the backbone, and of MoCo into both; ValueError when they differ."""
+    if encoder.config.stem != model.config.stem:  # two of the small-image stems have weights of equal shape
+        raise ValueError(
+            f"--init_encoder has the stem {encoder.config.stem!r}, the run asks for {model.config.stem!r}."
+        )
     for backbone in [model.encoder, *([model.key_encoder] if isinstance(model, MoCoForPreTraining) else [])]:
         try:
             backbone.load_state_dict(encoder.state_dict())
