@@ -222,7 +222,7 @@ class TwoViews:
         views = torch.empty(2 * count, *shape, device=images.device)
         for rows, order in self._parts(parameters, _at_a_time(images, _PIXELS_AT_A_TIME)):
             sources = rows % count if images.ndim == 4 else 2 * (rows % count) + rows // count
-            part = images.view(-1, *shape).index_select(0, sources)
+            part = images.reshape(-1, *shape).index_select(0, sources)
             part_parameters = parameters.take(rows)
             part = self._moved(part, draws[rows], part_parameters)
             if self.mode == "fused":
@@ -310,7 +310,7 @@ def crop_boxes(augmentation: Augmentation, draws: Tensor) -> Tensor:
 def move(images: Tensor, augmentation: Augmentation, draws: Tensor, crop: bool = True) -> Tensor:
     """Crop, flip, rotation and translation in one bilinear resampling.
 
-    images: (B, C, H, W) in [0, 1]; draws: (B, 8) uniform: area, ratio, x, y, flip, angle, translation in x and y.
+    images: (B, C, H, W) float; draws: (B, 8) uniform: area, ratio, x, y, flip, angle, translation in x and y.
     """
     a, size = augmentation, len(images)
     box = crop_boxes(a, draws[:, :4]) if crop else torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(size, 4).to(draws)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ import timm
 import torch
 from lightly.transforms import SimCLRTransform
 from PIL import Image
-from tqdm import tqdm
+from timing import Comparison, compare
 
 from hf_dpssl.batches import ImageSource
 from hf_dpssl.data import load_images
@@ -38,27 +37,36 @@ from pictures import photograph_patches
 
 RESULTS = Path(__file__).parent / "results" / "augmentation.json"
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+AIMS = {(32, "exact"): 1 / 3, (32, "fused"): 1 / 7, (224, "exact"): 1 / 1.5, (224, "fused"): 1 / 2.5}  # of the time
 
 
-def view_calls(size: int, batch_size: int) -> dict[str, Callable]:
-    """Calls that make two views of each of `batch_size` images: of both our modes, and lightly's."""
+def view_rows(size: int, batch_size: int) -> list[Comparison]:
+    """Two views of each of `batch_size` images: both our modes beside lightly."""
     images, ids = photograph_patches(batch_size, size), torch.arange(batch_size)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     a = replace(NATURAL, blur=0.5 if size == 224 else 0)
-    theirs = SimCLRTransform(
+    transform = SimCLRTransform(
         input_size=size, cj_prob=a.jitter, cj_bright=a.brightness, cj_contrast=a.contrast, cj_sat=a.saturation,
         cj_hue=a.hue, min_scale=a.crop_scale[0], random_gray_scale=a.grey, gaussian_blur=a.blur, hf_prob=a.flip,
     )  # fmt: skip
 
-    def lightly() -> list[torch.Tensor]:
-        return [torch.stack(views) for views in zip(*(theirs(picture) for picture in pictures), strict=True)]
+    def ours(views: TwoViews) -> float:
+        return views(images, ids, 0)[0].flatten()[0].item()
 
-    ours = {mode: partial(TwoViews(a, MEAN, STD, 0, mode=mode), images, ids, 0) for mode in MODES}
-    return ours | {"lightly": lightly}
+    def theirs() -> float:
+        views = zip(*(transform(picture) for picture in pictures), strict=True)
+        return [torch.stack(view) for view in views][0].flatten()[0].item()
+
+    rows = []
+    for mode in MODES:
+        call = partial(ours, TwoViews(a, MEAN, STD, 0, mode=mode))
+        what = f"{2 * batch_size} views, {size} px, {mode}"
+        rows.append(Comparison(what, "lightly SimCLRTransform", call, theirs, aim=round(AIMS[size, mode], 3)))
+    return rows
 
 
-def step_calls(batch_size: int, mode: str) -> dict[str, Callable]:
-    """A whole SimCLR step with ResNet-18 at 32 pixels, and the bare backbone's on 2 x `batch_size` images."""
+def step_row(batch_size: int, mode: str) -> Comparison:
+    """A whole SimCLR step with ResNet-18 at 32 pixels beside the bare backbone's on 2 x `batch_size` images."""
     source = ImageSource(load_images("digits"), image_size=32, batch_size=batch_size, seed=0)
     views, batches = TwoViews(NATURAL, MEAN, STD, 0, mode=mode), iter(source.loader())
     config = ContrastiveConfig(
@@ -75,31 +83,22 @@ def step_calls(batch_size: int, mode: str) -> dict[str, Callable]:
     optimizer, bare_optimizer = (torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, backbone))
     ready = torch.cat(views(*(next(batches)[name] for name in ("images", "sample_ids", "epoch"))))
 
-    def whole() -> None:
+    def whole() -> float:
         batch = next(batches)
-        model(*views(batch["images"], batch["sample_ids"], batch["epoch"])).loss.backward()
+        loss = model(*views(batch["images"], batch["sample_ids"], batch["epoch"])).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.item()
 
-    def bare() -> None:
-        backbone(ready).square().mean().backward()
+    def bare() -> float:
+        loss = backbone(ready).square().mean()
+        loss.backward()
         bare_optimizer.step()
         bare_optimizer.zero_grad()
+        return loss.item()
 
-    return {"whole": whole, "bare": bare}
-
-
-def fastest(calls: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Minimum CPU seconds of each call over alternating rounds."""
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()  # warm-up
-    for _ in tqdm(range(rounds), desc=" and ".join(calls), leave=False):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            best[name] = min(best[name], time.process_time() - start)
-    return best
+    return Comparison(f"whole SimCLR step, {2 * batch_size} views, {mode}", "bare backbone", whole, bare, aim=1.1)
 
 
 def main() -> None:
@@ -110,24 +109,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    metrics: dict[str, list] = {"views": [], "steps": []}
-    for size, batch_size in ((32, 256), (224, 32)):
-        seconds = fastest(view_calls(size, batch_size), args.rounds)
-        rates = {name: round(2 * batch_size / value) for name, value in seconds.items()}
-        for mode in MODES:
-            ratio = round(seconds["lightly"] / seconds[mode], 2)
-            row = {"size": size, "batch_size": batch_size, "mode": mode, "views_per_second": rates[mode]}
-            metrics["views"].append(row | {"lightly_views_per_second": rates["lightly"], "ratio": ratio})
-            print(f"{size:>3} px {mode:<5} {rates[mode]:>6} views/s, {ratio:>5} x lightly")
-    for mode in MODES:
-        seconds = fastest(step_calls(128, mode), args.rounds)
-        row = {f"{name}_ms": round(1e3 * value, 1) for name, value in seconds.items()}
-        metrics["steps"].append({"mode": mode, **row, "ratio": round(seconds["whole"] / seconds["bare"], 3)})
-        print("step, {mode:<5} {whole_ms:>7} ms, {ratio:>5} of the bare backbone".format(**metrics["steps"][-1]))
+    rows = [*view_rows(32, 256), *view_rows(224, 32), *(step_row(128, mode) for mode in MODES)]
+    measured = compare(rows, args.rounds, clock=time.process_time)
+    for row, batch_size in zip(measured, (256, 256, 32, 32), strict=False):
+        row["times_faster"] = round(1 / row["ratio"], 2)
+        row["views_per_second"], row["their_views_per_second"] = (
+            round(2e3 * batch_size / row[name]) for name in ("ours_ms", "theirs_ms")
+        )
     RESULTS.parent.mkdir(exist_ok=True)
-    samples = {"rounds": args.rounds, "images_per_step": 128, "step_size": 32, "step_architecture": "resnet18"}
     dataset = "parts of scikit-learn's sample photographs (views), digits at 32 pixels (steps)"
-    write_results(RESULTS, metrics, dataset=dataset, seed=0, samples=samples)
+    write_results(RESULTS, {"comparisons": measured}, dataset=dataset, seed=0, samples={"rounds": args.rounds})
 
 
 if __name__ == "__main__":
