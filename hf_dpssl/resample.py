@@ -68,8 +68,8 @@ def resized_crop(
         boxes: (B, 4) int64: top, left, height, width, within the image.
         flip: (B,) bool.
         size: height and width of the result.
-        may_round: where uint8 images are interpolated one by one, do it in 8 bits as torchvision does with uint8
-            images, twice as fast: values are then rounded to whole numbers, each off by at most 1.
+        may_round: where uint8 images are interpolated one by one, do it in 8 bits, twice as fast: values are then
+            rounded to whole numbers, off by at most 1.
 
     Returns:
         (B, C, *size) float32 in the range of the input.
