@@ -32,7 +32,7 @@ from hf_dpssl.plots import plot_curves
 from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
-from hf_dpssl.transforms import PRESETS, TwoViews, normalize
+from hf_dpssl.transforms import MODES, PRESETS, TwoViews, normalize
 
 
 @dataclass
@@ -62,6 +62,7 @@ class ContrastiveArguments(RunArguments):
     batch_norm: str = option("local", "statistics per process, over all, or per part of a batch", choices=BATCH_NORMS)
     batch_norm_splits: int = option(1, "parts of a process's batch with --batch_norm split")
     augmentation: str | None = option(None, "preset of transforms.py; default: what suits the data set")
+    augmentation_mode: str = option("fused", "colours as one matrix, or exactly as torchvision v2", choices=list(MODES))
     num_train_epochs: int = option(100, "epochs")
     max_train_steps: int | None = option(None, "steps instead of epochs; needed with --streaming")
     optimizer: str = option("adamw", "optimiser", choices=["adamw", "sgd"])
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> Path:
     image_size = args.image_size or data.entry.image_size
     mean, std = data.entry.statistics
     augmentation = PRESETS[args.augmentation or data.entry.augmentation]
-    views = TwoViews(augmentation, mean, std, args.seed)
+    views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     source = ImageSource.from_arguments(data, args, accelerator, image_size, views)
     total_steps = args.max_train_steps or args.num_train_epochs * source.steps_per_epoch
 
