@@ -14,10 +14,10 @@ TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
 # Allowed imports within the package: a module may import those of its own level listed before it, and lower levels.
 LEVELS = [
     "weights kernels tiles bank_tiles gather keyed_random losses momentum quantizer".split(),
-    "blocks modeling_contrastive modeling_contrastive_pretraining modeling_vq".split(),
+    "blocks modeling_contrastive modeling_contrastive_pretraining warm_start modeling_vq".split(),
     "images transforms digits data image_table batches checkpoint pipeline_vq_dit diffusion".split()
-    + "latent_cache evaluation plots".split(),
-    "recipe results model_card training_loop cli".split(),
+    + "latent_cache evaluation plots embedder embeddings_table map_page".split(),
+    "recipe results embedding_job model_card training_loop embedding_commands cli".split(),
 ]
 
 
