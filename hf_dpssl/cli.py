@@ -28,7 +28,6 @@ def main(argv: list[str] | None = None) -> int:
     train.set_defaults(run=lambda known, rest: _train(known, rest, train))
 
     picture = commands.add_parser("map", help="2-D map of images: a figure and an interactive page", add_help=False)
-    picture.add_argument("dataset", nargs="?", help="what --dataset takes")
     picture.set_defaults(run=_map)
 
     embed = commands.add_parser("embed", help="vectors of a folder or data set, as parquet", add_help=False)
@@ -48,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _map(known: argparse.Namespace, rest: list[str]) -> int:
-    return _run_script("map", rest if known.dataset is None else ["--dataset", known.dataset, *rest])
+    # Not a positional argument of the parser, which would take the value of a flag it does not know for it.
+    named = rest and not rest[0].startswith("-")
+    return _run_script("map", ["--dataset", *rest] if named else rest)
 
 
 def _embed(known: argparse.Namespace, rest: list[str]) -> int:

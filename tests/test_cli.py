@@ -59,6 +59,18 @@ def test_train_without_script_and_with_unknown_config_say_what_there_is(capsys):
     assert "cpu_2_processes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stage_1_epochs", "0"], "--stage_1_epochs must be at least 1, got 0"),
+        pytest.param(["digitz", "--stage_1_epochs", "1"], "Did you mean digits?", marks=pytest.mark.slow),
+    ],
+)
+def test_map_takes_a_data_set_or_none_before_its_flags(argv, message, capfd):
+    assert main(["map", *argv]) != 0
+    assert message in capfd.readouterr().err
+
+
 def test_shipped_cpu_config_really_starts_two_processes(tmp_path):
     argv = ["train", "contrastive", "--accelerate_config", "cpu_2_processes", "--num_processes", 2]
     run(*argv, *SHORT, tmp_path / "two", cwd=tmp_path)
