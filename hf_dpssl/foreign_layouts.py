@@ -165,10 +165,13 @@ def find_method(
     """(method, its fields of `ContrastiveConfig`, notes on what the file does not say); None: not one of ours."""
     cosine = {"kernel": "cosine", "normalization": "anchor", "feature_norm": "l2"}
     if origin.code == "wrhuang/t-SimCLR":
+        method = settings.get("method", "t-SimCLR")
         numbers = {"temperature": float(settings.get("temp", 8.0)), "dof": float(settings.get("t_df", 5.0))}
         notes = [] if "temp" in settings else ["no settings in the file: t-SimCLR, temperature 8, dof 5 are assumed"]
-        if settings.get("method") == "SimCLR":
-            return "SimCLR", cosine | numbers, notes
+        if method not in ("SimCLR", "t-SimCLR"):  # SupContrast, from which that code comes, writes the same keys
+            return None, cosine, [f"the method is none of ours: {method!r}"]
+        if method == "SimCLR":
+            return method, cosine | numbers, notes
         return "t-SimCLR", {"kernel": "student_t", "normalization": "joint", "feature_norm": "none"} | numbers, notes
     if origin.code == "facebookresearch/moco":
         queue = {"queue_size": rest["queue"].shape[-1]} if "queue" in rest else {}
@@ -180,32 +183,32 @@ def find_method(
     others = sorted({name.split(".")[0] for name in rest} - _WITHOUT_METHOD)
     if origin.head is None or others:
         return None, cosine, [f"the method is none of ours: the file also holds {', '.join(others)}"] if others else []
-    method = "MoCo-v2" if parts["key_backbone"] else "SimCLR"
+    method = "MoCo-v2" if parts["key_backbone"] and parts["key_head"] else "SimCLR"
     queue = {"queue_size": rest["queue"].shape[-1] if "queue" in rest else 4096}
     notes = [f"the file names no method: its keys fit {method}, temperature 0.5 is assumed"]
     return method, cosine | queue | {"temperature": 0.5}, notes
 
 
 def find_statistics(origin: Origin, tensors: Mapping[str, Tensor], settings: Mapping, small: bool) -> tuple:
-    """((mean, std), image size) with which the code trains; small: the stem is one for images of about 32 px.
+    """(mean, std) with which the code trains; small: the stem is one for images of about 32 px.
 
     Raises:
         ValueError: a t-SimCLR file of a data set that its code does not know.
     """
-    if origin.code == "wrhuang/t-SimCLR":
-        dataset, size = settings.get("dataset", "cifar10"), int(settings.get("size", 32))
-        if dataset in ("cifar10", "cifar100"):
-            return TABLE[dataset].statistics, size
+    dataset = settings.get("dataset", "cifar10")
+    if origin.code == "wrhuang/t-SimCLR" and dataset not in ("cifar10", "cifar100"):
         try:
-            return tuple(tuple(map(float, ast.literal_eval(settings[name]))) for name in ("mean", "std")), size
+            return tuple(tuple(map(float, ast.literal_eval(settings[name]))) for name in ("mean", "std"))
         except (KeyError, ValueError, SyntaxError, TypeError) as error:
             raise ValueError(
                 f"data set {dataset!r} without readable mean and std: give them (--mean, --std)."
             ) from error
+    if origin.code == "wrhuang/t-SimCLR":
+        return TABLE[dataset].statistics
     classes = len(tensors.get("classifier.weight", ()))
     if origin.code == "solo-learn" and small and classes in _SOLO_LEARN_CIFAR:
-        return _SOLO_LEARN_CIFAR[classes], 32
-    return _IMAGENET, 32 if small else 224
+        return _SOLO_LEARN_CIFAR[classes]
+    return _IMAGENET
 
 
 def head_settings(head: Mapping[str, Tensor]) -> dict | None:

@@ -91,8 +91,7 @@ def import_checkpoint(
         ValueError: unknown layout or ResNet, missing or unexpected keys, not finite; the message names them.
     """
     path, output = Path(path), Path(output)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists: choose another folder, or pass overwrite=True (--overwrite).")
+    _check_output(output, overwrite)
     if (mean is None) != (std is None):
         raise ValueError("mean and std belong together: give both or neither.")
     content = read_pickled_tensors(path, inert=inert)
@@ -105,11 +104,10 @@ def import_checkpoint(
     name, model_args = _named(architecture, image_size) if architecture else resnet_architecture(backbone)
     stem = stem or find_stem(origin, parts["backbone"], backbone)
     method, fields, notes = find_method(origin, parts, rest, settings)
-    small, size = stem != "timm", image_size or (model_args or {}).get("img_size")
-    statistics = (
-        find_statistics(origin, tensors, settings, small) if mean is None else ((mean, std), 32 if small else 224)
-    )
-    preprocessing = _preprocessing(*statistics, size)
+    if mean is None:
+        mean, std = find_statistics(origin, tensors, settings, small=stem != "timm")
+    size = image_size or (model_args or {}).get("img_size") or settings.get("size") or (224 if stem == "timm" else 32)
+    preprocessing = _preprocessing(mean, std, int(size))
     config = ContrastiveConfig(name, model_args, preprocessing, stem, **fields, **(head_settings(parts["head"]) or {}))
     encoder = ContrastiveEncoder(config)
     _load(encoder.timm_model, backbone, f"{name} with stem {stem!r}")
@@ -123,6 +121,16 @@ def import_checkpoint(
         if model is not None:
             model.save_pretrained(folder / "pretraining")
     return report
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Refuse what exists; `overwrite` replaces an encoder folder or an empty one, nothing else."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{output} exists: choose another folder, or pass overwrite=True (--overwrite).")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
+        raise FileExistsError(f"{output} is no encoder folder and is not replaced: choose another folder.")
 
 
 def _read(content: object) -> tuple[dict[str, Tensor], dict, list[str]]:
@@ -155,13 +163,12 @@ def _named(architecture: str, image_size: int | None) -> tuple[str, dict | None]
     return architecture, {"img_size": image_size or entry.input_size[-1]}
 
 
-def _preprocessing(statistics: tuple, default_size: int, size: int | None) -> dict:
+def _preprocessing(mean: Iterable[float], std: Iterable[float], size: int) -> dict:
     """timm's entry; images of 224 px are cut out of 256 px, as in the codes' own evaluation."""
-    size = size or default_size
     return {
         "input_size": [3, size, size],
-        "mean": list(statistics[0]),
-        "std": list(statistics[1]),
+        "mean": list(mean),
+        "std": list(std),
         "interpolation": "bilinear",
         "crop_pct": 0.875 if size >= 224 else 1.0,
         "crop_mode": "center",
@@ -192,24 +199,26 @@ def _pretraining_model(
 ) -> SimCLRForPreTraining | MoCoForPreTraining | None:
     """The pretraining model when the head is one of ours; what it takes leaves `rest`, what it does not goes there."""
     head, key_backbone, key_head = parts["head"], parts["key_backbone"], parts["key_head"]
-    if head_settings(head) is None or not ours:
-        for part in ("head", "key_backbone", "key_head"):
+    fits, momentum = ours and head_settings(head) is not None, bool(key_backbone and key_head)
+    for part in ("head", "key_backbone", "key_head"):
+        if not (fits and (momentum or part == "head")):
             rest.update({f"{getattr(origin, part)}{name}": value for name, value in parts[part].items()})
+    if not fits:
         if head and ours:
             report.notes.append("the head is none of ours (Linear, batch norm or none, ReLU, Linear): no pretraining/")
         return None
-    model = (MoCoForPreTraining if key_backbone else SimCLRForPreTraining)(encoder.config)
+    model = (MoCoForPreTraining if momentum else SimCLRForPreTraining)(encoder.config)
     model.encoder.load_state_dict(encoder.state_dict())
     # t-MoCo-v2 has one batch norm of embeddings for both branches.
     norm = {name: rest.pop(name) for name in list(rest) if name.startswith("bn.")}
     norm = {name.replace("bn", str(len(model.head) - 1), 1): value for name, value in norm.items()}
     _load(model.head, numbered(head) | norm, "the head")
     report.taken.append(f"head ({origin.head})")
-    if key_backbone:
+    if momentum:
         _load(model.key_encoder.timm_model, to_timm(key_backbone)[0], "the momentum backbone")
         _load(model.key_head, numbered(key_head) | norm, "the momentum head")
         report.taken.append(f"momentum branch ({origin.key_backbone}, {origin.key_head})")
-        if origin.code == "facebookresearch/moco" and "queue" in rest:
+        if origin.code == "facebookresearch/moco" and {"queue", "queue_ptr"} <= rest.keys():
             model.queue.copy_(rest.pop("queue").T)
             model.queue_cursor.copy_(rest.pop("queue_ptr").squeeze())
             model.queue_filled.fill_(len(model.queue))  # what has not been written yet is noise there, and counts

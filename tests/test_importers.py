@@ -9,6 +9,7 @@ import copy
 import json
 from pathlib import Path
 
+import contrastive
 import pytest
 import timm
 import torch
@@ -17,7 +18,7 @@ import torchvision
 from torch import nn
 from transformers import AutoModel
 
-from hf_dpssl import ContrastiveEncoder, MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.cli import main
 from hf_dpssl.importers import import_checkpoint
 
@@ -208,6 +209,44 @@ def test_solo_learn_cifar_file_keeps_its_padded_stem(tmp_path, momentum):
         expected = F.normalize(projection(resnet(images)), dim=1)
         assert torch.allclose(model.eval()(images).embeddings, expected, atol=1e-6)
     assert model.config.pretrained_cfg["std"] == [0.247, 0.2435, 0.2616]
+
+
+def test_momentum_branch_and_methods_that_are_not_ours_are_left_out_by_name(tmp_path):
+    tensors, projection = resnet10().state_dict(), head()
+    state = under("backbone.", tensors) | under("projector.", projection.state_dict())
+    state |= under("classifier.", nn.Linear(512, 10).state_dict())
+    torch.save({"state_dict": state | under("momentum_backbone.", tensors)}, tmp_path / "half.ckpt")
+    report = import_checkpoint(tmp_path / "half.ckpt", tmp_path / "half")  # a momentum backbone without its head
+    assert report.method == "SimCLR" and any("momentum_backbone" in line for line in report.left_out)
+    SimCLRForPreTraining.from_pretrained(tmp_path / "half/pretraining")
+    torch.save({"state_dict": state | under("predictor.", projection.state_dict())}, tmp_path / "simsiam.ckpt")
+    report = import_checkpoint(tmp_path / "simsiam.ckpt", tmp_path / "simsiam")
+    assert report.method == "unknown" and "predictor" in report.notes[0] and "projector (4 tensors)" in report.left_out
+    options = argparse.Namespace(method="SupCon", temp=0.1, dataset="cifar10")
+    content = {"opt": options, "model": under("encoder.", tensors) | under("head.", projection.state_dict())}
+    torch.save(content, tmp_path / "supcon.pth")
+    report = import_checkpoint(tmp_path / "supcon.pth", tmp_path / "supcon")
+    assert report.method == "unknown" and "'SupCon'" in report.notes[0]
+    assert not (tmp_path / "supcon/pretraining").exists()
+
+
+def test_only_encoder_folders_are_overwritten(tmp_path):
+    torch.save(small_resnet(), tmp_path / "plain.pth")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work", encoding="utf-8")
+    for output in (tmp_path / "home", tmp_path / "home/thesis.txt"):
+        with pytest.raises(FileExistsError, match="no encoder folder and is not replaced"):
+            import_checkpoint(tmp_path / "plain.pth", output, overwrite=True)
+    assert (tmp_path / "home/thesis.txt").read_text(encoding="utf-8") == "years of work"
+
+
+def test_trainer_refuses_to_start_from_an_encoder_with_another_stem():
+    encoder, wanted = (
+        ContrastiveConfig("resnet10t", {"layers": [1, 1, 1, 1], "stem_type": ""}, stem=stem)
+        for stem in ("small_image_padded", "small_image")
+    )
+    with pytest.raises(ValueError, match="has the stem 'small_image_padded', the run asks for 'small_image'"):
+        contrastive.start_from(SimCLRForPreTraining(wanted), ContrastiveEncoder(encoder))
 
 
 def test_folder_with_a_foreign_stem_loads_with_remote_code(tmp_path):
