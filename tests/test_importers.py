@@ -9,7 +9,6 @@ import copy
 import json
 from pathlib import Path
 
-import contrastive
 import pytest
 import timm
 import torch
@@ -21,6 +20,7 @@ from transformers import AutoModel
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.cli import main
 from hf_dpssl.importers import import_checkpoint
+from hf_dpssl.warm_start import start_from_encoder_
 
 
 def resnet10() -> nn.Module:
@@ -246,7 +246,7 @@ def test_trainer_refuses_to_start_from_an_encoder_with_another_stem():
         for stem in ("small_image_padded", "small_image")
     )
     with pytest.raises(ValueError, match="has the stem 'small_image_padded', the run asks for 'small_image'"):
-        contrastive.start_from(SimCLRForPreTraining(wanted), ContrastiveEncoder(encoder))
+        start_from_encoder_(SimCLRForPreTraining(wanted), ContrastiveEncoder(encoder))
 
 
 def test_folder_with_a_foreign_stem_loads_with_remote_code(tmp_path):
