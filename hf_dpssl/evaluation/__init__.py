@@ -2,7 +2,7 @@
 
 from .codebook import codebook_usage
 from .generation import class_consistency, copies, diversity
-from .neighbours import knn
+from .neighbours import knn, nearest_neighbours
 from .reconstruction import psnr
 
-__all__ = ["class_consistency", "codebook_usage", "copies", "diversity", "knn", "psnr"]
+__all__ = ["class_consistency", "codebook_usage", "copies", "diversity", "knn", "nearest_neighbours", "psnr"]

@@ -1,0 +1,258 @@
+"""The search behind `nearest_neighbours`: cheap products find candidates, an exact comparison ranks them.
+
+For a tile of the bank and a chunk of queries, one matrix product in float32 or bfloat16 gives
+    r = q'.b' + bias_b, the cosine or -|q - b|^2 / 2 up to a constant of the query (q', b': centred).
+Its error is at most `margin`, so that a true neighbour lies within twice the margin of the k-th best r. All rows
+that do are compared again by one function of the two rows alone, and of equal ones the first row wins: the
+neighbours are the same whatever the precision, the tile and the chunk.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+_TILE_BYTES = 2**26  # of the bank, prepared at once
+_CHUNK_BYTES = 2**25  # of approximate similarities, held at once
+_BLOCK_ELEMENTS = 2**18  # prepared or gathered at once: about the second-level cache
+_MAX_PAIRS = 2**21  # compared at once
+_TOO_MANY = 8  # candidates per neighbour from which on bfloat16 separates too badly
+_NONE = torch.iinfo(torch.int64).max  # key of a neighbour that is still missing
+_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of rounding to nearest
+_PRODUCT_ERROR = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-7}  # of torch.set_float32_matmul_precision
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are fast and summed in float32: CPUs with AMX or AVX512-BF16."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x (N, D) @ y.T (D, M); float32 on a CPU by oneDNN, which is wide on processors of all makers."""
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if onednn is None or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return x @ y.T
+    return onednn(x, y, None, "none", [], "")
+
+
+def check_finite(rows: Tensor, name: str, first: int = 0) -> None:
+    """ValueError naming the first row of (N, D) with a NaN, an infinity, or a number too large to be squared."""
+    norms = rows.norm(dim=1)
+    if not bool(norms.isfinite().all()):
+        row = int((~norms.isfinite()).nonzero()[0])
+        what = "too large for float32" if bool(rows[row].isfinite().all()) else "NaN or infinite"
+        raise ValueError(f"row {first + row} of {name} is {what}: features must be finite, with a finite norm.")
+
+
+def inverse_norms(rows: Tensor) -> Tensor:
+    """(N,) 1 / norm, as in torch.nn.functional.normalize."""
+    return 1 / rows.norm(dim=1).clamp_min(1e-12)
+
+
+class _Tile:
+    """Rows of the bank, and what the product needs of them: centred, with the bias in further columns."""
+
+    def __init__(self, bank: Tensor, centre: Tensor, metric: str, dtype: torch.dtype):
+        self.bank = bank
+        self.scale = inverse_norms(bank) if metric == "cosine" else None  # (M,)
+        parts = 1 if dtype == torch.float32 else 3  # of the bias: three bfloat16 numbers hold a float32
+        size = bank.shape[1]
+        self.rows = torch.empty(len(bank), size + parts, dtype=dtype, device=bank.device)
+        self.radius = self.rounded = torch.zeros((), device=bank.device)  # largest norms of a row and its rounding
+        step = max(1, _BLOCK_ELEMENTS // size)
+        for first in range(0, len(bank), step):
+            part = slice(first, first + step)
+            scaled = bank[part] if self.scale is None else bank[part] * self.scale[part, None]
+            centred = scaled - centre
+            norms = centred.norm(dim=1)
+            bias = centred @ centre if metric == "cosine" else -norms.square() / 2
+            self.radius = torch.maximum(self.radius, norms.max())
+            self.rows[part, :size] = centred
+            if dtype == torch.bfloat16:
+                self.rounded = torch.maximum(self.rounded, centred.sub_(self.rows[part, :size]).norm(dim=1).max())
+            for column in range(size, size + parts):
+                self.rows[part, column] = bias
+                bias = bias - self.rows[part, column].float()
+
+
+class Search:
+    """The k nearest rows, among those added so far, of each query.
+
+    Args:
+        queries: (Q, D) float32, finite.
+        centre: (D,) any vector; near the middle of the bank it makes the margin small.
+        k: neighbours.
+        metric: "cosine" or "euclidean".
+        dtype: of the products that find candidates, torch.float32 or torch.bfloat16.
+    """
+
+    def __init__(self, queries: Tensor, centre: Tensor, k: int, metric: str, dtype: torch.dtype):
+        self.centre, self.k, self.metric, self.dtype = centre, k, metric, dtype
+        self.queries = queries * inverse_norms(queries)[:, None] if metric == "cosine" else queries
+        self.centred = self.queries - centre
+        self.norms = self.centred.norm(dim=1)  # (Q,)
+        self.rounded = (self.centred - self.centred.to(dtype)).norm(dim=1)  # (Q,)
+        # What r lacks to the cosine, or to minus half the squared distance.
+        self.constant = self.queries @ centre if metric == "cosine" else -self.norms.square() / 2
+        self.keys = torch.full((len(queries), k), _NONE, device=queries.device)  # ascending: best first
+        self.seen = 0
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(similarities (Q, k), indices (Q, k)), best first; at least k rows must have been added."""
+        return _unpack(self.keys)
+
+    def add(self, bank: Tensor) -> None:
+        """Search further rows (M, D), a tile at a time.
+
+        Raises:
+            ValueError: a row that is not finite, or too large to be squared in float32.
+        """
+        tiles = max(1, -(-bank.numel() * self.dtype.itemsize // _TILE_BYTES))
+        for rows in tqdm(bank.chunk(tiles), "nearest neighbours", unit="tile", leave=False, delay=5):
+            self._add_tile(rows.float())
+
+    def _add_tile(self, bank: Tensor) -> None:
+        check_finite(bank, "bank", self.seen)
+        tile = _Tile(bank, self.centre, self.metric, self.dtype)
+        step = max(1, _CHUNK_BYTES // (len(bank) * self.dtype.itemsize))
+        for first in range(0, len(self.queries), step):
+            part = slice(first, min(first + step, len(self.queries)))
+            if not self._narrow(tile, part):
+                if tile.rows.dtype == torch.bfloat16:
+                    tile = _Tile(bank, self.centre, self.metric, torch.float32)
+                self._narrow_or_split(tile, part)
+        self.seen += len(bank)
+
+    def _narrow_or_split(self, tile: _Tile, part: slice) -> None:
+        if not self._narrow(tile, part):
+            middle = (part.start + part.stop) // 2
+            self._narrow_or_split(tile, slice(part.start, middle))
+            self._narrow_or_split(tile, slice(middle, part.stop))
+
+    def _narrow(self, tile: _Tile, part: slice) -> bool:
+        """Find the neighbours of some queries in a tile; False, and nothing done, when too many rows may be one."""
+        extra = torch.ones(part.stop - part.start, tile.rows.shape[1] - len(self.centre), device=self.centred.device)
+        similarity = product(torch.cat([self.centred[part], extra], 1).to(tile.rows.dtype), tile.rows)  # (n, M)
+        where = _at_least(similarity, self._threshold(similarity, tile, part))
+        limit = _MAX_PAIRS
+        if tile.rows.dtype == torch.bfloat16:
+            limit = min(limit, _TOO_MANY * self.k * len(similarity))
+        if len(where) > limit and len(similarity) > 1:
+            return False
+        query, row = where // len(tile.bank), where % len(tile.bank)
+        found = _pack(self._compare(tile, self.queries[part], query, row), row + self.seen)
+        self.keys[part] = _best(self.keys[part], query, found)
+        return True
+
+    def _threshold(self, similarity: Tensor, tile: _Tile, part: slice) -> Tensor:
+        """(n,) the least approximate similarity with which a row can be among the k nearest."""
+        margin = self._margin(tile, part)
+        kth = _lower_bound_of_kth(similarity, self.k)
+        if similarity.dtype == torch.bfloat16:
+            kth = kth - _ROUNDING[torch.bfloat16] * kth.abs()  # before the sum was rounded
+        threshold = kth - 2 * margin
+        # Rows of earlier tiles are known exactly.
+        known, _ = _unpack(self.keys[part, -1])
+        known = (known if self.metric == "cosine" else -known.square() / 2) - self.constant[part] - margin
+        threshold = torch.where(self.keys[part, -1] == _NONE, threshold, torch.maximum(threshold, known))
+        return threshold.to(similarity.dtype)  # rounding keeps the order
+
+    def _margin(self, tile: _Tile, part: slice) -> Tensor:
+        """(n,) bound on the error of r plus that of the exact comparison, in units of r.
+
+        A sum of D float32 products errs by at most D epsilon |x||y| to first order (Higham 2002, section 3.1);
+        the terms of r and of the comparison add up to less than 2 (|q'| + |b'| + |centre|)^2. Rounding the
+        factors to bfloat16 adds what was rounded away times the other factor.
+        """
+        norms, rounded = self.norms[part], self.rounded[part]
+        reach = norms + tile.radius + (self.centre.norm() if self.metric == "cosine" else 0.0)
+        terms = len(self.centre) + 16  # 16: scaling, centring, bias
+        error = 2 * terms * _ROUNDING[torch.float32] + _PRODUCT_ERROR[torch.get_float32_matmul_precision()]
+        margin = error * reach.square()
+        if tile.rows.dtype == torch.bfloat16:
+            margin = margin + rounded * tile.radius + (norms + rounded) * tile.rounded
+        return margin
+
+    def _compare(self, tile: _Tile, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
+        """(P,) cosine or minus the distance of pairs of rows, each a function of the two alone."""
+        if self.metric == "cosine" and queries.device.type == "cpu":
+            return _sampled_product(tile.bank, queries, row, query) * tile.scale[row]
+        similarity = queries.new_empty(len(query))
+        step = max(1, _BLOCK_ELEMENTS // queries.shape[1])
+        for first in range(0, len(query), step):
+            part = slice(first, first + step)
+            rows, others = tile.bank.index_select(0, row[part]), queries.index_select(0, query[part])
+            if self.metric == "cosine":
+                similarity[part] = rows.mul_(others).sum(1) * tile.scale[row[part]]
+            else:
+                similarity[part] = -rows.sub_(others).norm(dim=1)
+        return similarity
+
+
+def _lower_bound_of_kth(similarity: Tensor, k: int) -> Tensor:
+    """(n,) a bound from below, nearly tight, on the k-th largest of each row; -inf when there are fewer than k."""
+    columns = similarity.shape[1]
+    if columns < k:
+        return similarity.new_full((len(similarity),), -torch.inf, dtype=torch.float32)
+    groups = max(1, min(16, columns // (8 * k)))  # k group maxima are k different numbers
+    width = columns // groups
+    largest = similarity[:, : groups * width].unflatten(1, (groups, width)).amax(1).float()
+    if largest.device.type == "cpu":  # numpy partitions with vector instructions
+        return torch.from_numpy(np.partition(largest.numpy(), width - k, axis=1)[:, width - k].copy())
+    return largest.topk(k, sorted=True).values[:, -1]
+
+
+def _at_least(similarity: Tensor, threshold: Tensor) -> Tensor:
+    """Positions, in the flattened matrix and ascending, of what reaches its row's threshold."""
+    if similarity.device.type != "cpu":
+        return (similarity >= threshold[:, None]).flatten().nonzero()[:, 0]
+    if similarity.dtype == torch.bfloat16:
+        if not bool((threshold > 0).all()):
+            return torch.from_numpy(np.flatnonzero((similarity >= threshold[:, None]).numpy()))
+        # As integers, positive numbers keep their order and negative ones are below.
+        similarity, threshold = similarity.view(torch.int16), threshold.view(torch.int16)
+    return torch.from_numpy(np.flatnonzero(similarity.numpy() >= threshold[:, None].numpy()))
+
+
+def _sampled_product(rows: Tensor, columns: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """(P,) rows[row].columns[column], reading the rows in order and each once."""
+    order = row.argsort()
+    counts = torch.bincount(row, minlength=len(rows))
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            offsets, column[order], rows.new_zeros(len(row)), (len(rows), len(columns)), check_invariants=False
+        )
+        values = torch.sparse.sampled_addmm(pattern, rows, columns.T, beta=0.0).values()
+    return torch.empty_like(values).scatter_(0, order, values)
+
+
+def _pack(similarity: Tensor, index: Tensor) -> Tensor:
+    """int64 keys that sort by similarity, largest first, then by index, smallest first."""
+    bits = (similarity + 0.0).view(torch.int32)  # + 0.0: -0.0 ties with 0.0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (~ascending).long() << 32 | index
+
+
+def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
+    ascending = ~(keys >> 32).int()
+    return torch.where(ascending < 0, ascending ^ 0x7FFFFFFF, ascending).view(torch.float32), keys & 0xFFFFFFFF
+
+
+def _best(known: Tensor, query: Tensor, found: Tensor) -> Tensor:
+    """(n, k) the smallest keys of each query, of those known (n, k) and those found (P,), sorted by query."""
+    counts = torch.bincount(query, minlength=len(known))
+    k, most = known.shape[1], int(counts.max())
+    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+    keys = known.new_full((len(known), k + most), _NONE)
+    keys[:, :k] = known
+    keys[query, k + place] = found
+    if keys.device.type == "cpu":
+        return torch.from_numpy(np.sort(keys.numpy(), axis=1)[:, :k])
+    return keys.sort(1).values[:, :k]
