@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
 # Local data sets, where somebody has put them beside the checkout.
 ifneq ($(wildcard ../shared/data),)
 export DPSSL_DATA ?= $(abspath ../shared/data)
@@ -17,13 +18,18 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# Libraries that some tests compare with; without them those tests are skipped.
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,peers]' || echo "peers are not installed: tests against them are skipped"
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/hf-dpssl demo --output_dir outputs/demo
 
-test: $(INSTALLED)
+test: $(PEERS)
 	$(BIN)/python -m pytest -q
 
-test-slow: $(INSTALLED)
+test-slow: $(PEERS)
 	$(BIN)/python -m pytest -q -m slow
 
 check: $(INSTALLED)
@@ -40,7 +46,8 @@ test-lowest:
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python tests/benchmarks/losses_and_quantizer.py
+	$(BIN)/python tests/benchmarks/contrastive.py
+	$(BIN)/python tests/benchmarks/quantizer.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from . import matching
 from .losses import info_nce, moco, t_simclr
 from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from .modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
@@ -29,6 +30,7 @@ __all__ = [
     "VQDiTPipeline",
     "VectorQuantizer",
     "info_nce",
+    "matching",
     "moco",
     "t_simclr",
 ]

@@ -174,8 +174,13 @@ class ImageSource:
         return table
 
     @property
+    def num_images(self) -> int | None:
+        """Training images; None for a stream, whose length is not known."""
+        return None if self.table is None else len(self.table)
+
+    @property
     def steps_per_epoch(self) -> int | None:
-        """Whole global batches in an epoch; None for a stream, whose length is not known."""
+        """Whole global batches in an epoch; None for a stream."""
         return None if self.table is None else len(self.table) // (self.batch_size * self.process[1])
 
     def loader(self, start: tuple[int, int] = (0, 0)) -> DataLoader:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEATURE_NORMS = ("l2", "batch", "none")
+BATCH_NORMS = ("local", "global", "split")
 
 
 class ProjectionHead(nn.Sequential):
@@ -58,3 +59,13 @@ def use_small_image_stem_(resnet: nn.Module) -> None:
     replacement = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(replacement.weight, mode="fan_out", nonlinearity="relu")
     resnet.conv1, resnet.maxpool = replacement.to(conv.weight.device, conv.weight.dtype), nn.Identity()
+
+
+def check_batch_norm(batch_norm: str, num_splits: int) -> None:
+    """ValueError unless batch_norm.set_batch_norm_ takes these."""
+    if batch_norm not in BATCH_NORMS:
+        raise ValueError(f"batch_norm must be one of {BATCH_NORMS}, got {batch_norm!r}.")
+    if batch_norm == "split" and num_splits < 2:
+        raise ValueError(f"batch_norm='split' needs batch_norm_splits of at least 2, got {num_splits}.")
+    if batch_norm != "split" and num_splits != 1:
+        raise ValueError(f"batch_norm_splits={num_splits} is read with batch_norm='split' only, not {batch_norm!r}.")

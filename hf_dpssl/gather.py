@@ -1,4 +1,4 @@
-"""Collect tensors over processes, with the gradient that DistributedDataParallel needs.
+"""Tensors and batch statistics over processes, with the gradient that DistributedDataParallel needs.
 
 All functions are the identity (or a plain copy) in a single process, so models call them always.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def is_distributed() -> bool:
@@ -20,7 +22,6 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, tensor.contiguous())
-        ctx.batch_size = len(tensor)
         return torch.cat(parts)
 
     @staticmethod
@@ -28,8 +29,7 @@ class _Gather(torch.autograd.Function):
         # Every process computes the same loss from the same gathered batch, so the sum over
         # processes of its gradients is world_size times our own slice; DDP's mean over processes
         # then leaves exactly the gradient of the global loss.
-        start = dist.get_rank() * ctx.batch_size
-        return gradient[start : start + ctx.batch_size] * dist.get_world_size()
+        return own_rows(gradient) * dist.get_world_size()
 
 
 def gather_with_gradient(tensor: Tensor) -> Tensor:
@@ -51,9 +51,102 @@ def gather_without_gradient(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def own_rows(gathered: Tensor) -> Tensor:
+    """This process's rows (B, ...) of a gathered tensor (world_size * B, ...)."""
+    return gathered.chunk(dist.get_world_size())[dist.get_rank()] if is_distributed() else gathered
+
+
 @torch.no_grad()
 def broadcast_(tensor: Tensor) -> Tensor:
     """Overwrite `tensor` on every process with process 0's, in place, so that rounding cannot differ."""
     if is_distributed():
         dist.broadcast(tensor, src=0)
     return tensor
+
+
+def in_turns(tensor: Tensor, groups: int) -> Tensor:
+    """Reorder (N, ...) rows: the first of each of `groups` equal parts, then the second of each, and so on.
+
+    `in_turns(in_turns(x, groups), N // groups)` is x again.
+    """
+    return tensor.unflatten(0, (groups, -1)).transpose(0, 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def deal_out(tensor: Tensor) -> Tensor:
+    """Mix (B, ...) tensors over processes: each gets B rows, as equally many of every process as can be.
+
+    The gathered rows are put in turns (first row of each process, second of each, ...) and cut into
+    equal parts. MoCo deals out the images of its keys, so that a key and its query are batch-normalised
+    in different company; MoCo's own code shuffles them at random for this.
+    """
+    if not is_distributed():
+        return tensor
+    return own_rows(in_turns(gather_without_gradient(tensor), dist.get_world_size()))
+
+
+@torch.no_grad()
+def gather_dealt(tensor: Tensor) -> Tensor:
+    """Gather what was computed from rows of `deal_out` in the order of `gather_without_gradient` before dealing."""
+    return in_turns(gather_without_gradient(tensor), len(tensor)) if is_distributed() else tensor.detach()
+
+
+class _BatchNormOverProcesses(torch.autograd.Function):
+    """Sums over processes in both directions; every other step is local."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
+        dims = [dim for dim in range(tensor.dim()) if dim != 1]
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, dims, correction=0)  # (C,)
+        count = mean.new_full((1,), tensor.numel() // tensor.shape[1])
+        moments = gather_without_gradient(torch.cat([count, mean, variance])[None])  # (world_size, 1 + 2C)
+        counts, means, variances = moments.split([1, len(mean), len(mean)], dim=1)
+        share = counts / counts.sum()  # (world_size, 1)
+        mean = (share * means).sum(0)
+        # Deviations from the common mean, as E[x^2] - E[x]^2 cancels (Chan, Golub and LeVeque 1983).
+        variance = (share * (variances + (means - mean).square())).sum(0)
+        total = counts.sum()
+        ctx.save_for_backward(tensor, weight, mean, (variance + eps).rsqrt(), total)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(mean, variance, total)
+        return F.batch_norm(tensor, mean, variance, weight, bias, False, 0.0, eps), mean, variance, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor, *_):
+        tensor, weight, mean, inverse_std, total = ctx.saved_tensors
+        dims = [dim for dim in range(tensor.dim()) if dim != 1]
+        shape = [1, -1, *[1] * (tensor.dim() - 2)]
+        wide = gradient.to(mean.dtype)
+        normalized = (tensor - mean.view(shape)) * inverse_std.view(shape)
+        # Of this process only: DDP averages the gradients of weight and bias itself.
+        sums = torch.stack([wide.sum(dims), (wide * normalized).sum(dims)])  # (2, C): of bias and weight
+        weight_gradient = None if weight is None else sums[1].to(weight.dtype)
+        bias_gradient = None if ctx.bias_dtype is None else sums[0].to(ctx.bias_dtype)
+        means = sums.clone()
+        if is_distributed():
+            dist.all_reduce(means)
+        means /= total
+        scale = inverse_std if weight is None else inverse_std * weight
+        centred = wide - means[0].view(shape) - normalized * means[1].view(shape)
+        return (centred * scale.view(shape)).to(tensor.dtype), weight_gradient, bias_gradient, None
+
+
+def batch_norm_over_processes(
+    tensor: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Batch norm with the statistics of all processes' batches, on any device and backend.
+
+    Args:
+        tensor: (B, C, ...); B and the trailing sizes may differ between processes, B >= 1.
+        weight, bias: (C,) or None; their gradients are this process's share, which DDP averages.
+        eps: added to the variance.
+
+    Returns:
+        Normalised tensor; mean (C,), variance (C,) (divided by the count) and count () over all processes,
+        in float32 at least and without gradient.
+
+    Relations: torch's SyncBatchNorm computes the same but refuses CPU tensors.
+    """
+    return _BatchNormOverProcesses.apply(tensor, weight, bias, eps)

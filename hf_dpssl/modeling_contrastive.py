@@ -20,14 +20,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
-from .blocks import FEATURE_NORMS, use_small_image_stem_
+from .blocks import FEATURE_NORMS, check_batch_norm, use_small_image_stem_
 from .kernels import KERNELS, NORMALIZATIONS
 from .weights import load_complete
 
 STEMS = ("timm", "small_image")
 _METHOD_FIELDS = (
     "stem kernel normalization feature_norm temperature dof projection_hidden_dim projection_dim "
-    "projection_layers projection_batch_norm queue_size momentum"
+    "projection_layers projection_batch_norm batch_norm batch_norm_splits queue_size momentum"
 ).split()
 
 
@@ -48,6 +48,9 @@ class ContrastiveConfig(TimmWrapperConfig):
         projection_dim: dimension of the embeddings.
         projection_layers: linear layers of the head, 1 to 3.
         projection_batch_norm: batch norm after every hidden linear layer.
+        batch_norm: images over which batch norms take their statistics in pretraining: "local" (of this process),
+            "global" (of all processes) or "split" (each of `batch_norm_splits` parts of the process's batch).
+        batch_norm_splits: at least 2 with "split", otherwise 1.
         queue_size: MoCo's negatives.
         momentum: share of the old key encoder kept at each step.
         dpssl: recipe and metrics of the run that made the checkpoint.
@@ -73,6 +76,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         projection_dim: int = 128,
         projection_layers: int = 2,
         projection_batch_norm: bool = False,
+        batch_norm: str = "local",
+        batch_norm_splits: int = 1,
         queue_size: int = 65536,
         momentum: float = 0.999,
         dpssl: dict | None = None,
@@ -88,6 +93,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         self.projection_dim = projection_dim
         self.projection_layers = projection_layers
         self.projection_batch_norm = projection_batch_norm
+        self.batch_norm = batch_norm
+        self.batch_norm_splits = batch_norm_splits
         self.queue_size = queue_size
         self.momentum = momentum
         self.dpssl = dpssl or {}
@@ -102,6 +109,7 @@ class ContrastiveConfig(TimmWrapperConfig):
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         if self.kernel == "cosine" and self.normalization == "joint":
             raise ValueError("normalization='joint' is defined for kernel='student_t'; use 'anchor' with 'cosine'.")
+        check_batch_norm(self.batch_norm, self.batch_norm_splits)
         if not 1 <= self.projection_layers <= 3:
             raise ValueError(f"projection_layers must be 1, 2 or 3, got {self.projection_layers}.")
         for name in ("temperature", "dof", "projection_dim", "queue_size"):

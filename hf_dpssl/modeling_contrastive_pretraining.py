@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .batch_norm import batch_norms, set_batch_norm_
 from .blocks import ProjectionHead
-from .gather import gather_with_gradient, gather_without_gradient
+from .gather import deal_out, gather_dealt, gather_with_gradient, gather_without_gradient, in_turns, own_rows
 from .losses import info_nce, moco, t_simclr
 from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from .momentum import ema_update_, enqueue_
@@ -78,10 +79,16 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
+        set_batch_norm_(self, config.batch_norm, config.batch_norm_splits)
         self.post_init()
 
     def forward(
-        self, pixel_values: Tensor, paired_pixel_values: Tensor | None = None, weights: Tensor | None = None, **kwargs
+        self,
+        pixel_values: Tensor,
+        paired_pixel_values: Tensor | None = None,
+        weights: Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
     ) -> ContrastiveOutput:
         """Embed one view, and with `paired_pixel_values` (the other view, same order) compute the loss.
 
@@ -89,8 +96,9 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
             pixel_values: (B, C, H, W), normalised with the config's mean and std.
             paired_pixel_values: (B, C, H, W), second view of the same images.
             weights: (B,) weight of each pair.
+            return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
         """
-        if paired_pixel_values is None:
+        if paired_pixel_values is None or not return_loss:
             features, embeddings = self._embed(pixel_values)
             return ContrastiveOutput(embeddings=embeddings, features=features)
         # One pass over both views: batch norm sees 2B images, as in the papers' code.
@@ -124,6 +132,7 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         self.register_buffer("queue", torch.zeros(config.queue_size, config.projection_dim))
         self.register_buffer("queue_cursor", torch.zeros((), dtype=torch.int64))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
+        set_batch_norm_(self, config.batch_norm, config.batch_norm_splits)
         self.post_init()
         self._copy_query_to_key()
 
@@ -142,22 +151,50 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         return self
 
     @torch.no_grad()
-    def _keys(self, pixel_values: Tensor) -> Tensor:
+    def _keys(self, pixel_values: Tensor, momentum: float | None) -> Tensor:
+        """Keys (world_size * B, projection_dim) of the images of all processes, after moving the key branch."""
+        config = self.config
         if self.training:
             key_parameters = [*self.key_encoder.parameters(), *self.key_head.parameters()]
-            ema_update_(key_parameters, self.trainable_parameters(), self.config.momentum)
-        return self.key_head(self.key_encoder(pixel_values).pooler_output)
+            ema_update_(key_parameters, self.trainable_parameters(), config.momentum if momentum is None else momentum)
+        if not self.training or config.batch_norm == "global" or not batch_norms(self):
+            return gather_without_gradient(self.key_head(self.key_encoder(pixel_values).pooler_output))
+        splits = config.batch_norm_splits
+        images = in_turns(deal_out(pixel_values), splits)  # neighbours, which the queries' parts keep apart, together
+        keys = self.key_head(self.key_encoder(images).pooler_output)
+        return gather_dealt(in_turns(keys, len(keys) // splits))
 
-    def forward(self, pixel_values: Tensor, paired_pixel_values: Tensor | None = None, **kwargs) -> ContrastiveOutput:
-        """Queries of `pixel_values` (B, C, H, W); with `paired_pixel_values` also keys and the loss."""
+    def forward(
+        self,
+        pixel_values: Tensor,
+        paired_pixel_values: Tensor | None = None,
+        momentum: float | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> ContrastiveOutput:
+        """Queries of `pixel_values` (B, C, H, W); with `paired_pixel_values` also keys and the loss.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised with the config's mean and std.
+            paired_pixel_values: (B, C, H, W), second view of the same images.
+            momentum: of this step instead of the config's, e.g. from `momentum_at`.
+            return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
+
+        Raises:
+            ValueError: in training, when the queue is smaller than the batch of all processes.
+        """
         features, queries = self._embed(pixel_values)
-        if paired_pixel_values is None:
+        if paired_pixel_values is None or not return_loss:
             return ContrastiveOutput(embeddings=queries, features=features)
-        keys = self._keys(paired_pixel_values)
-        all_keys = gather_without_gradient(keys)
+        all_keys = self._keys(paired_pixel_values, momentum)
+        keys = own_rows(all_keys)
+        if self.training and len(all_keys) > len(self.queue):
+            raise ValueError(
+                f"queue_size {len(self.queue)} is smaller than the batch of {len(all_keys)} keys of all processes: it "
+                "could not hold one batch. Give a larger queue_size or a smaller batch."
+            )
         filled = int(self.queue_filled)
-        # A copy, since the queue is written before the backward pass reads it.
-        negatives = self.queue[:filled].clone() if filled else all_keys
+        negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
         config = self.config
         loss = moco(queries, keys, negatives, kernel=config.kernel, temperature=config.temperature, dof=config.dof)
         if self.training:

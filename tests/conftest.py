@@ -120,3 +120,46 @@ def data_folder() -> Path:
     if not folder:
         pytest.skip("DPSSL_DATA is not set")
     return Path(folder)
+
+
+def _run_as_one_of_two(rank: int, case, arguments: tuple, folder: str) -> None:
+    """In a child process: join a gloo group of two, run one case, and save what it returns."""
+    import torch
+
+    try:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+        result = {"world_size": torch.tensor(torch.distributed.get_world_size())} | case(*arguments)
+        torch.save(result, os.path.join(folder, f"{rank}.pt"))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
+        os._exit(1)
+
+
+@pytest.fixture(scope="session")
+def run_in_two(fork_server, tmp_path_factory):
+    """run_in_two(case, *arguments) -> tensors by name of both processes, after checking that there were two."""
+    import torch
+
+    def run(case, *arguments) -> list[dict]:
+        folder = tmp_path_factory.mktemp("two_processes")
+        processes = [
+            fork_server.Process(target=_run_as_one_of_two, args=(rank, case, arguments, str(folder)))
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        for process in processes:
+            process.kill()
+        errors = [path.read_text() for path in folder.glob("*.error")]
+        assert not errors, "\n".join(errors)
+        assert [process.exitcode for process in processes] == [0, 0]
+        results = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        assert [int(result.pop("world_size")) for result in results] == [2, 2]
+        return results
+
+    return run

@@ -1,14 +1,11 @@
 """Two real gloo processes against one process that holds the whole batch."""
 
-import os
-import traceback
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_dpssl import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining, VectorQuantizer, info_nce, t_simclr
+from hf_dpssl import VectorQuantizer, info_nce, t_simclr
 from hf_dpssl.gather import broadcast_, gather_with_gradient, gather_without_gradient, is_distributed
 
 WORLD_SIZE = 2
@@ -19,11 +16,6 @@ LOSSES = {
     "info_nce": lambda a, b, w: info_nce(a, b, temperature=0.5, weights=w),
     "t_simclr_joint": lambda a, b, w: t_simclr(a, b, temperature=2.0, dof=3.0, weights=w),
     "t_simclr_anchor": lambda a, b, w: t_simclr(a, b, temperature=2.0, dof=3.0, normalization="anchor", weights=w),
-}
-METHODS = {
-    "simclr": {"kernel": "cosine", "normalization": "anchor", "feature_norm": "l2", "temperature": 0.5},
-    "t_simclr_joint": {"kernel": "student_t", "normalization": "joint"},
-    "t_simclr_anchor": {"kernel": "student_t", "normalization": "anchor"},
 }
 
 
@@ -69,43 +61,6 @@ def loss_case(name: str) -> dict:
     return {"loss": loss.detach()} | gradients(model)
 
 
-def tiny_config(**options) -> ContrastiveConfig:
-    model_args = {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "ls_init_value": 1.0}
-    return ContrastiveConfig(architecture="convnext_atto", model_args=model_args, projection_dim=4, **options)
-
-
-def image_batch(seed: int) -> torch.Tensor:
-    return random(WORLD_SIZE * PAIRS, 3, 16, 16, seed=seed)
-
-
-def simclr_case(method: str) -> dict:
-    torch.manual_seed(0)
-    model = parallel(SimCLRForPreTraining(tiny_config(**METHODS[method])).double().train())
-    loss = model(own_share(image_batch(1)), own_share(image_batch(2))).loss
-    loss.backward()
-    return {"loss": loss.detach()} | gradients(model)
-
-
-def moco_case(kernel: str) -> dict:
-    torch.manual_seed(0)
-    feature_norm = "l2" if kernel == "cosine" else "none"
-    config = tiny_config(
-        kernel=kernel, normalization="anchor", feature_norm=feature_norm, temperature=1.0, queue_size=20, momentum=0.9
-    )
-    bare = MoCoForPreTraining(config).double().train()
-    model = parallel(bare)
-    optimizer = torch.optim.SGD(bare.trainable_parameters(), lr=0.1)
-    losses = []
-    for step in range(STEPS):  # the queue of 20 wraps around in the third
-        optimizer.zero_grad()
-        loss = model(own_share(image_batch(2 * step)), own_share(image_batch(2 * step + 1))).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(gather_without_gradient(loss[None]).mean())
-    state = {name: value.detach().clone() for name, value in bare.state_dict().items()}
-    return {"losses": torch.stack(losses)} | gradients(model) | {f"state of {k}": v for k, v in state.items()}
-
-
 def quantizer_case(revival_threshold: float) -> dict:
     torch.manual_seed(0)
     vq = VectorQuantizer(12, 3, decay=0.7, revival_threshold=revival_threshold)
@@ -121,7 +76,7 @@ def quantizer_case(revival_threshold: float) -> dict:
     return {"codes": torch.stack(codes)} | {name: value.clone() for name, value in vq.state_dict().items()}
 
 
-def gather_case(_) -> dict:
+def gather_case() -> dict:
     rank = dist.get_rank()
     own = torch.full((2, 3), float(rank + 1), requires_grad=True)
     gathered = gather_with_gradient(own)
@@ -138,49 +93,6 @@ def gather_case(_) -> dict:
     }
 
 
-CASES = {
-    "loss": loss_case, "simclr": simclr_case, "moco": moco_case, "quantizer": quantizer_case, "gather": gather_case
-}  # fmt: skip
-
-
-def run_as_one_of_two(rank: int, case: str, argument, folder: str) -> None:
-    """Body of a child process: join the group, run one case, and save what it returns."""
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
-        result = {"world_size": torch.tensor(dist.get_world_size())} | CASES[case](argument)
-        torch.save(result, os.path.join(folder, f"{rank}.pt"))
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        with open(os.path.join(folder, f"{rank}.error"), "w", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
-        os._exit(1)
-
-
-@pytest.fixture
-def run_in_two(fork_server, tmp_path):
-    """run_in_two(case, argument) -> the two processes' results, after checking that there were two."""
-
-    def run(case: str, argument=None) -> list[dict[str, torch.Tensor]]:
-        arguments = (case, argument, str(tmp_path))
-        processes = [fork_server.Process(target=run_as_one_of_two, args=(r, *arguments)) for r in range(WORLD_SIZE)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-        for process in processes:
-            process.kill()
-        errors = [path.read_text() for path in tmp_path.glob("*.error")]
-        assert not errors, "\n".join(errors)
-        assert [process.exitcode for process in processes] == [0] * WORLD_SIZE
-        results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
-        assert [int(result.pop("world_size")) for result in results] == [2, 2]
-        return results
-
-    return run
-
-
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -188,7 +100,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(run_in_two):
-    for rank, result in enumerate(run_in_two("gather")):
+    for rank, result in enumerate(run_in_two(gather_case)):
         expected = torch.tensor([1.0, 1, 2, 2])[:, None].expand(4, 3)
         assert torch.equal(result["gathered"], expected)
         assert torch.equal(result["detached"], expected) and not result["detached has gradient"]
@@ -202,36 +114,19 @@ def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(run_i
 def test_loss_and_gradient_over_two_processes_equal_one_process_with_the_whole_batch(name, run_in_two):
     expected = loss_case(name)
     assert expected["projection.weight"].abs().max() > 1e-3
-    for result in run_in_two("loss", name):
-        assert_same(result, expected, **EXACT)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_simclr_over_two_processes_equals_one_process_with_the_whole_batch(method, run_in_two):
-    expected = simclr_case(method)
-    assert expected["encoder.timm_model.stem.0.weight"].abs().max() > 1e-7
-    for result in run_in_two("simclr", method):
-        assert_same(result, expected, **EXACT)
-
-
-@pytest.mark.parametrize("kernel", ["cosine", "student_t"])
-def test_moco_loss_gradient_keys_and_queue_over_two_processes_equal_one_process(kernel, run_in_two):
-    expected = moco_case(kernel)
-    assert int(expected["state of queue_filled"]) == 20 and int(expected["state of queue_cursor"]) == 4
-    assert expected["state of queue"].abs().sum(1).min() > 0
-    for result in run_in_two("moco", kernel):
+    for result in run_in_two(loss_case, name):
         assert_same(result, expected, **EXACT)
 
 
 def test_quantizer_statistics_over_two_processes_equal_one_process_with_the_whole_batch(run_in_two):
     expected = quantizer_case(0.0)
-    first, second = run_in_two("quantizer", 0.0)
+    first, second = run_in_two(quantizer_case, 0.0)
     assert_same(first, second, rtol=0, atol=0)
     assert_same(first, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_revived_codes_are_the_same_on_both_processes_and_vectors_of_the_first(run_in_two):
-    first, second = run_in_two("quantizer", 0.2)
+    first, second = run_in_two(quantizer_case, 0.2)
     assert_same(first, second, rtol=0, atol=0)
     last = random(WORLD_SIZE * PAIRS, 3, 4, 4, seed=STEPS - 1, dtype=torch.float32)
     candidates = last.chunk(WORLD_SIZE)[0].permute(0, 2, 3, 1).reshape(-1, 3)

@@ -13,8 +13,9 @@ SCRIPTS = sorted((REPOSITORY / "training").glob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
 # Allowed imports within the package: a module may import those of its own level listed before it, and lower levels.
 LEVELS = [
-    "weights kernels gather keyed_random losses momentum quantizer".split(),
-    "blocks modeling_contrastive modeling_contrastive_pretraining modeling_vq".split(),
+    "weights kernels similarities matching tiles bank_tiles gather keyed_random losses momentum".split()
+    + "quantizer drop_ins".split(),
+    "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining modeling_vq".split(),
     "images transforms digits data image_table batches checkpoint pipeline_vq_dit diffusion".split()
     + "latent_cache evaluation plots".split(),
     "recipe results model_card training_loop cli".split(),

@@ -12,14 +12,15 @@ STEPS = 14
 COMMON = ["--checkpointing_steps", 2, "--logging_steps", 2]
 CONTRASTIVE = [*COMMON, "--batch_size", 32, "--max_train_steps", STEPS]
 MOCO = ["--negatives", "queue", "--normalization", "anchor", "--queue_size", 100, "--feature_norm", "batch"]
+COSINE_MOMENTUM = ["--momentum", 0.9, "--momentum_schedule", "cosine"]
 TWO_WORKERS = ["--preload_gb", 0, "--num_workers", 2]
 STAGES = [*COMMON, "--stage_1_steps", 8, "--stage_2_steps", 8, "--auxiliary_dropout", 0.2, "--batch_size", 16]
 DIT = [*COMMON, "--max_train_steps", STEPS, "--width", 32, "--num_layers", 2, "--sampling_steps", 1]
 DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointing_steps 2"]
 RUNS = {  # script, flags, processes
     "t_simclr": ("contrastive", CONTRASTIVE, 1),
-    "t_moco": ("contrastive", [*CONTRASTIVE, *MOCO, "--projection_batch_norm"], 1),
-    "t_moco_two_processes": ("contrastive", [*CONTRASTIVE, *MOCO], 2),
+    "t_moco": ("contrastive", [*CONTRASTIVE, *MOCO, *COSINE_MOMENTUM, "--projection_batch_norm"], 1),
+    "t_moco_two_processes": ("contrastive", [*CONTRASTIVE, *MOCO, "--batch_norm", "global"], 2),
     "t_simclr_two_processes": ("contrastive", CONTRASTIVE, 2),
     "t_simclr_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS], 1),
     "t_simclr_stream_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS, "--streaming"], 1),

@@ -19,12 +19,14 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
 from hf_dpssl.batches import ImageSource, evaluation_batches, spread_rows
+from hf_dpssl.blocks import BATCH_NORMS
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.evaluation import knn
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl.momentum import MOMENTUM_SCHEDULES, choose_queue_size, momentum_at
 from hf_dpssl.plots import plot_curves
 from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.results import write_results
@@ -43,8 +45,9 @@ class ContrastiveArguments(RunArguments):
     feature_norm: str = option("none", "normalisation of embeddings", choices=["l2", "batch", "none"])
     temperature: float = option(2.0, "divides the cosine or the squared distance")
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
-    queue_size: int = option(65536, "negatives of MoCo")
+    queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
     momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
+    momentum_schedule: str = option("constant", "or cosine: from --momentum to 1", choices=MOMENTUM_SCHEDULES)
     architecture: str = option("resnet10t", "timm model")
     model_args: str | None = option('{"channels": [32, 64, 128, 256]}', "JSON keyword arguments of timm.create_model")
     init_encoder: str | None = option(None, "folder or Hub id of an encoder of this architecture to start from")
@@ -53,6 +56,8 @@ class ContrastiveArguments(RunArguments):
     projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
     projection_layers: int = option(2, "linear layers of the head")
     projection_batch_norm: bool = option(False, "batch norm in the head")
+    batch_norm: str = option("local", "statistics per process, over all, or per part of a batch", choices=BATCH_NORMS)
+    batch_norm_splits: int = option(1, "parts of a process's batch with --batch_norm split")
     augmentation: str | None = option(None, "preset of transforms.py; default: what suits the data set")
     num_train_epochs: int = option(100, "epochs")
     max_train_steps: int | None = option(None, "steps instead of epochs; needed with --streaming")
@@ -97,6 +102,8 @@ def main(argv: list[str] | None = None) -> Path:
     total_steps = args.max_train_steps or args.num_train_epochs * source.steps_per_epoch
 
     # Model
+    if args.negatives == "queue":
+        set_queue_size(args, source, accelerator)
     model = make_model(args, image_size, mean, std)
     optimizer = make_optimizer(args, model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=total_steps)
@@ -109,7 +116,8 @@ def main(argv: list[str] | None = None) -> Path:
     model.train()
     for batch in loop:
         view_1, view_2 = views(batch["images"], batch["sample_ids"], batch["epoch"])
-        output = model(view_1, view_2)
+        momentum = momentum_at(loop.step, total_steps, momentum=args.momentum, schedule=args.momentum_schedule)
+        output = model(view_1, view_2, momentum=momentum)
         accelerator.backward(output.loss)
         if args.max_grad_norm:
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -124,6 +132,24 @@ def main(argv: list[str] | None = None) -> Path:
         save(accelerator.unwrap_model(model).eval(), args, source, loop, target)
     finish(accelerator, args, source.skipped)
     return target
+
+
+def set_queue_size(args: ContrastiveArguments, source: ImageSource, accelerator) -> None:
+    """Choose --queue_size where it is not given, and print how old the oldest key gets; ValueError when too small."""
+    num_images, batch_size = source.num_images, args.batch_size * accelerator.num_processes
+    chosen = args.queue_size is None
+    if chosen:
+        args.queue_size = choose_queue_size(num_images, batch_size)
+    if args.queue_size < batch_size:
+        raise ValueError(
+            f"--queue_size {args.queue_size} is smaller than the batch of all processes ({batch_size}): give at least "
+            f"that, leave it out ({choose_queue_size(num_images, batch_size)}), or lower --batch_size."
+        )
+    if num_images is None:
+        age = "; its age in epochs is not known, since the length of a stream is not: --queue_size sets it"
+    else:
+        age = f": the oldest are {args.queue_size / num_images:.3g} epochs old"
+    accelerator.print(f"queue of {args.queue_size:,} keys{' (chosen)' if chosen else ''}{age}")
 
 
 def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLRForPreTraining | MoCoForPreTraining:
@@ -142,9 +168,10 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
         },
         **{
             name: getattr(args, name)
-            for name in "stem kernel normalization feature_norm temperature dof queue_size momentum projection_dim "
-            "projection_hidden_dim projection_layers projection_batch_norm".split()
+            for name in "stem kernel normalization feature_norm temperature dof momentum projection_dim "
+            "projection_hidden_dim projection_layers projection_batch_norm batch_norm batch_norm_splits".split()
         },
+        **({"queue_size": args.queue_size} if args.queue_size else {}),
     )
     model = (MoCoForPreTraining if args.negatives == "queue" else SimCLRForPreTraining)(config)
     if args.init_encoder:
