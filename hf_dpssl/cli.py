@@ -1,4 +1,4 @@
-"""The command line `hf-dpssl`: train, demo, env."""
+"""The command line `hf-dpssl`: train, map, embed, search, demo, env."""
 
 from __future__ import annotations
 
@@ -27,6 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {sorted(configs)}")
     train.set_defaults(run=lambda known, rest: _train(known, rest, train))
 
+    picture = commands.add_parser("map", help="2-D map of images: a figure and an interactive page", add_help=False)
+    picture.set_defaults(run=_map)
+
+    embed = commands.add_parser("embed", help="vectors of a folder or data set, as parquet", add_help=False)
+    embed.set_defaults(run=_embed)
+
+    search = commands.add_parser("search", help="nearest neighbours of pictures among embeddings", add_help=False)
+    search.set_defaults(run=_search)
+
     environment = commands.add_parser("env", help="machine and library versions, for a bug report")
     environment.add_argument("--json", action="store_true", help="as JSON")
     environment.set_defaults(run=_print_environment)
@@ -35,6 +44,24 @@ def main(argv: list[str] | None = None) -> int:
     if rest and known.command == "env":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return known.run(known, rest)
+
+
+def _map(known: argparse.Namespace, rest: list[str]) -> int:
+    # Not a positional argument of the parser, which would take the value of a flag it does not know for it.
+    named = rest and not rest[0].startswith("-")
+    return _run_script("map", ["--dataset", *rest] if named else rest)
+
+
+def _embed(known: argparse.Namespace, rest: list[str]) -> int:
+    from .embedding_commands import embed
+
+    return embed(rest)
+
+
+def _search(known: argparse.Namespace, rest: list[str]) -> int:
+    from .embedding_commands import search
+
+    return search(rest)
 
 
 def _shipped(pattern: str) -> dict[str, Path]:

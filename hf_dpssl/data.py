@@ -118,6 +118,7 @@ def load_images(
     label_column: str | None = None,
     streaming: bool = False,
     revision: str | None = None,
+    hold_out: bool = True,
 ) -> ImageData:
     """Load a data set by name of the table, Hub id, path or union; see the top of this file.
 
@@ -126,6 +127,7 @@ def load_images(
         image_column, label_column: override the table and the search by type.
         streaming: do not download first; splits are then `IterableDataset`s.
         revision: branch, tag or commit of a Hub data set; overrides the table and `@revision`.
+        hold_out: a tenth of the images of a data set with one split becomes the evaluation split.
 
     Raises:
         ValueError: unknown name, missing column or empty split; says what was found and what to do.
@@ -133,9 +135,9 @@ def load_images(
     """
     if "+" in name and not Path(name).exists():
         options = dict(image_column=image_column, label_column=label_column, streaming=streaming, revision=revision)
-        return _union(name, [load_images(part.strip(), **options) for part in name.split("+")])
+        return _union(name, [load_images(part.strip(), **options, hold_out=hold_out) for part in name.split("+")])
     entry, splits = _open(name, streaming, revision)
-    train, evaluation = _choose_splits(name, splits, entry)
+    train, evaluation = _choose_splits(name, splits, entry, hold_out)
     image_column = _find_image_column(name, train, image_column or entry.image_column)
     label_column = _find_label_column(name, train, label_column or entry.label_column)
     class_names = None
@@ -227,7 +229,7 @@ def _load(source: str, config: str | None = None, **options) -> dict:
         raise ValueError(f"cannot load the data set {where}: {type(error).__name__}: {error}. {advice}") from error
 
 
-def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
+def _choose_splits(name: str, splits: dict, entry: DatasetEntry, hold_out: bool) -> tuple:
     names = list(splits)
     train_name = entry.train_split or ("train" if "train" in splits else names[0] if len(names) == 1 else None)
     if train_name not in splits:
@@ -238,7 +240,7 @@ def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
     for split_name, split in ((train_name, train), (evaluation_name, evaluation)):
         if split is not None and not isinstance(split, IterableDataset) and len(split) == 0:
             raise ValueError(f"split {split_name!r} of data set {name!r} is empty.")
-    if evaluation is None and not isinstance(train, IterableDataset):
+    if evaluation is None and hold_out and not isinstance(train, IterableDataset):
         held_out = max(1, int(len(train) * _HELD_OUT_SHARE))
         order = permutation(len(train), seed=0, epoch=0).numpy()
         evaluation, train = train.select(np.sort(order[:held_out])), train.select(np.sort(order[held_out:]))

@@ -44,11 +44,12 @@ def plot_map(maps: dict[str, tuple[np.ndarray, np.ndarray]], class_names: list[s
         np.atleast_1d(figure.subplots(1, len(maps))), maps.items(), strict=True
     ):
         for class_id, name in enumerate(class_names):
-            chosen = points[classes == class_id]
-            axis.scatter(chosen[:, 0], chosen[:, 1], s=8, color=f"C{class_id % 10}", label=name)
+            chosen, size = points[classes == class_id], min(8, 15_000 / len(points))
+            axis.scatter(chosen[:, 0], chosen[:, 1], s=size, linewidths=0, color=f"C{class_id % 10}", label=name)
             if len(chosen):
                 middle = np.median(chosen, axis=0)
                 box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
                 axis.text(*middle, name, ha="center", va="center", weight="bold", bbox=box)
         axis.set(title=title, xticks=[], yticks=[])
+        axis.set_aspect("equal", adjustable="datalim")  # distances mean something
     figure.savefig(path, dpi=110)

@@ -115,11 +115,15 @@ def _check_trackers(names: list[str]) -> None:
 
 
 def _check_processes(asked_for: int, found: int) -> None:
-    """accelerate can start one process where several were asked for, or let several run apart, without a word."""
     if asked_for != found:
         raise RuntimeError(f"{asked_for} processes were asked for, but this run has {found}. {_LAUNCH_HINT}")
+    check_launch()
+
+
+def check_launch() -> None:
+    """RuntimeError where accelerate was to start several processes and, without a word, has started one."""
     launched_for_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if found == 1 and launched_for_several and "WORLD_SIZE" not in os.environ:
+    if launched_for_several and "WORLD_SIZE" not in os.environ:
         raise RuntimeError(f"accelerate was asked for several processes and started one. {_LAUNCH_HINT}")
 
 

@@ -94,7 +94,8 @@ class Launched:
 def fork_server():
     """A multiprocessing context whose children start with the libraries imported but nothing run."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "hf_dpssl", "hf_dpssl.training_loop", "hf_dpssl.plots", "torchvision"])
+    ours = ["hf_dpssl", "hf_dpssl.training_loop", "hf_dpssl.plots", "hf_dpssl.embedding_commands"]
+    context.set_forkserver_preload(["torch", "torchvision", *ours])
     return context
 
 

@@ -35,7 +35,7 @@ def test_help_names_every_subcommand(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"\n    {command} " in printed for command in ("demo", "train", "env"))
+    assert all(f"\n    {command} " in printed for command in ("demo", "train", "map", "embed", "search", "env"))
 
 
 def test_env_prints_machine_and_versions_also_as_json(capsys):
@@ -57,6 +57,18 @@ def test_train_without_script_and_with_unknown_config_say_what_there_is(capsys):
     assert "contrastive" in capsys.readouterr().out
     assert main(["train", "contrastive", "--accelerate_config", "tpu_512"]) == 2
     assert "cpu_2_processes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stage_1_epochs", "0"], "--stage_1_epochs must be at least 1, got 0"),
+        pytest.param(["digitz", "--stage_1_epochs", "1"], "Did you mean digits?", marks=pytest.mark.slow),
+    ],
+)
+def test_map_takes_a_data_set_or_none_before_its_flags(argv, message, capfd):
+    assert main(["map", *argv]) != 0
+    assert message in capfd.readouterr().err
 
 
 def test_shipped_cpu_config_really_starts_two_processes(tmp_path):

@@ -15,10 +15,10 @@ TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
 LEVELS = [
     "weights kernels similarities matching tiles bank_tiles gather keyed_random losses momentum".split()
     + "quantizer drop_ins".split(),
-    "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining modeling_vq".split(),
+    "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start modeling_vq".split(),
     "images transforms digits data image_table batches checkpoint pipeline_vq_dit diffusion".split()
-    + "latent_cache evaluation plots".split(),
-    "recipe results model_card training_loop cli".split(),
+    + "latent_cache evaluation plots embedder embeddings_table map_page".split(),
+    "recipe results embedding_job model_card training_loop embedding_commands cli".split(),
 ]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import contrastive
 import dae_dit
 import dae_vq
+import map as map_script
 import pytest
 import yaml
 
@@ -71,10 +72,13 @@ SCRIPTS = {
     "contrastive": contrastive.ContrastiveArguments,
     "dae_vq": dae_vq.VQArguments,
     "dae_dit": dae_dit.DiTArguments,
+    "map": map_script.MapArguments,
 }
 
 
 def script_of(name: str) -> str:
+    if name.startswith("map"):
+        return "map"
     return "dae_vq" if name.startswith("vq") else "dae_dit" if name.startswith("dit") else "contrastive"
 
 

@@ -32,6 +32,7 @@ from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
 from hf_dpssl.transforms import PRESETS, TwoViews, normalize
+from hf_dpssl.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
 
 
 @dataclass
@@ -51,6 +52,10 @@ class ContrastiveArguments(RunArguments):
     architecture: str = option("resnet10t", "timm model")
     model_args: str | None = option('{"channels": [32, 64, 128, 256]}', "JSON keyword arguments of timm.create_model")
     init_encoder: str | None = option(None, "folder or Hub id of an encoder of this architecture to start from")
+    init_pretraining: str | None = option(
+        None, "encoder folder with `pretraining/` to start from: encoder and head; another projection_dim is drawn anew"
+    )
+    freeze: str = option("none", "what is held fixed", choices=["none", "all_but_last_layer"])
     stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=["timm", "small_image"])
     projection_dim: int = option(32, "dimension of the embeddings")
     projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
@@ -76,6 +81,8 @@ class ContrastiveArguments(RunArguments):
                 "queue, from keys that the accumulated batches themselves enqueue). Use a larger --batch_size or "
                 "more processes; embeddings are gathered over processes with their gradient."
             )
+        if self.init_encoder and self.init_pretraining:
+            raise ValueError("--init_pretraining holds an encoder already: leave --init_encoder out.")
         if self.streaming and self.max_train_steps is None:
             raise ValueError("--streaming needs --max_train_steps: the length of a stream is not known.")
 
@@ -114,6 +121,8 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Loop
     model.train()
+    if args.freeze == "all_but_last_layer":
+        freeze_all_but_last_layer_(accelerator.unwrap_model(model))
     for batch in loop:
         view_1, view_2 = views(batch["images"], batch["sample_ids"], batch["epoch"])
         momentum = momentum_at(loop.step, total_steps, momentum=args.momentum, schedule=args.momentum_schedule)
@@ -175,25 +184,17 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
     )
     model = (MoCoForPreTraining if args.negatives == "queue" else SimCLRForPreTraining)(config)
     if args.init_encoder:
-        start_from(model, ContrastiveEncoder.from_pretrained(args.init_encoder))
+        start_from_encoder_(model, ContrastiveEncoder.from_pretrained(args.init_encoder))
+    if args.init_pretraining:
+        start_from_pretraining_(model, args.init_pretraining)
+    if args.freeze == "all_but_last_layer":
+        freeze_all_but_last_layer_(model)
     return model
 
 
-def start_from(model: SimCLRForPreTraining | MoCoForPreTraining, encoder: ContrastiveEncoder) -> None:
-    """Copy the weights of a trained encoder into the backbone, and of MoCo into both; ValueError when they differ."""
-    for backbone in [model.encoder, *([model.key_encoder] if isinstance(model, MoCoForPreTraining) else [])]:
-        try:
-            backbone.load_state_dict(encoder.state_dict())
-        except RuntimeError as error:
-            given, wanted = (f"{config.architecture} {config.model_args}" for config in (encoder.config, model.config))
-            raise ValueError(
-                f"--init_encoder holds {given}, the run asks for {wanted}: pass its --architecture and --model_args."
-            ) from error
-
-
 def make_optimizer(args: ContrastiveArguments, model) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum 0.9 over encoder and head (never the key branch)."""
-    parameters = model.trainable_parameters()
+    """AdamW or SGD with momentum 0.9 over what learns of encoder and head (never the key branch)."""
+    parameters = [parameter for parameter in model.trainable_parameters() if parameter.requires_grad]
     if args.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=args.learning_rate, momentum=0.9, weight_decay=args.weight_decay)
     return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
