@@ -184,6 +184,9 @@ class Search:
         """(P,) cosine or minus the distance of pairs of rows, each a function of the two alone."""
         if self.metric == "cosine" and queries.device.type == "cpu":
             return _sampled_product(tile.bank, queries, row, query) * tile.scale[row]
+        return self._compare_gathered(tile, queries, query, row)
+
+    def _compare_gathered(self, tile: _Tile, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
         similarity = queries.new_empty(len(query))
         step = max(1, _BLOCK_ELEMENTS // queries.shape[1])
         for first in range(0, len(query), step):
