@@ -1,4 +1,4 @@
-"""The command line `hf-dpssl`: train, map, embed, search, import, demo, env."""
+"""The command line `hf-dpssl`: train, evaluate, map, embed, search, import, demo, env."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {sorted(configs)}")
     train.set_defaults(run=lambda known, rest: _train(known, rest, train))
 
+    evaluate = commands.add_parser("evaluate", help="kNN, linear probe, few-shot of an encoder", add_help=False)
+    evaluate.set_defaults(run=_evaluate)
+
     picture = commands.add_parser("map", help="2-D map of images: a figure and an interactive page", add_help=False)
     picture.set_defaults(run=_map)
 
@@ -49,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     if rest and known.command in ("env", "import"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return known.run(known, rest)
+
+
+def _evaluate(known: argparse.Namespace, rest: list[str]) -> int:
+    from .evaluate_encoder import evaluate_encoder
+
+    return evaluate_encoder(rest)
 
 
 def _map(known: argparse.Namespace, rest: list[str]) -> int:

@@ -18,7 +18,7 @@ LEVELS = [
     "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start modeling_vq".split(),
     "images colour resample transforms digits data image_table batches checkpoint pipeline_vq_dit diffusion".split()
     + "latent_cache evaluation plots embedder embeddings_table map_page pickled_tensors foreign_layouts".split(),
-    "recipe results embedding_job model_card training_loop importers embedding_commands cli".split(),
+    "recipe results evaluate_encoder embedding_job model_card training_loop importers embedding_commands cli".split(),
 ]
 
 

@@ -18,12 +18,12 @@ import torch
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
+from hf_dpssl import evaluation
 from hf_dpssl.batches import ImageSource, evaluation_batches, spread_rows
 from hf_dpssl.blocks import BATCH_NORMS
 from hf_dpssl.calibration import PERPLEXITY
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
-from hf_dpssl.evaluation import knn
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_contrastive import STEMS, ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
@@ -228,20 +228,42 @@ def embed(model, table, rows, mean, std) -> dict[str, torch.Tensor]:
 
 
 def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[dict, dict]:
-    """kNN accuracy of features and embeddings on the held-out images; ({}, counts) without labels."""
+    """Measures of features and (key ending in _embeddings) embeddings of held-out images: kNN accuracy where there
+    are labels, uniformity, effective rank; of embeddings alignment too. ({}, counts) without held-out images."""
     train, held_out = source.training_table(), source.evaluation_table()
-    if held_out is None or source.data.class_names is None:
+    if held_out is None:
         return {}, {"train": len(train), "evaluation": 0}
     bank_rows, query_rows = (spread_rows(len(table), args.evaluation_images) for table in (train, held_out))
     samples = {"train": len(train), "bank": len(bank_rows), "evaluation": len(query_rows)}
-    statistics = source.data.entry.statistics
-    bank, query = embed(model, train, bank_rows, *statistics), embed(model, held_out, query_rows, *statistics)
+    mean, std = source.data.entry.statistics
+    bank, query = embed(model, train, bank_rows, mean, std), embed(model, held_out, query_rows, mean, std)
     metrics = {}
-    for kind in ("features", "embeddings"):
-        options = {"k": min(args.knn_k, len(bank_rows)), "metric": args.knn_metric}
-        value = knn(bank[kind], bank["labels"], query[kind], query["labels"], **options)["knn_top1"]
-        metrics["knn_top1" if kind == "features" else "knn_top1_embeddings"] = value
+    for kind, suffix in (("features", ""), ("embeddings", "_embeddings")):
+        measured = {}
+        if source.data.class_names is not None:
+            options = {"k": min(args.knn_k, len(bank[kind])), "metric": args.knn_metric}
+            given = {"bank": bank[kind], "bank_labels": bank["labels"], "references": query["labels"]}
+            measured |= measure("knn", predictions=query[kind], **given, **options)
+        measured |= measure("uniformity", predictions=query[kind]) | measure("effective_rank", predictions=query[kind])
+        metrics |= {name + suffix: value for name, value in measured.items()}
+    views = TwoViews(PRESETS[args.augmentation or source.data.entry.augmentation], mean, std, args.seed)
+    batch = next(evaluation_batches(held_out, 512, query_rows), None)
+    if batch is not None:
+        with torch.no_grad():
+            pair = views(batch["images"], batch["sample_ids"], 0)
+            first, second = (model(view.to(model.device)).embeddings.float().cpu() for view in pair)
+        measured = measure("alignment", predictions=first, references=second)
+        metrics |= {f"{name}_embeddings": value for name, value in measured.items()}
     return metrics, samples
+
+
+def measure(name: str, **arguments) -> dict[str, float]:
+    """The metrics of an evaluate module; {} with a note where the vectors do not allow it (collapsed, not finite)."""
+    try:
+        return evaluation.load(name).compute(**arguments)
+    except ValueError as error:
+        print(f"{name} is not measured: {error}")
+        return {}
 
 
 def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingLoop, target: Path) -> None:
@@ -266,7 +288,8 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
         write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
         write_card(folder, "encoder", title=f"{method_name(args)} on {data.name}", license_of_data=data.entry.licence)
-    print(f"{target}: " + (", ".join(f"{k} {v:.2f} %" for k, v in metrics.items()) or "no labels, not evaluated"))
+    scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))
+    print(f"{target}: " + (scores or "no labels, not evaluated"))
 
 
 def method_name(args: ContrastiveArguments) -> str:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-_TILE_BYTES = 2**26  # of the bank, prepared at once
+_TILE_BYTES = 2**24  # of the bank, prepared at once
 _CHUNK_BYTES = 2**25  # of approximate similarities, held at once
-_BLOCK_ELEMENTS = 2**18  # prepared or gathered at once: about the second-level cache
+_BLOCK_ELEMENTS = 2**17  # prepared or gathered at once: within the second-level cache
 _MAX_PAIRS = 2**21  # compared at once
 _TOO_MANY = 8  # candidates per neighbour from which on bfloat16 separates too badly
 _NONE = torch.iinfo(torch.int64).max  # key of a neighbour that is still missing
@@ -40,26 +40,27 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return onednn(x, y, None, "none", [], "")
 
 
-def check_finite(rows: Tensor, name: str, first: int = 0) -> None:
-    """ValueError naming the first row of (N, D) with a NaN, an infinity, or a number too large to be squared."""
+def finite_norms(rows: Tensor, name: str, first: int = 0) -> Tensor:
+    """(N,) norms; ValueError naming the first row with a NaN, an infinity, or a number too large to be squared."""
     norms = rows.norm(dim=1)
     if not bool(norms.isfinite().all()):
         row = int((~norms.isfinite()).nonzero()[0])
         what = "too large for float32" if bool(rows[row].isfinite().all()) else "NaN or infinite"
         raise ValueError(f"row {first + row} of {name} is {what}: features must be finite, with a finite norm.")
+    return norms
 
 
-def inverse_norms(rows: Tensor) -> Tensor:
-    """(N,) 1 / norm, as in torch.nn.functional.normalize."""
-    return 1 / rows.norm(dim=1).clamp_min(1e-12)
+def inverse(norms: Tensor) -> Tensor:
+    """(N,) factors that make rows unit length, as in torch.nn.functional.normalize."""
+    return 1 / norms.clamp_min(1e-12)
 
 
 class _Tile:
     """Rows of the bank, and what the product needs of them: centred, with the bias in further columns."""
 
-    def __init__(self, bank: Tensor, centre: Tensor, metric: str, dtype: torch.dtype):
-        self.bank = bank
-        self.scale = inverse_norms(bank) if metric == "cosine" else None  # (M,)
+    def __init__(self, bank: Tensor, norms: Tensor, centre: Tensor, metric: str, dtype: torch.dtype):
+        self.bank, self.norms = bank, norms
+        self.scale = inverse(norms) if metric == "cosine" else None  # (M,)
         parts = 1 if dtype == torch.float32 else 3  # of the bias: three bfloat16 numbers hold a float32
         size = bank.shape[1]
         self.rows = torch.empty(len(bank), size + parts, dtype=dtype, device=bank.device)
@@ -84,16 +85,21 @@ class Search:
     """The k nearest rows, among those added so far, of each query.
 
     Args:
-        queries: (Q, D) float32, finite.
+        queries: (Q, D) float32.
         centre: (D,) any vector; near the middle of the bank it makes the margin small.
         k: neighbours.
         metric: "cosine" or "euclidean".
         dtype: of the products that find candidates, torch.float32 or torch.bfloat16.
+        first: number of the first query, for messages.
+
+    Raises:
+        ValueError: a query that is not finite.
     """
 
-    def __init__(self, queries: Tensor, centre: Tensor, k: int, metric: str, dtype: torch.dtype):
+    def __init__(self, queries: Tensor, centre: Tensor, k: int, metric: str, dtype: torch.dtype, first: int = 0):
         self.centre, self.k, self.metric, self.dtype = centre, k, metric, dtype
-        self.queries = queries * inverse_norms(queries)[:, None] if metric == "cosine" else queries
+        norms = finite_norms(queries, "queries", first)
+        self.queries = queries * inverse(norms)[:, None] if metric == "cosine" else queries
         self.centred = self.queries - centre
         self.norms = self.centred.norm(dim=1)  # (Q,)
         self.rounded = (self.centred - self.centred.to(dtype)).norm(dim=1)  # (Q,)
@@ -117,14 +123,13 @@ class Search:
             self._add_tile(rows.float())
 
     def _add_tile(self, bank: Tensor) -> None:
-        check_finite(bank, "bank", self.seen)
-        tile = _Tile(bank, self.centre, self.metric, self.dtype)
+        tile = _Tile(bank, finite_norms(bank, "bank", self.seen), self.centre, self.metric, self.dtype)
         step = max(1, _CHUNK_BYTES // (len(bank) * self.dtype.itemsize))
         for first in range(0, len(self.queries), step):
             part = slice(first, min(first + step, len(self.queries)))
             if not self._narrow(tile, part):
                 if tile.rows.dtype == torch.bfloat16:
-                    tile = _Tile(bank, self.centre, self.metric, torch.float32)
+                    tile = _Tile(bank, tile.norms, self.centre, self.metric, torch.float32)
                 self._narrow_or_split(tile, part)
         self.seen += len(bank)
 
@@ -151,16 +156,13 @@ class Search:
 
     def _threshold(self, similarity: Tensor, tile: _Tile, part: slice) -> Tensor:
         """(n,) the least approximate similarity with which a row can be among the k nearest."""
-        margin = self._margin(tile, part)
-        kth = _lower_bound_of_kth(similarity, self.k)
+        known, _ = _unpack(self.keys[part])
+        known = (known if self.metric == "cosine" else -known.square() / 2) - self.constant[part, None]
+        known = known.masked_fill(self.keys[part] == _NONE, -torch.inf)
+        kth = _kth_largest(torch.cat([known, _group_maxima(similarity, self.k)], 1), self.k)
         if similarity.dtype == torch.bfloat16:
             kth = kth - _ROUNDING[torch.bfloat16] * kth.abs()  # before the sum was rounded
-        threshold = kth - 2 * margin
-        # Rows of earlier tiles are known exactly.
-        known, _ = _unpack(self.keys[part, -1])
-        known = (known if self.metric == "cosine" else -known.square() / 2) - self.constant[part] - margin
-        threshold = torch.where(self.keys[part, -1] == _NONE, threshold, torch.maximum(threshold, known))
-        return threshold.to(similarity.dtype)  # rounding keeps the order
+        return (kth - 2 * self._margin(tile, part)).to(similarity.dtype)  # rounding keeps the order
 
     def _margin(self, tile: _Tile, part: slice) -> Tensor:
         """(n,) bound on the error of r plus that of the exact comparison, in units of r.
@@ -182,6 +184,9 @@ class Search:
         """(P,) cosine or minus the distance of pairs of rows, each a function of the two alone."""
         if self.metric == "cosine" and queries.device.type == "cpu":
             return _sampled_product(tile.bank, queries, row, query) * tile.scale[row]
+        return self._compare_gathered(tile, queries, query, row)
+
+    def _compare_gathered(self, tile: _Tile, queries: Tensor, query: Tensor, row: Tensor) -> Tensor:
         similarity = queries.new_empty(len(query))
         step = max(1, _BLOCK_ELEMENTS // queries.shape[1])
         for first in range(0, len(query), step):
@@ -194,17 +199,20 @@ class Search:
         return similarity
 
 
-def _lower_bound_of_kth(similarity: Tensor, k: int) -> Tensor:
-    """(n,) a bound from below, nearly tight, on the k-th largest of each row; -inf when there are fewer than k."""
+def _group_maxima(similarity: Tensor, k: int) -> Tensor:
+    """(n, w) float32 maxima of disjoint groups of each row: their k-th largest is at most that of the row."""
     columns = similarity.shape[1]
-    if columns < k:
-        return similarity.new_full((len(similarity),), -torch.inf, dtype=torch.float32)
-    groups = max(1, min(16, columns // (8 * k)))  # k group maxima are k different numbers
+    groups = max(1, min(16, columns // (8 * k)))  # few enough that it is hardly less
     width = columns // groups
-    largest = similarity[:, : groups * width].unflatten(1, (groups, width)).amax(1).float()
-    if largest.device.type == "cpu":  # numpy partitions with vector instructions
-        return torch.from_numpy(np.partition(largest.numpy(), width - k, axis=1)[:, width - k].copy())
-    return largest.topk(k, sorted=True).values[:, -1]
+    return similarity[:, : groups * width].unflatten(1, (groups, width)).amax(1).float()
+
+
+def _kth_largest(numbers: Tensor, k: int) -> Tensor:
+    """(n,) k-th largest number of each row."""
+    if numbers.device.type == "cpu":  # numpy partitions with vector instructions
+        place = numbers.shape[1] - k
+        return torch.from_numpy(np.partition(numbers.numpy(), place, axis=1)[:, place].copy())
+    return numbers.topk(k).values[:, -1]
 
 
 def _at_least(similarity: Tensor, threshold: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .candidates import Search, check_finite, has_fast_bfloat16, inverse_norms
+from .candidates import Search, has_fast_bfloat16, inverse
 
 METRICS = ("cosine", "euclidean")
 WEIGHTINGS = ("uniform", "exponential", "inverse")
@@ -25,7 +25,7 @@ def nearest_neighbours(
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` nearest to each query, exactly.
 
-    Memory beyond the arguments and the result is bounded (about 0.2 GB), however many rows there are.
+    Memory beyond the arguments and the result is bounded (about 0.1 GB), however many rows there are.
 
     Args:
         bank: (M, D) features, M < 2^32; half precision is widened tile by tile.
@@ -44,7 +44,7 @@ def nearest_neighbours(
     """
     _check_search(bank, queries, k, metric, candidates)
     spread = bank[:: -(-len(bank) // _CENTRE_ROWS)].float()
-    spread = spread * inverse_norms(spread)[:, None] if metric == "cosine" else spread
+    spread = spread * inverse(spread.norm(dim=1))[:, None] if metric == "cosine" else spread
     centre = torch.nan_to_num(spread.mean(0))  # rows that are not finite are found, and named, by the search
     if candidates == "auto":
         worthwhile = bank.shape[1] >= _NARROW_COLUMNS and bank.numel() * len(queries) >= _FEW_PRODUCTS
@@ -52,9 +52,8 @@ def nearest_neighbours(
     blocks = max(1, -(-queries.numel() * 4 // _QUERY_BYTES))
     found = []
     for block in queries.chunk(blocks):
-        block = block.float()
-        check_finite(block, "queries", sum(len(indices) for _, indices in found))
-        search = Search(block, centre, k, metric, _DTYPES[candidates])
+        first = sum(len(indices) for _, indices in found)
+        search = Search(block.float(), centre, k, metric, _DTYPES[candidates], first)
         search.add(bank)
         found.append(search.result())
     similarities, indices = zip(*found, strict=True)

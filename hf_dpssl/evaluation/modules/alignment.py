@@ -1,0 +1,37 @@
+"""`evaluate` module: how close the two views of an image are: `hf_dpssl.evaluation.alignment`."""
+
+import datasets
+import evaluate
+
+from hf_dpssl.evaluation import alignment
+from hf_dpssl.evaluation.loading import FEATURES, as_tensors
+
+_INPUTS = """
+Args:
+    predictions: vectors (N, D) of one view.
+    references: vectors (N, D) of the other view, in the same order.
+    **options: of hf_dpssl.evaluation.alignment.
+
+Returns:
+    {"alignment": on the sphere, "alignment_raw": as the vectors are, at unit scale}; 0 is best.
+
+Example:
+    hf_dpssl.evaluation.load("alignment").compute(predictions=x, references=y)
+"""
+
+
+class Alignment(evaluate.Metric):
+    """How close the two views of an image are."""
+
+    def _info(self):
+        info = evaluate.MetricInfo(
+            description="How close the two views of an image are.",
+            citation="Wang and Isola, Alignment and Uniformity on the Hypersphere, ICML 2020, arXiv 2005.10242",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": FEATURES, "references": FEATURES}),
+        )
+        info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
+        return info
+
+    def _compute(self, predictions, references, **options):
+        return alignment(*as_tensors(predictions, references), **options)
