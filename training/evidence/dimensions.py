@@ -3,10 +3,11 @@
     export DPSSL_DATA=folder                                   # with mnist-train.parquet and mnist-test.parquet
     python training/evidence/dimensions.py --stage tune        # temperature and learning rate of each arm and dimension
     python training/evidence/dimensions.py --stage final       # paired seeds at the best of the grid
+    python training/evidence/dimensions.py --stage auto        # temperature="auto" at d = 2, 8, 32, otherwise as tuned
     python training/evidence/dimensions.py --stage report      # results/dimensions.json and dimensions.png
 
-About 1.2 hours on one core, of which the three arms at d = 2, 8, 128 take half. Every run is one file in --runs, so
-a killed study goes on where it stopped, and the first two commands may run in several processes at once.
+About 1.4 hours of one core, the three arms at d = 2, 8, 128 0.6 of them. Every run is one file in --runs, so a killed
+study goes on where it stopped, and all stages but the report may run in several processes at once.
 
 Protocol: 10,000 images of the training split are trained on, 6,000 others (10 % of it) are the validation split, on
 which temperature, learning rate and the metric of the neighbours (cosine or Euclidean) are chosen for each arm and
@@ -58,10 +59,10 @@ ARMS = {
 TEMPERATURES = {"simclr": (0.05, 0.15, 0.5)}
 TEMPERATURES |= dict.fromkeys(("t_anchor", "t_joint", "gaussian_anchor"), (0.002, 0.05, 1.0))
 LEARNING_RATES = (3e-3, 1e-2)
-# In the order in which they run: the claim itself, SimCLR(d + 1), the Gaussian kernel, then d = 32.
+# In the order in which they run: the claim itself, d = 32 for the calibrated temperature, then the controls.
 MAIN = [(arm, dimension) for dimension in (2, 128, 8) for arm in ("simclr", "t_anchor", "t_joint")]
-CELLS = MAIN + [("simclr", 3), ("gaussian_anchor", 2), ("simclr", 9), ("gaussian_anchor", 8)]
-CELLS += [("simclr", 32), ("t_anchor", 32), ("t_joint", 32), ("gaussian_anchor", 128)]
+CELLS = MAIN + [("simclr", 32), ("t_anchor", 32), ("t_joint", 32)]
+CELLS += [("simclr", 3), ("gaussian_anchor", 2), ("simclr", 9), ("gaussian_anchor", 8), ("gaussian_anchor", 128)]
 AUTO = [(arm, dimension) for dimension in (2, 8, 32) for arm in ("simclr", "t_anchor", "t_joint")]
 
 
