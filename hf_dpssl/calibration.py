@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from .gather import broadcast_
 from .kernels import in_float32, log_cosine, squared_distances, student_t_from_squared_distance
 
-PERPLEXITY = 0.3  # of Q, as a share of the candidates
+PERPLEXITY = 0.2  # of Q, as a share of the candidates, where the scale of the embeddings is bounded
+FREE_PERPLEXITY = 0.6  # at the first step, where it is free: training then narrows the kernel by spreading the points
 DOF_RANGE = (0.1, 1000.0)  # learned dof stay inside; from 1000 on the kernel is Gaussian to float32's eye
 _SEARCH = (1e-6, 1e6)  # of temperatures, in units of the mean dissimilarity
 _BISECTIONS = 24  # of the range's logarithm: 2e-6 relative
+COSINE_START = 0.2  # MoCo-v2's; untrained embeddings nearly coincide, which says nothing of the right temperature
 COSINE_BOUNDS = (0.1, 1.0)  # the published range; without it, coinciding points lead to ever lower temperatures
 STUDENT_T_BOUNDS = (1e-2, 1e2)  # in units of the mean squared distance: the kernel keeps its flat top
 _ANCHORS, _CANDIDATES = 64, 2048  # at most so many rows and columns are looked at
-_MEMORY = 0.9  # share kept of the old log-temperature at each step
-_FREE_SCALE_STEPS = 10
+_MEMORY = 0.99  # share kept of the old log-temperature at each step
 
 
 def mean_perplexity(log_similarities: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -109,12 +110,16 @@ def check_temperature(temperature: float | str) -> None:
 class KernelScale(nn.Module):
     """Temperature and degrees of freedom of a kernel: given numbers, or calibrated and learned.
 
-    temperature="auto": each training step finds the temperature of the wanted perplexity on the detached global batch
-    and moves its running geometric mean there. With embeddings of a bounded scale (cosine, or normalised features)
-    this goes on throughout. Where the scale of the embeddings is free (Student-t on raw outputs) only the first 10
-    steps count and their mean is held: dividing by a temperature that follows the embeddings would make the loss blind
-    to their scale, which then grows without end, while the map itself has to find it.
-    The temperature stays within `COSINE_BOUNDS`, or within `STUDENT_T_BOUNDS` mean squared distances.
+    temperature="auto", embeddings of a bounded scale (cosine, or normalised features): each training step finds the
+    temperature at which the detached global batch has the wanted perplexity, and moves the running geometric mean
+    there by a hundredth, within `COSINE_BOUNDS` or, for Student-t, `STUDENT_T_BOUNDS` mean squared distances. A cosine
+    starts at 0.2, a Student-t kernel at what its first batch says.
+
+    temperature="auto", embeddings of a free scale (Student-t on raw outputs): the first batch sets it, then it is held.
+    Dividing by a temperature that follows the embeddings would make the loss blind to their scale, which then grows
+    without end, and would fix a perplexity that the map itself has to find (0.5 % to 3 % of the candidates on mnist,
+    by the dimension). All that is to be chosen is the width of the start: at most of the candidates each point still
+    repels all others, and much wider or narrower starts learn slowly.
 
     learnable_dof=True: dof = 0.1 * 10^(4 sigmoid(parameter)), so it stays in (0.1, 1000) whatever the step.
 
@@ -124,7 +129,7 @@ class KernelScale(nn.Module):
     Args:
         kernel: "cosine" or "student_t".
         temperature: a number, or "auto".
-        perplexity: share of the candidates, in (0, 1); read with "auto".
+        perplexity: share of the candidates, in (0, 1), with "auto"; None: 0.2, or 0.6 where the scale is free.
         dof: of the Student-t kernel, and where learning starts.
         learnable_dof: makes it a parameter.
         free_scale: True where nothing fixes the scale of the embeddings.
@@ -134,17 +139,18 @@ class KernelScale(nn.Module):
         self,
         kernel: str,
         temperature: float | str,
-        perplexity: float,
+        perplexity: float | None,
         dof: float,
         learnable_dof: bool = False,
         free_scale: bool = False,
     ):
         super().__init__()
-        self.kernel, self.perplexity, self.free_scale = kernel, perplexity, free_scale
+        self.kernel, self.free_scale = kernel, free_scale
+        self.perplexity = perplexity or (FREE_PERPLEXITY if free_scale else PERPLEXITY)
         self.given_temperature, self.given_dof = temperature, dof
         if temperature == "auto":
-            check_share(perplexity)
-            self.register_buffer("log_temperature", torch.zeros(()))
+            check_share(self.perplexity)
+            self.register_buffer("log_temperature", torch.tensor(math.log(COSINE_START)))
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         if learnable_dof:
             self.raw_dof = nn.Parameter(raw_from_dof(dof))
@@ -190,8 +196,7 @@ class KernelScale(nn.Module):
     def _calibrating(self) -> bool:
         if self.given_temperature != "auto":
             return False
-        steps = int(self.steps)
-        return steps == 0 or (self.training and not (self.free_scale and steps >= _FREE_SCALE_STEPS))
+        return self.training and not (self.free_scale and int(self.steps) > 0)
 
     def _dissimilarities(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = in_float32(x, y)
@@ -207,10 +212,9 @@ class KernelScale(nn.Module):
         else:
             low, high = (bound * _mean(values, _counts(values, counts)) for bound in STUDENT_T_BOUNDS)
             wanted = wanted.clamp(low, high)
-        # A plain mean at first, so that the start (zero) does not count. Rounding may differ between processes.
-        weight = 1 / (int(self.steps) + 1)
-        weight = weight if self.free_scale else max(1 - _MEMORY, weight)
-        broadcast_(self.log_temperature.lerp_(wanted.log().to(self.log_temperature), weight))
+        starts = self.kernel == "student_t" and int(self.steps) == 0
+        self.log_temperature.lerp_(wanted.log().to(self.log_temperature), 1 if starts else 1 - _MEMORY)
+        broadcast_(self.log_temperature)  # rounding may differ between processes
         self.steps += 1
 
 

@@ -21,7 +21,7 @@ from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrap
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
 from .blocks import FEATURE_NORMS, SMALL_IMAGE_STEMS, check_batch_norm, use_small_image_stem_
-from .calibration import PERPLEXITY, check_share, check_temperature, raw_from_dof
+from .calibration import check_share, check_temperature, raw_from_dof
 from .kernels import KERNELS, NORMALIZATIONS
 from .weights import load_complete
 
@@ -45,7 +45,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         normalization: "anchor" (one denominator per anchor) or "joint" (t-SimCLR; no queue).
         feature_norm: of embeddings: "l2", "batch" (batch norm without affine, t-MoCo-v2) or "none".
         temperature: > 0, divides the cosine or the squared distance; "auto" sets it by `perplexity` (calibration.py).
-        perplexity: with temperature="auto", that of Q as a share of the candidates, in (0, 1).
+        perplexity: with temperature="auto", that of Q as a share of the candidates, in (0, 1); None: 0.2, or 0.6 at
+            the first step where nothing bounds the embeddings (Student-t and feature_norm="none").
         dof: degrees of freedom of the Student-t kernel.
         learnable_dof: train dof too, within (0.1, 1000), from `dof` on.
         projection_hidden_dim: width of the projection head; None = feature width.
@@ -75,7 +76,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         normalization: str = "joint",
         feature_norm: str = "none",
         temperature: float | str = 8.0,  # t-SimCLR training script; its loss class says 0.5
-        perplexity: float = PERPLEXITY,
+        perplexity: float | None = None,
         dof: float = 5.0,
         learnable_dof: bool = False,
         projection_hidden_dim: int | None = None,
@@ -121,7 +122,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         if not 1 <= self.projection_layers <= 3:
             raise ValueError(f"projection_layers must be 1, 2 or 3, got {self.projection_layers}.")
         check_temperature(self.temperature)
-        check_share(self.perplexity)
+        if self.perplexity is not None:
+            check_share(self.perplexity)
         if self.learnable_dof:
             if self.kernel != "student_t":
                 raise ValueError(f"learnable_dof=True needs kernel='student_t', got {self.kernel!r}.")

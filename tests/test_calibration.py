@@ -12,6 +12,8 @@ from hf_dpssl import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.calibration import (
     COSINE_BOUNDS,
     DOF_RANGE,
+    FREE_PERPLEXITY,
+    PERPLEXITY,
     STUDENT_T_BOUNDS,
     KernelScale,
     dof_from_raw,
@@ -104,14 +106,13 @@ def test_candidates_left_out_do_not_count():
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_calibrated_cosine_batch_has_the_perplexity_asked_for(share):
+def test_calibrated_batch_has_the_perplexity_asked_for(share):
     views = random(20, 6), random(20, 6, seed=1)
-    scale = KernelScale("cosine", "auto", share, 5.0).double()
+    scale = KernelScale("student_t", "auto", share, 5.0).double()
     scale.calibrate(*views)
-    z = torch.nn.functional.normalize(torch.cat(views), dim=1)
-    log_q = (z @ z.T / scale.temperature).fill_diagonal_(-math.inf)
-    inside = COSINE_BOUNDS[0] < float(scale.temperature) < COSINE_BOUNDS[1]
-    assert inside and float(mean_perplexity(log_q)) == pytest.approx(share * 39, rel=1e-4)
+    distances = torch.cdist(torch.cat(views), torch.cat(views)).square().tolist()
+    rows = [[value for j, value in enumerate(row) if j != i] for i, row in enumerate(distances)]
+    assert loop_perplexity(rows, float(scale.temperature), 5.0) == pytest.approx(share * 39, rel=1e-4)
 
 
 def test_calibrated_queue_has_the_perplexity_asked_for_although_only_some_of_it_is_read():
@@ -126,35 +127,42 @@ def test_calibrated_queue_has_the_perplexity_asked_for_although_only_some_of_it_
     assert found == pytest.approx(0.3 * 9001, rel=0.03)  # 2,048 of 9,000 rows
 
 
-def test_bounded_embeddings_are_followed_by_a_running_geometric_mean():
-    scale, wanted = KernelScale("cosine", "auto", 0.3, 5.0).double(), []
-    for seed in range(30):
-        views = random(20, 6, seed=seed), random(20, 6, seed=100 + seed)
-        alone = KernelScale("cosine", "auto", 0.3, 5.0).double()
-        alone.calibrate(*views)
+def test_cosine_starts_at_a_fifth_and_follows_by_a_hundredth_of_the_logarithm():
+    scale, expected = KernelScale("cosine", "auto", None, 5.0).double(), math.log(0.2)
+    for seed in range(5):
+        views = random(20, 3, seed=seed), random(20, 3, seed=100 + seed)
         scale.calibrate(*views)
-        wanted.append(math.log(float(alone.temperature)))
-    expected = 0.0
-    for step, value in enumerate(wanted):
-        weight = max(0.1, 1 / (step + 1))
-        expected = (1 - weight) * expected + weight * value
-    assert float(scale.temperature) == pytest.approx(math.exp(expected), rel=1e-9)
+        z = torch.nn.functional.normalize(torch.cat(views), dim=1)
+        wanted = temperature_of_perplexity((1 - z @ z.T).fill_diagonal_(math.inf), share=PERPLEXITY)
+        expected += 0.01 * (math.log(min(max(float(wanted), COSINE_BOUNDS[0]), COSINE_BOUNDS[1])) - expected)
+    assert float(scale.temperature) == pytest.approx(math.exp(expected), rel=1e-6) != 0.2
 
 
-def test_free_embeddings_are_followed_for_ten_steps_and_then_held():
-    scale = KernelScale("student_t", "auto", 0.3, 5.0, free_scale=True).double()
+def test_student_t_on_normalised_embeddings_starts_at_its_first_batch_and_goes_on():
+    scale = KernelScale("student_t", "auto", None, 5.0).double()
     history = []
-    for seed in range(14):
-        scale.calibrate(random(20, 2, seed=seed), 3 * random(20, 2, seed=100 + seed))
+    for seed in range(3):
+        scale.calibrate(random(20, 2, seed=seed), random(20, 2, seed=100 + seed))
         history.append(float(scale.temperature))
-    assert len(set(history[:10])) == 10 and set(history[9:]) == {history[9]}
+    assert len(set(history)) == 3 and history[2] == pytest.approx(history[0], rel=0.05)
+
+
+def test_free_embeddings_set_the_temperature_once():
+    scale = KernelScale("student_t", "auto", None, 5.0, free_scale=True).double()
+    history = []
+    for seed in range(3):
+        scale.calibrate((1 + seed) * random(20, 2, seed=seed), random(20, 2, seed=100 + seed))
+        history.append(float(scale.temperature))
+    again = KernelScale("student_t", "auto", FREE_PERPLEXITY, 5.0).double()
+    again.calibrate(random(20, 2), random(20, 2, seed=100))
+    assert set(history) == {float(again.temperature)}
 
 
 def test_evaluation_does_not_move_the_temperature():
-    scale = KernelScale("cosine", "auto", 0.3, 5.0)
+    scale = KernelScale("student_t", "auto", None, 5.0)
     scale.calibrate(random(20, 6), random(20, 6, seed=1))
     before = float(scale.temperature)
-    scale.eval().calibrate(random(20, 6, seed=2), random(20, 6, seed=3))
+    scale.eval().calibrate(9 * random(20, 6, seed=2), random(20, 6, seed=3))
     assert float(scale.temperature) == before
 
 
@@ -162,7 +170,7 @@ def test_coinciding_and_distant_points_give_temperatures_within_the_bounds():
     same = torch.ones(8, 3)
     cosine = KernelScale("cosine", "auto", 0.3, 5.0)
     cosine.calibrate(same, same)
-    assert float(cosine.temperature) == pytest.approx(COSINE_BOUNDS[0])
+    assert float(cosine.temperature) == pytest.approx(0.2**0.99 * COSINE_BOUNDS[0] ** 0.01)
     student_t = KernelScale("student_t", "auto", 0.01, 1.0)  # narrower than the kernel can be on one line
     points = 1e4 * torch.arange(200.0)[:, None]
     student_t.calibrate(points, points + 1)

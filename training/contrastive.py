@@ -21,7 +21,6 @@ from diffusers.optimization import get_scheduler
 from hf_dpssl import evaluation
 from hf_dpssl.batches import ImageSource, evaluation_batches, spread_rows
 from hf_dpssl.blocks import BATCH_NORMS
-from hf_dpssl.calibration import PERPLEXITY
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.model_card import write_card
@@ -46,7 +45,7 @@ class ContrastiveArguments(RunArguments):
     normalization: str = option("joint", "denominator over all pairs or per anchor", choices=["joint", "anchor"])
     feature_norm: str = option("none", "normalisation of embeddings", choices=["l2", "batch", "none"])
     temperature: str = option("2.0", "divides the cosine or the squared distance; auto: set by --perplexity")
-    perplexity: float = option(PERPLEXITY, "of Q, as a share of the candidates, with --temperature auto")
+    perplexity: float | None = option(None, "of Q, as a share of the candidates, with --temperature auto")
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
     learnable_dof: bool = option(False, "train the degrees of freedom too")
     queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
