@@ -36,7 +36,8 @@ def test_help_names_every_subcommand(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    assert all(f"\n    {command} " in printed for command in ("demo", "train", "evaluate", "map", "embed", "search", "env"))
+    commands = "demo train evaluate map embed search env".split()
+    assert all(f"\n    {command} " in printed for command in commands)
 
 
 def test_env_prints_machine_and_versions_also_as_json(capsys):
