@@ -17,6 +17,7 @@ TITLES = {
     "t_joint": "t-SimCLR, joint",
     "gaussian_anchor": "Gaussian, per anchor",
 }
+CONTROLS = (3, 9)  # dimensions of SimCLR(d + 1) only
 Cell = tuple[str, int]
 
 
@@ -67,20 +68,24 @@ def row(reports: list[dict]) -> dict:
     }
 
 
-def compare(first: list[dict], second: list[dict], k: int = 20) -> dict:
-    """Paired test differences first - second, in points, over the seeds that both have; verdict on first > second."""
+def paired_differences(first: list[dict], second: list[dict]) -> list[float]:
+    """20-NN test accuracy first - second, in points, of each seed that both have."""
     accuracies = []
     for reports in (first, second):
-        key = f"{best_metric(reports)[0]}_{k}nn"
+        key = f"{best_metric(reports)[0]}_20nn"
         accuracies.append({report["seed"]: report["test"][key] for report in reports})
-    seeds = sorted(accuracies[0].keys() & accuracies[1].keys())
-    differences = [accuracies[0][seed] - accuracies[1][seed] for seed in seeds]
+    return [accuracies[0][seed] - accuracies[1][seed] for seed in sorted(accuracies[0].keys() & accuracies[1].keys())]
+
+
+def compare(first: list[dict], second: list[dict]) -> dict:
+    """Mean paired difference, its interval, and the verdict on first > second by the margin."""
+    differences = paired_differences(first, second)
     low, high = bootstrap(differences)
     verdict = "supported" if low > MARGIN else "contradicted" if high < MARGIN else "undecided"
-    if len(seeds) < 2:
+    if len(differences) < 2:
         verdict = "undecided (one seed)"
     mean = round(float(np.mean(differences)), 2)
-    return {"seeds": len(seeds), "mean": mean, "interval": [low, high], "verdict": verdict}
+    return {"seeds": len(differences), "mean": mean, "interval": [low, high], "verdict": verdict}
 
 
 def comparisons(final: dict[Cell, list[dict]]) -> dict[str, dict]:
@@ -122,26 +127,35 @@ def automatic(auto: dict[Cell, list[dict]], final: dict[Cell, list[dict]]) -> di
 
 
 def plot(final: dict[Cell, list[dict]], path: Path) -> None:
-    """Test accuracy over the dimension, 20-NN and 1-NN: a line through the means, a dot for each seed."""
+    """20-NN test accuracy over the dimension, and its paired difference from SimCLR; a dot for each seed."""
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
-    for axis, k in zip(figure.subplots(1, 2, sharey=True), (20, 1), strict=True):
-        for place, (arm, title) in enumerate(TITLES.items()):
-            lines = {d: row(reports)[f"test_{k}nn"] for (a, d), reports in sorted(final.items()) if a == arm}
-            main = {d: values for d, values in lines.items() if d not in (3, 9)}
-            means = [np.mean(values) for values in main.values()]
-            axis.plot(list(main), means, color=f"C{place}", marker="o", markersize=4, label=title)
-            for dimension, values in main.items():
-                shift = 1 + 0.03 * (place - 1.5)
-                axis.plot([dimension * shift] * len(values), values, ".", color=f"C{place}", markersize=4, alpha=0.6)
-            control = {d: values for d, values in lines.items() if d in (3, 9)}
-            if control:
-                points = [d - 1 for d in control], [np.mean(values) for values in control.values()]
-                axis.plot(*points, "x", color=f"C{place}", label=f"{title} with d + 1")
+    left, right = figure.subplots(1, 2)
+    dimensions = sorted({dimension for _, dimension in final} - set(CONTROLS))
+    for place, (arm, title) in enumerate(TITLES.items()):
+        shift, style = 1.06 ** (place - 1.5), {"color": f"C{place}", "label": title}  # so that dots do not hide others
+        lines = {d: final[arm, d] for d in dimensions if (arm, d) in final}
+        accuracies = {d * shift: row(reports)["test_20nn"] for d, reports in lines.items()}
+        _line(left, accuracies, style)
+        if arm != "simclr":
+            paired = {d: reports for d, reports in lines.items() if ("simclr", d) in final}
+            _line(right, {d * shift: paired_differences(r, final["simclr", d]) for d, r in paired.items()}, style)
+    controls = {d - 1: np.mean(row(final["simclr", d])["test_20nn"]) for d in CONTROLS if ("simclr", d) in final}
+    if controls:
+        left.plot(list(controls), list(controls.values()), "x", color="C0", label="SimCLR with d + 1")
+    right.axhspan(-MARGIN, MARGIN, color="0.9", zorder=0, label=f"less than {MARGIN:g} points")
+    left.set(title="20-NN on 10,000 test images", ylabel="accuracy, percent")
+    right.set(title="minus SimCLR of the same seed", ylabel="points")
+    for axis in (left, right):
         axis.set_xscale("log", base=2)
-        ticks = sorted({d for _, d in final} - {3, 9})
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.set(xlabel="dimension d of the embedding", title=f"{k}-NN on 10,000 test images")
+        axis.set_xticks(dimensions, [str(dimension) for dimension in dimensions])
+        axis.set_xlabel("dimension d of the embedding")
         axis.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("accuracy, percent")
-    figure.axes[0].legend(fontsize=8)
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _line(axis, values: dict[float, list[float]], style: dict) -> None:
+    if values:
+        axis.plot(list(values), [np.mean(seeds) for seeds in values.values()], marker="_", markersize=10, **style)
+        for x, seeds in values.items():
+            axis.plot([x] * len(seeds), seeds, ".", color=style["color"], markersize=5, alpha=0.7)
