@@ -7,6 +7,12 @@ from torch import Tensor, nn
 
 FEATURE_NORMS = ("l2", "batch", "none")
 BATCH_NORMS = ("local", "global", "split")
+# First convolutions of published ResNets for images of about 32 px: 3x3, stride 1, no max-pooling.
+SMALL_IMAGE_STEMS = {
+    "small_image": {"padding": 1, "activation": True},  # t-SimCLR's code, and most others
+    "small_image_padded": {"padding": 2, "activation": True},  # solo-learn on CIFAR: 34 x 34 from 32 x 32
+    "small_image_linear": {"padding": 1, "activation": False},  # lightly's ResNetGenerator inside an nn.Sequential
+}
 
 
 class ProjectionHead(nn.Sequential):
@@ -47,18 +53,21 @@ class ProjectionHead(nn.Sequential):
         return F.normalize(embeddings, dim=1) if self.normalize else embeddings
 
 
-def use_small_image_stem_(resnet: nn.Module) -> None:
-    """Give a timm ResNet a 3x3 stride-1 first convolution and no max-pooling, as in the t-SimCLR code.
+def use_small_image_stem_(resnet: nn.Module, stem: str = "small_image") -> None:
+    """Give a timm ResNet a 3x3 stride-1 first convolution and no max-pooling, by the table SMALL_IMAGE_STEMS.
 
     Raises:
         ValueError: for a model that has no single `conv1` and `maxpool`.
     """
+    options = SMALL_IMAGE_STEMS[stem]
     conv = getattr(resnet, "conv1", None)
     if not isinstance(conv, nn.Conv2d) or not hasattr(resnet, "maxpool"):
-        raise ValueError(f"stem='small_image' needs a timm ResNet with a single conv1, not {type(resnet).__name__}.")
-    replacement = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=False)
+        raise ValueError(f"stem={stem!r} needs a timm ResNet with a single conv1, not {type(resnet).__name__}.")
+    replacement = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=options["padding"], bias=False)
     nn.init.kaiming_normal_(replacement.weight, mode="fan_out", nonlinearity="relu")
     resnet.conv1, resnet.maxpool = replacement.to(conv.weight.device, conv.weight.dtype), nn.Identity()
+    if not options["activation"]:
+        resnet.act1 = nn.Identity()
 
 
 def check_batch_norm(batch_norm: str, num_splits: int) -> None:

@@ -1,4 +1,4 @@
-"""The command line `hf-dpssl`: train, evaluate, map, embed, search, demo, env."""
+"""The command line `hf-dpssl`: train, evaluate, map, embed, search, import, demo, env."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from . import importers
 from .recipe import training_folder
 
 
@@ -39,12 +40,16 @@ def main(argv: list[str] | None = None) -> int:
     search = commands.add_parser("search", help="nearest neighbours of pictures among embeddings", add_help=False)
     search.set_defaults(run=_search)
 
+    importer = commands.add_parser("import", help="write another code's checkpoint as an encoder folder")
+    importers.add_arguments(importer)
+    importer.set_defaults(run=lambda known, rest: importers.run(known))
+
     environment = commands.add_parser("env", help="machine and library versions, for a bug report")
     environment.add_argument("--json", action="store_true", help="as JSON")
     environment.set_defaults(run=_print_environment)
 
     known, rest = parser.parse_known_args(argv)
-    if rest and known.command == "env":
+    if rest and known.command in ("env", "import"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return known.run(known, rest)
 

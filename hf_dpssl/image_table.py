@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .data import ImageData
 from .images import crop_to_tensor, decode_image, to_square_tensor
-from .transforms import TwoViews, crop_boxes
+from .transforms import TwoViews
 
 
 class BadImageError(ValueError):
@@ -138,7 +138,8 @@ def stack(pictures, size: int, views: TwoViews | None, sample_ids: Tensor, epoch
     """Pictures as uint8 (B, 3, S, S); with `views` as (B, 2, 3, S, S), each cropped twice at its full resolution."""
     if views is None:
         return torch.stack([to_square_tensor(picture, size) for picture in pictures])
-    boxes = [crop_boxes(views.augmentation, views.draws(sample_ids, epoch, view)[:, :4]).tolist() for view in (1, 2)]
+    widths, heights = torch.tensor([picture.size for picture in pictures]).unbind(1)
+    boxes = [views.parameters(sample_ids, epoch, view, heights, widths).boxes.tolist() for view in (1, 2)]
     return torch.stack(
         [torch.stack([crop_to_tensor(picture, box[i], size) for box in boxes]) for i, picture in enumerate(pictures)]
     )

@@ -100,9 +100,8 @@ def to_square_tensor(image: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 
 
-def crop_to_tensor(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Tensor:
-    """(3, size, size) uint8 of a crop; `box` = (left, top, right, bottom) in [0, 1] of width and height."""
-    width, height = image.size
-    pixels = (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
-    image = image.resize((size, size), RESAMPLING, box=pixels)
+def crop_to_tensor(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """(3, size, size) uint8 of a crop; `box` = (top, left, height, width) in pixels."""
+    top, left, height, width = box
+    image = image.resize((size, size), RESAMPLING, box=(left, top, left + width, top + height))
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()

@@ -114,6 +114,7 @@ h1 { font-size: 16px; margin: 0 8px 0 0; }
 button { font: inherit; color: inherit; background: none; border: 1px solid var(--line); border-radius: 6px;
   padding: 2px 9px; cursor: pointer; }
 button[aria-pressed="true"] { border-color: CanvasText; }
+#legend { max-height: 22vh; overflow: auto; flex-shrink: 0; }
 #legend button[aria-pressed="false"] { opacity: 0.4; }
 #legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
 #plot { position: relative; flex: 1; min-height: 200px; border-top: 1px solid var(--line); overflow: hidden; }
@@ -161,13 +162,15 @@ function scale() {
   const [right, top] = extents[current];
   return zoom * 0.94 * Math.min(canvas.clientWidth / Math.max(right, 1), canvas.clientHeight / Math.max(top, 1));
 }
-function place(i) {
+function placer() {
   const points = data.maps[current].points, s = scale();
-  return [canvas.clientWidth / 2 + (points[2 * i] - centre[0]) * s,
-    canvas.clientHeight / 2 - (points[2 * i + 1] - centre[1]) * s];
+  const left = canvas.clientWidth / 2 - centre[0] * s, bottom = canvas.clientHeight / 2 + centre[1] * s;
+  return i => [left + points[2 * i] * s, bottom - points[2 * i + 1] * s];
 }
-function shown(i) {
-  return !hidden.has(data.labels[i]) && (data.heldOut[i] || !find("#only").checked);
+function shown() {
+  const only = find("#only").checked, chosen = [];
+  for (let i = 0; i < count; i++) if (!hidden.has(data.labels[i]) && (data.heldOut[i] || !only)) chosen.push(i);
+  return chosen;
 }
 function draw() {
   const ratio = window.devicePixelRatio || 1;
@@ -176,9 +179,8 @@ function draw() {
   canvas.height = Math.round(canvas.clientHeight * ratio);
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.globalAlpha = 0.8;
-  const byClass = new Map();
-  for (let i = 0; i < count; i++) {
-    if (!shown(i)) continue;
+  const byClass = new Map(), place = placer();
+  for (const i of shown()) {
     if (!byClass.has(data.labels[i])) byClass.set(data.labels[i], []);
     byClass.get(data.labels[i]).push(i);
   }
@@ -203,9 +205,9 @@ function draw() {
   }
 }
 function nearest(x, y) {
+  const place = placer();
   let best = -1, closest = 14 * 14;
-  for (let i = 0; i < count; i++) {
-    if (!shown(i)) continue;
+  for (const i of shown()) {
     const [px, py] = place(i), distance = (px - x) ** 2 + (py - y) ** 2;
     if (distance < closest) { closest = distance; best = i; }
   }

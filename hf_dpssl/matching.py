@@ -30,7 +30,7 @@ import math
 import torch
 from torch import Tensor
 
-from .kernels import NORMALIZATIONS, log_cosine, log_gaussian, log_student_t
+from .kernels import NORMALIZATIONS, log_cosine, log_gaussian, log_student_t, number
 from .similarities import (
     box_iou,
     gaussian_similarities,
@@ -117,7 +117,7 @@ def q_similarities(
         log_k = log_cosine(embeddings, candidates, temperature=temperature)
     elif kernel == "gaussian":
         log_k = log_gaussian(embeddings, candidates, temperature=temperature)
-    elif math.isinf(dof):
+    elif math.isinf(number(dof)):
         log_k = log_gaussian(embeddings, candidates, temperature=2 * temperature)
     else:
         log_k = log_student_t(embeddings, candidates, temperature=temperature, dof=dof)

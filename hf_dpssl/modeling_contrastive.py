@@ -20,14 +20,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
-from .blocks import FEATURE_NORMS, check_batch_norm, use_small_image_stem_
+from .blocks import FEATURE_NORMS, SMALL_IMAGE_STEMS, check_batch_norm, use_small_image_stem_
+from .calibration import check_share, check_temperature, raw_from_dof
 from .kernels import KERNELS, NORMALIZATIONS
 from .weights import load_complete
 
-STEMS = ("timm", "small_image")
+STEMS = ("timm", *SMALL_IMAGE_STEMS)
 _METHOD_FIELDS = (
-    "stem kernel normalization feature_norm temperature dof projection_hidden_dim projection_dim "
-    "projection_layers projection_batch_norm batch_norm batch_norm_splits queue_size momentum"
+    "stem kernel normalization feature_norm temperature perplexity dof learnable_dof projection_hidden_dim "
+    "projection_dim projection_layers projection_batch_norm batch_norm batch_norm_splits queue_size momentum"
 ).split()
 
 
@@ -38,12 +39,16 @@ class ContrastiveConfig(TimmWrapperConfig):
         architecture: timm model name.
         model_args: keyword arguments of `timm.create_model`.
         pretrained_cfg: timm's preprocessing entry: input_size, mean, std, interpolation, crop_pct.
-        stem: "timm", or "small_image" for a ResNet on images of about 32 px, which stock timm cannot express.
+        stem: "timm", or "small_image" for a ResNet on images of about 32 px, which stock timm cannot express
+            (two variants of it, for encoders of other libraries, stand in blocks.py).
         kernel: "cosine" or "student_t".
         normalization: "anchor" (one denominator per anchor) or "joint" (t-SimCLR; no queue).
         feature_norm: of embeddings: "l2", "batch" (batch norm without affine, t-MoCo-v2) or "none".
-        temperature: > 0, divides the cosine or the squared distance.
+        temperature: > 0, divides the cosine or the squared distance; "auto" sets it by `perplexity` (calibration.py).
+        perplexity: with temperature="auto", that of Q as a share of the candidates, in (0, 1); None: 0.2, or 0.6 at
+            the first step where nothing bounds the embeddings (Student-t and feature_norm="none").
         dof: degrees of freedom of the Student-t kernel.
+        learnable_dof: train dof too, within (0.1, 1000), from `dof` on.
         projection_hidden_dim: width of the projection head; None = feature width.
         projection_dim: dimension of the embeddings.
         projection_layers: linear layers of the head, 1 to 3.
@@ -70,8 +75,10 @@ class ContrastiveConfig(TimmWrapperConfig):
         kernel: str = "student_t",
         normalization: str = "joint",
         feature_norm: str = "none",
-        temperature: float = 8.0,  # t-SimCLR training script; its loss class says 0.5
+        temperature: float | str = 8.0,  # t-SimCLR training script; its loss class says 0.5
+        perplexity: float | None = None,
         dof: float = 5.0,
+        learnable_dof: bool = False,
         projection_hidden_dim: int | None = None,
         projection_dim: int = 128,
         projection_layers: int = 2,
@@ -88,7 +95,9 @@ class ContrastiveConfig(TimmWrapperConfig):
         self.normalization = normalization
         self.feature_norm = feature_norm
         self.temperature = temperature
+        self.perplexity = perplexity
         self.dof = dof
+        self.learnable_dof = learnable_dof
         self.projection_hidden_dim = projection_hidden_dim
         self.projection_dim = projection_dim
         self.projection_layers = projection_layers
@@ -112,7 +121,14 @@ class ContrastiveConfig(TimmWrapperConfig):
         check_batch_norm(self.batch_norm, self.batch_norm_splits)
         if not 1 <= self.projection_layers <= 3:
             raise ValueError(f"projection_layers must be 1, 2 or 3, got {self.projection_layers}.")
-        for name in ("temperature", "dof", "projection_dim", "queue_size"):
+        check_temperature(self.temperature)
+        if self.perplexity is not None:
+            check_share(self.perplexity)
+        if self.learnable_dof:
+            if self.kernel != "student_t":
+                raise ValueError(f"learnable_dof=True needs kernel='student_t', got {self.kernel!r}.")
+            raw_from_dof(self.dof)  # raises outside its range
+        for name in ("dof", "projection_dim", "queue_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
         if not 0 <= self.momentum <= 1:
@@ -153,7 +169,7 @@ class ContrastiveEncoder(TimmWrapperModel):
     """The bare backbone: `last_hidden_state` and pooled features `pooler_output` (B, num_features).
 
     `save_pretrained` writes timm's layout (config.json and model.safetensors with timm's keys), so
-    that the folder loads with stock transformers and timm. Only with stem="small_image" is it this
+    that the folder loads with stock transformers and timm. Only with a small-image stem is it this
     class's own layout, which needs hf_dpssl or trust_remote_code.
     """
 
@@ -162,8 +178,8 @@ class ContrastiveEncoder(TimmWrapperModel):
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
-        if config.stem == "small_image":
-            use_small_image_stem_(self.timm_model)
+        if config.stem != "timm":
+            use_small_image_stem_(self.timm_model, config.stem)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

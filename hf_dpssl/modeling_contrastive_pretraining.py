@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .batch_norm import batch_norms, set_batch_norm_
 from .blocks import ProjectionHead
+from .calibration import KernelScale
 from .gather import deal_out, gather_dealt, gather_with_gradient, gather_without_gradient, in_turns, own_rows
 from .losses import info_nce, moco, t_simclr
 from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
@@ -46,6 +47,9 @@ class ContrastivePreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = ContrastiveEncoder(config)
         self.head = self._make_head()
+        options = {name: getattr(config, name) for name in "kernel temperature perplexity dof learnable_dof".split()}
+        free_scale = config.kernel == "student_t" and config.feature_norm == "none"
+        self.kernel_scale = KernelScale(**options, free_scale=free_scale)
 
     def _make_head(self) -> ProjectionHead:
         config, width = self.config, self.encoder.num_features
@@ -68,6 +72,10 @@ class ContrastivePreTrainedModel(PreTrainedModel):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters of encoder and head, for the optimiser."""
         return [*self.encoder.parameters(), *self.head.parameters()]
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the kernel, for the optimiser too, without weight decay: learned dof, or none."""
+        return [*self.kernel_scale.parameters()]
 
     def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encoder(pixel_values).pooler_output
@@ -106,11 +114,12 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         embeddings, paired = embeddings.chunk(2)
         view_1, view_2 = gather_with_gradient(embeddings), gather_with_gradient(paired)
         weights = None if weights is None else gather_without_gradient(weights)
-        config = self.config
+        config, scale = self.config, self.kernel_scale
+        scale.calibrate(view_1, view_2)
         if config.kernel == "cosine":
-            loss = info_nce(view_1, view_2, temperature=config.temperature, weights=weights)
+            loss = info_nce(view_1, view_2, temperature=scale.temperature, weights=weights)
         else:
-            options = {"temperature": config.temperature, "dof": config.dof, "normalization": config.normalization}
+            options = {"temperature": scale.temperature, "dof": scale.dof, "normalization": config.normalization}
             loss = t_simclr(view_1, view_2, **options, weights=weights)
         return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
 
@@ -195,8 +204,10 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
             )
         filled = int(self.queue_filled)
         negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
-        config = self.config
-        loss = moco(queries, keys, negatives, kernel=config.kernel, temperature=config.temperature, dof=config.dof)
+        scale = self.kernel_scale
+        scale.calibrate_queue(gather_without_gradient(queries), all_keys, negatives)
+        options = {"kernel": self.config.kernel, "temperature": scale.temperature, "dof": scale.dof}
+        loss = moco(queries, keys, negatives, **options)
         if self.training:
             enqueue_(self.queue, self.queue_cursor, self.queue_filled, all_keys)
         return ContrastiveOutput(loss, queries, keys, features)

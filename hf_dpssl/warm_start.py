@@ -18,6 +18,8 @@ def start_from_encoder_(
     model: SimCLRForPreTraining | MoCoForPreTraining, encoder: ContrastiveEncoder, flag: str = "--init_encoder"
 ) -> None:
     """Copy the weights of a trained encoder into the backbone, and of MoCo into both; ValueError when they differ."""
+    if encoder.config.stem != model.config.stem:  # two of the small-image stems have weights of equal shape
+        raise ValueError(f"{flag} has the stem {encoder.config.stem!r}, the run asks for {model.config.stem!r}.")
     for backbone in [model.encoder, *([model.key_encoder] if isinstance(model, MoCoForPreTraining) else [])]:
         try:
             backbone.load_state_dict(encoder.state_dict())

@@ -17,7 +17,7 @@ from hf_dpssl.batches import ImageSource, evaluation_batches, ordered_batches, s
 from hf_dpssl.data import load_images
 from hf_dpssl.image_table import BadImageError, ImageTable
 from hf_dpssl.recipe import RunArguments
-from hf_dpssl.transforms import NATURAL, TwoViews, crop_boxes
+from hf_dpssl.transforms import NATURAL, TwoViews
 
 CLASSES = ClassLabel(names=["a", "b", "c"])
 KINDS = ["preloaded", "table", "stream"]
@@ -230,9 +230,8 @@ def test_views_cropped_while_loading_are_pillows_crops_of_the_full_picture(make)
     for number, sample in enumerate(batch["sample_ids"].tolist()):
         picture = Image.fromarray(noise(sample, 30, 24))
         for view in (1, 2):
-            draws = views().draws(torch.tensor([sample]), 2, view)
-            left, top, right, bottom = crop_boxes(NATURAL, draws)[0].tolist()
-            box = (left * 24, top * 30, right * 24, bottom * 30)
+            top, left, height, width = views().parameters(torch.tensor([sample]), 2, view, 30, 24).boxes[0].tolist()
+            box = (left, top, left + width, top + height)
             expected = np.asarray(picture.resize((8, 8), Image.Resampling.BICUBIC, box=box))
             assert np.array_equal(batch["images"][number, view - 1].permute(1, 2, 0).numpy(), expected)
 

@@ -133,6 +133,7 @@ def test_killed_run_goes_on_to_the_same_bytes(world, fork_server, encoder, pictu
     assert found["shards"] == expected["shards"] and found["rows"] == 23
 
 
+@pytest.mark.slow
 def test_two_processes_started_by_the_command_write_the_bytes_of_one(encoder, pictures, whole, tmp_path, capsys):
     argv = [str(encoder), str(pictures), "--output", str(tmp_path / "two"), "--rows_per_shard", "2"]
     assert embed([*argv, "--num_processes", "2"]) == 0

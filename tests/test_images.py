@@ -234,24 +234,20 @@ def test_extreme_aspect_ratios_give_a_square(height, width):
     assert result.flatten(1).unique(dim=1).tolist() == [[7], [77], [177]]
 
 
-def shares(left, top, right, bottom, picture):
-    return left / picture.width, top / picture.height, right / picture.width, bottom / picture.height
-
-
 @pytest.mark.parametrize("box, size", [((10, 4, 42, 36), 32), ((0, 0, 60, 40), 16), ((0, 0, 60, 40), 64)])
 def test_crop_equals_torchvision_resized_crop(box, size):
     """Exactly, where no kernel reaches over the edge of the crop: at scale 1 and for the whole picture."""
     picture = Image.fromarray(noise(7, 40, 60))
     left, top, right, bottom = box
     cropped = F.resized_crop(picture, top, left, bottom - top, right - left, [size] * 2, F.InterpolationMode.BICUBIC)
-    assert torch.equal(crop_to_tensor(picture, shares(*box, picture), size), F.pil_to_tensor(cropped))
+    assert torch.equal(crop_to_tensor(picture, (top, left, bottom - top, right - left), size), F.pil_to_tensor(cropped))
 
 
 @pytest.mark.parametrize("box, size", [((16, 8, 48, 40), 16), ((8, 16, 24, 32), 32)])
 def test_scaled_crop_equals_torchvision_inside_and_the_whole_picture_at_its_edge(box, size):
     picture = Image.fromarray(noise(8, 64, 64))
-    result = crop_to_tensor(picture, shares(*box, picture), size)
     left, top, right, bottom = box
+    result = crop_to_tensor(picture, (top, left, bottom - top, right - left), size)
     cropped = F.resized_crop(picture, top, left, bottom - top, right - left, [size] * 2, F.InterpolationMode.BICUBIC)
     inside, scale = (slice(None), slice(5, -5), slice(5, -5)), size / (right - left)
     assert torch.equal(result[inside], F.pil_to_tensor(cropped)[inside])

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import datasets
@@ -206,8 +207,32 @@ def test_flags_that_have_no_meaning_for_a_map_are_refused(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_map_of_pictures_without_classes_has_no_accuracy(launch, tmp_path):
-    write_pictures(tmp_path / "pictures", ["."], 48)
-    launch("map", [*TINY, "--dataset", tmp_path / "pictures", "--output_dir", tmp_path / "map"]).wait()
-    assert json.loads((tmp_path / "map" / "results.json").read_text())["metrics"] == {}
+def test_map_of_pictures_without_classes_has_no_accuracy_also_with_the_joint_loss(launch, tmp_path):
+    write_pictures(tmp_path / "pictures", ["."])
+    flags = [*TINY, "--dataset", tmp_path / "pictures", "--normalization", "joint", "--output_dir", tmp_path / "map"]
+    launch("map", flags).wait()
+    results = json.loads((tmp_path / "map" / "results.json").read_text())
+    assert results["metrics"] == {} and results["method"] == "t-SimCLR"
     assert page_content(tmp_path / "map" / "map.html")[1]["labels"] == [-1] * 48
+
+
+def final_weights(folder: Path) -> dict:
+    return load_file(folder / "encoder" / "pretraining" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_killed_map_goes_on_to_the_same_weights_and_two_processes_draw_one_map(folders, launch, tmp_path):
+    pictures, whole = folders
+    flags = [*TINY, "--dataset", pictures, "--checkpointing_steps", 1, "--resume_from_checkpoint", "latest"]
+    flags += ["--output_dir", tmp_path / "killed"]
+    launched = launch("map", flags)
+    while launched.is_alive() and not (tmp_path / "killed/checkpoints/stage-2/step-00000001").exists():
+        time.sleep(0.002)
+    assert launched.is_alive(), "the kill came too late"
+    launched.kill()
+    assert "stage-1: resumed at step 4" in launch("map", flags).wait()
+    found, expected = final_weights(tmp_path / "killed"), final_weights(whole)
+    assert all(value.equal(expected[name]) for name, value in found.items())
+    half = [*flags[:-1], tmp_path / "two", "--batch_size", 8, "--num_processes", 2]
+    launch("map", half, 2).wait()
+    assert len(page_content(tmp_path / "two" / "map.html")[1]["labels"]) == 48

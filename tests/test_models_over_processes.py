@@ -20,6 +20,8 @@ METHODS = {
     "t_simclr_anchor": (SimCLRForPreTraining, STUDENT_T),
     "moco": (MoCoForPreTraining, COSINE),
     "t_moco": (MoCoForPreTraining, STUDENT_T | {"feature_norm": "batch"}),
+    "calibrated": (SimCLRForPreTraining, STUDENT_T | {"temperature": "auto", "learnable_dof": True}),
+    "calibrated_queue": (MoCoForPreTraining, COSINE | {"temperature": "auto"}),
 }
 CONVNEXT = ("convnext_atto", {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "ls_init_value": 1.0})
 RESNET = ("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16], "act_layer": "gelu"})  # smooth, for float32

@@ -19,6 +19,7 @@ DIT = [*COMMON, "--max_train_steps", STEPS, "--width", 32, "--num_layers", 2, "-
 DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointing_steps 2"]
 RUNS = {  # script, flags, processes
     "t_simclr": ("contrastive", CONTRASTIVE, 1),
+    "t_simclr_calibrated": ("contrastive", [*CONTRASTIVE, "--temperature", "auto", "--learnable_dof"], 1),
     "t_moco": ("contrastive", [*CONTRASTIVE, *MOCO, *COSINE_MOMENTUM, "--projection_batch_norm"], 1),
     "t_moco_two_processes": ("contrastive", [*CONTRASTIVE, *MOCO, "--batch_norm", "global"], 2),
     "t_simclr_two_processes": ("contrastive", CONTRASTIVE, 2),

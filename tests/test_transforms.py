@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pictures import noise
+from pictures import batch, each, unit
 from torchvision.transforms.v2 import functional as F
 
-from hf_dpssl import transforms
-from hf_dpssl.transforms import PRESETS, Augmentation, TwoViews, crop_boxes, gaussian_blur, jitter, move, to_model_range
+from hf_dpssl.transforms import MODES, PRESETS, Augmentation, TwoViews, crop_boxes, move, to_model_range
 
 OFF = Augmentation(
     crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, brightness=0, contrast=0, saturation=0, hue=0, grey=0
@@ -18,66 +17,13 @@ BILINEAR = F.InterpolationMode.BILINEAR
 IDS = torch.arange(4000)
 
 
-def batch(count=8, size=16):
-    """Smooth and noisy colour images, uint8 (count, 3, size, size)."""
-    images = torch.stack([torch.from_numpy(noise(i, size, size)).permute(2, 0, 1) for i in range(count)])
-    return torch.where(torch.arange(count).view(-1, 1, 1, 1) % 2 == 0, images, F.gaussian_blur(images, 5))
-
-
-def unit(count=8, size=16):
-    return batch(count, size).float() / 255
-
-
 def draws(count, width):
     return torch.rand(count, width, generator=torch.Generator().manual_seed(0))
-
-
-def each(images, function, *values):
-    """The operation of torchvision on one image at a time, each with its own parameters."""
-    return torch.stack([function(image, *(v[i].item() for v in values)) for i, image in enumerate(images)])
 
 
 def close(found, expected, tolerance=1e-5):
     assert found.shape == expected.shape
     assert (found - expected).abs().max() <= tolerance
-
-
-@pytest.mark.parametrize("name, column", [("brightness", 0), ("contrast", 1), ("saturation", 2)])
-def test_colour_factor_equals_torchvision(name, column):
-    images, u = unit(), draws(8, 4)
-    factors = 1 + 0.8 * (2 * u[:, column] - 1)
-    expected = each(images, getattr(F, f"adjust_{name}"), factors)
-    close(jitter(images, replace(OFF, **{name: 0.8}), u), expected)
-    assert (expected - images).abs().mean() > 0.01
-
-
-def test_hue_shift_equals_torchvision():
-    images, u = unit(), draws(8, 4)
-    images[0] = images[0].mean(0)  # a grey picture has no hue
-    u[1, 3], u[2, 3] = 0, 1 - 2**-24
-    expected = each(images, F.adjust_hue, 0.5 * (2 * u[:, 3] - 1))
-    close(jitter(images, replace(OFF, hue=0.5), u), expected, 2 / 255)
-    close(transforms.shift_hue(images, torch.zeros(8)), images)
-
-
-def test_jitter_is_brightness_then_contrast_then_saturation_then_hue():
-    images, u = unit(), draws(8, 4)
-    strengths = dict(brightness=0.6, contrast=0.5, saturation=0.4, hue=0.2)
-    expected = images
-    for column, (name, strength) in enumerate(strengths.items()):
-        centre = 0 if name == "hue" else 1
-        expected = each(expected, getattr(F, f"adjust_{name}"), centre + strength * (2 * u[:, column] - 1))
-    close(jitter(images, replace(OFF, **strengths), u), expected, 2 / 255)
-
-
-def test_grey_equals_torchvision():
-    close(transforms.to_grey(unit()), F.rgb_to_grayscale(unit(), num_output_channels=3))
-
-
-@pytest.mark.parametrize("size, kernel", [(16, 3), (32, 3), (64, 7), (96, 11)])
-def test_blur_equals_torchvision_with_a_kernel_of_a_tenth(size, kernel):
-    images, sigma = unit(6, size), torch.tensor([0.1, 0.3, 0.5, 1.0, 1.5, 2.0])
-    close(gaussian_blur(images, sigma), each(images, lambda image, s: F.gaussian_blur(image, kernel, s), sigma))
 
 
 def test_flip_equals_torchvision():
@@ -155,13 +101,19 @@ def test_crop_boxes_lie_in_the_image_and_keep_area_and_ratio(name):
     assert left[whole].min() < 0.01 and (right[whole] > 0.99).any()
 
 
-def views_of(augmentation, images=None, ids=None, epoch=0, seed=0, crop=True, mean=(0.0,) * 3, std=(1.0,) * 3):
-    images = batch() if images is None else images
-    ids = torch.arange(len(images)) if ids is None else ids
-    return TwoViews(augmentation, list(mean), list(std), seed, crop)(images, ids, epoch)
+@pytest.fixture(params=MODES)
+def views_of(request):
+    """views_of(augmentation, ...) -> both views, in each mode."""
+
+    def views(augmentation, images=None, ids=None, epoch=0, seed=0, crop=True, mean=(0.0,) * 3, std=(1.0,) * 3):
+        images = batch() if images is None else images
+        ids = torch.arange(len(images)) if ids is None else ids
+        return TwoViews(augmentation, list(mean), list(std), seed, crop, request.param)(images, ids, epoch)
+
+    return views
 
 
-def test_without_any_strength_both_views_are_the_normalised_image():
+def test_without_any_strength_both_views_are_the_normalised_image(views_of):
     mean, std = (0.1, 0.4, 0.7), (0.2, 0.5, 1.5)
     expected = F.normalize(F.to_dtype(batch(), torch.float32, scale=True), mean, std)
     for crop in (True, False):
@@ -170,7 +122,7 @@ def test_without_any_strength_both_views_are_the_normalised_image():
     assert not torch.equal(expected, batch().float())
 
 
-def test_each_view_takes_its_own_crop_of_a_loader_that_cropped():
+def test_each_view_takes_its_own_crop_of_a_loader_that_cropped(views_of):
     images = torch.stack([batch(), batch().flip(0)], dim=1)
     first, second = views_of(OFF, images, crop=False)
     assert torch.equal(first, images[:, 0] / 255) and torch.equal(second, images[:, 1] / 255)
@@ -179,7 +131,7 @@ def test_each_view_takes_its_own_crop_of_a_loader_that_cropped():
 EVERYTHING = Augmentation(rotation=15, jitter=0.9, grey=0.3, blur=0.5)
 
 
-def test_views_do_not_depend_on_the_batch_or_its_order():
+def test_views_do_not_depend_on_the_batch_or_its_order(views_of):
     images, ids = batch(12), torch.tensor([5, 17, 3, 2**40, 99, 1, 0, 8, 21, 77, 64, 2])
     together = views_of(EVERYTHING, images, ids, epoch=3)
     order = torch.tensor([3, 11, 0, 7])
@@ -188,7 +140,7 @@ def test_views_do_not_depend_on_the_batch_or_its_order():
             close(view, whole[part])
 
 
-def test_views_differ_between_each_other_samples_epochs_and_seeds():
+def test_views_differ_between_each_other_samples_epochs_and_seeds(views_of):
     images, ids = batch(1).expand(40, -1, -1, -1), torch.arange(40)
     first, second = views_of(EVERYTHING, images, ids)
     others = [second, first.roll(1, 0), views_of(EVERYTHING, images, ids, epoch=1)[0]]
@@ -207,7 +159,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("probability", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("name", CHANGES)
-def test_share_of_changed_images_is_the_probability_asked_for(name, probability):
+def test_share_of_changed_images_is_the_probability_asked_for(views_of, name, probability):
     image = unit(1, 4) * 0.5 + 0.2
     images = (image * 255).round().to(torch.uint8)
     augmentation = replace(OFF, brightness=0.5 if name == "jitter" else 0, **{name: probability})
@@ -221,7 +173,7 @@ def test_share_of_changed_images_is_the_probability_asked_for(name, probability)
 
 
 @pytest.mark.parametrize("probability", [0.5, 1.0])
-def test_share_of_images_blurred_with_sigma_above_a_half_is_the_one_asked_for(probability):
+def test_share_of_images_blurred_with_sigma_above_a_half_is_the_one_asked_for(views_of, probability):
     point = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     point[:, :, 1, 1] = 255
     blurred = F.gaussian_blur(point / 255, 3, 0.5)[0, 0, 1, 2]  # of its neighbour: more for every larger sigma
@@ -231,7 +183,7 @@ def test_share_of_images_blurred_with_sigma_above_a_half_is_the_one_asked_for(pr
         assert abs((view[:, 0, 1, 2] > blurred).double().mean() - expected) < 4 * sigma
 
 
-def test_operations_are_chosen_independently_of_each_other_and_of_the_other_view():
+def test_operations_are_chosen_independently_of_each_other_and_of_the_other_view(views_of):
     image = torch.tensor([[[40, 40, 160, 160]], [[60, 60, 180, 180]], [[20, 20, 80, 80]]], dtype=torch.uint8)
     halves = replace(OFF, flip=0.5, jitter=0.5, brightness=0.3, grey=0.5)
     luma, seen = F.rgb_to_grayscale(image / 255).sum(), []
@@ -244,7 +196,7 @@ def test_operations_are_chosen_independently_of_each_other_and_of_the_other_view
     assert (seen.mean(1) - 0.5).abs().max() < 4 * 0.5 / len(IDS) ** 0.5
 
 
-def test_digits_are_never_mirrored_recoloured_or_made_grey():
+def test_digits_are_never_mirrored_recoloured_or_made_grey(views_of):
     digits = PRESETS["digits"]
     assert digits.flip == digits.hue == digits.grey == digits.jitter == 0
     images = torch.zeros(400, 3, 16, 16, dtype=torch.uint8)

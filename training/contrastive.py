@@ -24,14 +24,14 @@ from hf_dpssl.blocks import BATCH_NORMS
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from hf_dpssl.modeling_contrastive import STEMS, ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.momentum import MOMENTUM_SCHEDULES, choose_queue_size, momentum_at
 from hf_dpssl.plots import plot_curves
 from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
-from hf_dpssl.transforms import PRESETS, TwoViews, normalize
+from hf_dpssl.transforms import MODES, PRESETS, TwoViews, normalize
 from hf_dpssl.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
 
 
@@ -44,8 +44,10 @@ class ContrastiveArguments(RunArguments):
     kernel: str = option("student_t", "similarity of embeddings", choices=["cosine", "student_t"])
     normalization: str = option("joint", "denominator over all pairs or per anchor", choices=["joint", "anchor"])
     feature_norm: str = option("none", "normalisation of embeddings", choices=["l2", "batch", "none"])
-    temperature: float = option(2.0, "divides the cosine or the squared distance")
+    temperature: str = option("2.0", "divides the cosine or the squared distance; auto: set by --perplexity")
+    perplexity: float | None = option(None, "of Q, as a share of the candidates, with --temperature auto")
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
+    learnable_dof: bool = option(False, "train the degrees of freedom too")
     queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
     momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
     momentum_schedule: str = option("constant", "or cosine: from --momentum to 1", choices=MOMENTUM_SCHEDULES)
@@ -56,7 +58,7 @@ class ContrastiveArguments(RunArguments):
         None, "encoder folder with `pretraining/` to start from: encoder and head; another projection_dim is drawn anew"
     )
     freeze: str = option("none", "what is held fixed", choices=["none", "all_but_last_layer"])
-    stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=["timm", "small_image"])
+    stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=list(STEMS))
     projection_dim: int = option(32, "dimension of the embeddings")
     projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
     projection_layers: int = option(2, "linear layers of the head")
@@ -64,6 +66,7 @@ class ContrastiveArguments(RunArguments):
     batch_norm: str = option("local", "statistics per process, over all, or per part of a batch", choices=BATCH_NORMS)
     batch_norm_splits: int = option(1, "parts of a process's batch with --batch_norm split")
     augmentation: str | None = option(None, "preset of transforms.py; default: what suits the data set")
+    augmentation_mode: str = option("fused", "colours as one matrix, or exactly as torchvision v2", choices=list(MODES))
     num_train_epochs: int = option(100, "epochs")
     max_train_steps: int | None = option(None, "steps instead of epochs; needed with --streaming")
     optimizer: str = option("adamw", "optimiser", choices=["adamw", "sgd"])
@@ -75,6 +78,11 @@ class ContrastiveArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.temperature != "auto":
+            try:
+                self.temperature = float(self.temperature)
+            except ValueError:
+                raise ValueError(f"--temperature must be a number or auto, got {self.temperature!r}.") from None
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "--gradient_accumulation_steps > 1 would change the loss: negatives come from one batch (or, with a "
@@ -104,7 +112,7 @@ def main(argv: list[str] | None = None) -> Path:
     image_size = args.image_size or data.entry.image_size
     mean, std = data.entry.statistics
     augmentation = PRESETS[args.augmentation or data.entry.augmentation]
-    views = TwoViews(augmentation, mean, std, args.seed)
+    views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     source = ImageSource.from_arguments(data, args, accelerator, image_size, views)
     total_steps = args.max_train_steps or args.num_train_epochs * source.steps_per_epoch
 
@@ -177,8 +185,9 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
         },
         **{
             name: getattr(args, name)
-            for name in "stem kernel normalization feature_norm temperature dof momentum projection_dim "
-            "projection_hidden_dim projection_layers projection_batch_norm batch_norm batch_norm_splits".split()
+            for name in "stem kernel normalization feature_norm temperature perplexity dof learnable_dof momentum "
+            "projection_dim projection_hidden_dim projection_layers projection_batch_norm batch_norm "
+            "batch_norm_splits".split()
         },
         **({"queue_size": args.queue_size} if args.queue_size else {}),
     )
@@ -193,8 +202,12 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
 
 
 def make_optimizer(args: ContrastiveArguments, model) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum 0.9 over what learns of encoder and head (never the key branch)."""
-    parameters = [parameter for parameter in model.trainable_parameters() if parameter.requires_grad]
+    """AdamW or SGD with momentum 0.9 over what learns of encoder, head and kernel (never the key branch)."""
+    decayed, kernel = (
+        [parameter for parameter in group if parameter.requires_grad]
+        for group in (model.trainable_parameters(), model.undecayed_parameters())
+    )
+    parameters = [{"params": decayed}, *([{"params": kernel, "weight_decay": 0.0}] if kernel else [])]
     if args.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=args.learning_rate, momentum=0.9, weight_decay=args.weight_decay)
     return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -256,11 +269,13 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
     """Evaluate, and write the complete checkpoint folder."""
     metrics, samples = evaluate(model, args, source)
     data = source.data
+    kernel = model.kernel_scale.numbers()
     model.config.dpssl = {
         "method_name": method_name(args),
         "dataset": data.name,
         "licence_of_data": data.entry.licence,
         "steps": loop.step,
+        "kernel": kernel,
         "metrics": metrics,
     }
     with atomic_folder(target) as folder:
@@ -269,9 +284,8 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=method_name(args))
         settings = {"k": args.knn_k, "metric": args.knn_metric}
-        write_results(
-            folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, knn=settings
-        )
+        about = dict(dataset=data.name, seed=args.seed, samples=samples)
+        write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
         write_card(folder, "encoder", title=f"{method_name(args)} on {data.name}", license_of_data=data.entry.licence)
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))
     print(f"{target}: " + (scores or "no labels, not evaluated"))

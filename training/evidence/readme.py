@@ -17,7 +17,14 @@ from pathlib import Path
 EVIDENCE = Path(__file__).parent
 REPOSITORY = EVIDENCE.parent.parent
 DEMO = EVIDENCE / "results" / "demo.json"
-SPEED = REPOSITORY / "tests" / "benchmarks" / "results" / "losses_and_quantizer.json"
+BENCHMARKS = REPOSITORY / "tests" / "benchmarks" / "results"
+SPEED = {  # results of make bench: the job's heading
+    "contrastive": "loss, forward + backward",
+    "augmentation": "two-view augmentation, training step",
+    "neighbours": "nearest neighbours",
+    "quantizer": "quantiser, forward + backward",
+}
+DIMENSIONS = EVIDENCE / "results" / "dimensions.json"
 PICTURES = ("samples.png", "map.png")
 
 
@@ -55,13 +62,59 @@ def seconds(parts: dict, samples: dict) -> str:
     return f"Seconds: {steps}; {parts['total']:.0f} in all. Images: {counts}."
 
 
-def speed_table(report: dict) -> str:
-    """Times beside the peers', in Markdown."""
-    lines = ["| forward + backward | ours, ms | ours / peer | peer |", "|---|---|---|---|"]
+def speed_table(report: dict, heading: str) -> str:
+    """Times beside the peers', and extra memory where it was measured, in Markdown."""
+    lines = [f"| {heading} | ours, ms | ours / peer | aim | peer |", "|---|---|---|---|---|"]
     for row in report["metrics"]["comparisons"]:
-        lines.append(f"| {row['what']} | {row['ours_ms']:.2f} | {row['ratio']:.2f} | {row['peer']} |")
+        aim = f"{row['aim']:.2f}" if row.get("aim") else ""
+        lines.append(f"| {row['what']} | {row['ours_ms']:.2f} | {row['ratio']:.2f} | {aim} | {row['peer']} |")
+    memory = report["metrics"].get("memory", [])
+    if memory:
+        parts = ", ".join(f"{row['what']} {row['extra_mb']:.0f} MB" for row in memory)
+        lines += ["", f"Extra memory at {memory[0]['pairs']:,} pairs (aim {memory[0]['aim_mb']} MB): {parts}."]
     rounds = report["samples"]["rounds"]
     return "\n".join([*lines, "", f"Minimum of {rounds} alternating rounds. {circumstances(report)}"])
+
+
+ARMS = {"simclr": "SimCLR", "gaussian_anchor": "Gaussian per anchor", "t_anchor": "t per anchor", "t_joint": "t-SimCLR"}
+
+
+def dimensions_table(report: dict) -> str:
+    """Accuracy of each arm by the dimension of its embeddings, paired differences and automatic temperatures."""
+    metrics, settings, samples = report["metrics"], report["settings"], report["samples"]
+    cells = {tuple(name.removesuffix("-d").split(", ")): row for name, row in metrics["accuracy"].items()}
+    dimensions = sorted({int(dimension) for _, dimension in cells})
+    lines = ["| 20-NN accuracy, percent (sd; temperature) | " + " | ".join(f"d = {d}" for d in dimensions) + " |"]
+    lines.append("|---" * (len(dimensions) + 1) + "|")
+    for arm, title in ARMS.items():
+        rows = [cells.get((arm, str(dimension))) for dimension in dimensions]
+        if any(rows):
+            lines.append(f"| {title} | " + " | ".join(_accuracy(row) for row in rows) + " |")
+    lines += ["", "| paired difference, points | mean | 95 % interval | by 2 points or more |", "|---|---|---|---|"]
+    for name, entry in metrics["differences"].items():
+        low, high = entry["interval"]
+        lines.append(f"| {_titled(name)} | {entry['mean']:+.1f} | {low:+.1f} to {high:+.1f} | {entry['verdict']} |")
+    if metrics["auto"]:
+        lines += ["", '| `temperature="auto"` | accuracy | minus tuned | temperature at the end |', "|---|---|---|---|"]
+    for name, entry in metrics["auto"].items():
+        minus = f"{entry['minus_tuned']['mean']:+.1f}" if "minus_tuned" in entry else ""
+        ends = ", ".join(f"{value:.3g}" for value in entry["temperature_at_end"])
+        lines.append(f"| {_titled(name)} | {entry['mean_20nn']:.1f} | {minus} | {ends} |")
+    missing = f" Not run: {'; '.join(settings['missing'])}." if settings["missing"] else ""
+    about = f"{samples['train']:,} training, {samples['validation']:,} validation and {samples['test']:,} test images, "
+    about += f"{settings['epochs']} epochs; temperature, learning rate and metric chosen on the validation images."
+    return "\n".join([*lines, "", f"{about}{missing} {circumstances(report)}"])
+
+
+def _accuracy(row: dict | None) -> str:
+    if row is None:
+        return ""
+    spread = f"{row['sd_20nn']:.1f}; " if row["sd_20nn"] is not None else "one seed; "
+    return f"{row['mean_20nn']:.1f} ({spread}{row['temperature']:g}){'' if row['converged'] else ' *'}"
+
+
+def _titled(name: str) -> str:
+    return re.sub("|".join(ARMS), lambda match: ARMS[match[0]], name)
 
 
 def circumstances(report: dict) -> str:
@@ -76,12 +129,18 @@ def circumstances(report: dict) -> str:
 
 def tables() -> dict[str, str]:
     """{name of the block: its Markdown}, for each result that is there."""
-    sources = {"demo": (DEMO, demo_table), "speed": (SPEED, speed_table)}
-    return {
-        name: make(json.loads(path.read_text(encoding="utf-8")))
-        for name, (path, make) in sources.items()
-        if path.exists()
-    }
+    blocks = {"demo": demo_table(read(DEMO))} if DEMO.exists() else {}
+    found = {name: BENCHMARKS / f"{name}.json" for name in SPEED if (BENCHMARKS / f"{name}.json").exists()}
+    if found:
+        blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
+    if DIMENSIONS.exists():
+        blocks["dimensions"] = dimensions_table(read(DIMENSIONS))
+    return blocks
+
+
+def read(path: Path) -> dict:
+    """A results file."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def fill(text: str, blocks: dict[str, str]) -> str:

@@ -1,0 +1,151 @@
+"""Tensors and plain settings out of a pickled checkpoint that somebody else wrote, without running anything in it.
+
+A pickle is a program: it may import any module and call any function. So the classes and functions that a
+file asks for are listed first, without executing it, and a file that asks for an unknown one is refused by
+name. What remains is read by torch's own restricted reader (`weights_only=True`), where a few classes that
+only hold settings (argparse.Namespace, omegaconf's, paths, numpy scalars) are replaced by `Settings`; the
+real class is never imported.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+# What torch's restricted reader judges itself; it refuses most of torch.*, and says which.
+_LEFT_TO_TORCH = re.compile(
+    r"torch\..+|collections\.(OrderedDict|Counter|defaultdict)|_codecs\.encode|builtins\.(set|bytearray|complex)"
+)
+# Classes that only hold settings. Types stand in omegaconf's metadata as values.
+_SETTINGS = re.compile(
+    r"argparse\.Namespace|omegaconf\..+|typing\.\w+|pathlib\.\w*Path|"
+    r"builtins\.(dict|list|tuple|frozenset|str|bytes|int|float|bool|object)|"
+    r"numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+DType|bool_?|u?int\d+|float\d+)"
+)
+_LEGACY_PICKLES = 4  # magic number, protocol, system, and then the checkpoint itself
+
+
+class Settings:
+    """Stands where a file holds a class of settings: its attributes in `vars(...)`, none of its methods."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
+
+
+def _empty_dictionary(*args) -> dict:
+    return {}
+
+
+class UnknownPickledClassError(ValueError):
+    """A checkpoint asks for classes or functions that are not known to be harmless; nothing was executed."""
+
+
+def read_pickled_tensors(path: str | os.PathLike, *, inert: Iterable[str] = ()) -> object:
+    """What a `torch.save` file holds (zip or the format before torch 1.6): tensors, containers, plain values.
+
+    Args:
+        path: the file; only its bytes are read.
+        inert: full names of further classes that may stand in the file, e.g. "solo.utils.x.Y". They are
+            not imported either: a `Settings` takes their place.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UnknownPickledClassError: the file asks for other classes or functions; the message lists them all.
+        ValueError: not a `torch.save` file, or damaged.
+    """
+    path, inert = Path(path), set(inert)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: give a checkpoint such as checkpoint_0199.pth.tar or last.ckpt.")
+    asked_for = pickled_globals(path)
+    settings = {name for name in asked_for if _SETTINGS.fullmatch(name)} | inert
+    unknown = sorted(name for name in asked_for - settings if not _LEFT_TO_TORCH.fullmatch(name))
+    if unknown:
+        raise UnknownPickledClassError(_refusal(path, ", ".join(unknown)))
+    stand_ins = {name: Settings for name in settings} | {"collections.defaultdict": _empty_dictionary}
+    try:
+        with torch.serialization.safe_globals([(value, name) for name, value in stand_ins.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+        if named:
+            raise UnknownPickledClassError(_refusal(path, named[1])) from error
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or error
+        raise ValueError(f"{path} was not read, torch's restricted reader refuses it: {reason}") from error
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of torch.save: {error}") from error
+
+
+def _refusal(path: Path, names: str) -> str:
+    return (
+        f"{path} asks for {names}, which is not known to be harmless; nothing of the file was executed. Save it "
+        "again with its tensors only (the state_dict), or name classes to leave unread with `inert` (--inert)."
+    )
+
+
+def pickled_globals(path: str | os.PathLike) -> set[str]:
+    """Full names of all classes and functions that a `torch.save` file asks for; nothing is executed.
+
+    Raises:
+        ValueError: not a `torch.save` file.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                records = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+                return {name for record in records for name in _globals(io.BytesIO(archive.read(record)))}
+        with open(path, "rb") as file:
+            return {name for _ in range(_LEGACY_PICKLES) for name in _globals(file)}
+    except (ValueError, EOFError, IndexError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no checkpoint that torch.save wrote: {error}") from error
+
+
+def _globals(file) -> Iterable[str]:
+    """Names in one pickle. Those of protocol 4 are strings on the stack, which may come from the memo."""
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    memoized, just_pushed = 0, None
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in ("GLOBAL", "INST"):
+            yield _modern_name(*argument.split(" ", 1))
+        elif code.name == "STACK_GLOBAL":
+            yield _modern_name(*strings[-2:]) if len(strings) > 1 else "a class without a name"
+        elif code.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[memoized if argument is None else int(argument)] = just_pushed
+            memoized += 1
+            continue
+        just_pushed = argument if isinstance(argument, str) and "UNICODE" in code.name else None
+        if code.name in ("GET", "BINGET", "LONG_BINGET"):
+            just_pushed = memo.get(int(argument))
+        strings += [just_pushed] if just_pushed is not None else []
+
+
+def _modern_name(module: str, name: str) -> str:
+    """Files of protocol 2 hold the names of Python 2: __builtin__ is builtins."""
+    if (module, name) in NAME_MAPPING:
+        module, name = NAME_MAPPING[module, name]
+    return f"{IMPORT_MAPPING.get(module, module)}.{name}"

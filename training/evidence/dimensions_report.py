@@ -1,0 +1,161 @@
+"""Tables, verdicts and plot of the dimension study from its runs; `dimensions.py --stage report` calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+MARGIN = 2.0  # points of accuracy that matter, fixed before the study
+FLAT = 0.5  # points gained in the last 20 % of the epochs by a curve that counts as converged
+AUTO_MARGIN = 1.0
+CANDIDATES = 1023  # other views of a batch of 512 images
+TITLES = {
+    "simclr": "SimCLR (cosine)",
+    "t_anchor": "t-SimCLR, per anchor",
+    "t_joint": "t-SimCLR, joint",
+    "gaussian_anchor": "Gaussian, per anchor",
+}
+CONTROLS = (3, 9)  # dimensions of SimCLR(d + 1) only
+Cell = tuple[str, int]
+
+
+def best_metric(reports: list[dict]) -> tuple[str, float]:
+    """(metric, mean accuracy): cosine or Euclidean, whichever has the higher mean 20-NN validation accuracy."""
+    means = {m: float(np.mean([r["validation"][f"{m}_20nn"] for r in reports])) for m in ("euclidean", "cosine")}
+    return max(means.items(), key=lambda item: item[1])
+
+
+def bootstrap(differences: list[float]) -> list[float]:
+    """95 % interval of the mean, resampling the paired differences 10,000 times."""
+    generator = np.random.default_rng(0)
+    draws = generator.choice(differences, (10_000, len(differences))).mean(1)
+    return [round(float(value), 2) for value in np.quantile(draws, (0.025, 0.975))]
+
+
+def point_row(report: dict) -> list[float]:
+    """A grid point: temperature, learning rate, 20-NN validation accuracy, perplexity of Q as a share."""
+    share = round(report["history"][-1]["perplexity"] / CANDIDATES, 4)
+    return [report["temperature"], report["learning_rate"], best_metric([report])[1], share]
+
+
+def row(reports: list[dict]) -> dict:
+    """One line of the table: test accuracies of all seeds under the metric chosen on validation, and the circumstances.
+
+    `gain_in_last_fifth` is that of the 20-NN validation accuracy, in points; `share` the perplexity of Q at the end.
+    """
+    metric = best_metric(reports)[0]
+    other = "cosine" if metric == "euclidean" else "euclidean"
+    key = f"{metric}_20nn"
+    middle = [next(entry[key] for entry in report["history"] if key in entry) for report in reports]
+    gain = float(np.mean([report["validation"][key] - value for report, value in zip(reports, middle, strict=True)]))
+    accuracy = [report["test"][key] for report in reports]
+    return {
+        "temperature": reports[0]["temperature"],
+        "learning_rate": reports[0]["learning_rate"],
+        "metric": metric,
+        "seeds": [report["seed"] for report in reports],
+        "test_20nn": accuracy,
+        "test_1nn": [report["test"][f"{metric}_1nn"] for report in reports],
+        "test_20nn_of_other_metric": [report["test"][f"{other}_20nn"] for report in reports],
+        "mean_20nn": round(float(np.mean(accuracy)), 2),
+        "sd_20nn": round(float(np.std(accuracy, ddof=1)), 2) if len(accuracy) > 1 else None,
+        "gain_in_last_fifth": round(gain, 2),
+        "converged": gain < FLAT,
+        "temperature_at_end": [report["history"][-1]["t"] for report in reports],
+        "share": [round(report["history"][-1]["perplexity"] / CANDIDATES, 4) for report in reports],
+    }
+
+
+def paired_differences(first: list[dict], second: list[dict]) -> list[float]:
+    """20-NN test accuracy first - second, in points, of each seed that both have."""
+    accuracies = []
+    for reports in (first, second):
+        key = f"{best_metric(reports)[0]}_20nn"
+        accuracies.append({report["seed"]: report["test"][key] for report in reports})
+    return [accuracies[0][seed] - accuracies[1][seed] for seed in sorted(accuracies[0].keys() & accuracies[1].keys())]
+
+
+def compare(first: list[dict], second: list[dict]) -> dict:
+    """Mean paired difference, its interval, and the verdict on first > second by the margin."""
+    differences = paired_differences(first, second)
+    low, high = bootstrap(differences)
+    verdict = "supported" if low > MARGIN else "contradicted" if high < MARGIN else "undecided"
+    if len(differences) < 2:
+        verdict = "undecided (one seed)"
+    mean = round(float(np.mean(differences)), 2)
+    return {"seeds": len(differences), "mean": mean, "interval": [low, high], "verdict": verdict}
+
+
+def comparisons(final: dict[Cell, list[dict]]) -> dict[str, dict]:
+    """Every pair of arms that the claim is about, at each dimension that both have; also SimCLR's next dimension."""
+    pairs = [("t_anchor", "simclr"), ("t_joint", "simclr"), ("t_anchor", "t_joint"), ("t_anchor", "gaussian_anchor")]
+    found = {}
+    for dimension in sorted({dimension for _, dimension in final}):
+        for first, second in pairs:
+            if {(first, dimension), (second, dimension)} <= final.keys():
+                found[f"{first} - {second}, {dimension}-d"] = compare(final[first, dimension], final[second, dimension])
+        for arm in ("t_anchor", "t_joint"):
+            if {(arm, dimension), ("simclr", dimension + 1)} <= final.keys():
+                name = f"{arm} {dimension}-d - simclr {dimension + 1}-d"
+                found[name] = compare(final[arm, dimension], final["simclr", dimension + 1])
+    return found
+
+
+def area(final: dict[Cell, list[dict]], arm: str) -> float | None:
+    """Mean 20-NN test accuracy over log d between d = 2 and 128 (trapezoids); None without both ends."""
+    points = sorted((dimension, row(reports)["mean_20nn"]) for (a, dimension), reports in final.items() if a == arm)
+    points = [point for point in points if point[0] in (2, 8, 128)]
+    if [dimension for dimension, _ in points] != [2, 8, 128]:
+        return None
+    x, y = np.log([point[0] for point in points]), np.array([point[1] for point in points])
+    return round(float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0])), 2)
+
+
+def automatic(auto: dict[Cell, list[dict]], final: dict[Cell, list[dict]]) -> dict[str, dict]:
+    """temperature="auto" against the tuned temperature, where both were run."""
+    found = {}
+    for (arm, dimension), reports in auto.items():
+        entry = row(reports)
+        if (arm, dimension) in final:
+            paired = compare(reports, final[arm, dimension])
+            del paired["verdict"]
+            entry["minus_tuned"] = paired | {"within_1_point_or_better": paired["mean"] >= -AUTO_MARGIN}
+        found[f"{arm}, {dimension}-d"] = entry
+    return found
+
+
+def plot(final: dict[Cell, list[dict]], path: Path) -> None:
+    """20-NN test accuracy over the dimension, and its paired difference from SimCLR; a dot for each seed."""
+    figure = Figure(figsize=(9.6, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    dimensions = sorted({dimension for _, dimension in final} - set(CONTROLS))
+    for place, (arm, title) in enumerate(TITLES.items()):
+        shift, style = 1.06 ** (place - 1.5), {"color": f"C{place}", "label": title}  # so that dots do not hide others
+        lines = {d: final[arm, d] for d in dimensions if (arm, d) in final}
+        accuracies = {d * shift: row(reports)["test_20nn"] for d, reports in lines.items()}
+        _line(left, accuracies, style)
+        if arm != "simclr":
+            paired = {d: reports for d, reports in lines.items() if ("simclr", d) in final}
+            _line(right, {d * shift: paired_differences(r, final["simclr", d]) for d, r in paired.items()}, style)
+    controls = {d - 1: np.mean(row(final["simclr", d])["test_20nn"]) for d in CONTROLS if ("simclr", d) in final}
+    if controls:
+        left.plot(list(controls), list(controls.values()), "x", color="C0", label="SimCLR with d + 1")
+    right.axhspan(-MARGIN, MARGIN, color="0.9", zorder=0, label=f"less than {MARGIN:g} points")
+    left.set(title="20-NN on 10,000 test images", ylabel="accuracy, percent")
+    right.set(title="minus SimCLR of the same seed", ylabel="points")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(dimensions, [str(dimension) for dimension in dimensions])
+        axis.set_xlabel("dimension d of the embedding")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _line(axis, values: dict[float, list[float]], style: dict) -> None:
+    if values:
+        axis.plot(list(values), [np.mean(seeds) for seeds in values.values()], marker="_", markersize=10, **style)
+        for x, seeds in values.items():
+            axis.plot([x] * len(seeds), seeds, ".", color=style["color"], markersize=5, alpha=0.7)

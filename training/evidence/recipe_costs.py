@@ -1,0 +1,163 @@
+"""What the recipes at paper scale cost, computed and not measured: floating-point operations, hours and memory.
+
+    python training/evidence/recipe_costs.py                    # about a minute; writes results/recipe_costs.json
+    python training/evidence/recipe_costs.py --write_recipes    # also the line that says so in each recipe
+
+Operations: torch's FlopCounterMode on one real step of the recipe's own model, forward and backward, on a small
+batch (convolutions and matrix products; a multiplication and an addition are two; MoCo's queue is full).
+Hours: operations of the whole run over an assumed share of the GPUs' peak, if the loader keeps up. For scale: the
+published 53 hours of MoCo-v2 on 8 V100 in fp32 are 35 % of their peak by the same count (`check` in the results).
+Memory: weights, gradients, optimiser and momentum branch by their sizes; activations by what autograd keeps of small
+batches under bf16 autocast on the CPU, a straight line through two of them. Workspaces of the GPU's libraries, the
+passing activations of the momentum branch and the allocator's gaps come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+EVIDENCE = Path(__file__).parent
+sys.path.insert(0, str(EVIDENCE.parent))
+
+from contrastive import ContrastiveArguments, make_model  # noqa: E402
+
+from hf_dpssl.checkpoint import atomic_file  # noqa: E402
+from hf_dpssl.data import TABLE  # noqa: E402
+from hf_dpssl.recipe import find_recipe, parse  # noqa: E402
+from hf_dpssl.results import write_results  # noqa: E402
+
+RECIPES = (
+    "simclr-resnet50-cifar10",
+    "t-simclr-resnet50-cifar10",
+    "moco-v2-resnet50-imagenet",
+    "t-moco-v2-resnet50-imagenet",
+    "t-moco-v2-dof5-resnet50-imagenet",
+)
+TRAINING_IMAGES = {"cifar10": 50_000, "imagenet-1k": 1_281_167}
+PEAK_TERAFLOPS = {"A100": 312, "H100": 989}  # dense bf16 by the data sheets (SXM)
+SHARES_OF_PEAK = (0.2, 0.4)  # assumed; convolutions of 32 to 224 px images stay far below matrix products
+# README of facebookresearch/moco: 200 epochs of MoCo-v2 on 8 V100, whose fp32 peak is 15.7 TFLOPS.
+PUBLISHED = {"recipe": "moco-v2-resnet50-imagenet", "gpus": 8, "peak_teraflops": 15.7, "hours": 53}
+COMMENT = "# Computed, not measured:"
+BATCHES = (2, 6)  # small batches that the memory of activations is drawn through
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Compute all recipes; returns {recipe: figures}."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=EVIDENCE / "results" / "recipe_costs.json")
+    parser.add_argument("--write_recipes", action="store_true", help="put the figures into the recipes' comments")
+    known = parser.parse_args(argv)
+    costs = {name: recipe_costs(name) for name in tqdm(RECIPES, desc="recipes", unit="recipe")}
+    samples = {"images per batch measured": list(BATCHES)}
+    note = "computed, not measured: see the top of recipe_costs.py"
+    published = PUBLISHED["gpus"] * PUBLISHED["peak_teraflops"] * 1e12 * PUBLISHED["hours"] * 3600
+    check = PUBLISHED | {"share_of_peak": costs[PUBLISHED["recipe"]]["operations"] / published}
+    assumed = {"peak_teraflops": PEAK_TERAFLOPS, "shares_of_peak": list(SHARES_OF_PEAK)}
+    about = {"note": note, "assumed": assumed, "check": check}
+    write_results(known.output, costs, dataset="random pixels", seed=0, samples=samples, **about)
+    if known.write_recipes:
+        for name in RECIPES:
+            write_comment(find_recipe(name), costs[name])
+    return costs
+
+
+def recipe_costs(name: str) -> dict:
+    """Figures of one recipe: operations, hours by GPU and share of the peak, images per second, bytes per GPU."""
+    args = parse(ContrastiveArguments, ["--recipe", name], "")
+    entry = TABLE[args.dataset]
+    torch.manual_seed(0)
+    model = make_model(args, entry.image_size, *entry.statistics).train()
+    gpus = args.num_processes or 1
+    steps = args.num_train_epochs * (TRAINING_IMAGES[args.dataset] // (args.batch_size * gpus))
+    images = steps * args.batch_size * gpus
+    per_image = step_operations(model, entry.image_size, BATCHES[0]) / BATCHES[0]
+    hours = {
+        gpu: {f"{share:g}": images * per_image / (gpus * peak * 1e12 * share) / 3600 for share in SHARES_OF_PEAK}
+        for gpu, peak in PEAK_TERAFLOPS.items()
+    }
+    return {
+        "operations_per_image": per_image,
+        "operations": images * per_image,
+        "steps": steps,
+        "images": images,
+        "gpus": gpus,
+        "hours": hours,
+        "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
+        "bytes_per_gpu": bytes_per_gpu(model, entry.image_size, args.batch_size, gpus),
+    }
+
+
+def step_operations(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
+    """Operations of one forward and backward pass of `batch_size` images in two views."""
+    if hasattr(model, "queue"):
+        model.queue.normal_()
+        model.queue_filled.fill_(len(model.queue))
+    with FlopCounterMode(display=False) as counter:
+        model(*torch.randn(2, batch_size, 3, image_size, image_size)).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def bytes_per_gpu(model: torch.nn.Module, image_size: int, batch_size: int, gpus: int) -> dict[str, int]:
+    """Bytes by what they hold, under bf16 autocast with fp32 weights and SGD with momentum."""
+    small, large = (activation_bytes(model, image_size, size) for size in BATCHES)
+    slope = (large - small) / (BATCHES[1] - BATCHES[0])
+    weights = sum(parameter.nbytes for parameter in model.trainable_parameters())
+    everything = sum(tensor.nbytes for tensor in model.state_dict().values())
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": weights,
+        "buckets_of_the_gradients": weights if gpus > 1 else 0,
+        "momentum_branch_queue_and_statistics": everything - weights,
+        "activations": round(small + slope * (batch_size - BATCHES[0])),
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def activation_bytes(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass, each storage once, weights not counted."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        output = model(*torch.randn(2, batch_size, 3, image_size, image_size))
+    return sum(kept.values()) * (output.loss is not None)  # the graph lives until here
+
+
+def comment(costs: dict) -> str:
+    """The line of a recipe that says what it costs."""
+    hours, rates = costs["hours"]["A100"], costs["images_per_second"]["A100"]
+    low, high = (f"{share:g}" for share in SHARES_OF_PEAK)
+    operations = f"{costs['operations']:.1e}".replace("e+", "e")
+    memory = f"{costs['bytes_per_gpu']['total'] / 1e9:.1f} GB per GPU"
+    return (
+        f"{COMMENT} {operations} operations, {memory}; {hours[low]:.2g} h ({hours[high]:.2g}) on {costs['gpus']} A100 "
+        f"at {low} ({high}) of peak if {rates[low]:,.0f} images/s are loaded."
+    )
+
+
+def write_comment(path: Path, costs: dict) -> None:
+    """Replace the comment line of a recipe."""
+    text = path.read_text(encoding="utf-8")
+    with atomic_file(path) as file:
+        file.write(re.sub(f"^{COMMENT}.*$", comment(costs), text, count=1, flags=re.MULTILINE))
+
+
+if __name__ == "__main__":
+    main()
