@@ -49,6 +49,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/contrastive.py
 	$(BIN)/python tests/benchmarks/quantizer.py
 	$(BIN)/python tests/benchmarks/augmentation.py
+	$(BIN)/python tests/benchmarks/neighbours.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs

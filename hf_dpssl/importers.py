@@ -260,7 +260,8 @@ def run(arguments: argparse.Namespace) -> int:
         options = {name: getattr(arguments, name) for name in names}
         report = import_checkpoint(arguments.checkpoint, arguments.output, **options)
     except (OSError, ValueError) as error:
-        print(f"hf-dpssl import: {arguments.checkpoint}: {error}")
+        named = "" if arguments.checkpoint in str(error) else f"{arguments.checkpoint}: "
+        print(f"hf-dpssl import: {named}{error}")
         return 1
     print(f"{report.folder}: {report.architecture}, stem {report.stem}, {report.method} from {report.code}")
     for title, lines in (("taken", report.taken), ("left out", report.left_out), ("note", report.notes)):

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from hf_dpssl.cli import main
+from hf_dpssl.evaluation import MODULES
 from hf_dpssl.recipe import training_folder
 from hf_dpssl.results import environment
 
@@ -35,7 +36,7 @@ def test_help_names_every_subcommand(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    commands = ("demo", "train", "map", "embed", "search", "import", "env")
+    commands = ("demo", "train", "evaluate", "map", "embed", "search", "import", "env")
     assert all(f"\n    {command} " in printed for command in commands)
 
 
@@ -111,7 +112,7 @@ def test_wheel_holds_scripts_recipes_and_card_templates_and_no_tests(wheel):
         expected = {f"hf_dpssl/{packed}/{p.relative_to(REPOSITORY / folder).as_posix()}" for p in tracked}
         assert expected and expected <= set(names)
     assert not [name for name in names if "test" in name or "__pycache__" in name]
-    assert "hf_dpssl/py.typed" in names
+    assert {"hf_dpssl/py.typed", *(f"hf_dpssl/evaluation/modules/{name}.py" for name in MODULES)} <= set(names)
 
 
 def test_wheel_trains_and_writes_a_card_from_an_empty_folder(wheel, tmp_path):

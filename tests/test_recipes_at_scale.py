@@ -66,6 +66,7 @@ def test_recipe_has_the_published_settings(name):
     views = PRESETS[values["augmentation"]]
     assert (views.crop_scale, views.jitter, views.grey, views.flip) == ((0.2, 1.0), 0.8, 0.2, 0.5)
     assert (views.brightness, views.contrast, views.saturation, views.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert values["augmentation_mode"] == "exact"
     assert views.blur == (0.5 if "imagenet" in name else 0.0)
 
 

@@ -35,6 +35,8 @@ def test_contrastive_script_writes_a_complete_folder(launch, tmp_path):
     assert names <= {path.name for path in folder.iterdir()}
     results = read(folder / "results.json")
     assert 0 <= results["metrics"]["knn_top1"] <= 100
+    shape = {f"{name}{kind}" for name in ("uniformity", "effective_rank") for kind in ("", "_embeddings")}
+    assert shape | {"alignment_embeddings", "alignment_raw_embeddings"} <= set(results["metrics"])
     assert results["dataset"] == "digits" and results["samples"]["evaluation"] == 360 and results["seed"] == 0
     assert "torch" in results["environment"]["libraries"]
     assert results["command"].startswith("contrastive.py --output_dir") and "--max_train_steps 4" in results["command"]

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from hf_dpssl.colour import ORDERS
-from hf_dpssl.transforms import IMAGENET, MODES, NATURAL, Augmentation, TwoViews
+from hf_dpssl.transforms import DIGITS, IMAGENET, MODES, NATURAL, Augmentation, TwoViews
 
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 MEAN, STD = [0.49, 0.48, 0.44], [0.2, 0.25, 0.3]
@@ -121,6 +121,14 @@ def test_both_views_of_a_loader_that_cropped_get_the_colours_of_the_same_paramet
     found = TwoViews(whole, MEAN, STD, 0, crop=False, mode=mode)(torch.stack([images, images], 1), ids, 4)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("augmentation", [NATURAL, DIGITS])
+def test_fused_views_stay_on_the_device_of_the_images_and_never_wait_for_it(augmentation):
+    """Tensors of the device "meta" hold no data: to read a value on the host is an error, so is a second device."""
+    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="meta")
+    for view in TwoViews(augmentation, MEAN, STD, 0)(images, torch.arange(8, device="meta"), 0):
+        assert view.device.type == "meta" and view.shape == (8, 3, 32, 32) and view.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,8 @@ class Search:
         known, _ = _unpack(self.keys[part])
         known = (known if self.metric == "cosine" else -known.square() / 2) - self.constant[part, None]
         known = known.masked_fill(self.keys[part] == _NONE, -torch.inf)
-        kth = _kth_largest(torch.cat([known, _group_maxima(similarity, self.k)], 1), self.k)
+        maxima = _group_maxima(similarity, self.k, self.metric == "cosine")
+        kth = _kth_largest(torch.cat([known, maxima], 1), self.k)
         if similarity.dtype == torch.bfloat16:
             kth = kth - _ROUNDING[torch.bfloat16] * kth.abs()  # before the sum was rounded
         return (kth - 2 * self._margin(tile, part)).to(similarity.dtype)  # rounding keeps the order
@@ -199,12 +200,17 @@ class Search:
         return similarity
 
 
-def _group_maxima(similarity: Tensor, k: int) -> Tensor:
+def _group_maxima(similarity: Tensor, k: int, mostly_positive: bool) -> Tensor:
     """(n, w) float32 maxima of disjoint groups of each row: their k-th largest is at most that of the row."""
     columns = similarity.shape[1]
     groups = max(1, min(16, columns // (8 * k)))  # few enough that it is hardly less
     width = columns // groups
-    return similarity[:, : groups * width].unflatten(1, (groups, width)).amax(1).float()
+    grouped = similarity[:, : groups * width].unflatten(1, (groups, width))
+    if similarity.dtype == torch.bfloat16 and mostly_positive:
+        # Integers are compared faster; where a group has no positive number it gives another of its numbers, which
+        # bounds the k-th largest as well, only less tightly.
+        return grouped.view(torch.int16).amax(1).view(torch.bfloat16).float()
+    return grouped.amax(1).float()
 
 
 def _kth_largest(numbers: Tensor, k: int) -> Tensor:

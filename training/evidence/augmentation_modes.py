@@ -3,7 +3,8 @@
     python training/evidence/augmentation_modes.py      # needs cifar10-jpeg-small under DPSSL_DATA; minutes on a CPU
 
 Trains the same small SimCLR encoder in both modes of `TwoViews` (same initial weights, order and random parameters of
-the views) and writes training/evidence/results/augmentation_modes.json.
+the views) and writes training/evidence/results/augmentation_modes.json. Runs that OUTPUT_DIR holds already are read,
+not repeated.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,30 +31,35 @@ SETTINGS = (
 
 def train(mode: str, seed: int, epochs: int, folder: Path) -> tuple[float, dict]:
     """kNN accuracy in percent, and the numbers of images, after training in this mode."""
-    run = ["--dataset", DATASET, "--augmentation_mode", mode, "--seed", seed, "--num_train_epochs", epochs]
-    target = contrastive.main([str(a) for a in [*SETTINGS, *run, "--output_dir", folder / f"{mode}-{seed}"]])
-    results = json.loads((target / "results.json").read_text(encoding="utf-8"))
+    target = folder / f"{mode}-{seed}-{epochs}"
+    if not (target / "encoder" / "results.json").exists():
+        run = ["--dataset", DATASET, "--augmentation_mode", mode, "--seed", seed, "--num_train_epochs", epochs]
+        contrastive.main([str(a) for a in [*SETTINGS, *run, "--output_dir", target, "--overwrite", True]])
+    results = json.loads((target / "encoder" / "results.json").read_text(encoding="utf-8"))
     return results["metrics"]["knn_top1"], results["samples"]
 
 
 def main() -> None:
     """Train both modes with every seed and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="paired seeds")
-    parser.add_argument("--epochs", type=int, default=6, help="epochs of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="paired seeds, two or more")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of each run")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/augmentation_modes"), help="folder of the runs"
+    )
     args = parser.parse_args()
     accuracy: dict[str, list[float]] = {mode: [] for mode in MODES}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(args.seeds):
-            for mode in MODES:
-                value, samples = train(mode, seed, args.epochs, Path(folder))
-                accuracy[mode].append(value)
+    for seed in args.seeds:
+        for mode in MODES:
+            value, samples = train(mode, seed, args.epochs, args.output_dir)
+            accuracy[mode].append(value)
     differences = [f - e for f, e in zip(accuracy["fused"], accuracy["exact"], strict=True)]
     metrics = {f"knn_top1_{mode}": values for mode, values in accuracy.items()}
     metrics |= {"mean_fused_minus_exact": statistics.mean(differences), "fused_minus_exact": differences}
+    metrics["standard_error_of_mean_difference"] = statistics.stdev(differences) / len(differences) ** 0.5
     metrics["standard_deviation_over_seeds"] = {mode: statistics.stdev(values) for mode, values in accuracy.items()}
     write_results(
-        RESULTS, metrics, dataset=DATASET, seed=0, samples=samples | {"seeds": args.seeds, "epochs": args.epochs}
+        RESULTS, metrics, dataset=DATASET, seed=0, samples=samples | {"seeds": len(args.seeds), "epochs": args.epochs}
     )
     for mode, values in accuracy.items():
         print(f"{mode}: kNN {statistics.mean(values):.2f} +- {statistics.stdev(values):.2f} %")

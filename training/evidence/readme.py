@@ -71,7 +71,8 @@ def speed_table(report: dict, heading: str) -> str:
     memory = report["metrics"].get("memory", [])
     if memory:
         parts = ", ".join(f"{row['what']} {row['extra_mb']:.0f} MB" for row in memory)
-        lines += ["", f"Extra memory at {memory[0]['pairs']:,} pairs (aim {memory[0]['aim_mb']} MB): {parts}."]
+        where = f" at {memory[0]['pairs']:,} pairs (aim {memory[0]['aim_mb']} MB)" if "pairs" in memory[0] else ""
+        lines += ["", f"Extra memory{where}: {parts}."]
     rounds = report["samples"]["rounds"]
     return "\n".join([*lines, "", f"Minimum of {rounds} alternating rounds. {circumstances(report)}"])
 

@@ -1,0 +1,118 @@
+"""Speed and memory of the kNN evaluation beside lightly's, on the same features, in one run.
+
+    make bench        # or: python tests/benchmarks/neighbours.py [--rounds 9] [--threads 1]
+
+1,000 queries x 50,000 features of 512 numbers, k = 200, exponential votes. Features are normalised beforehand, as
+lightly needs them; ours normalises them again, checks them, and gives the neighbours of float32 in either
+precision of the candidates. Writes tests/benchmarks/results/neighbours.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lightly.utils.benchmarking import knn_predict
+from timing import Comparison, compare
+
+from hf_dpssl.evaluation import knn
+from hf_dpssl.evaluation.candidates import has_fast_bfloat16
+from hf_dpssl.results import write_results
+
+RESULTS = Path(__file__).parent / "results" / "neighbours.json"
+QUERIES, ROWS, COLUMNS, K, CLASSES, TEMPERATURE = 1000, 50_000, 512, 200, 10, 0.1
+CLOUDS = ("random directions", "clusters after a ReLU")
+AIMS = {"float32": 0.8, "bfloat16": 0.4}  # largest ratio to lightly; bfloat16 where the CPU multiplies it fast
+
+
+def features(cloud: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unit vectors and classes: bank (M, D), (M,), queries (Q, D), (Q,)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(ROWS + QUERIES, COLUMNS, generator=generator)
+    labels = torch.randint(CLASSES, (ROWS + QUERIES,), generator=generator)
+    if cloud != CLOUDS[0]:
+        rows = (rows + torch.randn(CLASSES, COLUMNS, generator=generator)[labels]).relu()
+    rows = F.normalize(rows, dim=1)
+    return rows[:ROWS], labels[:ROWS], rows[ROWS:], labels[ROWS:]
+
+
+def classifiers(cloud: str) -> dict[str, Callable[[], float]]:
+    """Accuracy in percent by lightly and by ours, as functions without arguments."""
+    bank, bank_labels, queries, labels = features(cloud)
+    transposed = bank.T.contiguous()
+
+    def lightly() -> float:
+        predicted = knn_predict(queries, transposed, bank_labels, CLASSES, knn_k=K, knn_t=TEMPERATURE)[:, 0]
+        return 100 * float((predicted == labels).double().mean())
+
+    def ours(candidates: str, k=K) -> float:
+        options = {"k": k, "weighting": "exponential", "temperature": TEMPERATURE, "candidates": candidates}
+        found = knn(bank, bank_labels, queries, labels, **options)
+        return found["knn_top1"] if k == K else found[f"knn_top1_k{K}"]
+
+    several = partial(ours, "float32", (1, 20, K))
+    return {"lightly": lightly, "float32": partial(ours, "float32"), "bfloat16": partial(ours, "bfloat16"),
+            "float32, k = 1, 20, 200 at once": several}  # fmt: skip
+
+
+def comparisons() -> list[Comparison]:
+    """Each of our ways beside lightly's, for both clouds."""
+    rows = []
+    for cloud in CLOUDS:
+        by_name = classifiers(cloud)
+        theirs = by_name.pop("lightly")
+        for name, call in by_name.items():
+            aim = AIMS.get(name) if name != "bfloat16" or has_fast_bfloat16(torch.device("cpu")) else None
+            what = f"kNN, {cloud}, candidates in {name}"
+            rows.append(Comparison(what, "lightly knn_predict", call, theirs, same_value=True, aim=aim))
+    return rows
+
+
+def peak_of(name: str) -> float:
+    """Megabytes that one call needs beyond the features (Linux)."""
+
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+    call = classifiers(CLOUDS[0])[name]
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # libraries are loaded before, not during
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from now on
+    call()
+    return (resident("VmHWM") - before) / 1000
+
+
+def main() -> None:
+    """Run all comparisons and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds of each comparison")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak_of:
+        print(peak_of(args.peak_of))
+        return
+    measured, memory = compare(comparisons(), args.rounds), []
+    if os.path.exists("/proc/self/clear_refs"):
+        for name in ("lightly", "float32", "bfloat16"):
+            command = [sys.executable, __file__, "--peak-of", name]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            memory.append({"what": name, "extra_mb": float(output)})
+            print(f"{name:<12} {memory[-1]['extra_mb']:>6.0f} MB beyond the features")
+    RESULTS.parent.mkdir(exist_ok=True)
+    samples = {"rounds": args.rounds, "queries": QUERIES, "bank": ROWS, "columns": COLUMNS, "k": K}
+    metrics = {"comparisons": measured, "memory": memory}
+    write_results(RESULTS, metrics, dataset="random numbers", seed=0, samples=samples)
+
+
+if __name__ == "__main__":
+    main()
