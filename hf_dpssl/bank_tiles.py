@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .products import product
 from .tiles import power_, precise, refuse_second_derivatives
 
 
@@ -63,15 +64,13 @@ class _Bank:
     def visit(self) -> None:
         on_cpu = self.query.device.type == "cpu"
         height, width = (256, 1024) if on_cpu else (4096, 4096)
-        buffer = self.query.new_empty(min(height, len(self.query)) * min(width, len(self.bank)))
         for chunk in self.bank.split(width):
             chunk = chunk.to(self.query)
             chunk = F.normalize(chunk, dim=1) if self.kernel == "cosine" else chunk - self.centre
             right = chunk if self.kernel == "cosine" else self._extended(chunk)
             for top in range(0, len(self.query), height):
                 rows = slice(top, min(top + height, len(self.query)))
-                tile = buffer[: (rows.stop - top) * len(chunk)].view(-1, len(chunk))
-                self._add(torch.mm(self.left[rows], right.T, out=tile), chunk, rows)
+                self._add(product(self.left[rows], right), chunk, rows)
 
     def _extended(self, chunk: Tensor) -> Tensor:
         squares = chunk.pow(2).sum(1, keepdim=True) * self.scale
@@ -97,7 +96,7 @@ class _Bank:
         if self.kernel == "student_t":
             similarity.mul_(inverse)
             self.pull_sums[rows] = self.pull_sums[rows] * old + similarity.sum(1, keepdim=True) * new
-        self.pulls[rows] = self.pulls[rows] * old + (similarity @ chunk) * new
+        self.pulls[rows] = self.pulls[rows] * old + product(similarity, chunk.T) * new
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Derivatives of each query's log sum by the query (B, D), by the scale (B, 1) and by the exponent (B, 1)."""

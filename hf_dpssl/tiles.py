@@ -26,10 +26,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .products import product
+
 _LARGEST_RANGE = 80.0  # exp(-80) is a normal float32
 _LARGEST_SQUARE = 4096.0  # of a point's norm, times the exponent: float32 errs by 1e-3 in log k from there on
 _KEPT_BYTES = 128 * 2**20  # kernels kept between the two passes; when they need more they are computed twice
-_CPU_TILE, _GPU_TILE = 320, 4096  # two tiles in a core's cache; few launches on a GPU
+_CPU_TILE, _GPU_TILE = 640, 4096  # near the cores; few launches on a GPU
 
 
 def log_partition(
@@ -88,24 +90,21 @@ class _Kernel:
         self.left, self.right = torch.cat(left, 1), torch.cat(right, 1)
         self.direct = span < _LARGEST_RANGE
 
-    def fill_(self, tile: Tensor, rows: slice, columns: slice) -> Tensor:
-        """log k - largest, or 1 + squared distance for "student_t", into a tile."""
-        torch.mm(self.left[rows], self.right[columns].T, out=tile)
-        return tile.clamp_(min=1) if self.name == "student_t" else tile.clamp_(max=0)
-
-    def similarity_(self, filled: Tensor, spare: Tensor) -> tuple[Tensor, Tensor | None]:
-        """k / exp(largest), and 1 / (1 + squared distance) for "student_t"; both arguments are overwritten."""
+    def similarity(self, rows: slice, columns: slice, spare: Tensor) -> tuple[Tensor, Tensor | None]:
+        """k / exp(largest) of a tile, and 1 / (1 + squared distance) for "student_t"; `spare` is overwritten."""
+        tile = product(self.left[rows], self.right[columns])
         if self.name != "student_t":
-            return filled.exp_(), None
-        inverse = filled.reciprocal_()
+            return tile.clamp_(max=0).exp_(), None
+        inverse = tile.clamp_(min=1).reciprocal_()
         return power_(spare, inverse, self.exponent), inverse
 
-    def log_similarity_(self, filled: Tensor, spare: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As `similarity_`, with the logarithm of the first."""
+    def log_similarity(self, rows: slice, columns: slice, spare: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `similarity`, with the logarithm of the first."""
+        tile = product(self.left[rows], self.right[columns])
         if self.name != "student_t":
-            return filled, None
-        torch.log(filled, out=spare)
-        return spare.mul_(-self.exponent), filled.reciprocal_()
+            return tile.clamp_(max=0), None
+        torch.log(tile.clamp_(min=1), out=spare)
+        return spare.mul_(-self.exponent), tile.reciprocal_()
 
 
 def power_(target: Tensor, base: Tensor, exponent: float) -> Tensor:
@@ -146,6 +145,13 @@ class _Points:
         self.sums = points.new_zeros(len(points))
         self.pulls = torch.zeros_like(points)  # sum over j of v_ij y_j: v the derivative by log k (times inverse)
         self.pull_sums = points.new_zeros(len(points))  # sum over j of v_ij
+        self._transposed: tuple[slice | None, Tensor] = None, points
+
+    def transposed(self, rows: slice) -> Tensor:
+        """(D, len(rows)) points with contiguous rows; made once for all tiles of the same rows."""
+        if self._transposed[0] != rows:
+            self._transposed = rows, self.points[rows].T.contiguous()
+        return self._transposed[1]
 
     def gradient(self, kernel: _Kernel) -> Tensor:
         if kernel.name == "cosine":
@@ -161,9 +167,8 @@ class _Pairs:
         self.left, self.right, self.kernel = left, right, kernel
         self.with_gradient, self.learn_exponent = with_gradient, learn_exponent
         self.side = _CPU_TILE if left.points.device.type == "cpu" else _GPU_TILE
-        # Work space is allocated once: small results between large blocks would fragment the heap.
         elements = min(self.side, len(left.points)) * min(self.side, len(right.points))
-        self.buffers = left.points.new_empty(3, elements)
+        self.buffers = left.points.new_empty(2, elements)
         self.exponent_gradient = left.points.new_zeros(())
         self.symmetric = left is right
 
@@ -180,11 +185,10 @@ class _Pairs:
         return self.buffers[index, : shape[0] * shape[1]].view(shape)
 
     def similarities(self, logarithm: bool = False) -> Iterator[tuple[slice, slice, bool, Tensor, Tensor | None]]:
-        """(rows, columns, diagonal, kernel or its logarithm, inverse) of each tile, in the first two buffers."""
-        fill = self.kernel.log_similarity_ if logarithm else self.kernel.similarity_
+        """(rows, columns, diagonal, kernel or its logarithm, inverse) of each tile, to be used before the next."""
+        compute = self.kernel.log_similarity if logarithm else self.kernel.similarity
         for rows, columns, diagonal in self.tiles():
-            tile, spare = self.buffer(0, rows, columns), self.buffer(1, rows, columns)
-            similarity, inverse = fill(self.kernel.fill_(tile, rows, columns), spare)
+            similarity, inverse = compute(rows, columns, self.buffer(0, rows, columns))
             if diagonal:
                 similarity.fill_diagonal_(-math.inf if logarithm else 0)
             yield rows, columns, diagonal, similarity, inverse
@@ -196,11 +200,11 @@ class _Pairs:
         if inverse is not None:
             strength.mul_(inverse)
         left, right, distances = self.left, self.right, self.kernel.name != "cosine"
-        left.pulls[rows].addmm_(strength, right.points[columns])
+        left.pulls[rows] += product(strength, right.points[columns].T)
         if distances:
             left.pull_sums[rows] += strength.sum(1)
         if not diagonal:
-            right.pulls[columns].addmm_(strength.T, left.points[rows])
+            right.pulls[columns] += product(left.transposed(rows), strength.T).T
             if distances:
                 right.pull_sums[columns] += strength.sum(0)
 
@@ -231,7 +235,7 @@ class _Pairs:
         if self.with_gradient:
             for rows, columns, diagonal, strength, inverse in kept or self.similarities():
                 share = left.weights[rows] / left.sums[rows], right.weights[columns] / right.sums[columns]
-                strength.mul_(torch.add(share[0][:, None], share[1], out=self.buffer(2, rows, columns)))
+                strength.mul_(torch.add(share[0][:, None], share[1], out=self.buffer(1, rows, columns)))
                 self.pull(strength, inverse, rows, columns, diagonal)
         return value
 
@@ -252,7 +256,7 @@ class _Pairs:
         if self.with_gradient:
             offset, right_offset = (part.weights.log() - part.log_sums for part in (left, right))
             for rows, columns, diagonal, log_k, inverse in self.similarities(logarithm=True):
-                strength = torch.add(log_k, offset[rows, None], out=self.buffer(2, rows, columns)).exp_()
+                strength = torch.add(log_k, offset[rows, None], out=self.buffer(1, rows, columns)).exp_()
                 strength += log_k.add_(right_offset[columns]).exp_()
                 self.pull(strength, inverse, rows, columns, diagonal)
         return value

@@ -13,8 +13,8 @@ SCRIPTS = sorted((REPOSITORY / "training").glob("*.py"))
 TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
 # Allowed imports within the package: a module may import those of its own level listed before it, and lower levels.
 LEVELS = [
-    "weights kernels similarities matching tiles bank_tiles gather calibration keyed_random losses momentum".split()
-    + "quantizer drop_ins".split(),
+    "weights products kernels similarities matching tiles bank_tiles gather calibration keyed_random".split()
+    + "losses momentum quantizer drop_ins".split(),
     "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start modeling_vq".split(),
     "images colour resample transforms digits data image_table batches checkpoint pipeline_vq_dit diffusion".split()
     + "latent_cache evaluation plots embedder embeddings_table map_page pickled_tensors foreign_layouts".split(),

@@ -26,7 +26,7 @@ def points(count, columns, scale=1.0, seed=0):
     return (scale * torch.randn(count, columns, generator=generator, dtype=torch.float64)).requires_grad_()
 
 
-@pytest.fixture(params=[(7, 2**27), (7, 0), (320, 2**27)], ids=["kept", "computed twice", "one tile"])
+@pytest.fixture(params=[(7, 2**27), (7, 0), (640, 2**27)], ids=["kept", "computed twice", "one tile"])
 def tiling(request, monkeypatch):
     side, kept = request.param
     monkeypatch.setattr(tiles, "_CPU_TILE", side)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..products import product
+
 _TILE_BYTES = 2**24  # of the bank, prepared at once
 _CHUNK_BYTES = 2**25  # of approximate similarities, held at once
 _BLOCK_ELEMENTS = 2**17  # prepared or gathered at once: within the second-level cache
@@ -30,14 +32,6 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are fast and summed in float32: CPUs with AMX or AVX512-BF16."""
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
-
-
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """x (N, D) @ y.T (D, M); float32 on a CPU by oneDNN, which is wide on processors of all makers."""
-    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if onednn is None or x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return x @ y.T
-    return onednn(x, y, None, "none", [], "")
 
 
 def finite_norms(rows: Tensor, name: str, first: int = 0) -> Tensor:
