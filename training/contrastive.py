@@ -245,7 +245,8 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[di
             measured |= measure("knn", predictions=query[kind], **given, **options)
         measured |= measure("uniformity", predictions=query[kind]) | measure("effective_rank", predictions=query[kind])
         metrics |= {name + suffix: value for name, value in measured.items()}
-    views = TwoViews(PRESETS[args.augmentation or source.data.entry.augmentation], mean, std, args.seed)
+    augmentation = PRESETS[args.augmentation or source.data.entry.augmentation]
+    views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     batch = next(evaluation_batches(held_out, 512, query_rows), None)
     if batch is not None:
         with torch.no_grad():

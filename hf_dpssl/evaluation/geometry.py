@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .. import losses
+from ..tiles import log_partition
 from .candidates import finite_norms
 
 
@@ -90,14 +93,10 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0) -> dict[str, float]:
     value = float(losses.uniformity(embeddings, t=t))
     finite_norms(embeddings.float(), "embeddings")
     points = embeddings.double()
-    points = (points - points.mean(0)) / _scale(points)
-    total, count = 0.0, len(points)
-    for first in range(0, count, 1024):
-        distances = torch.cdist(points[first : first + 1024], points)
-        total += float((-t * distances.square()).exp().sum())
-    # The pairs of a point with itself add exp(0) each.
-    mean = max(total - count, 0.0) / (count * (count - 1))
-    return {"uniformity": value, "uniformity_raw": float(torch.tensor(mean, dtype=torch.float64).log())}
+    points = (points - points.mean(0)) * (t**0.5 / _scale(points))
+    pairs = len(points) * (len(points) - 1)
+    raw = log_partition(points, kernel="gaussian", joint=True) - math.log(pairs)
+    return {"uniformity": value, "uniformity_raw": float(raw)}
 
 
 def _scale(points: Tensor) -> float:

@@ -33,6 +33,16 @@ def load(name: str, **options):
     return evaluate.load(str(_FOLDER / f"{name}.py"), **{"keep_in_memory": True} | options)
 
 
+def metric_info(*, description: str, citation: str, inputs: str, **columns):
+    """What a module's `_info` returns; columns: type of each column, FEATURES or LABEL."""
+    import evaluate
+
+    features = datasets.Features(columns)
+    info = evaluate.MetricInfo(description=description, citation=citation, inputs_description=inputs, features=features)
+    info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
+    return info
+
+
 def as_tensors(*arrays) -> list[Tensor]:
     """Tensors of what a module is given: arrays, tensors or nested lists."""
     return [array if torch.is_tensor(array) else torch.from_numpy(np.array(array)) for array in arrays]

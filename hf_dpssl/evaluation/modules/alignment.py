@@ -1,10 +1,9 @@
 """`evaluate` module: how close the two views of an image are: `hf_dpssl.evaluation.alignment`."""
 
-import datasets
 import evaluate
 
 from hf_dpssl.evaluation import alignment
-from hf_dpssl.evaluation.loading import FEATURES, as_tensors
+from hf_dpssl.evaluation.loading import FEATURES, as_tensors, metric_info
 
 _INPUTS = """
 Args:
@@ -24,14 +23,13 @@ class Alignment(evaluate.Metric):
     """How close the two views of an image are."""
 
     def _info(self):
-        info = evaluate.MetricInfo(
+        return metric_info(
             description="How close the two views of an image are.",
             citation="Wang and Isola, Alignment and Uniformity on the Hypersphere, ICML 2020, arXiv 2005.10242",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": FEATURES, "references": FEATURES}),
+            inputs=_INPUTS,
+            predictions=FEATURES,
+            references=FEATURES,
         )
-        info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
-        return info
 
     def _compute(self, predictions, references, **options):
         return alignment(*as_tensors(predictions, references), **options)

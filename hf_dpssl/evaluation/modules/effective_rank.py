@@ -1,10 +1,9 @@
 """`evaluate` module: how many directions a set of vectors fills: `hf_dpssl.evaluation.effective_rank`."""
 
-import datasets
 import evaluate
 
 from hf_dpssl.evaluation import effective_rank
-from hf_dpssl.evaluation.loading import FEATURES, as_tensors
+from hf_dpssl.evaluation.loading import FEATURES, as_tensors, metric_info
 
 _INPUTS = """
 Args:
@@ -23,14 +22,12 @@ class EffectiveRank(evaluate.Metric):
     """How many directions a set of vectors fills."""
 
     def _info(self):
-        info = evaluate.MetricInfo(
+        return metric_info(
             description="How many directions a set of vectors fills.",
             citation="Roy and Vetterli, The Effective Rank: A Measure of Effective Dimensionality, EUSIPCO 2007",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": FEATURES}),
+            inputs=_INPUTS,
+            predictions=FEATURES,
         )
-        info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
-        return info
 
     def _compute(self, predictions, **options):
         return effective_rank(*as_tensors(predictions), **options)

@@ -1,10 +1,9 @@
 """`evaluate` module: accuracy with few labelled examples per class: `hf_dpssl.evaluation.few_shot`."""
 
-import datasets
 import evaluate
 
 from hf_dpssl.evaluation import few_shot
-from hf_dpssl.evaluation.loading import FEATURES, LABEL, as_tensors
+from hf_dpssl.evaluation.loading import FEATURES, LABEL, as_tensors, metric_info
 
 _INPUTS = """
 Args:
@@ -26,14 +25,13 @@ class FewShot(evaluate.Metric):
     """Accuracy with few labelled examples per class."""
 
     def _info(self):
-        info = evaluate.MetricInfo(
+        return metric_info(
             description="Accuracy with few labelled examples per class.",
             citation="Snell et al., Prototypical Networks for Few-shot Learning, NeurIPS 2017",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": FEATURES, "references": LABEL}),
+            inputs=_INPUTS,
+            predictions=FEATURES,
+            references=LABEL,
         )
-        info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
-        return info
 
     def _compute(self, predictions, references, bank, bank_labels, **options):
         bank, bank_labels, features, labels = as_tensors(bank, bank_labels, predictions, references)

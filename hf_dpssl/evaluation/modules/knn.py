@@ -1,10 +1,9 @@
 """`evaluate` module: k-nearest-neighbour accuracy of features: `hf_dpssl.evaluation.knn`."""
 
-import datasets
 import evaluate
 
 from hf_dpssl.evaluation import knn
-from hf_dpssl.evaluation.loading import FEATURES, LABEL, as_tensors
+from hf_dpssl.evaluation.loading import FEATURES, LABEL, as_tensors, metric_info
 
 _INPUTS = """
 Args:
@@ -26,14 +25,13 @@ class Knn(evaluate.Metric):
     """K-nearest-neighbour accuracy of features."""
 
     def _info(self):
-        info = evaluate.MetricInfo(
+        return metric_info(
             description="K-nearest-neighbour accuracy of features.",
             citation="Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": FEATURES, "references": LABEL}),
+            inputs=_INPUTS,
+            predictions=FEATURES,
+            references=LABEL,
         )
-        info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
-        return info
 
     def _compute(self, predictions, references, bank, bank_labels, **options):
         bank, bank_labels, features, labels = as_tensors(bank, bank_labels, predictions, references)

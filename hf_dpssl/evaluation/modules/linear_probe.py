@@ -1,10 +1,9 @@
 """`evaluate` module: accuracy of a linear classifier on frozen features: `hf_dpssl.evaluation.linear_probe`."""
 
-import datasets
 import evaluate
 
 from hf_dpssl.evaluation import linear_probe
-from hf_dpssl.evaluation.loading import FEATURES, LABEL, as_tensors
+from hf_dpssl.evaluation.loading import FEATURES, LABEL, as_tensors, metric_info
 
 _INPUTS = """
 Args:
@@ -26,14 +25,13 @@ class LinearProbe(evaluate.Metric):
     """Accuracy of a linear classifier on frozen features."""
 
     def _info(self):
-        info = evaluate.MetricInfo(
+        return metric_info(
             description="Accuracy of a linear classifier on frozen features.",
             citation="He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CVPR 2020",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": FEATURES, "references": LABEL}),
+            inputs=_INPUTS,
+            predictions=FEATURES,
+            references=LABEL,
         )
-        info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
-        return info
 
     def _compute(self, predictions, references, bank, bank_labels, **options):
         bank, bank_labels, features, labels = as_tensors(bank, bank_labels, predictions, references)

@@ -1,10 +1,9 @@
 """`evaluate` module: how evenly a cloud of vectors is spread: `hf_dpssl.evaluation.uniformity`."""
 
-import datasets
 import evaluate
 
 from hf_dpssl.evaluation import uniformity
-from hf_dpssl.evaluation.loading import FEATURES, as_tensors
+from hf_dpssl.evaluation.loading import FEATURES, as_tensors, metric_info
 
 _INPUTS = """
 Args:
@@ -23,14 +22,12 @@ class Uniformity(evaluate.Metric):
     """How evenly a cloud of vectors is spread."""
 
     def _info(self):
-        info = evaluate.MetricInfo(
+        return metric_info(
             description="How evenly a cloud of vectors is spread.",
             citation="Wang and Isola, Alignment and Uniformity on the Hypersphere, ICML 2020, arXiv 2005.10242",
-            inputs_description=_INPUTS,
-            features=datasets.Features({"predictions": FEATURES}),
+            inputs=_INPUTS,
+            predictions=FEATURES,
         )
-        info.format = "numpy"  # evaluate's constructor allows it for plain values alone; rows of one length work too
-        return info
 
     def _compute(self, predictions, **options):
         return uniformity(*as_tensors(predictions), **options)
