@@ -8,6 +8,7 @@ from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from .modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from .modeling_vq import VQAutoencoder, VQConfig
 from .pipeline_vq_dit import VQDiTPipeline
+from .pipeline_vq_token import VQTokenPipeline
 from .quantizer import VectorQuantizer
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "VQAutoencoder",
     "VQConfig",
     "VQDiTPipeline",
+    "VQTokenPipeline",
     "VectorQuantizer",
     "info_nce",
     "matching",

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .checkpoint import atomic_file
 
-KINDS = ("encoder", "autoencoder", "dit")
+KINDS = ("encoder", "autoencoder", "dit", "token")
 
 
 def write_card(folder: Path, kind: str, *, title: str, license_of_data: str) -> None:
@@ -18,7 +18,7 @@ def write_card(folder: Path, kind: str, *, title: str, license_of_data: str) -> 
 
     Args:
         folder: holds results.json and recipe.yaml; their content goes into the card.
-        kind: "encoder", "autoencoder" or "dit"; picks the template of model_cards/.
+        kind: one of KINDS; picks the template of model_cards/.
         title: first heading.
         license_of_data: of the training images; a restriction is repeated in the card.
     """

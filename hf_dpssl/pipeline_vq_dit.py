@@ -8,17 +8,16 @@ Source: Peebles and Xie 2023 (DiT); Ho and Salimans 2022 (classifier-free guidan
 
 from __future__ import annotations
 
-import difflib
 import inspect
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from .modeling_vq import VQAutoencoder
+from .pipeline_classes import ClassConditionalPipeline
 
 
 def switch_off_label_dropout_(transformer: nn.Module) -> None:
@@ -28,7 +27,7 @@ def switch_off_label_dropout_(transformer: nn.Module) -> None:
             module.dropout_prob = 0.0
 
 
-class VQDiTPipeline(DiffusionPipeline):
+class VQDiTPipeline(ClassConditionalPipeline):
     """Class-conditional or unconditional images from a `DiTTransformer2DModel` and a `VQAutoencoder`.
 
     Args:
@@ -53,57 +52,14 @@ class VQDiTPipeline(DiffusionPipeline):
         vae_fingerprint: str | None = None,
     ):
         super().__init__()
-        if vae_fingerprint is not None and vae_fingerprint != vae.fingerprint():
-            raise ValueError(
-                f"this autoencoder (fingerprint {vae.fingerprint()[:12]}) is not the one the transformer was trained "
-                f"on ({vae_fingerprint[:12]}): its latents mean something else. Load the one saved with it."
-            )
         switch_off_label_dropout_(transformer)
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
-        self.register_to_config(id2label=id2label, vae_fingerprint=vae_fingerprint)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs) -> str:
-        """Fetch a pipeline of the Hub, which `from_pretrained` then loads; returns its folder.
-
-        diffusers' own refuses components whose class is of a package that it does not know, like our autoencoder.
-        """
-        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names by class id; empty for a model without classes."""
-        names = self.config.id2label
-        return [names[str(class_id)] for class_id in range(len(names))]
+        modules = dict(transformer=transformer, scheduler=scheduler)
+        self._register(id2label, vae, vae_fingerprint, "transformer", **modules)
 
     @property
     def null_class(self) -> int:
         """The label that stands for "no class"."""
         return self.transformer.config.num_embeds_ada_norm
-
-    def class_ids(self, class_labels: int | str | list[int | str]) -> list[int]:
-        """Ids of classes given by id or name.
-
-        Raises:
-            ValueError: an id out of range, or an unknown name (with the closest known ones).
-        """
-        names = self.class_names
-        labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
-        ids = []
-        for label in labels:
-            if isinstance(label, str):
-                if label not in names:
-                    close = difflib.get_close_matches(label, names, 3) or names[:10]
-                    raise ValueError(f"unknown class {label!r}; known are for example {close} ({len(names)} in all).")
-                ids.append(names.index(label))
-            elif 0 <= int(label) < len(names):
-                ids.append(int(label))
-            else:
-                raise ValueError(f"class ids lie in [0, {len(names) - 1}], got {label}; for no class pass None.")
-        return ids
 
     @torch.no_grad()
     def __call__(
@@ -141,7 +97,9 @@ class VQDiTPipeline(DiffusionPipeline):
                 of generators or shape of latents.
         """
         ids = [self.null_class] * (num_images or 1) if class_labels is None else self.class_ids(class_labels)
-        self._check(ids, class_labels, guidance_scale, num_inference_steps, output_type, num_images, generator)
+        self._check_request(ids, class_labels, num_images, guidance_scale, generator, output_type, "latent")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
         device, config = self._execution_device, self.transformer.config
         shape = (len(ids), config.in_channels, config.sample_size, config.sample_size)
         latents = self._initial_noise(shape, generator, latents, device)
@@ -172,20 +130,6 @@ class VQDiTPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check(self, ids, class_labels, guidance_scale, num_inference_steps, output_type, num_images, generator):
-        if not ids:
-            raise ValueError("class_labels is empty: give at least one class, or None for images without class.")
-        if class_labels is not None and num_images is not None:
-            raise ValueError("num_images is for images without class; repeat class_labels for more images.")
-        if guidance_scale < 1:
-            raise ValueError(f"guidance_scale must be at least 1 (1 = no guidance), got {guidance_scale}.")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        if isinstance(generator, list) and len(generator) != len(ids):
-            raise ValueError(f"{len(ids)} images need one generator or {len(ids)}, got {len(generator)}.")
-
     def _initial_noise(self, shape: tuple, generator, latents: Tensor | None, device: torch.device) -> Tensor:
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=self.transformer.dtype)
@@ -197,8 +141,4 @@ class VQDiTPipeline(DiffusionPipeline):
         latents = self.vae.denormalize_latents(latents)
         if quantize and self.vae.quantizer is not None:
             latents = self.vae.quantize(latents).quantized
-        images = (self.vae.decode(latents).pixel_values / 2 + 0.5).clamp(0, 1)  # (N, 3, H, W)
-        if output_type == "pt":
-            return images
-        arrays = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
+        return self._pictures(self.vae.decode(latents).pixel_values, output_type)

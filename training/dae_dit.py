@@ -12,44 +12,40 @@ checkpoints that `--resume_from_checkpoint latest` continues.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import dae_vq
 import torch
 import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from hf_dpssl.batches import ImageSource, ordered_batches
+from hf_dpssl.batches import ordered_batches
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import ImageData, load_images
 from hf_dpssl.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
-from hf_dpssl.latent_cache import LatentTable, build_latent_cache
+from hf_dpssl.latent_run import LatentRunArguments, autoencoder_of_run, cached_training_images
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_vq import VQAutoencoder
 from hf_dpssl.pipeline_vq_dit import VQDiTPipeline
 from hf_dpssl.plots import plot_curves, save_grid
-from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
+from hf_dpssl.recipe import option, parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
 
 
 @dataclass
-class DiTArguments(RunArguments):
+class DiTArguments(LatentRunArguments):
     """Autoencoder, transformer, objective and optimiser; the defaults generate the embedded digits."""
 
     name: str = option("dit", "subfolder of output_dir for the finished pipeline")
-    autoencoder: str | None = option(None, "folder or Hub id of a VQAutoencoder; default: train or reuse our own")
-    autoencoder_recipe: str | None = option(None, "recipe of training/dae_vq.py when it has to be trained")
-    autoencoder_args: str = option("", "flags of training/dae_vq.py when it has to be trained, in one string")
     num_layers: int = option(4, "blocks of the transformer")
     width: int = option(128, "width of the transformer")
     num_heads: int = option(4, "attention heads")
     patch_size: int = option(2, "latent cells per token and side")
     objective: str = option("flow", "what is predicted", choices=["flow", "epsilon", "v_prediction"])
-    class_dropout: float = option(0.1, "share of images whose label is dropped, for classifier-free guidance")
     ema_decay: float = option(0.998, "share of the old averaged weights kept at each step")
     max_train_steps: int = option(2400, "optimiser steps")
     learning_rate: float = option(2e-3, "peak learning rate")
@@ -60,8 +56,6 @@ class DiTArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.class_dropout < 1:
-            raise ValueError(f"--class_dropout lies in [0, 1), got {self.class_dropout}.")
         if self.max_train_steps < 1:
             raise ValueError(f"--max_train_steps must be at least 1, got {self.max_train_steps}.")
 
@@ -69,7 +63,7 @@ class DiTArguments(RunArguments):
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished pipeline."""
     args = parse(DiTArguments, argv, __doc__)
-    autoencoder_folder = args.autoencoder or train_autoencoder(args)
+    autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
     accelerator = start_accelerator(args)
     set_seed(args.seed)
 
@@ -82,7 +76,7 @@ def main(argv: list[str] | None = None) -> Path:
         revision=args.dataset_revision,
     )
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
-    latents, skipped = cached_latents(args, autoencoder, data, accelerator)
+    latents, _, skipped = cached_training_images(args, autoencoder, data, accelerator, "latents")
     class_names = data.class_names or []
 
     # Model
@@ -144,43 +138,6 @@ def main(argv: list[str] | None = None) -> Path:
         save(pipeline, args, data, len(latents), loop, target_folder)
     finish(accelerator, args, skipped)
     return target_folder
-
-
-def train_autoencoder(args: DiTArguments) -> Path:
-    """Train the autoencoder with the run's data, seed and processes, or reuse OUTPUT_DIR/autoencoder."""
-    import dae_vq
-
-    folder = Path(args.output_dir) / "autoencoder"
-    if (folder / "config.json").exists() and not args.overwrite:
-        return folder
-    shared = (
-        "dataset dataset_revision image_column label_column streaming on_bad_image image_size output_dir seed".split()
-    )
-    shared += ["mixed_precision", "num_processes", "num_workers", "preload_gb", "resume_from_checkpoint", "overwrite"]
-    argv = ["--recipe", args.autoencoder_recipe] if args.autoencoder_recipe else []
-    for name in shared:
-        if getattr(args, name) is not None:
-            argv += [f"--{name}", str(getattr(args, name))]
-    return dae_vq.main(argv + shlex.split(args.autoencoder_args))
-
-
-def cached_latents(
-    args: DiTArguments, autoencoder: VQAutoencoder, data: ImageData, accelerator
-) -> tuple[LatentTable, dict[str, str]]:
-    """The latent cache under OUTPUT_DIR, built by the main process, and the images that it had to skip."""
-    folder, skipped = Path(args.output_dir) / "latents", {}
-    if accelerator.is_main_process:
-        source = ImageSource.from_arguments(data, args, accelerator, autoencoder.config.image_size)
-        build_latent_cache(autoencoder, source.whole_training_table(), folder)
-        skipped = source.skipped
-    accelerator.wait_for_everyone()
-    latents = LatentTable(folder)
-    if len(latents) < args.batch_size * accelerator.num_processes:
-        raise ValueError(
-            f"{len(latents)} latents are fewer than one batch of all processes "
-            f"({args.batch_size} x {accelerator.num_processes}): lower --batch_size."
-        )
-    return latents, skipped
 
 
 def sample_grid(

@@ -1,0 +1,258 @@
+"""Train a causal language model over the codes of a (decoupled) VQ autoencoder, and write a VQTokenPipeline.
+
+    python training/dae_ar.py                                          # everything on digits, CPU, minutes
+    python training/dae_ar.py --autoencoder outputs/run/autoencoder    # reuse an autoencoder (folder or Hub id)
+    accelerate launch training/dae_ar.py --recipe ar-faceshq --autoencoder org/vq-dae-f16-faceshq
+
+Without --autoencoder it first trains one with training/dae_vq.py (`--autoencoder_recipe` and
+`--autoencoder_args` go there), or reuses OUTPUT_DIR/autoencoder. Writes OUTPUT_DIR/NAME (pipeline
+folder with samples.png, results.json, recipe.yaml, curves.png, model card), a cache of codes, and
+checkpoints that `--resume_from_checkpoint latest` continues. Nats per image of held-out codes are
+measured on the averaged weights while it trains, and stored in results.json at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dae_vq
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from hf_dpssl.batches import ordered_batches, spread_rows
+from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.data import ImageData, load_images
+from hf_dpssl.diffusion import dropped_labels
+from hf_dpssl.latent_cache import CodeTable
+from hf_dpssl.latent_run import LatentRunArguments, autoencoder_of_run, cached_training_images
+from hf_dpssl.model_card import write_card
+from hf_dpssl.modeling_vq import VQAutoencoder
+from hf_dpssl.pipeline_vq_token import ARCHITECTURES, VQTokenPipeline, code_nats, make_language_model
+from hf_dpssl.plots import plot_curves, save_grid
+from hf_dpssl.recipe import option, parse, save_recipe
+from hf_dpssl.results import write_results
+from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
+
+
+@dataclass
+class ARArguments(LatentRunArguments):
+    """Autoencoder, language model and optimiser; the defaults generate the embedded digits."""
+
+    name: str = option("ar", "subfolder of output_dir for the finished pipeline")
+    architecture: str = option("gpt2", "causal language model of transformers", choices=list(ARCHITECTURES))
+    num_layers: int = option(4, "blocks of the transformer")
+    width: int = option(128, "width of the transformer")
+    num_heads: int = option(4, "attention heads")
+    dropout: float = option(0.1, "dropout; of the attention weights alone with --architecture llama")
+    unconditional: bool = option(False, "ignore the classes of the data set")
+    gradient_checkpointing: bool = option(False, "compute activations twice instead of storing them")
+    ema_decay: float = option(0.995, "share of the old averaged weights kept at each step")
+    max_train_steps: int = option(1200, "optimiser steps")
+    learning_rate: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.05, "weight decay of the matrices; embeddings, norms and biases have none")
+    warmup_steps: int = option(50, "steps of linear warm-up")
+    validation_steps: int = option(200, "steps between two measurements on held-out codes, rounded up to a log entry")
+    guidance_scale: float = option(2.0, "guidance of the guided sample grid")
+    temperature: float = option(1.0, "temperature of the sample grids")
+    top_k: int | None = option(None, "the sample grids draw among the so many most probable codes only")
+    top_p: float | None = option(None, "the sample grids draw among the fewest codes that hold this probability")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout lies in [0, 1), got {self.dropout}.")
+        for name in ("max_train_steps", "validation_steps", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+
+    def measures_at(self, step: int) -> bool:
+        """Whether held-out codes are measured after so many steps."""
+        every = self.logging_steps * -(-self.validation_steps // self.logging_steps)
+        return step % every == 0 or step == self.max_train_steps
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run the script with command-line arguments `argv`; returns the folder of the finished pipeline."""
+    args = parse(ARArguments, argv, __doc__)
+    autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
+    accelerator = start_accelerator(args)
+    set_seed(args.seed)
+
+    # Data: codes of the images, encoded once
+    data = load_images(
+        args.dataset,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        streaming=args.streaming,
+        revision=args.dataset_revision,
+    )
+    autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
+    codes, held_out, skipped = cached_training_images(args, autoencoder, data, accelerator, "codes")
+    class_names = [] if args.unconditional else data.class_names or []
+    num_codes, null_class = autoencoder.config.num_codes, len(class_names)
+
+    # Model
+    language_model = make_language_model(
+        args.architecture,
+        num_layers=args.num_layers,
+        width=args.width,
+        num_heads=args.num_heads,
+        num_codes=num_codes,
+        num_classes=len(class_names),
+        num_tokens=autoencoder.config.latent_size**2,
+        dropout=args.dropout,
+    )
+    if args.gradient_checkpointing:
+        language_model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(parameter_groups(language_model, args), lr=args.learning_rate, betas=(0.9, 0.95))
+    steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_train_steps)
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
+    model, optimizer = accelerator.prepare(language_model, optimizer)
+    ema = EMAModel(language_model.parameters(), decay=args.ema_decay)
+    process = (accelerator.process_index, accelerator.num_processes)
+
+    def make_loader(start):
+        return ordered_batches(codes, args.batch_size, args.seed, start, process, args.num_workers)
+
+    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped)
+    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
+    ema.to(accelerator.device)
+
+    # Loop
+    model.train()
+    for batch in loop:
+        key = dict(sample_ids=batch["sample_ids"], epoch=batch["epoch"], seed=args.seed)
+        labels = torch.full_like(batch["labels"], null_class)
+        if class_names:
+            labels = dropped_labels(batch["labels"], probability=args.class_dropout, null_class=null_class, **key)
+        with accelerator.accumulate(model):
+            nats = code_nats(model, batch["codes"], labels, num_codes)
+            accelerator.backward(nats.mean())
+            if accelerator.sync_gradients and args.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        validation = None
+        if accelerator.sync_gradients:
+            scheduler.step()
+            ema.step(language_model.parameters())
+            if held_out is not None and accelerator.is_main_process and args.measures_at(loop.step + 1):
+                with averaged(language_model, ema):
+                    validation = nats_per_image(language_model, held_out, null_class, num_codes, args, accelerator)
+        train = nats.detach().sum(1).mean()
+        rate = scheduler.get_last_lr()[0]
+        loop.log(nats_per_image_train=train, nats_per_image=validation, learning_rate=rate)
+
+    # Save
+    target = Path(args.output_dir) / args.name
+    if accelerator.is_main_process:
+        language_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        ema.copy_to(language_model.parameters())
+        parts = (language_model.eval(), autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
+        tables = {"_train": codes} if held_out is None else {"": held_out, "_train": codes}
+        measure = (null_class, num_codes, args, accelerator)
+        metrics = {f"nats_per_image{name}": nats_per_image(language_model, t, *measure) for name, t in tables.items()}
+        samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
+        save(VQTokenPipeline(*parts), args, data, metrics, samples, loop, target)
+    finish(accelerator, args, skipped)
+    return target
+
+
+def parameter_groups(model: torch.nn.Module, args: ARArguments) -> list[dict]:
+    """Matrices with weight decay; embeddings, norms and biases without."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    groups = {args.weight_decay: [], 0.0: []}
+    for parameter in model.parameters():
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+        groups[args.weight_decay if decays else 0.0].append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters]
+
+
+@contextmanager
+def averaged(model: torch.nn.Module, ema: EMAModel):
+    """The averaged weights in place of the model's, without dropout; afterwards all is as before."""
+    parameters = list(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    model.eval()
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+        model.train()
+
+
+@torch.no_grad()
+def nats_per_image(
+    model: torch.nn.Module,
+    table: CodeTable,
+    null_class: int,
+    num_codes: int,
+    args: ARArguments,
+    accelerator: Accelerator,
+) -> float:
+    """Mean negative log-likelihood of an image's codes given its class, over at most `evaluation_images` of a table."""
+    total, count = 0.0, 0
+    rows = torch.tensor(spread_rows(len(table), args.evaluation_images))
+    for part in rows.split(max(1, 2**14 // table.shards[0][0].size)):
+        labels = table.labels[part]
+        labels = torch.where((labels < 0) | (labels >= null_class), null_class, labels)
+        with accelerator.autocast():
+            nats = code_nats(model, table.codes(part).to(accelerator.device), labels.to(accelerator.device), num_codes)
+        total, count = total + float(nats.double().sum()), count + len(part)
+    return total / count
+
+
+def sample_grid(
+    pipeline: VQTokenPipeline, args: ARArguments, guidance_scale: float, per_class: int = 10
+) -> torch.Tensor:
+    """Samples of seeds `args.seed`, ... in [-1, 1]: one row per class (of at most 10), or one grid without."""
+    rows = len(pipeline.class_names[:10]) or per_class
+    images = []
+    for row in range(rows):
+        drawn = pipeline(
+            [row] * per_class if pipeline.class_names else None,
+            num_images=None if pipeline.class_names else per_class,
+            guidance_scale=guidance_scale,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            generator=torch.Generator().manual_seed(args.seed + row),
+            output_type="pt",
+        ).images
+        images.append(drawn.float().cpu() * 2 - 1)
+    return torch.cat(images)
+
+
+def save(
+    pipeline: VQTokenPipeline,
+    args: ARArguments,
+    data: ImageData,
+    metrics: dict[str, float],
+    samples: dict[str, int],
+    loop: TrainingLoop,
+    target: Path,
+) -> None:
+    """Write the complete pipeline folder with sample grids."""
+    metrics = metrics | {"nats_per_image_uniform": pipeline.num_tokens * math.log(pipeline.vae.config.num_codes)}
+    with atomic_folder(target) as folder:
+        pipeline.save_pretrained(folder)
+        save_recipe(args, folder / "recipe.yaml")
+        plot_curves(loop.history, folder / "curves.png", title=f"token model, {args.architecture}")
+        if pipeline.class_names:
+            guided = sample_grid(pipeline, args, args.guidance_scale)
+            save_grid(guided, folder / "samples-guided.png", columns=10, min_side=64)
+        save_grid(sample_grid(pipeline, args, 1.0), folder / "samples.png", columns=10, min_side=64)
+        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples)
+        write_card(folder, "token", title=f"Token model of {data.name}", license_of_data=data.entry.licence)
+    print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()
