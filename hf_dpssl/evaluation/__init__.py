@@ -1,26 +1,55 @@
 """Evaluation protocols: arrays and callables in, dict[str, float] out; no model class is known here."""
 
 from .codebook import codebook_usage
+from .feature_statistics import FeatureStatistics
+from .frechet import frechet_distance, frechet_distance_of_features
 from .generation import class_consistency, copies, diversity
-from .geometry import alignment, effective_rank, uniformity
+from .geometry import alignment, effective_rank, spectrum, uniformity
+from .image_quality import image_quality, quality_fingerprint
+from .inception_score import inception_score
+from .kernel_distance import kernel_distance, polynomial_mmd
+from .lipschitz import lipschitz, lipschitz_pair, lipschitz_pair_values, local_lipschitz_values
 from .loading import MODULES, load
+from .manifold import manifold_overlap
 from .neighbours import knn, nearest_neighbours
+from .operator_norms import operator_norm, operator_norms
+from .preservation import continuity, trustworthiness
 from .probes import few_shot, linear_probe
-from .reconstruction import psnr
+from .reconstruction import lpips, psnr, ssim
 
 __all__ = [
+    "FeatureStatistics",
     "MODULES",
     "alignment",
     "class_consistency",
     "codebook_usage",
+    "continuity",
     "copies",
     "diversity",
     "effective_rank",
     "few_shot",
+    "frechet_distance",
+    "frechet_distance_of_features",
+    "image_quality",
+    "inception_score",
+    "kernel_distance",
     "knn",
     "linear_probe",
+    "lipschitz",
+    "lipschitz_pair",
+    "lipschitz_pair_values",
     "load",
+    "lpips",
+    "manifold_overlap",
+    "local_lipschitz_values",
     "nearest_neighbours",
+    "polynomial_mmd",
+    "operator_norm",
+    "operator_norms",
     "psnr",
+    "quality_fingerprint",
+    "spectrum",
+    "trustworthiness",
+    "ssim",
     "uniformity",
 ]

@@ -46,6 +46,33 @@ def effective_rank(latents: Tensor, *, centre: bool = False) -> dict[str, float]
 
 
 @torch.no_grad()
+def spectrum(latents: Tensor) -> Tensor:
+    """Variances of a cloud along its principal axes, descending: how many directions it really uses.
+
+    Args:
+        latents: (N, ...), N >= 2, flattened; centred and in float64.
+
+    Returns:
+        (min(N, D),) eigenvalues of the covariance (divided by N) as shares of their sum; curves of different latents
+        are comparable. A flat curve uses all directions, one that falls at once has collapsed.
+
+    Raises:
+        ValueError: fewer than two vectors, numbers that are not finite, or vectors that are all the same.
+    """
+    if latents.ndim < 2 or len(latents) < 2 or not latents.numel():
+        raise ValueError(f"a spectrum needs (N, ...) latents with N >= 2, got {tuple(latents.shape)}.")
+    latents = latents.flatten(1).double()
+    finite_norms(latents, "latents")
+    latents = latents - latents.mean(0)
+    if len(latents) > 2 * latents.shape[1]:
+        latents = torch.linalg.qr(latents, mode="r").R
+    variances = torch.linalg.svdvals(latents).square()
+    if not bool(variances.sum() > 0):
+        raise ValueError("all vectors are the same: their spectrum has no scale.")
+    return variances / variances.sum()
+
+
+@torch.no_grad()
 def alignment(view_1: Tensor, view_2: Tensor, *, alpha: float = 2.0) -> dict[str, float]:
     """How close the two views of an image are: mean |x - y|^alpha over pairs, on the sphere and in the raw space.
 
