@@ -1,0 +1,96 @@
+"""Frechet distance between two clouds of features, each taken as a Gaussian (FID when the features are Inception's).
+
+    d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
+
+Heusel et al., "GANs trained by a two time-scale update rule ...", NeurIPS 2017, equation 6; Dowson and Landau 1982.
+Everything is float64 and real: with S_1 = F F^T the last trace is that of (F^T S_2 F)^(1/2), a symmetric matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .feature_statistics import FeatureStatistics
+from .matrix_square_root import trace_of_root_of_product
+
+_EPSILON = float(np.finfo(np.float64).eps)
+
+
+def frechet_distance(mu_1, sigma_1, mu_2, sigma_2) -> float:
+    """Squared Frechet distance of two Gaussians, as FID is reported; 0 for equal ones, up to rounding.
+
+    Args:
+        mu_1, mu_2: (D,) means; tensors or arrays.
+        sigma_1, sigma_2: (D, D) covariances, symmetric and positive semi-definite, of full rank or not.
+
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, or a matrix that is no covariance.
+    """
+    mu_1, mu_2 = (_double(mu) for mu in (mu_1, mu_2))
+    sigma_1, sigma_2 = (_double(sigma) for sigma in (sigma_1, sigma_2))
+    _check(mu_1, sigma_1, mu_2, sigma_2)
+    traces = float(np.trace(sigma_1) + np.trace(sigma_2))
+    difference = mu_1 - mu_2
+    return float(difference @ difference) + traces - 2 * trace_of_root_of_product(sigma_1, sigma_2)
+
+
+def frechet_distance_of_features(features_1: Tensor, features_2: Tensor) -> float:
+    """`frechet_distance` of the means and covariances (divided by N - 1) of two clouds (N_1, D) and (N_2, D).
+
+    With fewer features than half the dimensions no D x D matrix is made: with centred rows X_1 and X_2 the trace of
+    the root is the nuclear norm of X_1 X_2^T / sqrt((N_1 - 1) (N_2 - 1)), exact for rank-deficient covariances.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two features, or values that are not finite.
+    """
+    check_features(features_1, features_2)
+    if 2 * max(len(features_1), len(features_2)) > features_1.shape[1]:
+        first, second = (FeatureStatistics().update(features) for features in (features_1, features_2))
+        return frechet_distance(*first.moments, *second.moments)
+    (mean_1, rows_1), (mean_2, rows_2) = (centred_rows(features) for features in (features_1, features_2))
+    nuclear = float(torch.linalg.svdvals(rows_1 @ rows_2.T).sum())
+    return float((mean_1 - mean_2).square().sum() + rows_1.square().sum() + rows_2.square().sum()) - 2 * nuclear
+
+
+def centred_rows(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and rows X (N, D) with X^T X the covariance, in float64 on the CPU."""
+    features = features.detach().cpu().double()
+    mean = features.mean(0)
+    return mean, (features - mean) / math.sqrt(len(features) - 1)
+
+
+def check_features(*clouds: Tensor) -> None:
+    """ValueError unless all are finite (N, D) with N >= 2 and one D."""
+    shapes = [tuple(cloud.shape) for cloud in clouds]
+    if any(len(shape) != 2 or shape[0] < 2 or shape[1] < 1 for shape in shapes) or len({s[1] for s in shapes}) > 1:
+        raise ValueError(f"features must be (N, D) with N >= 2 and the same D, got {', '.join(map(str, shapes))}.")
+    for cloud in clouds:
+        if not torch.isfinite(cloud).all():
+            raise ValueError("features must be finite: NaN or infinity was given.")
+
+
+def _double(values) -> np.ndarray:
+    if torch.is_tensor(values):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _check(mu_1, sigma_1, mu_2, sigma_2) -> None:
+    size = mu_1.shape[0] if mu_1.ndim == 1 else 0
+    if not size or mu_2.shape != (size,) or any(sigma.shape != (size, size) for sigma in (sigma_1, sigma_2)):
+        shapes = ", ".join(str(value.shape) for value in (mu_1, sigma_1, mu_2, sigma_2))
+        raise ValueError(f"means must be (D,) and covariances (D, D) with one D >= 1, got {shapes}.")
+    for name, mu, sigma in (("1", mu_1, sigma_1), ("2", mu_2, sigma_2)):
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError(f"mu_{name} and sigma_{name} must be finite: NaN or infinity was given.")
+        variances = np.diagonal(sigma)
+        if variances.min() < -_EPSILON * size * max(variances.max(), 0):
+            raise ValueError(f"sigma_{name} is no covariance: its smallest variance is {variances.min():.3g}.")
+        # A strided part shows a matrix that is not symmetric, without another pass over all of a large one.
+        part = sigma[:: max(1, size // 256)]
+        if np.abs(part - sigma[:, :: max(1, size // 256)].T).max() > 1e-6 * variances.max():
+            raise ValueError(f"sigma_{name} is no covariance: it is not symmetric.")
