@@ -68,6 +68,7 @@ def make_language_model(
     if architecture == "gpt2":
         options |= dict(n_embd=width, n_layer=num_layers, n_head=num_heads, n_positions=num_tokens + 1)
         options |= dict(resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+        options |= dict(activation_function="gelu_pytorch_tanh")  # gpt2's own, in one kernel
     else:
         options |= dict(hidden_size=width, num_hidden_layers=num_layers, num_attention_heads=num_heads)
         options |= dict(intermediate_size=32 * -(-width // 12), max_position_embeddings=num_tokens + 1)  # about 8/3
