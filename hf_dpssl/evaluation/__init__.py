@@ -3,6 +3,7 @@
 from .codebook import codebook_usage
 from .feature_statistics import FeatureStatistics
 from .frechet import frechet_distance, frechet_distance_of_features
+from .frechet_uncertainty import frechet_extrapolation, frechet_interval
 from .generation import class_consistency, copies, diversity
 from .geometry import alignment, effective_rank, spectrum, uniformity
 from .image_quality import image_quality, quality_fingerprint
@@ -30,6 +31,8 @@ __all__ = [
     "few_shot",
     "frechet_distance",
     "frechet_distance_of_features",
+    "frechet_extrapolation",
+    "frechet_interval",
     "image_quality",
     "inception_score",
     "kernel_distance",

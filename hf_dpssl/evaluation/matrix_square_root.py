@@ -18,21 +18,32 @@ def trace_of_root_of_product(sigma_1: np.ndarray, sigma_2: np.ndarray) -> float:
     Raises:
         ValueError: a matrix with a negative eigenvalue beyond rounding.
     """
-    factor, other = _cholesky(sigma_1), sigma_2
-    if factor is None:
-        factor, other = _cholesky(sigma_2), sigma_1
+    # Eigenvalues of the product below this are rounding, and the root of rounding is far from small.
+    rounding = 16 * _EPSILON * _norm(sigma_1) * _norm(sigma_2)
+    factor = _cholesky(sigma_1)
     if factor is not None:
-        product, _ = lapack.dsygst(np.asfortranarray(other), factor, itype=2, lower=1)
-    else:
-        thin, other = sorted(((_thin_factor(sigma_1), sigma_2), (_thin_factor(sigma_2), sigma_1)), key=_rank)[0]
-        if not thin.shape[1]:
+        product, _ = lapack.dsygst(np.asfortranarray(sigma_2), factor, itype=2, lower=1)
+        eigenvalues = np.linalg.eigvalsh(product)
+        # Some of them drown in rounding: because they are small, or because sigma_2 has no full rank?
+        if eigenvalues[0] > rounding or _thin_factor(sigma_2).shape[1] == len(sigma_2):
+            return float(np.sqrt(eigenvalues.clip(0)).sum())
+    factors = _thin_factor(sigma_1), _thin_factor(sigma_2)
+    thin, other = (factors[0], sigma_2) if factors[0].shape[1] <= factors[1].shape[1] else (factors[1], sigma_1)
+    if thin.shape[1] == 0:
+        return 0.0
+    eigenvalues = np.linalg.eigvalsh(thin.T @ (other @ thin))
+    return float(np.sqrt(eigenvalues[eigenvalues > rounding]).sum())
+
+
+def _norm(sigma: np.ndarray) -> float:
+    """The largest eigenvalue, by a few steps of the power method: of the right size is enough."""
+    vector = sigma[np.argmax(np.diagonal(sigma))]
+    for _ in range(5):
+        length = float(np.linalg.norm(vector))
+        if length == 0:
             return 0.0
-        product = thin.T @ (other @ thin)
-    return _sum_of_roots(np.linalg.eigvalsh(product))
-
-
-def _rank(pair: tuple[np.ndarray, np.ndarray]) -> int:
-    return pair[0].shape[1]
+        vector = sigma @ (vector / length)
+    return float(np.linalg.norm(vector))
 
 
 def _cholesky(sigma: np.ndarray) -> np.ndarray | None:
@@ -47,21 +58,12 @@ def _cholesky(sigma: np.ndarray) -> np.ndarray | None:
 def _thin_factor(sigma: np.ndarray) -> np.ndarray:
     """(D, rank) with F F^T = sigma up to rounding, by Cholesky with complete pivoting (Higham 2002, section 10.3)."""
     factor, order, rank, _ = lapack.dpstrf(sigma.T, lower=1)
-    # What pivoting leaves over must be rounding only: a negative eigenvalue would hide in it.
-    factor = np.tril(factor)[:, :rank]
-    left_over = np.diagonal(sigma)[order - 1] - (factor**2).sum(1)
+    factor, order = np.tril(factor)[:, :rank], order - 1
+    # All that the factor leaves over must be rounding: a negative eigenvalue would hide in it.
+    left_over = np.diagonal(sigma)[order] - (factor**2).sum(1)
     largest = float(np.diagonal(sigma).max(initial=0))
-    if len(left_over) and left_over.min() < -1e-8 * largest:
-        raise ValueError(f"a covariance has a negative eigenvalue: {left_over.min():.3g} where 0 is the least.")
+    if left_over.min(initial=0) < -1e-8 * largest:
+        raise ValueError(f"a covariance has a negative eigenvalue, at most {left_over.min():.3g}.")
     thin = np.empty_like(factor)
-    thin[order - 1] = factor
+    thin[order] = factor
     return thin
-
-
-def _sum_of_roots(eigenvalues: np.ndarray) -> float:
-    largest = float(eigenvalues.max())
-    if eigenvalues.min() < -1e-8 * max(largest, 0):
-        raise ValueError(f"a covariance has a negative eigenvalue: their product has {eigenvalues.min():.3g}.")
-    # Below this an eigenvalue is rounding, and its root would be far from small.
-    kept = eigenvalues[eigenvalues > len(eigenvalues) * _EPSILON * largest]
-    return float(np.sqrt(kept).sum())
