@@ -11,133 +11,26 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .gather import is_distributed  # noqa: F401  transformers < 5.13 copies only the direct siblings of this file
+from .autoencoder_blocks import build_decoder, build_encoder
+from .backbone_encoder import BackboneEncoder  # noqa: F401  transformers < 5.13 copies only the direct siblings ...
+from .blocks import use_small_image_stem_  # noqa: F401  ... of this file, so that it names theirs too
+from .configuration_vq import VQConfig
+from .gather import is_distributed  # noqa: F401
+from .nearest_codes import nearest_codes  # noqa: F401
+from .products import product  # noqa: F401
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .weights import combined_sha256, load_complete, tensor_sha256
 
 FROZEN_MODULES = ("encoder", "quant_conv", "quantizer")
-_COUNTS = "image_size num_channels latent_channels num_codes norm_num_groups encoder_layers_per_block".split()
-
-
-class VQConfig(PretrainedConfig):
-    """Architecture, training scheme and measured statistics of a `VQAutoencoder`.
-
-    Args:
-        image_size: height and width in pixels; a multiple of the downsampling factor.
-        num_channels: image channels.
-        encoder_block_out_channels: width of each encoder level; n levels downsample by 2^(n - 1).
-        decoder_block_out_channels: likewise for the decoder, same number of levels; None = encoder's.
-        encoder_layers_per_block: residual blocks per encoder level.
-        decoder_layers_per_block: residual blocks per decoder level (diffusers adds one more); None = encoder's.
-        norm_num_groups: groups of the group norms; divides every width.
-        mid_block_attention: self-attention at the lowest resolution.
-        latent_channels: channels of latents and codes.
-        quantizer: "vq", or "none" for a plain autoencoder.
-        num_codes: size of the codebook.
-        codebook_decay: share kept of the codebook's running statistics.
-        revival_threshold: codes used below this share of the mean restart.
-        commitment_weight: weight of the commitment term (0.25 in van den Oord et al. 2017).
-        reconstruction_loss: "l2" or "l1".
-        decoder_dropout: dropout inside the decoder's residual blocks; weakens a stage-1 decoder.
-        encoder_frozen: encoder, quant_conv and codebook take no gradient and no update.
-        encoder_sha256: hash of every tensor of encoder, quant_conv and codebook; in decoupled training
-            taken before stage 2 and checked after it.
-        latent_mean, latent_std: per channel, of latents of training images, measured when training ends.
-        dpssl: recipe, metrics and code statistics of the run that made the checkpoint.
-    """
-
-    model_type = "dpssl_vq"
-
-    def __init__(
-        self,
-        image_size: int = 32,
-        num_channels: int = 3,
-        encoder_block_out_channels: list[int] | None = None,
-        decoder_block_out_channels: list[int] | None = None,
-        encoder_layers_per_block: int = 1,
-        decoder_layers_per_block: int | None = None,
-        norm_num_groups: int = 8,
-        mid_block_attention: bool = True,
-        latent_channels: int = 4,
-        quantizer: str = "vq",
-        num_codes: int = 256,
-        codebook_decay: float = 0.99,
-        revival_threshold: float = 0.03,
-        commitment_weight: float = 0.25,
-        reconstruction_loss: str = "l2",
-        decoder_dropout: float = 0.0,
-        encoder_frozen: bool = False,
-        encoder_sha256: dict[str, str] | None = None,
-        latent_mean: list[float] | None = None,
-        latent_std: list[float] | None = None,
-        dpssl: dict | None = None,
-        **kwargs,
-    ):
-        self.image_size = image_size
-        self.num_channels = num_channels
-        self.encoder_block_out_channels = list(encoder_block_out_channels or (32, 64))
-        self.decoder_block_out_channels = list(decoder_block_out_channels or self.encoder_block_out_channels)
-        self.encoder_layers_per_block = encoder_layers_per_block
-        self.decoder_layers_per_block = decoder_layers_per_block or encoder_layers_per_block
-        self.norm_num_groups = norm_num_groups
-        self.mid_block_attention = mid_block_attention
-        self.latent_channels = latent_channels
-        self.quantizer = quantizer
-        self.num_codes = num_codes
-        self.codebook_decay = codebook_decay
-        self.revival_threshold = revival_threshold
-        self.commitment_weight = commitment_weight
-        self.reconstruction_loss = reconstruction_loss
-        self.decoder_dropout = decoder_dropout
-        self.encoder_frozen = encoder_frozen
-        self.encoder_sha256 = encoder_sha256
-        self.latent_mean = latent_mean
-        self.latent_std = latent_std
-        self.dpssl = dpssl or {}
-        self._check()
-        super().__init__(**kwargs)
-
-    @property
-    def downsampling_factor(self) -> int:
-        """Pixels per latent cell along one side."""
-        return 2 ** (len(self.encoder_block_out_channels) - 1)
-
-    @property
-    def latent_size(self) -> int:
-        """Height and width of the latents."""
-        return self.image_size // self.downsampling_factor
-
-    def _check(self) -> None:
-        for name, allowed in (("quantizer", ("vq", "none")), ("reconstruction_loss", ("l2", "l1"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name in (*_COUNTS, "decoder_layers_per_block"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        encoder, decoder = self.encoder_block_out_channels, self.decoder_block_out_channels
-        if len(encoder) != len(decoder):
-            raise ValueError(f"encoder and decoder need the same number of levels, got widths {encoder} and {decoder}.")
-        uneven = [width for width in encoder + decoder if width % self.norm_num_groups]
-        if uneven:
-            raise ValueError(f"norm_num_groups={self.norm_num_groups} must divide every width, not {uneven}.")
-        if self.image_size % self.downsampling_factor:
-            raise ValueError(
-                f"image_size={self.image_size} must be a multiple of the downsampling factor "
-                f"{self.downsampling_factor} (from {len(encoder)} levels)."
-            )
-        if not 0 <= self.decoder_dropout < 1:
-            raise ValueError(f"decoder_dropout lies in [0, 1), got {self.decoder_dropout}.")
 
 
 @dataclass
 class VQEncoderOutput(ModelOutput):
-    """latents: (B, C, h, w), before quantisation; codes: (B, h, w) int64, None without a quantiser."""
+    """latents: (B, C, h, w), before quantisation (with KL the mean); codes: (B, h, w) int64, or None."""
 
     latents: Tensor | None = None
     codes: Tensor | None = None
@@ -152,14 +45,18 @@ class VQDecoderOutput(ModelOutput):
 
 @dataclass
 class VQAutoencoderOutput(ModelOutput):
-    """loss = recon + commitment_weight * commit (scalars); pixel_values: reconstruction (B, C, H, W).
+    """loss = recon + commitment_weight * commit + codebook + entropy_weight * entropy + kl_weight * kl (scalars).
 
+    pixel_values: reconstruction (B, C, H, W). kl: nats, summed over an image's latents, per pixel value.
     perplexity: exp of the entropy of this batch's code usage, in [1, num_codes].
     """
 
     loss: Tensor | None = None
     recon: Tensor | None = None
     commit: Tensor | None = None
+    codebook: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
     perplexity: Tensor | None = None
     pixel_values: Tensor | None = None
     latents: Tensor | None = None
@@ -167,49 +64,45 @@ class VQAutoencoderOutput(ModelOutput):
 
 
 class VQAutoencoder(PreTrainedModel):
-    """Encoder, 1x1 convolution, vector quantiser, 1x1 convolution, decoder; images in [-1, 1]."""
+    """Encoder, 1x1 convolution, quantiser, 1x1 convolution, decoder; images in [-1, 1]."""
 
     config_class = VQConfig
     base_model_prefix = "vq_autoencoder"
     main_input_name = "pixel_values"
     _keep_in_fp32_modules_strict = ["quantizer"]
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
 
     def __init__(self, config: VQConfig):
         super().__init__(config)
-        self.encoder = Encoder(
-            in_channels=config.num_channels,
-            out_channels=config.latent_channels,
-            down_block_types=("DownEncoderBlock2D",) * len(config.encoder_block_out_channels),
-            block_out_channels=tuple(config.encoder_block_out_channels),
-            layers_per_block=config.encoder_layers_per_block,
-            norm_num_groups=config.norm_num_groups,
-            double_z=False,
-            mid_block_add_attention=config.mid_block_attention,
-        )
-        self.quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        self.encoder = build_encoder(config)
+        factor = 2 if config.quantizer == "kl" else 1  # mean and log variance
+        self.quant_conv: nn.Module = nn.Identity()  # a backbone's features are the latents as they are
+        if config.backbone is None:
+            self.quant_conv = nn.Conv2d(factor * config.encoder_out_channels, factor * config.latent_channels, 1)
         self.quantizer = None
         if config.quantizer == "vq":
-            options = {"decay": config.codebook_decay, "revival_threshold": config.revival_threshold}
-            self.quantizer = VectorQuantizer(config.num_codes, config.latent_channels, **options)
+            self.quantizer = VectorQuantizer(
+                config.num_codes,
+                config.latent_channels,
+                decay=config.codebook_decay,
+                revival_threshold=config.revival_threshold,
+                update=config.codebook_update,
+                distance=config.code_distance,
+                gradient=config.quantizer_gradient,
+                entropy_temperature=config.entropy_temperature if config.entropy_weight else None,
+            )
         self._build_decoder()
         self.post_init()
 
     def _build_decoder(self) -> None:
-        config = self.config
-        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
-        self.decoder = Decoder(
-            in_channels=config.latent_channels,
-            out_channels=config.num_channels,
-            up_block_types=("UpDecoderBlock2D",) * len(config.decoder_block_out_channels),
-            block_out_channels=tuple(config.decoder_block_out_channels),
-            layers_per_block=config.decoder_layers_per_block,
-            norm_num_groups=config.norm_num_groups,
-            mid_block_add_attention=config.mid_block_attention,
-        )
-        for module in self.decoder.modules():
-            if isinstance(module, ResnetBlock2D):
-                module.dropout.p = config.decoder_dropout
+        self.post_quant_conv = nn.Conv2d(self.config.latent_channels, self.config.encoder_out_channels, 1)
+        self.decoder = build_decoder(self.config)
+
+    @property
+    def last_decoder_layer(self) -> Tensor:
+        """The weight at which the adaptive weight of an adversarial term compares gradients (Esser et al. 2021)."""
+        return self.decoder.conv_out.weight
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -222,9 +115,9 @@ class VQAutoencoder(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As `PreTrainedModel.save_pretrained`; records the encoder's hashes, or checks those of a frozen one."""
-        if self.config.encoder_frozen and self.dtype == torch.float32:
-            self.check_encoder_unchanged()
-        elif self.dtype == torch.float32:
+        if self.dtype == torch.float32:
+            if self.config.encoder_frozen:
+                self.check_encoder_unchanged()
             self.config.encoder_sha256 = self.hash_encoder()
         super().save_pretrained(save_directory, **kwargs)
 
@@ -232,21 +125,26 @@ class VQAutoencoder(PreTrainedModel):
         """As `nn.Module.train`; a frozen encoder stays in eval mode and without gradient, also after loading."""
         super().train(mode)
         if self.config.encoder_frozen:
-            for name in FROZEN_MODULES:
+            for name in self.frozen_modules:
                 if (module := getattr(self, name)) is not None:
                     module.eval().requires_grad_(False)
         return self
 
+    @property
+    def frozen_modules(self) -> tuple[str, ...]:
+        """What `freeze_encoder` freezes: all that decides the codes, or all but the codebook."""
+        return FROZEN_MODULES if self.config.codebook_frozen else FROZEN_MODULES[:2]
+
     def encode(self, pixel_values: Tensor) -> VQEncoderOutput:
         """Latents (B, C, h, w) before quantisation and codes (B, h, w) of images (B, num_channels, H, W) in [-1, 1]."""
-        latents = self._latents(pixel_values)
+        latents = self._moments(pixel_values)[0]
         codes = None if self.quantizer is None else self.quantize(latents).codes
         return VQEncoderOutput(latents=latents, codes=codes)
 
     def quantize(self, latents: Tensor) -> QuantizerOutput:
         """Nearest codes of latents (B, C, h, w); ValueError for a model without quantiser."""
         if self.quantizer is None:
-            raise ValueError("this autoencoder has no quantiser (config.quantizer is 'none'); decode the latents.")
+            raise ValueError("this autoencoder has no codebook (config.quantizer is not 'vq'); decode the latents.")
         return self.quantizer(latents)
 
     def decode(self, latents: Tensor) -> VQDecoderOutput:
@@ -255,9 +153,11 @@ class VQAutoencoder(PreTrainedModel):
         return VQDecoderOutput(pixel_values=self.decoder(hidden))
 
     def decode_codes(self, codes: Tensor) -> VQDecoderOutput:
-        """Images of codes (B, h, w); IndexError on an id outside the codebook."""
+        """Images of codes (B, h, w); IndexError on an id outside the codebook, ValueError on another shape."""
         if self.quantizer is None:
-            raise ValueError("this autoencoder has no quantiser (config.quantizer is 'none'), so it has no codes.")
+            raise ValueError("this autoencoder has no codebook (config.quantizer is not 'vq'), so it has no codes.")
+        if codes.ndim != 3:
+            raise ValueError(f"codes must be (B, h, w), got {tuple(codes.shape)}: reshape the sequences first.")
         return self.decode(self.quantizer.lookup(codes))
 
     def forward(self, pixel_values: Tensor, **kwargs) -> VQAutoencoderOutput:
@@ -265,33 +165,55 @@ class VQAutoencoder(PreTrainedModel):
 
         Further keyword arguments (labels and the like, which a data collator may pass) are not used.
         """
-        latents = self._latents(pixel_values)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder_frozen):
+            latents, log_variance = self._moments(pixel_values)
+        config, zero = self.config, latents.new_zeros((), dtype=torch.float32)
         quantized, codes, perplexity = latents, None, None
-        commit = latents.new_zeros((), dtype=torch.float32)
+        commit = codebook = entropy = kl = zero
         if self.quantizer is not None:
             output = self.quantizer(latents)
-            quantized, codes = output.quantized, output.codes
-            commit, perplexity = output.commitment, output.perplexity
+            quantized, codes, perplexity = output.quantized, output.codes, output.perplexity
+            commit, codebook, entropy = output.commitment, output.codebook_loss, output.entropy
+        elif log_variance is not None:
+            quantized, kl = self._sample(latents, log_variance, pixel_values[0].numel())
         reconstruction = self.decode(quantized).pixel_values
-        distance = F.mse_loss if self.config.reconstruction_loss == "l2" else F.l1_loss
+        distance = F.mse_loss if config.reconstruction_loss == "l2" else F.l1_loss
         recon = distance(reconstruction.float(), pixel_values.float())
-        loss = recon + self.config.commitment_weight * commit
-        return VQAutoencoderOutput(loss, recon, commit, perplexity, reconstruction, latents, codes)
+        loss = recon + config.commitment_weight * commit + codebook
+        loss = loss + config.entropy_weight * entropy + config.kl_weight * kl
+        return VQAutoencoderOutput(
+            loss, recon, commit, codebook, entropy, kl, perplexity, reconstruction, latents, codes
+        )
 
-    def _latents(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+    def _moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents, or with KL their mean and log variance."""
+        channels, factor = self.config.num_channels, self.config.downsampling_factor
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"pixel_values must be (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
+        if any(side % factor or side < factor for side in pixel_values.shape[2:]):
             raise ValueError(
-                f"pixel_values must be (B, {self.config.num_channels}, H, W), got {tuple(pixel_values.shape)}."
-            )
-        if any(side % self.config.downsampling_factor for side in pixel_values.shape[2:]):
-            raise ValueError(
-                f"height and width must be multiples of {self.config.downsampling_factor}, "
+                f"height and width must be multiples of {factor}, the side of a latent cell, "
                 f"got {tuple(pixel_values.shape[2:])}: resize or pad the images."
             )
-        return self.quant_conv(self.encoder(pixel_values.to(self.quant_conv.weight.dtype)))
+        moments = self.quant_conv(self.encoder(pixel_values.to(self.post_quant_conv.weight.dtype)))
+        if self.config.quantizer != "kl":
+            return moments, None
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)  # diffusers' bounds
+
+    def _sample(self, mean: Tensor, log_variance: Tensor, pixel_count: int) -> tuple[Tensor, Tensor]:
+        """Latents drawn in training mode (the mean otherwise), and the KL to the standard normal per pixel value."""
+        mu, log_variance = mean.float(), log_variance.float()
+        kl = 0.5 * (mu.pow(2) + log_variance.exp() - 1 - log_variance).sum() / (len(mu) * pixel_count)
+        if self.training and not self.config.encoder_frozen:
+            return (mu + (log_variance / 2).exp() * torch.randn_like(mu)).to(mean.dtype), kl
+        return mean, kl
 
     def freeze_encoder(self) -> dict[str, str]:
-        """Freeze encoder, quant_conv and codebook; returns the hashes that `config.encoder_sha256` now holds."""
+        """Freeze encoder, quant_conv and, unless `config.codebook_frozen` is False, codebook.
+
+        Returns the hashes that `config.encoder_sha256` now holds.
+        """
         self.config.encoder_frozen = True
         self.config.encoder_sha256 = self.hash_encoder()
         self.train(self.training)
@@ -300,19 +222,22 @@ class VQAutoencoder(PreTrainedModel):
     def check_encoder_unchanged(self) -> None:
         """Raise RuntimeError naming every frozen tensor whose hash is no longer `config.encoder_sha256`'s."""
         expected, found = self.config.encoder_sha256 or {}, self.hash_encoder()
-        changed = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        frozen = (name for name in expected.keys() | found.keys() if name.split(".")[0] in self.frozen_modules)
+        changed = sorted(name for name in frozen if expected.get(name) != found.get(name))
         if changed:
             raise RuntimeError(f"{len(changed)} frozen tensors have changed since stage 1: {changed[:5]}.")
 
-    def replace_decoder(self, block_out_channels: list[int], layers_per_block: int, dropout: float = 0.0) -> None:
+    def replace_decoder(
+        self, block_out_channels: list[int], layers_per_block: int, dropout: float = 0.0, dropout_kind: str = "element"
+    ) -> None:
         """Put a freshly initialised decoder (and post_quant_conv) in place of the present one."""
         config = copy.copy(self.config)
         config.decoder_block_out_channels = list(block_out_channels)
         config.decoder_layers_per_block = layers_per_block
-        config.decoder_dropout = dropout
+        config.decoder_dropout, config.decoder_dropout_kind = dropout, dropout_kind
         config._check()
         self.config = config
-        reference = self.quant_conv.weight
+        reference = self.post_quant_conv.weight
         self._build_decoder()
         self.post_quant_conv.to(reference.device, reference.dtype)
         self.decoder.to(reference.device, reference.dtype).train(self.training)

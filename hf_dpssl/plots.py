@@ -13,7 +13,7 @@ from torch import Tensor
 
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
     """One panel per logged value over optimiser steps; `history` as in `TrainingLoop.history`."""
-    names = [name for name in (history[-1] if history else {}) if name != "step"]
+    names = list(dict.fromkeys(name for entry in history for name, value in entry.items() if _is_curve(name, value)))
     figure = Figure(figsize=(4 * max(1, len(names)), 3), layout="constrained")
     for axis, name in zip(np.atleast_1d(figure.subplots(1, max(1, len(names)))), names, strict=False):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -21,6 +21,10 @@ def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
         axis.set(title=name, xlabel="step")
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
+
+
+def _is_curve(name: str, value) -> bool:
+    return name != "step" and not isinstance(value, str)
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int, min_side: int = 32) -> None:

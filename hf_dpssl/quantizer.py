@@ -1,12 +1,14 @@
-"""Vector quantiser with an EMA codebook, k-means start and revival of dead codes.
+"""Vector quantiser: EMA or gradient codebook, L2 or cosine codes, k-means start, revival of dead codes.
 
-Source: van den Oord et al. 2017 (appendix A.1 for the EMA codebook); commitment cost on the
-encoder's side only. Codebook and statistics stay float32 whatever the model's precision, and are
-the same on every process: counts and sums are added over processes, random choices broadcast.
+Source: van den Oord et al. 2017 (section 3.2, appendix A.1 for the EMA codebook); Yu et al. 2022 (codes on the unit
+sphere); Fifty et al. 2024 (rotation trick); Chang et al. 2022 and Yu et al. 2024 (entropy term). The commitment cost is
+on the encoder's side only. Codebook and statistics stay float32 whatever the model's precision, and are the same on
+every process: counts and sums are added over processes, random choices broadcast.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -15,83 +17,89 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .gather import broadcast_, gather_without_gradient, is_distributed
+from .nearest_codes import code_statistics, k_means, nearest_codes, perplexity_of
 
-_MAX_CHUNK_ELEMENTS = 2**25  # scores held at once in `nearest_codes`: 128 MiB
 _LEAST_COUNT = 1e-6  # of a code whose row is still computed from its statistics
+_ENTROPY_ELEMENTS = 2**24  # probabilities held at once by the entropy term
 
 
 @dataclass
 class QuantizerOutput:
-    """quantized: like the latents; codes: (B, H, W) int64; commitment: scalar; perplexity: scalar, of this batch."""
+    """quantized: like the latents; codes: (B, H, W) int64; the rest scalars.
+
+    commitment: mean squared distance of latents to their (constant) codes. codebook_loss: of codes to their (constant)
+    latents, 0 with an EMA codebook. entropy: mean entropy of a vector's soft assignment minus the entropy of the mean
+    assignment, in nats, 0 without `entropy_temperature`. perplexity: of this batch's codes, in [1, num_codes].
+    """
 
     quantized: Tensor
     codes: Tensor
     commitment: Tensor
     perplexity: Tensor
-
-
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the Euclidean-nearest row of `codebook` (K, D) for each of `vectors` (N, D): (N,) int64."""
-    half_norms = codebook.pow(2).sum(1) / 2
-    rows = max(1, _MAX_CHUNK_ELEMENTS // len(codebook))
-    parts = [torch.addmm(half_norms, part, codebook.T, beta=-1).argmax(1) for part in vectors.split(rows)]
-    return torch.cat(parts)
-
-
-def k_means(vectors: Tensor, num_codes: int, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm from a random start (torch's global generator): (num_codes, D).
-
-    With fewer vectors than codes the rest are repeats with a little noise; empty clusters restart
-    at random vectors.
-    """
-    picks = torch.randperm(len(vectors), device=vectors.device)
-    repeats = -(-num_codes // len(vectors))
-    centres = vectors[picks.repeat(repeats)[:num_codes]].clone()
-    if repeats > 1:
-        centres += 1e-3 * vectors.std() * torch.randn_like(centres)
-    for _ in range(iterations):
-        counts, sums = code_statistics(vectors, nearest_codes(vectors, centres), num_codes)
-        restarts = vectors[torch.randint(len(vectors), (num_codes,), device=vectors.device)]
-        centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), restarts)
-    return centres
-
-
-def code_statistics(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How often each code is used (K,), and the sum of its vectors (K, D)."""
-    counts = torch.bincount(codes, minlength=num_codes)
-    by_code = vectors[codes.argsort(stable=True)]
-    # Deterministic on a GPU too, where index_add is not.
-    return counts.to(vectors.dtype), torch.segment_reduce(by_code, "sum", lengths=counts)
+    codebook_loss: Tensor
+    entropy: Tensor
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces each latent vector by the nearest of `num_codes` vectors; gradients pass straight through.
+    """Replaces each latent vector by the nearest of `num_codes` vectors; gradients pass to the latents.
 
-    In training mode each forward also moves the codebook: running means of the vectors assigned to
-    each code, and codes used less than `revival_threshold` times the mean restart at vectors of the
-    batch. Set `defer_update` and call `update_codebook_()` once per optimiser step when gradients
-    are accumulated over several forwards.
+    In training mode each forward also moves an EMA codebook: running means of the vectors assigned to
+    each code. Codes used less than `revival_threshold` times the mean restart at vectors of the
+    batch, with either codebook. Set `defer_update` and call `update_codebook_()` once per optimiser step when
+    gradients are accumulated over several forwards.
 
     Args:
         num_codes: size of the codebook.
         code_dim: channels of the latents.
         decay: share kept of the running statistics at each update.
         revival_threshold: a code is dead below this share of the mean usage; 0 never revives.
+        update: "ema", or "gradient": the codebook is a parameter that `codebook_loss` pulls to its latents. A revived
+            row keeps its optimiser's moments.
+        distance: "l2", or "cosine": latents and codes are divided by their norms before they are compared, and the
+            quantised vector is the unit code.
+        gradient: "straight_through", or "rotation": the latent turned and scaled onto its code (`rotate_onto`).
+        entropy_temperature: divides the squared distances in the soft assignments of the entropy term; None: no term.
     """
 
-    def __init__(self, num_codes: int, code_dim: int, *, decay: float = 0.99, revival_threshold: float = 0.03):
+    def __init__(
+        self,
+        num_codes: int,
+        code_dim: int,
+        *,
+        decay: float = 0.99,
+        revival_threshold: float = 0.03,
+        update: str = "ema",
+        distance: str = "l2",
+        gradient: str = "straight_through",
+        entropy_temperature: float | None = None,
+    ):
         super().__init__()
         if num_codes < 1 or code_dim < 1:
             raise ValueError(f"num_codes and code_dim must be at least 1, got {num_codes} and {code_dim}.")
         if not 0 <= decay < 1 or not 0 <= revival_threshold < 1:
             raise ValueError(f"decay and revival_threshold lie in [0, 1), got {decay} and {revival_threshold}.")
+        for name, value, allowed in (
+            ("update", update, ("ema", "gradient")),
+            ("distance", distance, ("l2", "cosine")),
+            ("gradient", gradient, ("straight_through", "rotation")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+        if entropy_temperature is not None and entropy_temperature <= 0:
+            raise ValueError(f"entropy_temperature must be positive, got {entropy_temperature}.")
         self.num_codes, self.code_dim = num_codes, code_dim
         self.decay, self.revival_threshold = decay, revival_threshold
+        self.update, self.distance, self.gradient = update, distance, gradient
+        self.entropy_temperature = entropy_temperature
         self.defer_update = False
         self._pending: list[tuple[Tensor, Tensor]] = []
-        self.register_buffer("codebook", torch.randn(num_codes, code_dim))
+        codebook = self._normalize(torch.randn(num_codes, code_dim))
+        if update == "gradient":
+            self.codebook = nn.Parameter(codebook)
+        else:
+            self.register_buffer("codebook", codebook)
         self.register_buffer("counts", torch.ones(num_codes))
-        self.register_buffer("sums", self.codebook.clone())
+        self.register_buffer("sums", codebook.clone())
         self.register_buffer("is_initialized", torch.zeros((), dtype=torch.int64))
 
     def _apply(self, fn, recurse: bool = True):
@@ -104,27 +112,49 @@ class VectorQuantizer(nn.Module):
 
         return super()._apply(keep_precision, recurse)
 
+    def _normalize(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=1) if self.distance == "cosine" else vectors
+
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantise latents (B, D, H, W); raises ValueError when D is not `code_dim`."""
         if latents.ndim != 4 or latents.shape[1] != self.code_dim:
             raise ValueError(f"latents must be (B, {self.code_dim}, H, W), got {tuple(latents.shape)}.")
         with torch.autocast(latents.device.type, enabled=False):
-            exact = latents.float()
-            vectors = exact.detach().permute(0, 2, 3, 1).reshape(-1, self.code_dim)  # (B*H*W, D)
+            vectors = self._normalize(latents.float().permute(0, 2, 3, 1).reshape(-1, self.code_dim))  # (B*H*W, D)
+            exact = vectors.detach()
             if self.training and not self.is_initialized:
-                self.initialize_(vectors)
-            codes = nearest_codes(vectors, self.codebook)
-            shape = (latents.shape[0], *latents.shape[2:])
-            nearest = self.codebook[codes].view(*shape, -1).permute(0, 3, 1, 2)  # (B, D, H, W)
+                self.initialize_(exact)
+            codebook = self._normalize(self.codebook)
+            codes = nearest_codes(exact, codebook.detach())
+            rows = codebook[codes]  # (B*H*W, D)
+            nearest = rows.detach()
             if self.training:
-                self._pending.append((vectors, codes))
+                self._pending.append((exact, codes))
                 if not self.defer_update:
                     self.update_codebook_()
-            commitment = F.mse_loss(exact, nearest)
-            quantized = nearest + (exact - exact.detach())  # value of the code, gradient of the latent
-            usage = torch.bincount(codes, minlength=self.num_codes).float() / len(codes)
-            perplexity = torch.exp(-torch.special.xlogy(usage, usage).sum())
-        return QuantizerOutput(quantized.to(latents.dtype), codes.view(shape), commitment, perplexity)
+            commitment = F.mse_loss(vectors, nearest)
+            zero = commitment.new_zeros(())
+            codebook_loss = F.mse_loss(rows, exact) if self.update == "gradient" else zero
+            entropy = zero if self.entropy_temperature is None else self._entropy(vectors, codebook)
+            if self.gradient == "rotation":
+                quantized = rotate_onto(vectors, nearest)
+            else:
+                quantized = nearest + (vectors - exact)  # value of the code, gradient of the latent
+            shape = (latents.shape[0], *latents.shape[2:])
+            quantized = quantized.view(*shape, -1).permute(0, 3, 1, 2).to(latents.dtype)
+            perplexity = perplexity_of(codes, self.num_codes)
+        return QuantizerOutput(quantized, codes.view(shape), commitment, perplexity, codebook_loss, entropy)
+
+    def _entropy(self, vectors: Tensor, codebook: Tensor) -> Tensor:
+        """Mean entropy of the soft assignments minus the entropy of their mean; low: sharp, and all codes used."""
+        rows = max(1, _ENTROPY_ELEMENTS // self.num_codes)
+        total, mean = vectors.new_zeros(()), vectors.new_zeros(self.num_codes)
+        for part in vectors.split(rows):
+            log_p = (-torch.cdist(part, codebook).pow(2) / self.entropy_temperature).log_softmax(1)
+            p = log_p.exp()
+            total, mean = total - (p * log_p).sum(), mean + p.sum(0)
+        mean = mean / len(vectors)
+        return total / len(vectors) + torch.special.xlogy(mean, mean).sum()
 
     def lookup(self, codes: Tensor) -> Tensor:
         """The code vectors of codes (B, H, W): (B, D, H, W) float32; IndexError on an id out of range."""
@@ -132,13 +162,22 @@ class VectorQuantizer(nn.Module):
             raise IndexError(
                 f"codes must lie in [0, {self.num_codes - 1}], got {int(codes.min())} to {int(codes.max())}."
             )
-        return self.codebook[codes].permute(0, 3, 1, 2)
+        return self._normalize(self.codebook)[codes].permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def initialize_(self, vectors: Tensor) -> None:
-        """Start the codebook at the k-means centres of vectors (N, D) of all processes."""
-        vectors = gather_without_gradient(vectors.float())
-        centres = broadcast_(k_means(vectors, self.num_codes))
+        """Start the codebook at the k-means centres of vectors (N, D) of all processes.
+
+        Fewer vectors than codes give a UserWarning: such a codebook is larger than the data it starts from.
+        """
+        vectors = gather_without_gradient(self._normalize(vectors.float()))
+        if len(vectors) < self.num_codes:
+            warnings.warn(
+                f"the codebook of {self.num_codes} codes starts from {len(vectors)} latent vectors only, so that codes "
+                "repeat: use a smaller --num_codes, a larger batch, or more images.",
+                stacklevel=2,
+            )
+        centres = self._normalize(broadcast_(k_means(vectors, self.num_codes)))
         usage = len(vectors) / self.num_codes
         self.codebook.copy_(centres)
         self.counts.fill_(usage)
@@ -163,9 +202,12 @@ class VectorQuantizer(nn.Module):
         dead = self.counts < self.revival_threshold * mean_usage
         if dead.any():
             self._revive_(dead, vectors, mean_usage)
+        if self.update == "gradient":
+            return
         # A code unused for so long that nothing of its statistics is left stays where it is.
         used = (self.counts > _LEAST_COUNT)[:, None]
-        self.codebook.copy_(torch.where(used, self.sums / self.counts[:, None], self.codebook))
+        means = self._normalize(self.sums / self.counts[:, None])
+        self.codebook.copy_(torch.where(used, means, self.codebook))
 
     def _revive_(self, dead: Tensor, vectors: Tensor, mean_usage: Tensor) -> None:
         """Restart dead codes at random vectors of this batch, chosen by process 0 for all."""
@@ -173,3 +215,30 @@ class VectorQuantizer(nn.Module):
         chosen = broadcast_(chosen)
         self.sums.copy_(torch.where(dead[:, None], chosen * mean_usage, self.sums))
         self.counts.copy_(torch.where(dead, mean_usage, self.counts))
+        if self.update == "gradient":
+            self.codebook.copy_(torch.where(dead[:, None], chosen, self.codebook))
+
+    def usage(self) -> dict[str, float]:
+        """Of the running counts: code_usage, percent of the codes above the revival threshold, and dead_codes below."""
+        dead = int((self.counts < self.revival_threshold * self.counts.mean()).sum())
+        return {"code_usage": 100 * (1 - dead / self.num_codes), "dead_codes": float(dead)}
+
+
+def rotate_onto(vectors: Tensor, targets: Tensor) -> Tensor:
+    """`targets` (N, D) by value; by gradient `vectors` turned and scaled onto them, turn and scale held constant.
+
+    With unit vectors v, t and w = (v + t) / |v + t|, the turn x -> x - 2 w (w x) + 2 t (v x) takes v to t. Opposite
+    vectors have no such w, and a vector of zeros no direction: these pass the gradient straight through.
+
+    Source: Fifty et al. 2024, section 4.2.
+    """
+    exact = vectors.detach()
+    lengths, target_lengths = exact.norm(dim=1, keepdim=True), targets.norm(dim=1, keepdim=True)
+    v, t = F.normalize(exact, dim=1), F.normalize(targets, dim=1)
+    middle = v + t
+    w = F.normalize(middle, dim=1)
+    turned = vectors - 2 * w * (w * vectors).sum(1, keepdim=True) + 2 * t * (v * vectors).sum(1, keepdim=True)
+    turned = turned * (target_lengths / lengths.clamp_min(1e-12))
+    defined = (lengths > 1e-6) & (target_lengths > 1e-6) & (middle.norm(dim=1, keepdim=True) > 1e-6)
+    moved = torch.where(defined, turned, vectors)
+    return targets + (moved - moved.detach())

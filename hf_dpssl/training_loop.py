@@ -160,6 +160,7 @@ class TrainingLoop:
         self.history: list[dict] = []
         self.skipped = skipped
         self._pending: dict[str, float | torch.Tensor] = {}
+        self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         self._kept: dict[str, object] = {}
         folder = Path(args.output_dir) / "checkpoints" / name
         self.checkpoints = CheckpointFolder(folder, args.checkpoints_total_limit)
@@ -223,6 +224,7 @@ class TrainingLoop:
             keyed_random.seed_step(args.seed, micro_step, accelerator.process_index)
             yield self._to_device(batch)
             micro_step += 1
+            self._note_finite(batch.get("sample_ids"))
             if micro_step % args.gradient_accumulation_steps:
                 continue
             self.step += 1
@@ -245,6 +247,31 @@ class TrainingLoop:
     def _to_device(self, batch: dict) -> dict:
         device = self.accelerator.device
         return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def _note_finite(self, sample_ids: torch.Tensor | None) -> None:
+        """Remember whether this step's values are finite; read at once on a CPU, else before logs and checkpoints."""
+        values = [torch.as_tensor(value).detach().float() for value in self._pending.values() if value is not None]
+        if values:
+            device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
+            finite = torch.stack([value.to(device) for value in values]).isfinite().all()
+            self._unchecked.append((self.step + 1, finite, sample_ids))
+            read = any((self.step + 1) % n == 0 for n in (self.args.logging_steps, self.args.checkpointing_steps))
+            if device.type == "cpu" or read or self.step + 1 == self.total_steps:
+                self._check_finite()
+
+    def _check_finite(self) -> None:
+        """FloatingPointError at the first step whose logged values were not finite; checkpoints before it are kept."""
+        for step, finite, sample_ids in self._unchecked:
+            if not finite:
+                values = {name: float(value) for name, value in self._pending.items() if value is not None}
+                ids = "" if sample_ids is None else f", images {sample_ids.tolist()}"
+                kept = self.checkpoints.steps()
+                raise FloatingPointError(
+                    f"{self.name}: a loss is not finite at step {step}{ids} (last values {values}). The last checkpoint "
+                    f"is {f'of step {max(kept)}' if kept else 'none yet'}, in {self.checkpoints.path}. Lower the learning "
+                    "rate or the weights of the losses, or look at these images."
+                )
+        self._unchecked.clear()
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Values of this step for bar, trackers and curves; read every `logging_steps` only."""

@@ -77,7 +77,7 @@ def test_encoder_and_decoder_start_with_diffusers_own_weights():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantizer": "gumbel"}, "'vq', 'none'"),
+        ({"quantizer": "gumbel"}, "'vq', 'kl', 'none'"),
         ({"reconstruction_loss": "huber"}, "'l2', 'l1'"),
         ({"decoder_block_out_channels": [8, 8, 16]}, "same number of levels"),
         ({"norm_num_groups": 3}, "norm_num_groups=3 must divide every width"),
@@ -137,7 +137,7 @@ def test_autoencoder_without_quantiser_decodes_its_latents_and_has_no_codes():
     assert torch.equal(output.loss, F.mse_loss(output.pixel_values, images()))
     assert model.encode(images()).codes is None
     for call in (lambda: model.quantize(output.latents), lambda: model.decode_codes(torch.zeros(1, 4, 4).long())):
-        with pytest.raises(ValueError, match="no quantiser"):
+        with pytest.raises(ValueError, match="no codebook"):
             call()
 
 

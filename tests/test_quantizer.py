@@ -2,11 +2,12 @@
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
 
-from hf_dpssl import VectorQuantizer, quantizer
+from hf_dpssl import VectorQuantizer
 from hf_dpssl.quantizer import code_statistics, k_means, nearest_codes
 
 FLOAT_BUFFERS = ("codebook", "counts", "sums")
@@ -38,10 +39,11 @@ def state(vq: VectorQuantizer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in vq.state_dict().items()}
 
 
-@pytest.mark.parametrize("chunk", [1, 50, 2**25])
+@pytest.mark.parametrize("tile", [(1, 1, 1), (7, 8, 4), (512, 2048, 128)])
 @pytest.mark.parametrize(("rows", "codes", "columns"), [(1, 1, 1), (40, 7, 3), (101, 32, 4)])
-def test_nearest_codes_equal_brute_force_also_in_chunks(rows, codes, columns, chunk, monkeypatch):
-    monkeypatch.setattr(quantizer, "_MAX_CHUNK_ELEMENTS", chunk)
+def test_nearest_codes_equal_brute_force_also_in_tiles(rows, codes, columns, tile, monkeypatch):
+    for name, size in zip(("_TILE_VECTORS", "_TILE_CODES", "_BLOCK"), tile, strict=True):
+        monkeypatch.setattr(sys.modules["hf_dpssl.nearest_codes"], name, size)
     vectors, codebook = random(rows, columns), random(codes, columns, seed=1)
     squared = (vectors.double()[:, None] - codebook.double()[None]).pow(2).sum(2)
     assert torch.equal(nearest_codes(vectors, codebook), squared.argmin(1))

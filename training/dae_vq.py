@@ -1,8 +1,10 @@
-"""Train a VQ autoencoder: decoupled (DAE: weak auxiliary decoder, freeze, real decoder) or jointly.
+"""Train an autoencoder: decoupled (DAE: weak auxiliary decoder, freeze, real decoder) or jointly, VQ, KL or plain.
 
     python training/dae_vq.py                                    # DAE on digits, CPU, minutes
-    python training/dae_vq.py --scheme joint                     # ordinary training, the SUM of both stages' steps
-    python training/dae_vq.py --scheme joint --budget encoder    # joint for stage 1's steps, then the decoder alone
+    python training/dae_vq.py --arm joint                        # ordinary training, the SUM of both stages' steps
+    python training/dae_vq.py --arm joint --budget encoder       # joint for stage 1's steps, then the decoder alone
+    python training/dae_vq.py --adversarial hinge --perceptual outputs/demo/encoder    # a VQGAN
+    python training/dae_vq.py --init_from path/to/VQModel        # a new decoder for an autoencoder one has
     accelerate launch training/dae_vq.py --dataset path/to/images --image_size 64
 
 Writes OUTPUT_DIR/NAME (autoencoder with latent statistics and hashes of the frozen tensors,
@@ -12,7 +14,7 @@ results.json, recipe.yaml, reconstructions.png, curves.png, model card) and chec
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 
 import torch
@@ -20,77 +22,36 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
-from hf_dpssl.batches import ImageSource, evaluation_batches, spread_rows
+from hf_dpssl.adversarial_training import Adversary, ReconstructionGuard
+from hf_dpssl.autoencoder_arguments import CONFIG_FLAGS, VQArguments
+from hf_dpssl.autoencoder_importers import convert_autoencoder
+from hf_dpssl.autoencoder_training import (
+    ARMS,
+    BestDecoder,
+    Stage,
+    Validation,
+    evaluate,
+    measure_latents,
+    plateau,
+    stages_of,
+    step_flops,
+)  # fmt: skip
+from hf_dpssl.batches import ImageSource, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.configuration_vq import VQConfig
 from hf_dpssl.data import load_images
-from hf_dpssl.evaluation import codebook_usage, psnr
-from hf_dpssl.image_table import ImageTable
 from hf_dpssl.keyed_random import derive_seed
 from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_vq import VQAutoencoder, VQConfig
+from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from hf_dpssl.modeling_vq import VQAutoencoder
+from hf_dpssl.perceptual import load_perceptual
 from hf_dpssl.plots import plot_curves, save_grid
-from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
+from hf_dpssl.recipe import parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
 from hf_dpssl.transforms import PRESETS, to_model_range
 
-
-@dataclass
-class VQArguments(RunArguments):
-    """Scheme, architecture and optimiser; the defaults are a decoupled autoencoder of the embedded digits."""
-
-    name: str = option("autoencoder", "subfolder of output_dir for the finished autoencoder")
-    scheme: str = option("dae", "decoupled or ordinary training", choices=["dae", "joint"])
-    budget: str = option(
-        "total",
-        "of --scheme joint: joint training for the sum of both stages' steps (total), or for stage 1's steps and then "
-        "the decoder alone (encoder)",
-        choices=["total", "encoder"],
-    )
-    stage_1_steps: int = option(400, "optimiser steps of stage 1")
-    stage_2_steps: int = option(400, "optimiser steps of stage 2")
-    encoder_channels: list[int] = option([16, 32], "width of each encoder level; n levels downsample by 2^(n-1)")
-    decoder_channels: list[int] = option([24, 48], "width of each decoder level")
-    layers_per_block: int = option(1, "residual blocks per level")
-    auxiliary_channels: list[int] = option([16, 32], "width of each level of stage 1's weak decoder")
-    auxiliary_dropout: float = option(0.05, "dropout in the residual blocks of stage 1's weak decoder")
-    norm_num_groups: int = option(8, "groups of the group norms")
-    mid_block_attention: bool = option(False, "self-attention at the lowest resolution")
-    latent_channels: int = option(4, "channels of latents and codes")
-    quantizer: str = option("vq", "vq, or none for a plain autoencoder", choices=["vq", "none"])
-    num_codes: int = option(256, "size of the codebook")
-    codebook_decay: float = option(0.99, "share kept of the codebook's statistics at each step")
-    revival_threshold: float = option(0.03, "codes used below this share of the mean restart; 0: never")
-    commitment_weight: float = option(0.25, "weight of the commitment term")
-    reconstruction_loss: str = option("l2", "pixel loss", choices=["l2", "l1"])
-    learning_rate: float = option(2e-3, "peak learning rate of each stage")
-    weight_decay: float = option(0.0, "weight decay")
-    batch_size: int = option(32, "images per process and batch")
-    warmup_steps: int = option(20, "steps of linear warm-up in each stage")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("stage_1_steps", "stage_2_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-
-
-@dataclass
-class Stage:
-    """One optimisation: its name, its steps, and whether encoder and codebook learn."""
-
-    name: str
-    steps: int
-    train_encoder: bool
-
-
-def stages_of(args: VQArguments) -> list[Stage]:
-    """The stages of a scheme and budget."""
-    if args.scheme == "dae":
-        return [Stage("stage-1", args.stage_1_steps, True), Stage("stage-2", args.stage_2_steps, False)]
-    if args.budget == "encoder":
-        return [Stage("joint", args.stage_1_steps, True), Stage("decoder", args.stage_2_steps, False)]
-    return [Stage("joint", args.stage_1_steps + args.stage_2_steps, True)]
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -109,19 +70,25 @@ def main(argv: list[str] | None = None) -> Path:
     )
     source = ImageSource.from_arguments(data, args, accelerator, args.image_size or data.entry.image_size)
 
+    validation = validation_of(args, source)
+
     # Model
-    model = make_model(args, source.image_size).to(accelerator.device)
-    initialize_codebook(model, source, args)
+    model, stages = make_model(args, source)
+    model.to(accelerator.device)
+    if args.init_from is None:
+        initialize_codebook(model, source, args)
+    accelerator.print("; ".join(f"{stage.name}: {stage.steps} steps" for stage in stages))
 
     # Stages
     history = []
-    for stage in stages_of(args):
+    for stage in stages:
         if not stage.train_encoder:
+            model.config.codebook_frozen = not args.train_codebook_in_stage_2
             model.freeze_encoder()
-            if args.scheme == "dae":
-                torch.manual_seed(derive_seed(args.seed, "decoder of stage 2"))
-                model.replace_decoder(args.decoder_channels, args.layers_per_block)
-        model, entries = train_stage(model, stage, args, accelerator, source)
+        if stage.decoder == "fresh":
+            torch.manual_seed(derive_seed(args.seed, "decoder of stage 2"))
+            model.replace_decoder(args.decoder_channels, args.layers_per_block)
+        model, entries = train_stage(model, stage, stage is stages[-1], args, accelerator, source, validation)
         history += [entry | {"step": entry["step"] + (history[-1]["step"] if history else 0)} for entry in entries]
         if not stage.train_encoder:
             model.check_encoder_unchanged()
@@ -129,27 +96,49 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
-        save(model.eval(), args, source, history, target)
+        save(model.eval(), args, source, stages, history, target)
     finish(accelerator, args, source.skipped)
     return target
 
 
-def make_model(args: VQArguments, image_size: int) -> VQAutoencoder:
-    """The autoencoder of the first stage."""
-    weak = args.scheme == "dae"
-    config = VQConfig(
-        image_size=image_size,
-        encoder_block_out_channels=args.encoder_channels,
-        decoder_block_out_channels=args.auxiliary_channels if weak else args.decoder_channels,
-        encoder_layers_per_block=args.layers_per_block,
-        decoder_dropout=args.auxiliary_dropout if weak else 0.0,
-        **{
-            name: getattr(args, name)
-            for name in "norm_num_groups mid_block_attention latent_channels quantizer num_codes codebook_decay "
-            "revival_threshold commitment_weight reconstruction_loss".split()
-        },
+def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, list[Stage]]:
+    """The autoencoder of the first stage, and the stages."""
+    if args.init_from is not None:
+        options = {"image_size": source.image_size, "num_channels": args.num_channels}
+        model = convert_autoencoder(args.init_from, config_file=args.init_config, **options)
+        decoder = "fresh" if args.init_decoder == "fresh" else "keep"
+        if decoder == "keep" and model.config.backbone is None:
+            args.decoder_channels = list(model.config.decoder_block_out_channels)
+        return model, [Stage("decoder", args.stage_2_steps, False, decoder)]
+    decoupled, narrow, dropout = ARMS[args.arm]
+    options = {name: getattr(args, name) for name in CONFIG_FLAGS} | {"image_size": source.image_size}
+    options |= {"encoder_block_out_channels": args.encoder_channels, "encoder_layers_per_block": args.layers_per_block}
+    full = VQConfig(**options, decoder_block_out_channels=args.decoder_channels)
+    if narrow:
+        options |= {"decoder_layers_per_block": args.auxiliary_layers_per_block or args.layers_per_block}
+    first = VQConfig(
+        **options,
+        decoder_block_out_channels=args.auxiliary_channels if narrow else args.decoder_channels,
+        decoder_dropout=args.auxiliary_dropout if dropout else 0.0,
+        decoder_dropout_kind=args.auxiliary_dropout_kind,
     )
-    return VQAutoencoder(config)
+    flops = {}
+    if not decoupled and args.budget == "flops":
+        reference = VQAutoencoder(full)
+        flops = {
+            n: step_flops(reference, source.image_size, train_encoder=n != "stage_2") for n in ("joint", "stage_2")
+        }
+        flops["stage_1"] = flops["joint"]
+    set_seed(args.seed)  # the encoder is drawn first: it is the same in every arm
+    model = VQAutoencoder(first)
+    return model, stages_of(args.arm, args.budget, args.stage_1_steps, args.stage_2_steps, flops)
+
+
+def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
+    """Fixed held-out images, where the data set has some."""
+    table = source.evaluation_table()
+    rows = None if table is None else spread_rows(len(table), args.validation_images)
+    return None if rows is None else Validation(table, rows, args.num_channels)
 
 
 @torch.no_grad()
@@ -161,108 +150,152 @@ def initialize_codebook(model: VQAutoencoder, source: ImageSource, args: VQArgum
     latents = []
     for _ in range(args.gradient_accumulation_steps):
         batch = next(batches)
-        pixel_values = to_model_range(batch["images"], batch["sample_ids"], 0, seed=args.seed, flip=0.0)
+        pixel_values = pixels(batch, args, 0.0)
         latents.append(model.encode(pixel_values.to(model.device)).latents)
     torch.manual_seed(derive_seed(args.seed, "k-means"))
     model.quantizer.initialize_(torch.cat(latents).permute(0, 2, 3, 1).flatten(0, 2))
 
 
+def pixels(batch: dict, args: VQArguments, flip: float) -> torch.Tensor:
+    """Images of a batch in [-1, 1], mirrored with probability `flip`, (B, num_channels, H, W)."""
+    images = to_model_range(batch["images"], batch["sample_ids"], batch["epoch"], seed=args.seed, flip=flip)
+    return images.mean(1, keepdim=True) if args.num_channels == 1 else images
+
+
 def train_stage(
-    model: VQAutoencoder, stage: Stage, args: VQArguments, accelerator: Accelerator, source: ImageSource
-) -> tuple[VQAutoencoder, list[dict]]:
+    model: VQAutoencoder, stage: Stage, is_last: bool, args: VQArguments, accelerator: Accelerator,
+    source: ImageSource, validation: Validation | None,
+) -> tuple[VQAutoencoder, list[dict]]:  # fmt: skip
     """Train one stage (or find it finished in a checkpoint); returns the model and its log."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     flip = PRESETS[source.data.entry.augmentation].flip
     parameters = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
-    steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=stage.steps)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
+    optimizer, scheduler = make_optimizer(parameters, args.learning_rate, stage.steps, args)
     loop = TrainingLoop(args, accelerator, f"{args.name}/{stage.name}", stage.steps, source.loader, source.skipped)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler)
-    quantizer = model.quantizer if stage.train_encoder else None
+    perceptual = load_perceptual(args.perceptual).to(accelerator.device) if args.perceptual else None
+    adversary = make_adversary(args, stage, source, accelerator) if is_last and args.adversarial != "none" else None
+    best = BestDecoder() if args.init_from is not None and validation is not None else None
+    kept = {"best": best} if best else {}
+    kept |= adversary.kept() if adversary else {}
+    loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, **kept)
+    quantizer = model.quantizer if stage.train_encoder or not model.config.codebook_frozen else None
     if quantizer is not None:
         quantizer.defer_update = True  # the codebook moves once per optimiser step
+    if best and loop.step == 0:
+        best.offer(model, validation.psnr(model), 0)
 
     for batch in loop:
-        with accelerator.accumulate(wrapped):
-            pixel_values = to_model_range(
-                batch["images"], batch["sample_ids"], batch["epoch"], seed=args.seed, flip=flip
-            )
+        pixel_values, values = pixels(batch, args, flip), {}
+        with accelerator.accumulate(wrapped, *(adversary.wrapped() if adversary else ())):
+            # Autoencoder
             output = wrapped(pixel_values)
-            accelerator.backward(output.loss)
+            target = output.recon
+            if perceptual is not None:
+                values["perceptual"] = perceptual(pixel_values, output.pixel_values)
+                target = target + args.perceptual_weight * values["perceptual"]
+            loss = output.loss - output.recon + target
+            if adversary and adversary.reaches_generator(loop.step):
+                term, more = adversary.generator_term(output.pixel_values, target, model.last_decoder_layer)
+                loss, values = loss + term, values | more
+            accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
                 accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        usage = None if output.codes is None else 100 * len(output.codes.unique()) / args.num_codes
-        loop.log(recon=output.recon.detach(), commit=output.commit.detach(), perplexity=output.perplexity, usage=usage)
+            # Discriminator, on the same batch
+            if adversary and adversary.trains(loop.step):
+                values["adv_d"] = adversary.step(accelerator, pixel_values, output.pixel_values)
+        usage = None if output.codes is None else 100 * len(output.codes.unique()) / model.config.num_codes
+        values |= {"recon": output.recon, "commit": output.commit, "perplexity": output.perplexity, "usage": usage}
+        loop.log(**{name: value.detach() if torch.is_tensor(value) else value for name, value in values.items()})
         if accelerator.sync_gradients:
             scheduler.step()
+            if adversary:
+                adversary.scheduler.step()
             if quantizer is not None:
                 quantizer.update_codebook_()
+            if validation and ((loop.step + 1) % args.validation_steps == 0 or loop.step + 1 == stage.steps):
+                validate(model, validation, loop, adversary, best)
 
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    if best:
+        best.restore(model)
     accelerator.free_memory()
     return model, [entry | {"stage": stage.name} for entry in loop.history]
 
 
-@torch.no_grad()
-def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range) -> None:
-    """Store mean and standard deviation of each latent channel over training images in the config."""
-    count, total, squares = 0, 0.0, 0.0
-    for batch in evaluation_batches(table, 256, rows):
-        pixel_values = batch["images"].to(model.device, torch.float32) / 127.5 - 1
-        latents = model.encode(pixel_values).latents.double().cpu()
-        count += latents.numel() // latents.shape[1]
-        total = total + latents.sum((0, 2, 3))
-        squares = squares + latents.pow(2).sum((0, 2, 3))
-    mean = total / count
-    model.config.latent_mean = mean.tolist()
-    model.config.latent_std = (squares / count - mean.pow(2)).clamp_min(1e-12).sqrt().tolist()
+def make_optimizer(parameters: list, learning_rate: float, steps: int, args: VQArguments):
+    """AdamW and its schedule over a stage."""
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    schedule = dict(num_warmup_steps=args.warmup_steps, num_training_steps=steps)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
 
-@torch.no_grad()
-def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict[str, float], torch.Tensor]:
-    """PSNR and code statistics on held-out images, and a picture (16, 3, H, W): eight of them, then reconstructed."""
-    count, total, codes, pictures = 0, 0.0, [], None
-    for batch in evaluation_batches(table, 256, rows):
-        pixel_values = batch["images"].to(model.device, torch.float32) / 127.5 - 1
-        output = model(pixel_values)
-        reconstructions = output.pixel_values.clamp(-1, 1).float()
-        count += len(pixel_values)
-        total += len(pixel_values) * psnr(pixel_values, reconstructions)["psnr"]
-        if pictures is None:
-            pictures = torch.cat([pixel_values[:8], reconstructions[:8]]).cpu()
-        if output.codes is not None:
-            codes.append(output.codes.cpu())
-    metrics = {"psnr": total / count}
-    if codes:
-        metrics |= codebook_usage(torch.cat(codes), model.config.num_codes)
-    return metrics, pictures
+def make_adversary(args: VQArguments, stage: Stage, source: ImageSource, accelerator: Accelerator) -> Adversary:
+    """Discriminator, its optimiser and the guard."""
+    torch.manual_seed(derive_seed(args.seed, "discriminator"))
+    shape = {"num_channels": args.num_channels, "image_size": source.image_size, "width": args.discriminator_width}
+    bare = PatchDiscriminator(PatchDiscriminatorConfig(**shape, num_layers=args.discriminator_layers)).train()
+    rate = args.discriminator_learning_rate or args.learning_rate
+    optimizer, scheduler = make_optimizer(list(bare.parameters()), rate, stage.steps, args)
+    discriminator, optimizer = accelerator.prepare(bare.to(accelerator.device), optimizer)
+    guard = ReconstructionGuard(args.guard_factor)
+    return Adversary(args.term(stage.steps), bare, discriminator, optimizer, scheduler, guard)
 
 
-def save(model: VQAutoencoder, args: VQArguments, source: ImageSource, history: list[dict], target: Path) -> None:
+def validate(
+    model: VQAutoencoder,
+    validation: Validation,
+    loop: TrainingLoop,
+    adversary: Adversary | None,
+    best: BestDecoder | None,
+) -> None:
+    """Validation PSNR into the log, the guard and, for a taken-over autoencoder, the best decoder."""
+    step, decibels = loop.step + 1, validation.psnr(model)
+    entry = {"step": step, "validation_psnr": decibels}
+    if adversary and adversary.guard.check(10 ** (-decibels / 10), step, adversary.reaches_generator(loop.step)):
+        entry["guard"] = adversary.guard.scale
+    loop.history.append(entry)
+    if best:
+        best.offer(model, decibels, step)
+    if model.quantizer is not None and (usage := model.quantizer.usage())["code_usage"] < 50:
+        logger.warning("step %d: only %.0f %% of the codes are in use.", step, usage["code_usage"])
+
+
+def save(
+    model: VQAutoencoder, args: VQArguments, source: ImageSource, stages: list[Stage], history: list[dict], target: Path
+) -> None:
     """Measure, evaluate, and write the complete checkpoint folder."""
     data, training_table = source.data, source.training_table()
     held_out = source.evaluation_table() or training_table
     train_rows, held_out_rows = (spread_rows(len(t), args.evaluation_images) for t in (training_table, held_out))
     measure_latents(model, training_table, train_rows)
     metrics, pictures = evaluate(model, held_out, held_out_rows)
-    model.config.dpssl = {
+    model.config.dpssl |= {
         "scheme": args.scheme,
+        "arm": args.arm,
         "dataset": data.name,
         "licence_of_data": data.entry.licence,
         "class_names": data.class_names,
         "metrics": metrics,
     }
+    about = {
+        "arm": args.arm,
+        "stages": {stage.name: stage.steps for stage in stages},
+        "plateau": {stage.name: plateau(history, stage.name) for stage in stages},
+        "validation_psnr": [[e["step"], round(e["validation_psnr"], 3)] for e in history if "validation_psnr" in e],
+        "guard_lowered_weight": [e["step"] for e in history if e.get("guard")],
+    }
     samples = {"train": len(training_table), "latent_statistics": len(train_rows), "evaluation": len(held_out_rows)}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
-        plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.scheme}")
+        plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.arm}")
         save_grid(pictures, folder / "reconstructions.png", columns=8, min_side=64)
-        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples)
-        title = f"VQ autoencoder ({args.scheme}) of {data.name}"
+        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
+        title = f"Autoencoder ({args.quantizer}, {args.arm}) of {data.name}"
         write_card(folder, "autoencoder", title=title, license_of_data=data.entry.licence)
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 

@@ -19,18 +19,17 @@ gradient scale, which differs between joint and per-anchor normalisation.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from dimensions_report import MARGIN, area, automatic, best_metric, comparisons, plot, point_row, row
+from runs import claimed
 from torch import Tensor
 
 from hf_dpssl import keyed_random
@@ -119,18 +118,6 @@ def planned(stage: str, runs: Path, cells: list[tuple[str, int]]) -> Iterator[Ru
 def read(runs: Path, run: Run) -> dict:
     """What a finished run wrote."""
     return json.loads((runs / run.file).read_text(encoding="utf-8"))
-
-
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """True when no other process works on this file; the claim ends with the process, however it ends."""
-    with open(path.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield not path.exists()
 
 
 def load_splits(runs: Path) -> dict[str, tuple[Tensor, Tensor]]:
