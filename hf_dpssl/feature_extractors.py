@@ -126,14 +126,18 @@ def timm_extractor(model: nn.Module, name: str, *, device: torch.device | str | 
     """A timm model with its pooled features (before the classifier) and, where it has one, its linear classifier.
 
     Images are resized to the size of its pretrained_cfg by antialiased bicubic or bilinear interpolation, whichever
-    stands there, without a crop, and normalised by its mean and std.
+    stands there, without a crop, and normalised by its mean and std (their average, for a model of grey images).
     """
     settings = timm.data.resolve_data_config({}, model=model)
-    channels, *size = settings["input_size"]
+    size, channels = settings["input_size"][1:], _channels(model)
     mode = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
     device = torch.device(device or best_device())
     model = model.eval().requires_grad_(False).to(device)
-    prepare = _Prepare(tuple(size), mode, settings["mean"], settings["std"])
+    mean, std = (
+        values if len(values) == channels else [sum(values) / len(values)] * channels
+        for values in (settings["mean"], settings["std"])
+    )
+    prepare = _Prepare(tuple(size), mode, mean, std)
     classifier = model.get_classifier()
 
     def function(images: Tensor) -> Tensor:
@@ -148,6 +152,13 @@ def timm_extractor(model: nn.Module, name: str, *, device: torch.device | str | 
         head=classifier if isinstance(classifier, nn.Linear) else None,
         device=device,
     )
+
+
+def _channels(model: nn.Module) -> int:
+    """Of the images: what the first convolution takes, as timm's configuration names it; that keeps 3 always."""
+    first = model.pretrained_cfg.get("first_conv")
+    first = first if isinstance(first, str) or first is None else first[0]
+    return model.get_submodule(first).in_channels if first else model.pretrained_cfg["input_size"][0]
 
 
 class _Prepare:

@@ -116,7 +116,7 @@ def warn_about_few(number: int, dimension: int) -> None:
             f"Frechet distance is far too large. Use more than {dimension} images (10 times as many for figures to "
             "be compared), kid, or frechet_extrapolation."
         )
-        warnings.warn(message, UserWarning, stacklevel=5)
+        warnings.warn(message, UserWarning, stacklevel=4)
 
 
 def _features(images: Images, extractor: Extractor | str, batch_size: int) -> Tensor:
