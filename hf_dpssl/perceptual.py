@@ -71,8 +71,8 @@ class LpipsDistance(nn.Module):
             self.network = _LPIPS(pretrained=True, net="vgg", use_dropout=False, eval_mode=True)
         except OSError as error:
             raise OSError(
-                f"the VGG-16 of LPIPS cannot be downloaded ({error}): connect to the network, put it into torch's cache, "
-                "or name a frozen encoder instead, e.g. one of your own trained by training/contrastive.py."
+                f"the VGG-16 of LPIPS cannot be downloaded ({error}): connect to the network, put it into its cache, or "
+                "name a frozen encoder instead, e.g. one of your own trained by training/contrastive.py."
             ) from error
         self.train(False)
 

@@ -266,9 +266,10 @@ class TrainingLoop:
                 values = {name: float(value) for name, value in self._pending.items() if value is not None}
                 ids = "" if sample_ids is None else f", images {sample_ids.tolist()}"
                 kept = self.checkpoints.steps()
+                last = f"of step {max(kept)}" if kept else "none yet"
                 raise FloatingPointError(
-                    f"{self.name}: a loss is not finite at step {step}{ids} (last values {values}). The last checkpoint "
-                    f"is {f'of step {max(kept)}' if kept else 'none yet'}, in {self.checkpoints.path}. Lower the learning "
+                    f"{self.name}: a loss is not finite at step {step}{ids} (last values {values}). The last "
+                    f"checkpoint is {last}, in {self.checkpoints.path}. Lower the learning "
                     "rate or the weights of the losses, or look at these images."
                 )
         self._unchecked.clear()

@@ -15,9 +15,8 @@ TESTS = sorted((REPOSITORY / "tests").glob("*.py"))
 LEVELS = [
     "weights products kernels similarities matching tiles bank_tiles gather calibration keyed_random".split()
     + "losses momentum nearest_codes quantizer adversarial drop_ins".split(),
-    "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start backbone_encoder configuration_vq"
-    " autoencoder_blocks modeling_vq"
-    " latent_density modeling_vaegan modeling_discriminator".split(),
+    "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start backbone_encoder"
+    " configuration_vq autoencoder_blocks modeling_vq latent_density modeling_vaegan modeling_discriminator".split(),
     "images colour resample transforms digits data image_table batches checkpoint pipeline_classes".split()
     + "pipeline_vq_dit diffusion latent_cache pipeline_vq_token evaluation plots embedder embeddings_table".split()
     + "map_page pickled_tensors foreign_layouts autoencoder_importers perceptual feature_extractors".split(),

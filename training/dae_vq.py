@@ -212,7 +212,7 @@ def train_stage(
         loop.log(**{name: value.detach() if torch.is_tensor(value) else value for name, value in values.items()})
         if accelerator.sync_gradients:
             scheduler.step()
-            if adversary:
+            if adversary and adversary.trains(loop.step):
                 adversary.scheduler.step()
             if quantizer is not None:
                 quantizer.update_codebook_()
@@ -239,10 +239,11 @@ def make_adversary(args: VQArguments, stage: Stage, source: ImageSource, acceler
     shape = {"num_channels": args.num_channels, "image_size": source.image_size, "width": args.discriminator_width}
     bare = PatchDiscriminator(PatchDiscriminatorConfig(**shape, num_layers=args.discriminator_layers)).train()
     rate = args.discriminator_learning_rate or args.learning_rate
-    optimizer, scheduler = make_optimizer(list(bare.parameters()), rate, stage.steps, args)
+    term = args.term(stage.steps)
+    optimizer, scheduler = make_optimizer(list(bare.parameters()), rate, max(1, stage.steps - term.start), args)
     discriminator, optimizer = accelerator.prepare(bare.to(accelerator.device), optimizer)
     guard = ReconstructionGuard(args.guard_factor)
-    return Adversary(args.term(stage.steps), bare, discriminator, optimizer, scheduler, guard)
+    return Adversary(term, bare, discriminator, optimizer, scheduler, guard)
 
 
 def validate(
