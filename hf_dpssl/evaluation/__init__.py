@@ -1,11 +1,13 @@
 """Evaluation protocols: arrays and callables in, dict[str, float] out; no model class is known here."""
 
+from .cai_lim import cai_lim, gaussian_cai_lim
 from .codebook import codebook_usage
 from .feature_statistics import FeatureStatistics
 from .frechet import frechet_distance, frechet_distance_of_features
 from .frechet_uncertainty import frechet_extrapolation, frechet_interval
 from .generation import class_consistency, copies, diversity
 from .geometry import alignment, effective_rank, spectrum, uniformity
+from .gromov import gromov_wasserstein
 from .image_quality import image_quality, quality_fingerprint
 from .inception_score import inception_score
 from .kernel_distance import kernel_distance, polynomial_mmd
@@ -22,6 +24,7 @@ __all__ = [
     "FeatureStatistics",
     "MODULES",
     "alignment",
+    "cai_lim",
     "class_consistency",
     "codebook_usage",
     "continuity",
@@ -33,6 +36,8 @@ __all__ = [
     "frechet_distance_of_features",
     "frechet_extrapolation",
     "frechet_interval",
+    "gaussian_cai_lim",
+    "gromov_wasserstein",
     "image_quality",
     "inception_score",
     "kernel_distance",
@@ -42,17 +47,17 @@ __all__ = [
     "lipschitz_pair",
     "lipschitz_pair_values",
     "load",
+    "local_lipschitz_values",
     "lpips",
     "manifold_overlap",
-    "local_lipschitz_values",
     "nearest_neighbours",
-    "polynomial_mmd",
     "operator_norm",
     "operator_norms",
+    "polynomial_mmd",
     "psnr",
     "quality_fingerprint",
     "spectrum",
-    "trustworthiness",
     "ssim",
+    "trustworthiness",
     "uniformity",
 ]
