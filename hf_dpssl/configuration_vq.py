@@ -13,7 +13,8 @@ _CHOICES = {
     "decoder_dropout_kind": ("element", "channel", "depth"),
 }
 _COUNTS = "image_size num_channels latent_channels num_codes norm_num_groups encoder_layers_per_block".split()
-# f: pixels per latent cell and side; f4 to f16 are published layouts (Esser et al. 2021; Rombach et al. 2022).
+# f: pixels per latent cell and side. f16 is the first stage of taming's configs/faceshq_vqgan.yaml (Esser et al. 2021),
+# f4 and f8 are vq-f4 and vq-f8 of latent diffusion (Rombach et al. 2022); f2, for small images, is ours.
 _PUBLISHED = {"norm_num_groups": 32, "encoder_layers_per_block": 2, "reconstruction_loss": "l1"}
 PRESETS = {
     "f2": _PUBLISHED
@@ -22,7 +23,7 @@ PRESETS = {
     | {"encoder_block_out_channels": [128, 256, 512], "latent_channels": 3, "num_codes": 8192, "image_size": 256},
     "f8": _PUBLISHED
     | {
-        "encoder_block_out_channels": [128, 128, 256, 512],
+        "encoder_block_out_channels": [128, 256, 256, 512],
         "latent_channels": 4,
         "num_codes": 16384,
         "image_size": 256,
@@ -73,7 +74,7 @@ class VQConfig(PretrainedConfig):
         encoder_frozen: encoder and quant_conv take no gradient and no update, nor does the codebook.
         codebook_frozen: False: with a frozen encoder the codebook nevertheless goes on learning.
         backbone: entry of `backbone_encoder.complete_backbone`: a timm model whose spatial features are the latents, in
-            place of the convolutional encoder; `encoder_block_out_channels` then only counts levels.
+            place of the convolutional encoder; `encoder_block_out_channels` is then the decoder's and means nothing.
         encoder_sha256: hash of every tensor of encoder, quant_conv and codebook; in decoupled training
             taken before stage 2 and checked after it.
         latent_mean, latent_std: per channel, of latents of training images, measured when training ends.
@@ -122,6 +123,8 @@ class VQConfig(PretrainedConfig):
         self.num_channels = num_channels
         self.encoder_block_out_channels = list(encoder_block_out_channels or (32, 64))
         self.decoder_block_out_channels = list(decoder_block_out_channels or self.encoder_block_out_channels)
+        if backbone is not None:
+            self.encoder_block_out_channels = list(self.decoder_block_out_channels)
         self.encoder_layers_per_block = encoder_layers_per_block
         self.decoder_layers_per_block = decoder_layers_per_block or encoder_layers_per_block
         self.norm_num_groups = norm_num_groups
@@ -167,10 +170,27 @@ class VQConfig(PretrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **overrides) -> VQConfig:
-        """A published layout by its downsampling factor, "f2" to "f16"; `overrides` replace its fields."""
+        """A layout by its downsampling factor, "f2" to "f16" (all but f2 published); `overrides` replace its fields.
+
+        `image_size=32` makes a small-image model of the same layout, `quantizer="kl"` one with Gaussian latents.
+        """
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}.")
         return cls(**(PRESETS[name] | overrides))
+
+    def _check_backbone(self) -> None:
+        lacking = [name for name in ("architecture", "channels", "reduction") if not self.backbone.get(name)]
+        if lacking:
+            raise ValueError(
+                f"backbone lacks {lacking}: give what backbone_encoder.complete_backbone(backbone, image_size) returns."
+            )
+        if self.quantizer == "kl":
+            raise ValueError("a backbone gives features and no variances: its quantizer is 'vq' or 'none', not 'kl'.")
+        if self.latent_channels != self.backbone["channels"]:
+            raise ValueError(
+                f"the latents are the backbone's features as they are: latent_channels={self.latent_channels} must be "
+                f"{self.backbone['channels']}."
+            )
 
     def _check(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -179,6 +199,8 @@ class VQConfig(PretrainedConfig):
         for name in (*_COUNTS, "decoder_layers_per_block", "encoder_out_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.backbone is not None:
+            self._check_backbone()
         encoder, decoder = self.encoder_block_out_channels, self.decoder_block_out_channels
         if len(encoder) != len(decoder):
             raise ValueError(f"encoder and decoder need the same number of levels, got widths {encoder} and {decoder}.")

@@ -7,6 +7,7 @@ decoder, encoder, pre-quantiser convolution and codebook are frozen and the real
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass
 
 import torch
@@ -137,9 +138,13 @@ class VQAutoencoder(PreTrainedModel):
 
     def encode(self, pixel_values: Tensor) -> VQEncoderOutput:
         """Latents (B, C, h, w) before quantisation and codes (B, h, w) of images (B, num_channels, H, W) in [-1, 1]."""
-        latents = self._moments(pixel_values)[0]
+        latents = self.encode_latents(pixel_values)
         codes = None if self.quantizer is None else self.quantize(latents).codes
         return VQEncoderOutput(latents=latents, codes=codes)
+
+    def encode_latents(self, pixel_values: Tensor) -> Tensor:
+        """The latents of `encode` alone: a differentiable map."""
+        return self._moments(pixel_values)[0]
 
     def quantize(self, latents: Tensor) -> QuantizerOutput:
         """Nearest codes of latents (B, C, h, w); ValueError for a model without quantiser."""
@@ -148,7 +153,13 @@ class VQAutoencoder(PreTrainedModel):
         return self.quantizer(latents)
 
     def decode(self, latents: Tensor) -> VQDecoderOutput:
-        """Images of latents or quantised latents (B, C, h, w); nothing is quantised here."""
+        """Images of latents or quantised latents (B, C, h, w); nothing is quantised here.
+
+        Raises:
+            ValueError: latents of other channels.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents must be (B, {self.config.latent_channels}, h, w), got {tuple(latents.shape)}.")
         hidden = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
         return VQDecoderOutput(pixel_values=self.decoder(hidden))
 
@@ -156,8 +167,11 @@ class VQAutoencoder(PreTrainedModel):
         """Images of codes (B, h, w); IndexError on an id outside the codebook, ValueError on another shape."""
         if self.quantizer is None:
             raise ValueError("this autoencoder has no codebook (config.quantizer is not 'vq'), so it has no codes.")
-        if codes.ndim != 3:
-            raise ValueError(f"codes must be (B, h, w), got {tuple(codes.shape)}: reshape the sequences first.")
+        if codes.ndim != 3 or codes.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"codes must be (B, h, w) of int64 or int32, got {tuple(codes.shape)} of {codes.dtype}: reshape "
+                "sequences, and convert, first."
+            )
         return self.decode(self.quantizer.lookup(codes))
 
     def forward(self, pixel_values: Tensor, **kwargs) -> VQAutoencoderOutput:
@@ -230,17 +244,28 @@ class VQAutoencoder(PreTrainedModel):
     def replace_decoder(
         self, block_out_channels: list[int], layers_per_block: int, dropout: float = 0.0, dropout_kind: str = "element"
     ) -> None:
-        """Put a freshly initialised decoder (and post_quant_conv) in place of the present one."""
+        """Put a freshly initialised decoder (and post_quant_conv) in place of the present one.
+
+        Device, precision, memory format and gradient checkpointing are those of the present one.
+        """
         config = copy.copy(self.config)
         config.decoder_block_out_channels = list(block_out_channels)
         config.decoder_layers_per_block = layers_per_block
         config.decoder_dropout, config.decoder_dropout_kind = dropout, dropout_kind
         config._check()
         self.config = config
-        reference = self.post_quant_conv.weight
+        old, reference = self.decoder, self.last_decoder_layer
         self._build_decoder()
-        self.post_quant_conv.to(reference.device, reference.dtype)
-        self.decoder.to(reference.device, reference.dtype).train(self.training)
+        channels_last = reference.is_contiguous(memory_format=torch.channels_last) and not reference.is_contiguous()
+        for module in (self.post_quant_conv, self.decoder):
+            module.to(reference.device, reference.dtype).train(self.training)
+            if channels_last:
+                module.to(memory_format=torch.channels_last)
+        if old.gradient_checkpointing:
+            for module in self.decoder.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = True
+                    module._gradient_checkpointing_func = old._gradient_checkpointing_func
 
     def hash_encoder(self) -> dict[str, str]:
         """SHA-256 of every tensor of encoder, quant_conv and codebook, by name."""
@@ -248,12 +273,17 @@ class VQAutoencoder(PreTrainedModel):
         return tensor_sha256({name: t for name, t in state.items() if name.split(".")[0] in FROZEN_MODULES})
 
     def fingerprint(self) -> str:
-        """One hash of everything that decides the latents; a generator stores that of its autoencoder.
+        """One hash of everything that decides latents and codes; a generator stores that of its autoencoder.
 
-        In lower precision than float32 it is that of the weights as they were saved.
+        These are encoder, quant_conv and codebook, and of the config what their shapes do not show. In lower precision
+        than float32 it is that of the weights as they were saved.
         """
         stored = self.config.encoder_sha256
-        return combined_sha256(stored if stored and self.dtype != torch.float32 else self.hash_encoder())
+        hashes = stored if stored and self.dtype != torch.float32 else self.hash_encoder()
+        default = VQConfig()
+        settings = {name: getattr(self.config, name) for name in ("code_distance", "norm_num_groups", "backbone")}
+        changed = {name: json.dumps(v, sort_keys=True) for name, v in settings.items() if v != getattr(default, name)}
+        return combined_sha256(hashes | changed)
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """(latents - mean) / std with the config's statistics: about zero mean and unit variance."""
