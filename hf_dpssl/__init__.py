@@ -6,6 +6,8 @@ from . import matching
 from .losses import info_nce, moco, t_simclr
 from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from .modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
+from .modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from .modeling_vaegan import VAEGAN, VAEGANConfig
 from .modeling_vq import VQAutoencoder, VQConfig
 from .pipeline_vq_dit import VQDiTPipeline
 from .pipeline_vq_token import VQTokenPipeline
@@ -17,7 +19,9 @@ AutoConfig.register("dpssl_contrastive", ContrastiveConfig)
 AutoConfig.register("dpssl_vq", VQConfig)
 AutoModel.register(ContrastiveConfig, ContrastiveEncoder)
 AutoModel.register(VQConfig, VQAutoencoder)
-for _class in (ContrastiveEncoder, VQAutoencoder):
+AutoConfig.register("dpssl_vaegan", VAEGANConfig)
+AutoModel.register(VAEGANConfig, VAEGAN)
+for _class in (ContrastiveEncoder, VQAutoencoder, VAEGAN):
     _class.register_for_auto_class("AutoModel")
     _class.config_class.register_for_auto_class("AutoConfig")
 
@@ -25,7 +29,11 @@ __all__ = [
     "ContrastiveConfig",
     "ContrastiveEncoder",
     "MoCoForPreTraining",
+    "PatchDiscriminator",
+    "PatchDiscriminatorConfig",
     "SimCLRForPreTraining",
+    "VAEGAN",
+    "VAEGANConfig",
     "VQAutoencoder",
     "VQConfig",
     "VQDiTPipeline",

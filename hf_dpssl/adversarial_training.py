@@ -50,9 +50,17 @@ class AdversarialTerm:
 
     def discriminator_loss(self, discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
         """Loss of the discriminator on one batch; both halves pass through it in one forward."""
-        real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).chunk(2)
+        logits = discriminator(torch.cat([real, fake.detach()]))
+        real_logits, fake_logits = logits[: len(real)], logits[len(real) :]
         loss = ADVERSARIAL_LOSSES[self.loss][0](real_logits.float(), fake_logits.float())
         return loss + self.r1_weight * r1_penalty(discriminator, real) if self.r1_weight else loss
+
+    def value(self, discriminator: nn.Module, fake: Tensor) -> Tensor:
+        """The generator's loss alone, unweighted; the discriminator (not wrapped) takes no gradient from it."""
+        discriminator.requires_grad_(False)
+        loss = ADVERSARIAL_LOSSES[self.loss][1](discriminator(fake).float())
+        discriminator.requires_grad_(True)
+        return loss
 
     def generator_loss(
         self, discriminator: nn.Module, fake: Tensor, reconstruction_loss: Tensor, last_layer: Tensor
@@ -65,11 +73,7 @@ class AdversarialTerm:
             reconstruction_loss: what the adaptive weight compares with.
             last_layer: the decoder's last weight.
         """
-        wanted = [parameter.requires_grad for parameter in discriminator.parameters()]
-        discriminator.requires_grad_(False)
-        adversarial = ADVERSARIAL_LOSSES[self.loss][1](discriminator(fake).float())
-        for parameter, value in zip(discriminator.parameters(), wanted, strict=True):
-            parameter.requires_grad_(value)
+        adversarial = self.value(discriminator, fake)
         factor = adaptive_weight(reconstruction_loss, adversarial, last_layer, cap=self.cap)
         return self.weight * factor * adversarial, adversarial.detach(), factor
 

@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="kNN, linear probe, few-shot of an encoder", add_help=False)
     evaluate.set_defaults(run=_evaluate)
 
+    report = commands.add_parser("report", help="what autoencoders' latents are worth, side by side", add_help=False)
+    report.set_defaults(run=_report)
+
     picture = commands.add_parser("map", help="2-D map of images: a figure and an interactive page", add_help=False)
     picture.set_defaults(run=_map)
 
@@ -58,6 +61,12 @@ def _evaluate(known: argparse.Namespace, rest: list[str]) -> int:
     from .evaluate_encoder import evaluate_encoder
 
     return evaluate_encoder(rest)
+
+
+def _report(known: argparse.Namespace, rest: list[str]) -> int:
+    from .report import report
+
+    return report(rest)
 
 
 def _map(known: argparse.Namespace, rest: list[str]) -> int:

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .checkpoint import atomic_file
 
-KINDS = ("encoder", "autoencoder", "dit", "token")
+KINDS = ("encoder", "autoencoder", "dit", "token", "gan")
 
 
 def write_card(folder: Path, kind: str, *, title: str, license_of_data: str) -> None:

@@ -20,8 +20,9 @@ LEVELS = [
     "images colour resample transforms digits data image_table batches checkpoint pipeline_classes".split()
     + "pipeline_vq_dit diffusion latent_cache pipeline_vq_token evaluation plots embedder embeddings_table".split()
     + "map_page pickled_tensors foreign_layouts autoencoder_importers perceptual feature_extractors".split(),
-    "recipe results evaluate_encoder embedding_job model_card training_loop latent_run adversarial_training".split()
-    + "importers embedding_commands report cli".split(),
+    "recipe results evaluate_encoder embedding_job model_card training_loop latent_run autoencoder_training".split()
+    + "adversarial_training autoencoder_arguments gan_training importers embedding_commands".split()
+    + "autoencoder_measures report_page report cli".split(),
 ]
 
 

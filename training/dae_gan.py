@@ -1,0 +1,194 @@
+"""Train a GAN on one of four latents: noise (DCGAN), SimCLR features, VAEGAN, or DAE-VAEGAN; one flag is the ablation.
+
+    python training/dae_gan.py                                   # DAE-VAEGAN on digits, CPU, a minute
+    python training/dae_gan.py --latent noise                    # the same generator, discriminator and steps
+    python training/dae_gan.py --latent simclr --encoder outputs/demo/encoder --sample_from mixture
+    accelerate launch training/dae_gan.py --recipe gan-cifar10-jpeg --latent vae
+
+Writes OUTPUT_DIR/NAME (a VAEGAN with the density its latents are drawn from, samples.png, results.json, recipe.yaml,
+curves.png, model card) and checkpoints that `--resume_from_checkpoint latest` continues. The discriminator is kept
+in the checkpoints only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from hf_dpssl import keyed_random
+from hf_dpssl.adversarial_training import AdversarialTerm, Adversary, ReconstructionGuard
+from hf_dpssl.batches import ImageSource
+from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.data import load_images
+from hf_dpssl.embedder import ImageEmbedder
+from hf_dpssl.gan_training import FeatureBank, GANArguments, fit_density, judge, pictures
+from hf_dpssl.keyed_random import derive_seed
+from hf_dpssl.model_card import write_card
+from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from hf_dpssl.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
+from hf_dpssl.plots import plot_curves, save_grid
+from hf_dpssl.recipe import parse, save_recipe
+from hf_dpssl.results import write_results
+from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
+from hf_dpssl.transforms import PRESETS, to_model_range
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run the script with command-line arguments `argv`; returns the folder of the finished model."""
+    args = parse(GANArguments, argv, __doc__)
+    accelerator = start_accelerator(args)
+    set_seed(args.seed)
+
+    # Data
+    data = load_images(
+        args.dataset,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        streaming=args.streaming,
+        revision=args.dataset_revision,
+    )
+    source = ImageSource.from_arguments(data, args, accelerator, args.image_size or data.entry.image_size)
+    training, held_out = source.training_table(), source.evaluation_table()
+    bank = None
+    if args.latent == "simclr":
+        bank = FeatureBank(ImageEmbedder(args.encoder, kind=args.features), training, held_out)
+
+    # Model
+    config = VAEGANConfig(
+        image_size=source.image_size,
+        width=args.width,
+        latent_dim=args.latent_dim if bank is None else bank.training.shape[1],
+        latent=args.latent,
+        features=args.features if bank is not None else None,
+        dropout=args.stage_1_dropout if args.latent == "dae" else 0.0,
+        density=args.density,
+        components=args.components if args.density == "mixture" else 1,
+        bank_size=min(len(held_out or ()), args.evaluation_images) if args.density == "held_out" else 0,
+    )
+    set_seed(args.seed)
+    model = VAEGAN(config).to(accelerator.device)
+
+    # Stages
+    history = []
+    if args.latent == "dae":
+        history = train(model, "stage-1", args.stage_1_steps, args, accelerator, source, bank)
+        model.encoder.eval().requires_grad_(False)
+        model.config.dropout = 0.0
+        torch.manual_seed(derive_seed(args.seed, "generator of stage 2"))
+        model.generator = Generator(model.config).to(accelerator.device)
+    entries = train(model, "generator", args.max_train_steps, args, accelerator, source, bank)
+    history += [entry | {"step": entry["step"] + (history[-1]["step"] if history else 0)} for entry in entries]
+
+    # Save
+    target = Path(args.output_dir) / args.name
+    if accelerator.is_main_process:
+        fit_density(model.eval(), args, bank, training, held_out)
+        save(model, args, source, history, target)
+    finish(accelerator, args, source.skipped)
+    return target
+
+
+def train(
+    model: VAEGAN, stage: str, steps: int, args: GANArguments, accelerator: Accelerator, source: ImageSource,
+    bank: FeatureBank | None,
+) -> list[dict]:  # fmt: skip
+    """Train one stage (or find it finished in a checkpoint); its generator is then the averaged one."""
+    flip = PRESETS[source.data.entry.augmentation].flip
+    parameters = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer, scheduler = make_optimizer(parameters, steps, args)
+    loop = TrainingLoop(args, accelerator, f"{args.name}/{stage}", steps, source.loader, source.skipped)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    adversary = make_adversary(args, stage, steps, source, accelerator)
+    ema = EMAModel(model.generator.parameters(), decay=args.ema_decay)
+    loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, ema=ema, **adversary.kept())
+    ema.to(accelerator.device)
+
+    for batch in loop:
+        key = {"seed": args.seed, "epoch": batch["epoch"]}
+        real = to_model_range(batch["images"], batch["sample_ids"], flip=flip, **key)
+        shape, values = (model.config.latent_dim,), {}
+        latents = keyed_random.normal(batch["sample_ids"], shape, stream="prior", **key)
+        if bank is not None:
+            latents = bank.training[batch["sample_ids"].cpu()].to(real.device)
+        with accelerator.accumulate(wrapped, *adversary.wrapped()):
+            # Images: of the latents, and of a model with an encoder also reconstructions
+            if model.config.has_encoder:
+                noise = keyed_random.normal(batch["sample_ids"], shape, stream="posterior", **key)
+                output = wrapped(real, noise, latents)
+                fake = torch.cat([output.pixel_values, output.generated])
+                values |= {"recon": output.recon, "kl": output.kl}
+            else:
+                fake = wrapped(latents=latents).generated
+            # Generator
+            values["adv_g"] = adversary.term.value(adversary.bare, fake)
+            loss = values["adv_g"]
+            if model.config.has_encoder:
+                loss = loss + args.reconstruction_weight * values["recon"] + args.kl_weight * values["kl"]
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and args.max_grad_norm:
+                accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            # Discriminator, on the same batch
+            values["adv_d"] = adversary.step(accelerator, real, fake)
+        loop.log(**{name: value.detach() for name, value in values.items()})
+        if accelerator.sync_gradients:
+            scheduler.step()
+            adversary.scheduler.step()
+            ema.step(model.generator.parameters())
+
+    ema.copy_to(model.generator.parameters())
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return [entry | {"stage": stage} for entry in loop.history]
+
+
+def make_optimizer(parameters: list, steps: int, args: GANArguments):
+    """Adam with DCGAN's first beta, and its schedule."""
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.5, 0.999))
+    schedule = dict(num_warmup_steps=args.warmup_steps, num_training_steps=steps)
+    return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
+
+
+def make_adversary(
+    args: GANArguments, stage: str, steps: int, source: ImageSource, accelerator: Accelerator
+) -> Adversary:
+    """A discriminator of the same start in every variant."""
+    torch.manual_seed(derive_seed(args.seed, "discriminator", stage))
+    bare = PatchDiscriminator(PatchDiscriminatorConfig(width=args.discriminator_width, image_size=source.image_size))
+    bare = bare.train().to(accelerator.device)
+    optimizer, scheduler = make_optimizer(list(bare.parameters()), steps, args)
+    discriminator, optimizer = accelerator.prepare(bare, optimizer)
+    term = AdversarialTerm(args.adversarial, r1_weight=args.r1_weight)
+    return Adversary(term, bare, discriminator, optimizer, scheduler, ReconstructionGuard(0))
+
+
+def save(model: VAEGAN, args: GANArguments, source: ImageSource, history: list[dict], target: Path) -> None:
+    """Generate, judge, and write the complete checkpoint folder."""
+    data, training, held_out = source.data, source.training_table(), source.evaluation_table()
+    generator = torch.Generator().manual_seed(args.seed)
+    generated = model.generate(args.num_generated, generator).float().cpu()
+    metrics, fingerprints = {}, {}
+    if held_out is not None:
+        references = (pictures(training, args.evaluation_images), pictures(held_out, args.evaluation_images))
+        metrics, fingerprints = judge(generated, *references, args.extractor, args.seed)
+    model.config.dpssl = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": metrics}
+    samples = {"train": len(training), "evaluation": len(held_out or ()), "generated": len(generated)}
+    about = {"latent": args.latent, "sampled_from": args.density, "quality": fingerprints}
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder)
+        save_recipe(args, folder / "recipe.yaml")
+        plot_curves(history, folder / "curves.png", title=f"GAN, latent: {args.latent}")
+        save_grid(generated[:100], folder / "samples.png", columns=10, min_side=64)
+        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
+        write_card(folder, "gan", title=f"GAN ({args.latent}) of {data.name}", license_of_data=data.entry.licence)
+    print(f"{target}: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+
+
+if __name__ == "__main__":
+    main()

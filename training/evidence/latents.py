@@ -1,0 +1,147 @@
+"""What is a latent worth? Five ways to train an autoencoder of mnist at 16 px, three budgets, three paired seeds.
+
+    export DPSSL_DATA=folder                               # with mnist-train.parquet and mnist-test.parquet
+    python training/evidence/latents.py --stage train      # the autoencoders, seed by seed
+    python training/evidence/latents.py --stage tokens     # a token transformer on the codes of each
+    python training/evidence/latents.py --stage measure    # every measure of each, on test images
+    python training/evidence/latents.py --stage report     # results/latents.json and latents.png
+
+A killed study goes on where it stopped, and several processes share the work. Each run leaves
+RUNS/ARM-BUDGET-sSEED/ with autoencoder/ and tokens/, complete checkpoint folders; the DiT study takes its autoencoders
+from there.
+
+Protocol: 10,000 images of the training split are trained on, 2,000 others are the validation images of the curves, and
+5,000 test images are read once, by the measures. The perceptual term is a SimCLR encoder of the same images, the
+extractor of the Frechet distances a t-SimCLR encoder of another seed and width. Seeds are paired: the same encoder at
+the start, the same order of images. Every arm has the adversarial term in the last 40 % of its last stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from runs import alone, claimed
+
+from hf_dpssl import keyed_random
+from hf_dpssl.checkpoint import write_json
+from hf_dpssl.data import load_images
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
+
+TRAIN_IMAGES, VALIDATION_IMAGES, TEST_IMAGES, IMAGE_SIZE = 10_000, 2_000, 5_000, 16
+SEEDS = (0, 1, 2)
+ENCODERS = {
+    "perceptual": "--kernel cosine --normalization anchor --feature_norm l2 --temperature 0.15 --seed 100",
+    "extractor": "--kernel student_t --normalization joint --temperature 2 --seed 101",
+}
+WIDTHS = {"perceptual": [12, 24, 48, 96], "extractor": [16, 32, 64, 128]}
+STEPS = 1_200  # of each stage
+MODEL = (
+    "--encoder_channels 8 16 32 --decoder_channels 16 32 64 --auxiliary_channels 8 16 32 --auxiliary_dropout 0.05 "
+    f"--num_codes 256 --latent_channels 4 --batch_size 32 --stage_1_steps {STEPS} --stage_2_steps {STEPS}"
+)
+LOSSES = (
+    "--reconstruction_loss l1 --perceptual_weight 0.1 --adversarial hinge --adversarial_weight 0.1 "
+    "--adversarial_start 0.6 --discriminator_warmup 50 --discriminator_width 16 --discriminator_learning_rate 5e-4"
+)
+TOKENS = "--max_train_steps 1500 --num_layers 2 --width 96 --num_heads 4 --batch_size 64"
+# The joint arms come with every budget; the decoupled ones are what they are matched with.
+BUDGETS = {"joint": ("total", "encoder", "flops"), "joint_dropout": ("total", "encoder", "flops")}
+ARMS = ("joint", "weak_dropout", "weak_width", "decoupled", "joint_dropout")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One autoencoder; `budget` is "" where the arm has one only."""
+
+    arm: str
+    budget: str
+    seed: int
+
+    @property
+    def cell(self) -> str:
+        """Arm and budget."""
+        return ", ".join(part for part in (self.arm, self.budget) if part)
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder and files."""
+        return "-".join(part for part in (self.arm, self.budget, f"s{self.seed}") if part)
+
+
+def planned() -> Iterator[Run]:
+    """All runs, seed by seed, so that the first complete table has one seed."""
+    for seed in SEEDS:
+        for arm in ARMS:
+            yield from (Run(arm, budget, seed) for budget in BUDGETS.get(arm, ("",)))
+
+
+def prepare(folder: Path) -> None:
+    """Parquet files of the training and validation images, which then are the data set "mnist" of this process."""
+    rows = keyed_random.permutation(60_000, seed=0, epoch=0)[: TRAIN_IMAGES + VALIDATION_IMAGES].tolist()
+    parts = {"train": rows[:TRAIN_IMAGES], "test": rows[TRAIN_IMAGES:]}
+    files = {name: folder / "data" / f"mnist-{name}.parquet" for name in parts}
+    with alone(folder / "data" / "mnist"):
+        if not all(file.exists() for file in files.values()):
+            split = load_images("mnist").train
+            for name, file in files.items():
+                split.select(parts[name]).to_parquet(file.with_suffix(".unfinished"))
+                file.with_suffix(".unfinished").rename(file)
+    os.environ["DPSSL_DATA"] = str(folder / "data")
+
+
+def train_encoders(folder: Path) -> None:
+    """The frozen encoders that the losses and the measures need, trained once."""
+    import contrastive
+
+    for name, flags in ENCODERS.items():
+        with alone(folder / name):
+            if not (folder / name / "config.json").exists():
+                model_args = json.dumps({"channels": WIDTHS[name], "stem_width": 8, "output_stride": 8})
+                sizes = ["--dataset", "mnist", "--image_size", str(IMAGE_SIZE), "--model_args", model_args]
+                run = ["--name", name, "--num_train_epochs", "25", "--batch_size", "256", "--overwrite", "True"]
+                contrastive.main([*sizes, *run, *flags.split(), "--output_dir", str(folder)])
+
+
+def train(run: Run, folder: Path) -> dict:
+    """The autoencoder of a run; returns what its results.json says."""
+    import dae_vq
+
+    arm = ["--arm", run.arm] + (["--budget", run.budget] if run.budget else [])
+    data = ["--dataset", "mnist", "--image_size", str(IMAGE_SIZE), "--seed", str(run.seed)]
+    more = ["--perceptual", str(folder / "perceptual"), "--output_dir", str(folder / run.name)]
+    more += ["--resume_from_checkpoint", "latest", "--evaluation_images", "2000"]
+    target = dae_vq.main([*arm, *data, *MODEL.split(), *LOSSES.split(), *more])
+    return json.loads((target / "results.json").read_text(encoding="utf-8"))
+
+
+STAGES = {"train": train}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a stage of the study with command-line arguments `argv`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["train", "tokens", "measure", "report"], required=True)
+    parser.add_argument("--runs", type=Path, default=Path("outputs/latents"), help="folder of the runs")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    folder = args.runs.absolute()
+    prepare(folder)
+    train_encoders(folder)
+    for run in planned():
+        path = folder / f"{args.stage}-{run.name}.json"
+        with claimed(path) as free:
+            if free:
+                write_json(path, STAGES[args.stage](run, folder))
+                print(path.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
