@@ -48,6 +48,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/contrastive.py
 	$(BIN)/python tests/benchmarks/quantizer.py
+	$(BIN)/python tests/benchmarks/autoencoder.py
 	$(BIN)/python tests/benchmarks/augmentation.py
 	$(BIN)/python tests/benchmarks/neighbours.py
 
