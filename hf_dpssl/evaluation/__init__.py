@@ -1,11 +1,13 @@
 """Evaluation protocols: arrays and callables in, dict[str, float] out; no model class is known here."""
 
 from .cai_lim import cai_lim, gaussian_cai_lim
+from .code_prior import code_prior
 from .codebook import codebook_usage
 from .feature_statistics import FeatureStatistics
 from .frechet import frechet_distance, frechet_distance_of_features
 from .frechet_uncertainty import frechet_extrapolation, frechet_interval
 from .generation import class_consistency, copies, diversity
+from .generator_complexity import generator_complexity
 from .geometry import alignment, effective_rank, spectrum, uniformity
 from .gromov import gromov_wasserstein
 from .image_quality import image_quality, quality_fingerprint
@@ -26,6 +28,7 @@ __all__ = [
     "alignment",
     "cai_lim",
     "class_consistency",
+    "code_prior",
     "codebook_usage",
     "continuity",
     "copies",
@@ -37,6 +40,7 @@ __all__ = [
     "frechet_extrapolation",
     "frechet_interval",
     "gaussian_cai_lim",
+    "generator_complexity",
     "gromov_wasserstein",
     "image_quality",
     "inception_score",

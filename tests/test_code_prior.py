@@ -1,0 +1,100 @@
+"""Nats per image of codes whose entropy is known: independent, constant, and a planted Markov chain."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_dpssl.evaluation import code_prior
+
+CODES, LENGTH, IMAGES = 8, 9, 2500
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def distributions(rows: int, sharpness: float) -> torch.Tensor:
+    """(rows, CODES) random distributions, float64."""
+    return torch.softmax(sharpness * torch.randn(rows, CODES, generator=generator(1), dtype=torch.double), 1)
+
+
+def entropy(p: torch.Tensor) -> torch.Tensor:
+    return -(p * p.log()).sum(-1)
+
+
+def test_independent_codes_cost_their_entropy():
+    p = distributions(1, 1.0)[0]
+    codes = torch.multinomial(p, 2 * IMAGES * LENGTH, True, generator=generator()).view(2, IMAGES, 3, 3)
+    found = code_prior(codes[0], codes[1], CODES, steps=60)
+    expected = LENGTH * float(entropy(p))
+    assert found["prior_nats"] == pytest.approx(expected, rel=0.02)
+    assert found["prior_nats_unigram"] == pytest.approx(expected, rel=0.01)
+    assert found["prior_nats_position"] == pytest.approx(expected, rel=0.01)
+    assert found["prior_nats_uniform"] == pytest.approx(LENGTH * math.log(CODES))
+
+
+def test_constant_codes_cost_nothing():
+    codes = torch.full((IMAGES, 3, 3), 5)
+    found = code_prior(codes, codes[:100], CODES, steps=60)
+    assert 0 <= found["prior_nats"] < 1e-2
+    assert found["prior_nats_unigram"] == pytest.approx(-LENGTH * math.log1p(-7 / (IMAGES * LENGTH + 8)))
+
+
+def test_markov_chain_costs_its_entropy_rate_and_counts_alone_do_not_see_it():
+    first, following = torch.full((CODES,), 1 / CODES, dtype=torch.double), distributions(CODES, 2.0)
+    draws = generator()
+    chain = [torch.multinomial(first, 2 * IMAGES, True, generator=draws)]
+    marginal, expected, independent = first, float(entropy(first)), float(entropy(first))
+    for _ in range(LENGTH - 1):
+        chain.append(torch.multinomial(following[chain[-1]], 1, generator=draws)[:, 0])
+        expected += float(marginal @ entropy(following))
+        marginal = marginal @ following
+        independent += float(entropy(marginal))
+    codes = torch.stack(chain, 1)
+    found = code_prior(codes[:IMAGES], codes[IMAGES:], CODES, steps=200)
+    assert expected < 0.85 * independent
+    assert found["prior_nats"] == pytest.approx(expected, rel=0.03)
+    assert found["prior_nats_position"] == pytest.approx(independent, rel=0.01)
+
+
+def test_counts_equal_laplace_smoothing_written_out():
+    train = torch.randint(0, 5, (40, 4), generator=generator())
+    test = torch.randint(0, 6, (30, 4), generator=generator(2))
+    found = code_prior(train, test, 6, steps=1)
+    whole, each = 0.0, 0.0
+    for image in test.numpy():
+        for position, code in enumerate(image):
+            seen = train.numpy()
+            whole -= math.log((np.sum(seen == code) + 1) / (160 + 6))
+            each -= math.log((np.sum(seen[:, position] == code) + 1) / (40 + 6))
+    assert found["prior_nats_unigram"] == pytest.approx(whole / 30)
+    assert found["prior_nats_position"] == pytest.approx(each / 30)
+
+
+def test_it_is_a_function_of_codes_and_seed_and_leaves_the_global_random_state():
+    codes = torch.randint(0, CODES, (200, 4), generator=generator())
+    torch.manual_seed(1)
+    first, after = code_prior(codes, codes, CODES, steps=5), torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
+    assert code_prior(codes.view(200, 2, 2), codes, CODES, steps=5) == first
+    assert code_prior(codes, codes, CODES, steps=5, seed=1)["prior_nats"] != first["prior_nats"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (torch.zeros(4, 2, 2), torch.zeros(4, 2, 2), "latents without a codebook have no nats"),
+        (torch.zeros(0, 4).long(), torch.zeros(4, 4).long(), "one row per image"),
+        (torch.full((4, 4), 8), torch.zeros(4, 4).long(), r"lie in \[0, 7\], got \[8, 8\]"),
+        (torch.zeros(4, 4).long(), torch.full((4, 4), -1), "test_codes must lie"),
+        (torch.zeros(4, 4).long(), torch.zeros(4, 9).long(), "4 codes in train_codes and 9 in test_codes"),
+    ],
+)
+def test_bad_codes_are_refused(train, test, message):
+    with pytest.raises(ValueError, match=message):
+        code_prior(train, test, CODES)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        code_prior(torch.zeros(4, 4).long(), torch.zeros(4, 4).long(), CODES, steps=0)
