@@ -47,6 +47,8 @@ def test_functions_are_short_and_public_names_have_docstrings(path):
         doc = ast.get_docstring(function) or ""
         body = function.end_lineno - function.lineno + 1 - len(doc.splitlines())
         limit = 80 if function.name in ("main", "__call__") else 60 if function.name == "forward" else 50
+        if path.stem.startswith("configuration_") and function.name == "__init__":
+            limit = 100  # two lines per field
         assert body <= limit, f"{function.name} has {body} lines"
     public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
     assert ast.get_docstring(tree) and all(ast.get_docstring(node) for node in public)

@@ -15,6 +15,9 @@ MOCO = ["--negatives", "queue", "--normalization", "anchor", "--queue_size", 100
 COSINE_MOMENTUM = ["--momentum", 0.9, "--momentum_schedule", "cosine"]
 TWO_WORKERS = ["--preload_gb", 0, "--num_workers", 2]
 STAGES = [*COMMON, "--stage_1_steps", 8, "--stage_2_steps", 8, "--auxiliary_dropout", 0.2, "--batch_size", 16]
+VQGAN = ["--adversarial", "hinge", "--adversarial_start", 3, "--discriminator_warmup", 1, "--validation_steps", 2]
+VQGAN += ["--discriminator_width", 8, "--guard_factor", 1.01, "--codebook_update", "gradient"]
+GAN = [*COMMON, "--max_train_steps", 8, "--stage_1_steps", 6, "--num_generated", 16, "--batch_size", 16]
 DIT = [*COMMON, "--max_train_steps", STEPS, "--width", 32, "--num_layers", 2, "--sampling_steps", 1]
 DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointing_steps 2"]
 RUNS = {  # script, flags, processes
@@ -26,13 +29,27 @@ RUNS = {  # script, flags, processes
     "t_simclr_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS], 1),
     "t_simclr_stream_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS, "--streaming"], 1),
     "dae_vq": ("dae_vq", STAGES, 1),
+    "vqgan": ("dae_vq", [*STAGES, *VQGAN], 1),
+    "vqgan_two_processes": ("dae_vq", [*STAGES, *VQGAN], 2),
+    "kl_joint": ("dae_vq", [*STAGES, "--arm", "joint", "--quantizer", "kl"], 1),
     "dae_vq_two_processes": ("dae_vq", STAGES, 2),
     "dae_vq_two_workers": ("dae_vq", [*STAGES, *TWO_WORKERS], 1),
+    "dae_gan": ("dae_gan", GAN, 1),
+    "dae_gan_two_processes": ("dae_gan", GAN, 2),
     "dae_dit": ("dae_dit", DIT, 1),
     "dae_dit_two_processes": ("dae_dit", DIT, 2),
     "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
 }
-FAST = ["t_simclr", "t_moco", "t_simclr_two_processes", "t_simclr_stream_two_workers", "dae_vq", "dae_dit"]
+FAST = [
+    "t_simclr",
+    "t_moco",
+    "t_simclr_two_processes",
+    "t_simclr_stream_two_workers",
+    "dae_vq",
+    "vqgan",
+    "dae_gan",
+    "dae_dit",
+]
 
 
 def weights(folder: Path) -> dict:

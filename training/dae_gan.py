@@ -109,24 +109,11 @@ def train(
     ema.to(accelerator.device)
 
     for batch in loop:
-        key = {"seed": args.seed, "epoch": batch["epoch"]}
-        real = to_model_range(batch["images"], batch["sample_ids"], flip=flip, **key)
-        shape, values = (model.config.latent_dim,), {}
-        latents = keyed_random.normal(batch["sample_ids"], shape, stream="prior", **key)
-        if bank is not None:
-            latents = bank.training[batch["sample_ids"].cpu()].to(real.device)
+        real = to_model_range(batch["images"], batch["sample_ids"], batch["epoch"], seed=args.seed, flip=flip)
         with accelerator.accumulate(wrapped, *adversary.wrapped()):
-            # Images: of the latents, and of a model with an encoder also reconstructions
-            if model.config.has_encoder:
-                noise = keyed_random.normal(batch["sample_ids"], shape, stream="posterior", **key)
-                output = wrapped(real, noise, latents)
-                fake = torch.cat([output.pixel_values, output.generated])
-                values |= {"recon": output.recon, "kl": output.kl}
-            else:
-                fake = wrapped(latents=latents).generated
             # Generator
-            values["adv_g"] = adversary.term.value(adversary.bare, fake)
-            loss = values["adv_g"]
+            fake, values = images_of(wrapped, model.config, real, batch, bank, args.seed)
+            values["adv_g"] = loss = adversary.term.value(adversary.bare, fake)
             if model.config.has_encoder:
                 loss = loss + args.reconstruction_weight * values["recon"] + args.kl_weight * values["kl"]
             accelerator.backward(loss)
@@ -146,6 +133,21 @@ def train(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
     return [entry | {"stage": stage} for entry in loop.history]
+
+
+def images_of(
+    model: torch.nn.Module, config: VAEGANConfig, real: torch.Tensor, batch: dict, bank: FeatureBank | None, seed: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Images of a batch's latents, of a model with an encoder reconstructions too; and the latter's terms."""
+    key = {"seed": seed, "epoch": batch["epoch"]}
+    if bank is not None:
+        return model(latents=bank.training[batch["sample_ids"].cpu()].to(real.device)).generated, {}
+    latents = keyed_random.normal(batch["sample_ids"], (config.latent_dim,), stream="prior", **key)
+    if not config.has_encoder:
+        return model(latents=latents).generated, {}
+    noise = keyed_random.normal(batch["sample_ids"], (config.latent_dim,), stream="posterior", **key)
+    output = model(real, noise, latents)
+    return torch.cat([output.pixel_values, output.generated]), {"recon": output.recon, "kl": output.kl}
 
 
 def make_optimizer(parameters: list, steps: int, args: GANArguments):

@@ -43,7 +43,7 @@ from hf_dpssl.data import load_images
 from hf_dpssl.keyed_random import derive_seed
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
-from hf_dpssl.modeling_vq import VQAutoencoder
+from hf_dpssl.modeling_vq import VQAutoencoder, VQAutoencoderOutput
 from hf_dpssl.perceptual import load_perceptual
 from hf_dpssl.plots import plot_curves, save_grid
 from hf_dpssl.recipe import parse, save_recipe
@@ -187,18 +187,11 @@ def train_stage(
         best.offer(model, validation.psnr(model), 0)
 
     for batch in loop:
-        pixel_values, values = pixels(batch, args, flip), {}
+        pixel_values = pixels(batch, args, flip)
         with accelerator.accumulate(wrapped, *(adversary.wrapped() if adversary else ())):
             # Autoencoder
             output = wrapped(pixel_values)
-            target = output.recon
-            if perceptual is not None:
-                values["perceptual"] = perceptual(pixel_values, output.pixel_values)
-                target = target + args.perceptual_weight * values["perceptual"]
-            loss = output.loss - output.recon + target
-            if adversary and adversary.reaches_generator(loop.step):
-                term, more = adversary.generator_term(output.pixel_values, target, model.last_decoder_layer)
-                loss, values = loss + term, values | more
+            loss, values = total_loss(args, model, output, pixel_values, perceptual, adversary, loop.step)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
                 accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -207,8 +200,6 @@ def train_stage(
             # Discriminator, on the same batch
             if adversary and adversary.trains(loop.step):
                 values["adv_d"] = adversary.step(accelerator, pixel_values, output.pixel_values)
-        usage = None if output.codes is None else 100 * len(output.codes.unique()) / model.config.num_codes
-        values |= {"recon": output.recon, "commit": output.commit, "perplexity": output.perplexity, "usage": usage}
         loop.log(**{name: value.detach() if torch.is_tensor(value) else value for name, value in values.items()})
         if accelerator.sync_gradients:
             scheduler.step()
@@ -224,6 +215,25 @@ def train_stage(
         best.restore(model)
     accelerator.free_memory()
     return model, [entry | {"stage": stage.name} for entry in loop.history]
+
+
+def total_loss(
+    args: VQArguments, model: VQAutoencoder, output: VQAutoencoderOutput, pixel_values: torch.Tensor,
+    perceptual: torch.nn.Module | None, adversary: Adversary | None, step: int,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    """The autoencoder's loss with its perceptual and adversarial terms, and these for the log."""
+    target, values = output.recon, {"recon": output.recon, "commit": output.commit}
+    if output.codes is not None:
+        usage = 100 * len(output.codes.unique()) / model.config.num_codes
+        values |= {"perplexity": output.perplexity, "usage": usage}
+    if perceptual is not None:
+        values["perceptual"] = perceptual(pixel_values, output.pixel_values)
+        target = target + args.perceptual_weight * values["perceptual"]
+    loss = output.loss - output.recon + target
+    if adversary and adversary.reaches_generator(step):
+        term, more = adversary.generator_term(output.pixel_values, target, model.last_decoder_layer)
+        loss, values = loss + term, values | more
+    return loss, values
 
 
 def make_optimizer(parameters: list, learning_rate: float, steps: int, args: VQArguments):
