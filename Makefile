@@ -51,6 +51,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/autoencoder.py
 	$(BIN)/python tests/benchmarks/augmentation.py
 	$(BIN)/python tests/benchmarks/neighbours.py
+	$(BIN)/python tests/benchmarks/frechet.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs
