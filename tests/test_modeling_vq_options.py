@@ -1,6 +1,8 @@
 """Options of the VQ autoencoder: kinds of latents, quantiser, codebook beside a frozen encoder, older checkpoints."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from test_modeling_vq import SMALL, images, make, same, state, train_steps
 from test_modeling_vq_precision import gradients
 
-from hf_dpssl import VQAutoencoder, VQConfig
+from hf_dpssl import VQAutoencoder, VQConfig, modeling_vq
 from hf_dpssl.weights import combined_sha256
 
 NEW_FIELDS = (
@@ -190,3 +192,13 @@ def test_config_refuses_what_is_not_defined_and_says_what_is(options, message):
 def test_wrong_images_latents_and_codes_are_refused_by_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call(make())
+
+
+def test_model_file_names_every_sibling_that_its_siblings_need():
+    # transformers before 5.13 copies only these next to the weights.
+    def named(module: str) -> set[str]:
+        source = (Path(modeling_vq.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+        return set(re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE))
+
+    direct = named("modeling_vq")
+    assert "backbone_encoder" in direct and set().union(*map(named, direct)) <= direct
