@@ -8,9 +8,10 @@
 | solo-learn | *.ckpt | backbone, projector | momentum_backbone, momentum_projector |
 | any other | a state_dict | `prefix` says where the backbone stands | |
 
-Only tensors are taken, and of plain settings method, temperature, degrees of freedom and data set of a
-t-SimCLR file; pickled_tensors.py says what is refused. What an import leaves out or assumes stands in its
-report and in config.json.
+Files with a decoder (taming-transformers, latent diffusion), folders and Hub ids become autoencoders: see
+autoencoder_importers.py. Only tensors are taken, and of plain settings method, temperature, degrees of freedom and
+data set of a t-SimCLR file; pickled_tensors.py says what is refused. What an import leaves out or assumes stands in
+its report and in config.json.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 import timm
 from torch import Tensor, nn
 
+from .autoencoder_importers import import_autoencoder, is_autoencoder_source
 from .checkpoint import atomic_folder
 from .foreign_layouts import (
     Origin,
@@ -238,7 +240,10 @@ def _record(report: Imported, path: Path) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `hf-dpssl import`."""
     parser.add_argument(
-        "checkpoint", help="file of facebookresearch/moco, t-SimCLR, lightly, solo-learn, or a state_dict"
+        "checkpoint",
+        help="encoder: file of facebookresearch/moco, t-SimCLR, lightly, solo-learn, a state_dict; autoencoder: file "
+        "of taming-transformers or latent diffusion, folder or Hub id of diffusers' VQModel or AutoencoderKL, or of an "
+        "encoder whose features are to be decoded",
     )
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--architecture", help="timm name; default: read off the shapes of a ResNet")
@@ -247,6 +252,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mean", type=float, nargs=3, help="of images in [0, 1]; default: the code's")
     parser.add_argument("--std", type=float, nargs=3, help="of images in [0, 1]; default: the code's")
     parser.add_argument("--image_size", type=int, help="side in pixels; default: the code's")
+    parser.add_argument("--config", help="autoencoder: YAML of a taming or latent-diffusion file")
+    parser.add_argument("--subfolder", help="autoencoder: of the folder or Hub id, such as vae")
+    parser.add_argument("--level", type=int, help="autoencoder of an encoder's features: which (default: the last)")
     parser.add_argument(
         "--inert", nargs="*", default=[], metavar="CLASS", help="unknown pickled classes to leave unread"
     )
@@ -255,16 +263,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Import, print the report; 0, or 1 with the reason when the checkpoint is refused."""
-    names = "architecture stem prefix mean std image_size inert overwrite".split()
     try:
-        options = {name: getattr(arguments, name) for name in names}
-        report = import_checkpoint(arguments.checkpoint, arguments.output, **options)
+        if is_autoencoder_source(arguments.checkpoint):
+            report = _import_autoencoder(arguments)
+            what = f"autoencoder from {report['kind']} ({report['source']})"
+        else:
+            names = "architecture stem prefix mean std image_size inert overwrite".split()
+            _refuse_flags(arguments, ("config", "subfolder", "level"), "autoencoders", "a file without decoder")
+            options = {name: getattr(arguments, name) for name in names}
+            imported = import_checkpoint(arguments.checkpoint, arguments.output, **options)
+            what = f"{imported.architecture}, stem {imported.stem}, {imported.method} from {imported.code}"
+            report = vars(imported)
     except (OSError, ValueError) as error:
         named = "" if arguments.checkpoint in str(error) else f"{arguments.checkpoint}: "
         print(f"hf-dpssl import: {named}{error}")
         return 1
-    print(f"{report.folder}: {report.architecture}, stem {report.stem}, {report.method} from {report.code}")
-    for title, lines in (("taken", report.taken), ("left out", report.left_out), ("note", report.notes)):
+    print(f"{arguments.output}: {what}")
+    for title, lines in (("taken", report["taken"]), ("left out", report["left_out"]), ("note", report["notes"])):
         for line in lines:
             print(f"  {title}: {line}")
     return 0
+
+
+def _import_autoencoder(arguments: argparse.Namespace) -> dict:
+    _check_output(Path(arguments.output), arguments.overwrite)
+    _refuse_flags(arguments, ("architecture", "stem", "prefix", "mean", "std"), "encoder files", "an autoencoder")
+    options = {"image_size": arguments.image_size, "config_file": arguments.config, "subfolder": arguments.subfolder}
+    level = -1 if arguments.level is None else arguments.level
+    return import_autoencoder(arguments.checkpoint, arguments.output, level=level, inert=arguments.inert, **options)
+
+
+def _refuse_flags(arguments: argparse.Namespace, names: Iterable[str], read_for: str, found: str) -> None:
+    given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)} is read for {read_for}, and this is {found}.")
