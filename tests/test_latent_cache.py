@@ -27,7 +27,8 @@ def own_cache(monkeypatch, tmp_path):
 def make_autoencoder(seed=0, **options):
     torch.manual_seed(seed)
     widths = dict(encoder_block_out_channels=[8, 8], norm_num_groups=4)
-    return VQAutoencoder(VQConfig(image_size=16, num_codes=16, mid_block_attention=False, **widths, **options)).eval()
+    config = VQConfig(**(dict(image_size=16, num_codes=16, mid_block_attention=False, **widths) | options))
+    return VQAutoencoder(config).eval()
 
 
 @pytest.fixture(scope="module")

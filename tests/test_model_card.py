@@ -1,6 +1,7 @@
 """Model cards say what the run's files say."""
 
 import contrastive
+import dae_ar
 import dae_dit
 import dae_vq
 import pytest
@@ -16,6 +17,7 @@ RUNS = {
     "encoder": (contrastive.ContrastiveArguments, {"knn_top1": 91.25}, "91.25"),
     "autoencoder": (dae_vq.VQArguments, {"psnr": 31.4159, "code_usage": 77.0, "code_perplexity": 101.5}, "31.42"),
     "dit": (dae_dit.DiTArguments, {}, "360"),
+    "token": (dae_ar.ARArguments, {"nats_per_image": 61.9234, "nats_per_image_uniform": 88.7}, "61.92"),
 }
 
 

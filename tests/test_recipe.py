@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import contrastive
+import dae_ar
 import dae_dit
 import dae_vq
 import map as map_script
@@ -72,13 +73,14 @@ SCRIPTS = {
     "contrastive": contrastive.ContrastiveArguments,
     "dae_vq": dae_vq.VQArguments,
     "dae_dit": dae_dit.DiTArguments,
+    "dae_ar": dae_ar.ARArguments,
     "map": map_script.MapArguments,
 }
 
 
 def script_of(name: str) -> str:
-    if name.startswith("map"):
-        return "map"
+    if name.startswith(("map", "ar-")):
+        return "map" if name.startswith("map") else "dae_ar"
     return "dae_vq" if name.startswith("vq") else "dae_dit" if name.startswith("dit") else "contrastive"
 
 
