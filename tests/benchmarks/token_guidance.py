@@ -2,8 +2,8 @@
 
     python tests/benchmarks/token_guidance.py [--rounds 7] [--threads 1]
 
-256 codes of 4 images, 6 layers of width 256. Guided drawing beside (a) the same doubled batch without guidance, (b) half
-that batch, without guidance, and (c) transformers' UnbatchedClassifierFreeGuidanceLogitsProcessor, which makes a second
+256 codes of 4 images, 6 layers of width 256. Guided drawing beside (a) the same doubled batch unguided, (b) half
+that batch, unguided, and (c) transformers' UnbatchedClassifierFreeGuidanceLogitsProcessor, which makes a second
 pass for each code, with a cache of its own. Greedy, so that all draw as many codes, and (c) the same ones.
 
 Writes tests/benchmarks/results/token_guidance.json.
