@@ -1,0 +1,79 @@
+"""training/dae_gan.py: every latent trains for two steps and leaves a complete folder."""
+
+import json
+
+import pytest
+import torch
+
+from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder
+
+COMMON = ["--max_train_steps", 2, "--stage_1_steps", 2, "--batch_size", 16, "--num_generated", 20, "--width", 8]
+FILES = {"config.json", "model.safetensors", "recipe.yaml", "results.json", "samples.png", "curves.png", "README.md"}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An untrained encoder folder of 16-px images."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24], "stem_width": 8})).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encoder, launch, tmp_path):
+    flags = ["--latent", "simclr", "--encoder", encoder, "--sample_from", "mixture", "--components", 2]
+    output = launch("dae_gan", [*COMMON, *flags, "--extractor", encoder, "--output_dir", tmp_path]).wait()
+    model = VAEGAN.from_pretrained(tmp_path / "gan").eval()
+    assert model.config.latent_dim == 24 and model.config.features == "features"
+    assert model.density.means.shape == (2, 24) and float(model.density.means.abs().sum()) > 0
+    metrics = json.loads((tmp_path / "gan" / "results.json").read_text())["metrics"]
+    name = next(key for key in metrics if key.startswith("fid_"))
+    assert metrics[f"ceiling_{name}"] < metrics[name], output
+
+
+@pytest.mark.parametrize(
+    ("latent", "more", "sampled_from"),
+    [
+        ("noise", [], "prior"),
+        ("vae", ["--sample_from", "full"], "full"),
+        ("dae", ["--sample_from", "held_out", "--r1_weight", 0.1], "held_out"),
+    ],
+)
+def test_every_latent_leaves_a_folder_that_generates(latent, more, sampled_from, launch, tmp_path):
+    launch("dae_gan", [*COMMON, "--latent", latent, *more, "--output_dir", tmp_path]).wait()
+    folder = tmp_path / "gan"
+    assert {file.name for file in folder.iterdir()} >= FILES
+    model = VAEGAN.from_pretrained(folder).eval()
+    assert (model.config.latent, model.density.kind) == (latent, sampled_from)
+    assert model.generate(3, torch.Generator().manual_seed(0)).shape == (3, 3, 16, 16)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["sampled_from"] == sampled_from and 0 <= results["metrics"]["copies"] <= 100
+    assert f"latent\n`{latent}`" in (folder / "README.md").read_text()
+
+
+def test_arms_start_from_the_same_discriminator_and_generator_shape(launch, tmp_path):
+    folders = {}
+    for latent in ("noise", "vae"):
+        folders[latent] = tmp_path / latent
+        launch("dae_gan", [*COMMON, "--latent", latent, "--output_dir", folders[latent]]).wait()
+    shapes = [
+        {name: tuple(t.shape) for name, t in VAEGAN.from_pretrained(folder / "gan").generator.state_dict().items()}
+        for folder in folders.values()
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--latent", "simclr"], "needs --encoder"),
+        (["--latent", "noise", "--sample_from", "full"], "sampled from the prior"),
+        (["--latent", "simclr", "--encoder", "x", "--sample_from", "prior"], "have no prior"),
+        (["--num_generated", 0], "at least 1"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, message, launch, tmp_path):
+    with pytest.raises(AssertionError, match=message):
+        launch("dae_gan", [*flags, "--output_dir", tmp_path]).wait()

@@ -1,0 +1,91 @@
+"""VAEGAN and DCGAN: shapes, latents, what generate promises, and checkpoints."""
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+from transformers import AutoModel
+
+from hf_dpssl import VAEGAN, VAEGANConfig
+
+SMALL = {"image_size": 16, "width": 8, "latent_dim": 6}
+
+
+def make(**options) -> VAEGAN:
+    torch.manual_seed(0)
+    return VAEGAN(VAEGANConfig(**SMALL | options)).eval()
+
+
+def images(number: int = 3, size: int = 16) -> torch.Tensor:
+    return torch.rand(number, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("size", [8, 16, 64])
+def test_images_have_the_configured_size_and_range_and_encoder_undoes_the_shape(size):
+    model = make(latent="vae", image_size=size)
+    output = model(images(size=size), torch.zeros(3, 6), torch.randn(2, 6))
+    assert output.pixel_values.shape == (3, 3, size, size) and output.generated.shape == (2, 3, size, size)
+    assert float(output.generated.detach().abs().max()) <= 1
+    assert output.mean.shape == output.log_variance.shape == (3, 6)
+
+
+def test_kl_and_reconstruction_equal_torch_s():
+    model = make(latent="vae")
+    output = model(images(), torch.ones(3, 6))
+    posterior = Normal(output.mean, (output.log_variance / 2).exp())
+    expected = kl_divergence(posterior, Normal(0.0, 1.0)).sum(1).mean()
+    torch.testing.assert_close(output.kl, expected)
+    latents = output.mean + (output.log_variance / 2).exp()
+    torch.testing.assert_close(output.pixel_values, model.decode(latents))
+    torch.testing.assert_close(output.recon, (output.pixel_values - images()).abs().mean())
+
+
+@pytest.mark.parametrize("density", ["prior", "mixture", "held_out"])
+def test_generated_images_do_not_depend_on_the_batch_size_and_repeat_with_the_generator(density):
+    model = make(density=density, components=2, bank_size=9 if density == "held_out" else 0)
+    model.density.fit_(torch.randn(30, 6, generator=torch.Generator().manual_seed(0)))
+    whole = model.generate(7, torch.Generator().manual_seed(1))
+    parts = model.generate(7, torch.Generator().manual_seed(1), batch_size=2)
+    torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(whole, model.generate(7, torch.Generator().manual_seed(2)))
+
+
+@pytest.mark.parametrize("options", [{}, {"latent": "dae", "density": "mixture", "components": 3}], ids=str)
+def test_checkpoint_keeps_weights_and_fitted_density_for_auto_model_too(options, tmp_path):
+    model = make(**options)
+    model.density.fit_(torch.randn(50, 6, generator=torch.Generator().manual_seed(0)))
+    model.save_pretrained(tmp_path)
+    expected = model.generate(4, torch.Generator().manual_seed(0))
+    for loaded in (VAEGAN.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert torch.equal(loaded.eval().generate(4, torch.Generator().manual_seed(0)), expected)
+
+
+def test_all_latents_share_the_generator_s_start():
+    states = [make(latent=latent).generator[1].weight.shape for latent in ("noise", "simclr", "vae", "dae")]
+    assert len(set(states)) == 1
+    encoders = [make(latent="dae", dropout=rate).encoder.state_dict() for rate in (0.0, 0.3)]
+    assert all(torch.equal(encoders[0][name], encoders[1][name]) for name in encoders[0])
+
+
+def test_dropout_of_a_weak_generator_drops_whole_channels_in_training_only():
+    model = make(dropout=0.5)
+    latents = torch.randn(2, 6)
+    assert torch.equal(model.decode(latents), model.decode(latents))
+    hidden = latents
+    for layer in list(model.train().generator)[:5]:
+        hidden = layer(hidden)
+    whole = (hidden == 0).flatten(2).all(2)
+    assert bool(whole.any()) and not bool(whole.all())
+
+
+def test_bad_input_is_refused_with_what_is_allowed():
+    for options in ({"image_size": 24}, {"latent": "pixels"}, {"density": "uniform"}, {"width": 12}):
+        with pytest.raises(ValueError):
+            VAEGANConfig(**SMALL | options)
+    with pytest.raises(ValueError, match="no encoder"):
+        make().encode(images())
+    with pytest.raises(ValueError, match=r"\(B, 3, 16, 16\)"):
+        make(latent="vae").encode(images(size=8))
+    with pytest.raises(ValueError, match=r"\(B, 6\)"):
+        make().decode(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="batch_size"):
+        make().generate(2, batch_size=0)
