@@ -27,11 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from latents_report import write_report
 from runs import alone, claimed
+from sklearn.linear_model import LogisticRegression
 
-from hf_dpssl import keyed_random
+from hf_dpssl import VQAutoencoder, VQTokenPipeline, evaluation, keyed_random
+from hf_dpssl.autoencoder_measures import Pictures, encode_and_decode, load_pictures, measure_autoencoder
+from hf_dpssl.batches import spread_rows
 from hf_dpssl.checkpoint import write_json
 from hf_dpssl.data import load_images
+from hf_dpssl.feature_extractors import load_extractor
+from hf_dpssl.image_table import ImageTable
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
 
@@ -42,7 +48,7 @@ ENCODERS = {
     "extractor": "--kernel student_t --normalization joint --temperature 2 --seed 101",
 }
 WIDTHS = {"perceptual": [12, 24, 48, 96], "extractor": [16, 32, 64, 128]}
-STEPS = 1_200  # of each stage
+STEPS = 800  # of each stage
 MODEL = (
     "--encoder_channels 8 16 32 --decoder_channels 16 32 64 --auxiliary_channels 8 16 32 --auxiliary_dropout 0.05 "
     f"--num_codes 256 --latent_channels 4 --batch_size 32 --stage_1_steps {STEPS} --stage_2_steps {STEPS}"
@@ -51,7 +57,8 @@ LOSSES = (
     "--reconstruction_loss l1 --perceptual_weight 0.1 --adversarial hinge --adversarial_weight 0.1 "
     "--adversarial_start 0.6 --discriminator_warmup 50 --discriminator_width 16 --discriminator_learning_rate 5e-4"
 )
-TOKENS = "--max_train_steps 1500 --num_layers 2 --width 96 --num_heads 4 --batch_size 64"
+TOKENS = "--max_train_steps 800 --num_layers 2 --width 64 --num_heads 4 --batch_size 64"
+GENERATED = 2_000
 # The joint arms come with every budget; the decoupled ones are what they are matched with.
 BUDGETS = {"joint": ("total", "encoder", "flops"), "joint_dropout": ("total", "encoder", "flops")}
 ARMS = ("joint", "weak_dropout", "weak_width", "decoupled", "joint_dropout")
@@ -122,7 +129,65 @@ def train(run: Run, folder: Path) -> dict:
     return json.loads((target / "results.json").read_text(encoding="utf-8"))
 
 
-STAGES = {"train": train}
+def train_tokens(run: Run, folder: Path) -> dict:
+    """The token model of a run; returns what its results.json says."""
+    import dae_ar
+
+    source = ["--autoencoder", str(folder / run.name / "autoencoder"), "--dataset", "mnist", "--seed", str(run.seed)]
+    more = ["--image_size", str(IMAGE_SIZE), "--name", "tokens", "--output_dir", str(folder / run.name)]
+    target = dae_ar.main([*source, *TOKENS.split(), *more, "--resume_from_checkpoint", "latest"])
+    return json.loads((target / "results.json").read_text(encoding="utf-8"))
+
+
+def measure(run: Run, folder: Path) -> dict:
+    """Every measure of a run's autoencoder on test images, and of 2,000 images of its token model."""
+    autoencoder = VQAutoencoder.from_pretrained(folder / run.name / "autoencoder").eval()
+    extractor = load_extractor(str(folder / "extractor"))
+    train_images, test = pictures(folder)
+    metrics, curves = measure_autoencoder(
+        autoencoder, train_images, test, extractor=extractor, seed=run.seed, lipschitz_images=64, distance_images=150
+    )
+    pipeline = VQTokenPipeline.from_pretrained(folder / run.name / "tokens")
+    classes = [number % 10 for number in range(GENERATED)]
+    generator = torch.Generator().manual_seed(run.seed)
+    batches = [pipeline(classes[i : i + 250], generator=generator, output_type="pt") for i in range(0, GENERATED, 250)]
+    generated = torch.cat([batch.images for batch in batches]) * 2 - 1
+    reconstructed = encode_and_decode(autoencoder, test.pixel_values).reconstructions
+    for prefix, reference in (("g", test.pixel_values), ("g_to_reconstructions_", reconstructed)):
+        metrics |= evaluation.image_quality(reference, generated, extractor, prefix=prefix, seed=run.seed)
+    metrics |= evaluation.copies(generated, train_images.pixel_values, test.pixel_values)
+    metrics |= judged_classes(extractor, train_images, test, generated, torch.tensor(classes))
+    curves = {
+        name: [round(value, 5) for value in values[:: max(1, len(values) // 64)]] for name, values in curves.items()
+    }
+    return {"metrics": metrics, "curves": curves, "fingerprint": autoencoder.fingerprint()}
+
+
+def pictures(folder: Path) -> tuple[Pictures, Pictures]:
+    """The training images, and test images from the folder that DPSSL_DATA named at first."""
+    train_images = load_pictures("mnist", IMAGE_SIZE, TRAIN_IMAGES)["train"]
+    os.environ["DPSSL_DATA"], prepared = SOURCE or "", os.environ["DPSSL_DATA"]
+    try:
+        test = load_images("mnist").evaluation
+    finally:
+        os.environ["DPSSL_DATA"] = prepared
+    table = ImageTable(load_images("mnist"), test.select(spread_rows(len(test), TEST_IMAGES)), IMAGE_SIZE)
+    table.preload(2**30, show_progress=False)
+    return train_images, Pictures(table.images.float() / 127.5 - 1, table.labels)
+
+
+def judged_classes(extractor, train_images: Pictures, test: Pictures, generated, classes) -> dict[str, float]:
+    """Class consistency of generated images by a linear classifier on the extractor's features, and its accuracy."""
+    features = [extractor.features(images) for images in (train_images.pixel_values, test.pixel_values, generated)]
+    classifier = LogisticRegression(max_iter=500).fit(features[0], train_images.labels)
+    accuracy = 100 * classifier.score(features[1], test.labels)
+    logits = torch.from_numpy(classifier.decision_function(features[2]))
+    return evaluation.class_consistency(logits, classes) | {"classifier_top1": accuracy}
+
+
+STAGES = {"train": train, "tokens": train_tokens, "measure": measure}
+NEEDS = {"tokens": "train", "measure": "tokens"}
+SOURCE = os.environ.get("DPSSL_DATA")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -135,8 +200,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.runs.absolute()
     prepare(folder)
     train_encoders(folder)
+    if args.stage == "report":
+        write_report(folder, list(planned()))
+        return
     for run in planned():
         path = folder / f"{args.stage}-{run.name}.json"
+        if args.stage in NEEDS and not (folder / f"{NEEDS[args.stage]}-{run.name}.json").exists():
+            print(f"{run.name} is left out: --stage {NEEDS[args.stage]} has not finished it.", flush=True)
+            continue
         with claimed(path) as free:
             if free:
                 write_json(path, STAGES[args.stage](run, folder))
