@@ -1,0 +1,61 @@
+"""Recipes of autoencoders and GANs: published settings, and a start at full size on the CPU."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder
+from hf_dpssl.autoencoder_arguments import CONFIG_FLAGS, VQArguments
+from hf_dpssl.configuration_vq import VQConfig
+from hf_dpssl.gan_training import GANArguments
+from hf_dpssl.recipe import parse
+
+FACES = ["vq-gan-f16-faceshq", "vq-dae-f16-faceshq"]
+# configs/faceshq_vqgan.yaml of taming-transformers.
+PUBLISHED = {
+    "adversarial": "hinge", "adversarial_start": 30001, "adversarial_weight": 0.8, "perceptual": "lpips",
+    "perceptual_weight": 1.0, "commitment_weight": 0.25, "reconstruction_loss": "l1", "batch_size": 3,
+    "dataset": "celeba-hq+ffhq",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_faces_recipes_are_the_published_set_up_in_both_schemes(name):
+    args = parse(VQArguments, ["--recipe", name], "")
+    assert {key: getattr(args, key) for key in PUBLISHED} == PUBLISHED
+    assert args.scheme == ("dae" if "dae" in name else "joint")
+    options = {key: getattr(args, key) for key in CONFIG_FLAGS}
+    config = VQConfig(
+        **options, image_size=256, encoder_block_out_channels=args.encoder_channels,
+        decoder_block_out_channels=args.decoder_channels, encoder_layers_per_block=args.layers_per_block,
+    )  # fmt: skip
+    preset = VQConfig.preset("f16")
+    for key in ("attention_levels", "num_codes", "latent_channels", "encoder_block_out_channels", "norm_num_groups"):
+        assert getattr(config, key) == getattr(preset, key)
+
+
+def test_the_other_recipes_are_read():
+    assert parse(VQArguments, ["--recipe", "vq-dae-f8-imagenet"], "").encoder_channels == [128, 256, 256, 512]
+    assert parse(GANArguments, ["--recipe", "gan-cifar10-jpeg"], "").max_train_steps == 4000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FACES)
+def test_faces_recipe_starts_for_two_steps_at_full_size(name, launch, tmp_path):
+    """Two unions of noise stand for the faces, a small encoder for LPIPS, whose weights need a network."""
+    for part in "ab":
+        for i in range(4):
+            pixels = torch.randint(256, (256, 256, 3), dtype=torch.uint8)
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(tmp_path / part / f"{i}.png")
+    encoder = tmp_path / "encoder"
+    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24]})).save_pretrained(encoder)
+    flags = ["--recipe", name, "--dataset", f"{tmp_path / 'a'}+{tmp_path / 'b'}", "--perceptual", encoder]
+    flags += ["--batch_size", 1, "--stage_1_steps", 1, "--stage_2_steps", 1, "--num_workers", 0]
+    flags += ["--adversarial_start", 0, "--validation_steps", 10, "--output_dir", tmp_path / "run"]
+    launch("dae_vq", flags).wait(560)
+    folder = tmp_path / "run" / "autoencoder"
+    assert sum(p.numel() for p in VQAutoencoder.from_pretrained(folder).parameters()) > 71_000_000
+    assert sum(json.loads((folder / "results.json").read_text())["stages"].values()) == 2
