@@ -51,8 +51,18 @@ def r1_penalty(discriminator: Callable[[Tensor], Tensor], real: Tensor) -> Tenso
         A scalar with a gradient for the discriminator's weights.
     """
     real = real.detach().requires_grad_(True)
-    logits = discriminator(real).flatten(1).mean(1)
-    (gradient,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+    return r1_penalty_of_logits(discriminator(real), real)
+
+
+def r1_penalty_of_logits(logits: Tensor, real: Tensor) -> Tensor:
+    """`r1_penalty` from logits (B, ...) that the discriminator has given already for `real`, which requires a gradient.
+
+    Raises:
+        ValueError: images without a gradient.
+    """
+    if not real.requires_grad:
+        raise ValueError("the images of the R1 penalty must require a gradient before they pass the discriminator.")
+    (gradient,) = torch.autograd.grad(logits.flatten(1).mean(1).sum(), real, create_graph=True)
     return gradient.flatten(1).pow(2).sum(1).mean() / 2
 
 

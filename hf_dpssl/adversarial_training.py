@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .adversarial import ADVERSARIAL_LOSSES, adaptive_weight, r1_penalty
+from .adversarial import ADVERSARIAL_LOSSES, adaptive_weight, r1_penalty_of_logits
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ class AdversarialTerm:
 
     loss: a key of ADVERSARIAL_LOSSES. weight: of the generator's term, times the adaptive weight, which is at most
     `cap`. start: step from which the discriminator learns. warmup: steps that it learns before the generator sees it.
-    r1_weight: of the gradient penalty at real images; 0 leaves it out.
+    r1_weight: of the gradient penalty at real images; 0 leaves it out. r1_interval: steps from one penalty to the
+    next, each then weighted so many times more (Karras et al. 2020, appendix B), which costs that much less.
     """
 
     loss: str = "hinge"
@@ -33,12 +34,15 @@ class AdversarialTerm:
     warmup: int = 0
     cap: float = 1e4
     r1_weight: float = 0.0
+    r1_interval: int = 1
 
     def __post_init__(self):
         if self.loss not in ADVERSARIAL_LOSSES:
             raise ValueError(f"the adversarial loss must be one of {sorted(ADVERSARIAL_LOSSES)}, got {self.loss!r}.")
         if min(self.weight, self.start, self.warmup, self.r1_weight) < 0 or self.cap <= 0:
             raise ValueError(f"weights and steps of the adversarial term must not be negative, cap positive: {self}.")
+        if self.r1_interval < 1:
+            raise ValueError(f"r1_interval must be at least 1, got {self.r1_interval}.")
 
     def trains_discriminator(self, step: int) -> bool:
         """Whether the discriminator learns at optimiser step `step`, counted from 0."""
@@ -48,12 +52,22 @@ class AdversarialTerm:
         """Whether the generator's loss holds the term at optimiser step `step`."""
         return step >= self.start + self.warmup
 
-    def discriminator_loss(self, discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor) -> Tensor:
-        """Loss of the discriminator on one batch; both halves pass through it in one forward."""
-        logits = discriminator(torch.cat([real, fake.detach()]))
-        real_logits, fake_logits = logits[: len(real)], logits[len(real) :]
-        loss = ADVERSARIAL_LOSSES[self.loss][0](real_logits.float(), fake_logits.float())
-        return loss + self.r1_weight * r1_penalty(discriminator, real) if self.r1_weight else loss
+    def discriminator_loss(
+        self, discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, step: int = 0
+    ) -> Tensor:
+        """Loss of the discriminator on one batch at optimiser step `step`.
+
+        Both halves pass through it in one forward; at a step with the penalty each in its own, and that of the real
+        images serves loss and penalty.
+        """
+        loss = ADVERSARIAL_LOSSES[self.loss][0]
+        if not self.r1_weight or (step - self.start) % self.r1_interval:
+            real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).float().tensor_split([len(real)])
+            return loss(real_logits, fake_logits)
+        real = real.detach().requires_grad_(True)
+        real_logits, fake_logits = discriminator(real).float(), discriminator(fake.detach()).float()
+        penalty = r1_penalty_of_logits(real_logits, real)
+        return loss(real_logits, fake_logits) + self.r1_weight * self.r1_interval * penalty
 
     def value(self, discriminator: nn.Module, fake: Tensor) -> Tensor:
         """The generator's loss alone, unweighted; the discriminator (not wrapped) takes no gradient from it."""
@@ -160,9 +174,14 @@ class Adversary:
         term, value, factor = self.term.generator_loss(self.bare, fake, target, last_layer)
         return self.guard.scale * term, {"adv_g": value, "adv_weight": self.guard.scale * self.term.weight * factor}
 
-    def step(self, accelerator: Accelerator, real: Tensor, fake: Tensor) -> Tensor:
-        """Backward and optimiser step of the discriminator within `accelerator.accumulate`; returns its loss."""
-        loss = self.term.discriminator_loss(self.discriminator, real, fake)
+    def step(self, accelerator: Accelerator, real: Tensor, fake: Tensor, step: int = 0) -> Tensor:
+        """Backward and optimiser step of the discriminator within `accelerator.accumulate`; returns its loss.
+
+        Args:
+            real, fake: images (B, C, H, W), (B', C, H, W) of the generator's batch.
+            step: the optimiser step, for `r1_interval`.
+        """
+        loss = self.term.discriminator_loss(self.discriminator, real, fake, step)
         accelerator.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -66,8 +66,11 @@ class LatentDensity(nn.Module):
         return self
 
     def _fit_mixture(self, points: Tensor, seed: int) -> None:
-        from sklearn.mixture import GaussianMixture
-
+        # Guarded, so that checkpoints load with this file where scikit-learn is not installed.
+        try:
+            from sklearn.mixture import GaussianMixture
+        except ImportError as error:
+            raise ImportError("fitting a mixture needs scikit-learn: pip install scikit-learn.") from error
         jitter = _JITTER * float(points.var(0).mean())
         model = GaussianMixture(len(self.weights), reg_covar=max(jitter, 1e-12), random_state=seed, max_iter=200)
         model.fit(points.numpy())

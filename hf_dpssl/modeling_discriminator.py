@@ -1,4 +1,8 @@
-"""PatchGAN discriminator: one logit per patch of an image (Isola et al. 2017; Esser et al. 2021)."""
+"""PatchGAN discriminator: one logit per patch of an image (Isola et al. 2017; Esser et al. 2021).
+
+Differs from pix2pix: the convolutions that do not halve are 3 x 3 and keep the sides (4 x 4 there, each a pixel less),
+so that images of 16 px leave some patches; group norm in place of batch norm.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +45,14 @@ class PatchDiscriminatorConfig(PretrainedConfig):
         if norm not in _NORMS:
             raise ValueError(f"norm must be one of {_NORMS}, got {norm!r}.")
         self.num_channels, self.width, self.image_size = num_channels, width, image_size
-        self.num_layers = num_layers or max(1, min(3, int(math.log2(max(2, image_size))) - 2))
+        automatic = max(1, min(3, int(math.log2(max(2, image_size))) - 2))
+        self.num_layers = automatic if num_layers is None else num_layers
         self.norm, self.spectral_norm = norm, spectral_norm
-        if min(num_channels, width) < 1 or width % 4:
-            raise ValueError(f"num_channels must be at least 1, width a multiple of 4; got {num_channels}, {width}.")
+        if min(num_channels, width, self.num_layers) < 1 or width % 4:
+            raise ValueError(
+                "num_channels and num_layers must be at least 1, width a multiple of 4; "
+                f"got {num_channels}, {self.num_layers}, {width}."
+            )
         super().__init__(**kwargs)
 
 
@@ -88,8 +96,11 @@ class PatchDiscriminator(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
         return load_complete(super().from_pretrained, *args, **kwargs)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (B, 1, h, w); ValueError for images of other channels or too small for a patch."""
+    def forward(self, pixel_values: Tensor, with_hidden: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (B, 1, h, w); ValueError for images of other channels or too small for a patch.
+
+        `with_hidden` gives the features (B, D, h, w) of which the last layer takes the logits as well.
+        """
         smallest = 2 ** (self.config.num_layers + 1)
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != self.config.num_channels or min(shape[2:]) < smallest:
@@ -97,4 +108,6 @@ class PatchDiscriminator(PreTrainedModel):
                 f"images must be (B, {self.config.num_channels}, H, W) with sides of at least {smallest}, got {shape}: "
                 "use fewer layers (num_layers) for small images."
             )
-        return self.layers(pixel_values)
+        hidden = self.layers[:-1](pixel_values)
+        logits = self.layers[-1](hidden)
+        return (logits, hidden) if with_hidden else logits

@@ -143,6 +143,9 @@ class VAEGAN(PreTrainedModel):
         super().__init__(config)
         self.encoder = ImageEncoder(config) if config.has_encoder else None  # drawn first: the same with any generator
         self.generator = Generator(config)
+        if config.latent == "simclr":  # by which the encoder's features were standardised
+            self.register_buffer("feature_mean", torch.zeros(config.latent_dim))
+            self.register_buffer("feature_std", torch.ones(config.latent_dim))
         options = {"components": config.components, "bank_size": config.bank_size}
         self.density = LatentDensity(config.density, config.latent_dim, **options)
         self.post_init()
@@ -166,6 +169,12 @@ class VAEGAN(PreTrainedModel):
             raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}.")
         mean, log_variance = self.encoder(pixel_values).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
+
+    def standardize(self, features: Tensor) -> Tensor:
+        """Latents (B, latent_dim) of the encoder's features (B, latent_dim); ValueError for another kind of model."""
+        if self.config.latent != "simclr":
+            raise ValueError(f"a {self.config.latent!r} model does not take another encoder's features.")
+        return (features - self.feature_mean) / self.feature_std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, C, S, S) in [-1, 1] of latents (B, latent_dim)."""
@@ -193,17 +202,34 @@ class VAEGAN(PreTrainedModel):
         return VAEGANOutput(images, generated, mean, log_variance, kl, F.l1_loss(images.float(), pixel_values.float()))
 
     @torch.no_grad()
-    def generate(self, num_images: int, generator: torch.Generator | None = None, *, batch_size: int = 256) -> Tensor:
-        """`num_images` images (N, C, S, S) in [-1, 1] of latents drawn from the model's density.
+    def generate(
+        self,
+        num_images: int | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        latents: Tensor | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Images (N, C, S, S) in [-1, 1] of latents drawn from the model's density, or of given ones.
 
         The same generator gives the same images whatever `batch_size`: all latents are drawn first.
 
         Args:
-            num_images: at least 1.
+            num_images: at least 1; with `latents` their number, or None.
             generator: of the latents, on the CPU; None: torch's global one.
+            latents: (N, latent_dim), in place of drawn ones.
             batch_size: images decoded at once.
+
+        Raises:
+            ValueError: neither or two different numbers of images, or a batch size below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        latents = self.density.sample(num_images, generator).to(self.device, self.dtype)
+        if latents is None:
+            if num_images is None:
+                raise ValueError("generate needs num_images, or latents.")
+            latents = self.density.sample(num_images, generator)
+        elif num_images not in (None, len(latents)):
+            raise ValueError(f"num_images is {num_images}, but there are {len(latents)} latents: leave one out.")
+        latents = latents.to(self.device, self.dtype)
         return torch.cat([self.decode(part) for part in latents.split(batch_size)])

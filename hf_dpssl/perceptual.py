@@ -6,6 +6,7 @@ are divided by their norm, squared differences are summed over channels, average
 
 from __future__ import annotations
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,16 +20,17 @@ class PerceptualDistance(nn.Module):
     Args:
         timm_model: has `forward_intermediates`.
         mean, std: by which its images in [0, 1] were normalised, one number per channel.
-        min_size: smaller images are enlarged (bilinear) to this side before; 0 never.
+        size: side to which images of another size are resized (antialiased bilinear), for a model that takes one size
+            only, as most vision transformers; None: images pass as they are.
     """
 
-    def __init__(self, timm_model: nn.Module, mean: list[float], std: list[float], min_size: int = 0):
+    def __init__(self, timm_model: nn.Module, mean: list[float], std: list[float], size: int | None = None):
         super().__init__()
         if not hasattr(timm_model, "forward_intermediates"):
             raise ValueError(
                 f"{type(timm_model).__name__} has no intermediate features (timm's forward_intermediates)."
             )
-        self.timm_model, self.min_size = timm_model, min_size
+        self.timm_model, self.size = timm_model, size
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
         self.train(False)
@@ -44,8 +46,8 @@ class PerceptualDistance(nn.Module):
         if images.ndim != 4 or images.shape[1] not in (1, channels):
             raise ValueError(f"images must be (B, 1 or {channels}, H, W), got {tuple(images.shape)}.")
         images = (images.float().expand(-1, channels, -1, -1) + 1) / 2
-        if min(images.shape[2:]) < self.min_size:
-            images = F.interpolate(images, size=self.min_size, mode="bilinear", align_corners=False, antialias=True)
+        if self.size is not None and tuple(images.shape[2:]) != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         stages = self.timm_model.forward_intermediates((images - self.mean) / self.std, intermediates_only=True)
         return [stage / (stage.pow(2).sum(1, keepdim=True) + 1e-10).sqrt() for stage in stages]
 
@@ -71,7 +73,7 @@ class LpipsDistance(nn.Module):
             self.network = _LPIPS(pretrained=True, net="vgg", use_dropout=False, eval_mode=True)
         except OSError as error:
             raise OSError(
-                f"the VGG-16 of LPIPS cannot be downloaded ({error}): connect to the network, put it into its cache, or "
+                f"the VGG-16 of LPIPS cannot be downloaded ({error}): connect to the network, put it into its cache or "
                 "name a frozen encoder instead, e.g. one of your own trained by training/contrastive.py."
             ) from error
         self.train(False)
@@ -89,24 +91,39 @@ class LpipsDistance(nn.Module):
 
 
 def load_perceptual(name: str) -> nn.Module:
-    """A frozen perceptual distance: "lpips", or the folder or Hub id of an encoder (ours, timm's in transformers).
+    """A frozen perceptual distance.
+
+    Args:
+        name: "lpips", "timm:<model>" with its pretrained weights, or the folder or Hub id of an encoder of this package
+            or of timm.
 
     Raises:
-        ImportError, OSError: LPIPS without torchmetrics or without its weights. ValueError: an encoder that has no
-            intermediate features.
+        ImportError, OSError: LPIPS without torchmetrics or without its weights. ValueError: weights that cannot be had,
+            or an encoder that has no intermediate features.
     """
     if name == "lpips":
         return LpipsDistance()
-    embedder = ImageEmbedder(name)
-    return PerceptualDistance(*timm_parts(embedder))
-
-
-def timm_parts(embedder: ImageEmbedder) -> tuple[nn.Module, list[float], list[float]]:
-    """The timm model of an encoder, and mean and std of its images in [0, 1]; ValueError for another kind of model."""
-    model = getattr(embedder.model, "timm_model", None)
-    if model is None:
+    if name.startswith("timm:"):
+        try:
+            model = timm.create_model(name.removeprefix("timm:"), pretrained=True)
+        except Exception as error:  # timm and the Hub raise many kinds
+            raise ValueError(
+                f"cannot load {name!r}: {error}. timm's weights come from the Hub at first use; offline, name a folder."
+            ) from error
+        return PerceptualDistance(*_arguments(model))
+    encoder = ImageEmbedder(name).model
+    if not hasattr(encoder, "timm_model"):
         raise ValueError(
-            f"{type(embedder.model).__name__} is no timm model: take an encoder of this package or of timm on the Hub."
+            f"{type(encoder).__name__} is no timm model: take an encoder of this package or of timm on the Hub."
         )
+    return PerceptualDistance(*_arguments(encoder.timm_model))
+
+
+def _arguments(model: nn.Module) -> tuple[nn.Module, list[float], list[float], int | None]:
+    """What `PerceptualDistance` takes, for a timm model."""
     config = model.pretrained_cfg
-    return model, list(config["mean"]), list(config["std"])
+    size = None
+    if config.get("fixed_input_size"):
+        sides = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+        size = int(sides[-1])
+    return model, list(config["mean"]), list(config["std"]), size

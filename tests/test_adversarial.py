@@ -15,6 +15,7 @@ from hf_dpssl.adversarial import (
     non_saturating_discriminator,
     non_saturating_generator,
     r1_penalty,
+    r1_penalty_of_logits,
 )  # fmt: skip
 from hf_dpssl.adversarial_training import AdversarialTerm, Adversary, ReconstructionGuard
 from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
@@ -81,7 +82,7 @@ def test_term_starts_with_the_discriminator_and_reaches_the_generator_after_its_
     term = AdversarialTerm(start=10, warmup=5)
     assert [term.trains_discriminator(step) for step in (9, 10)] == [False, True]
     assert [term.reaches_generator(step) for step in (14, 15)] == [False, True]
-    for options in ({"loss": "wasserstein"}, {"weight": -1}, {"cap": 0}):
+    for options in ({"loss": "wasserstein"}, {"weight": -1}, {"cap": 0}, {"r1_interval": 0}):
         with pytest.raises(ValueError):
             AdversarialTerm(**options)
 
@@ -110,6 +111,44 @@ def test_discriminator_loss_of_both_halves_in_one_forward_equals_two_forwards():
     real, fake = (torch.rand(n, 3, 16, 16) * 2 - 1 for n in (2, 3))
     found = AdversarialTerm("hinge").discriminator_loss(discriminator, real, fake)
     torch.testing.assert_close(found, hinge_discriminator(discriminator(real), discriminator(fake)))
+
+
+@pytest.mark.parametrize("loss", sorted(ADVERSARIAL_LOSSES))
+def test_penalty_is_taken_every_so_many_steps_with_so_many_times_the_weight(loss):
+    discriminator = make_discriminator()
+    real, fake = (torch.rand(n, 3, 16, 16) * 2 - 1 for n in (2, 3))
+    plain = ADVERSARIAL_LOSSES[loss][0](discriminator(real), discriminator(fake))
+    penalty = r1_penalty(discriminator, real)
+    term = AdversarialTerm(loss, start=2, r1_weight=0.5, r1_interval=4)
+    for step, share in ((2, 4), (3, 0), (5, 0), (6, 4)):
+        found = term.discriminator_loss(discriminator, real, fake, step)
+        torch.testing.assert_close(found, plain + 0.5 * share * penalty)
+    assert not real.requires_grad
+
+
+def penalised_gradients() -> dict:
+    """A process's gradients of a wrapped discriminator, whose halves of the batch differ."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    bare = make_discriminator().double()
+    term = AdversarialTerm("non_saturating", r1_weight=1.0)
+    real, fake = penalised_batch()
+    rank = torch.distributed.get_rank()
+    wrapped = DistributedDataParallel(bare, broadcast_buffers=False)
+    term.discriminator_loss(wrapped, *(x.chunk(2)[rank] for x in (real, fake))).backward()
+    return {name: p.grad for name, p in bare.named_parameters()}
+
+
+def penalised_batch() -> torch.Tensor:
+    return torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(3)).double() * 2 - 1
+
+
+def test_penalty_over_two_processes_has_the_gradients_of_one(run_in_two):
+    bare = make_discriminator().double()
+    AdversarialTerm("non_saturating", r1_weight=1.0).discriminator_loss(bare, *penalised_batch()).backward()
+    for found in run_in_two(penalised_gradients):
+        for name, parameter in bare.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad)
 
 
 def test_guard_lowers_the_weight_once_the_error_has_grown_by_the_factor_and_says_so(caplog):
@@ -166,5 +205,18 @@ def test_discriminator_refuses_other_images_and_configs():
         make_discriminator()(torch.zeros(1, 1, 16, 16))
     with pytest.raises(ValueError, match="norm"):
         PatchDiscriminatorConfig(norm="layer")
-    with pytest.raises(ValueError, match="multiple of 4"):
-        PatchDiscriminatorConfig(width=6)
+    for options in ({"width": 6}, {"num_layers": 0}, {"num_channels": 0}):
+        with pytest.raises(ValueError, match="multiple of 4"):
+            PatchDiscriminatorConfig(**options)
+
+
+def test_hidden_features_are_those_of_which_the_last_layer_takes_the_logits():
+    model, images = make_discriminator(), torch.rand(2, 3, 16, 16)
+    logits, hidden = model(images, with_hidden=True)
+    assert hidden.shape == (2, 32, 4, 4) and torch.equal(logits, model(images))
+    torch.testing.assert_close(F.conv2d(hidden, model.layers[-1].weight, model.layers[-1].bias, padding=1), logits)
+
+
+def test_images_of_the_penalty_must_require_a_gradient():
+    with pytest.raises(ValueError, match="must require a gradient"):
+        r1_penalty_of_logits(torch.zeros(2, 1), torch.zeros(2, 3))

@@ -49,6 +49,26 @@ def test_generated_images_do_not_depend_on_the_batch_size_and_repeat_with_the_ge
     assert not torch.equal(whole, model.generate(7, torch.Generator().manual_seed(2)))
 
 
+def test_given_latents_are_decoded_in_order():
+    model, latents = make(), torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.generate(latents=latents, batch_size=2), model.decode(latents))
+    for arguments in ({}, {"num_images": 3, "latents": latents}):
+        with pytest.raises(ValueError, match="num_images"):
+            model.generate(**arguments)
+
+
+def test_features_are_standardised_by_the_checkpoint_s_statistics(tmp_path):
+    model, features = make(latent="simclr", features="features"), 3 * torch.randn(50, 6) + 1
+    model.feature_mean.copy_(features.mean(0))
+    model.feature_std.copy_(features.std(0))
+    model.save_pretrained(tmp_path)
+    latents = VAEGAN.from_pretrained(tmp_path).standardize(features)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(latents.std(0), torch.ones(6))
+    with pytest.raises(ValueError, match="another encoder's features"):
+        make().standardize(features)
+
+
 @pytest.mark.parametrize("options", [{}, {"latent": "dae", "density": "mixture", "components": 3}], ids=str)
 def test_checkpoint_keeps_weights_and_fitted_density_for_auto_model_too(options, tmp_path):
     model = make(**options)

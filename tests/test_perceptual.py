@@ -71,9 +71,28 @@ def test_grey_images_are_repeated_and_other_channels_refused():
         distance(images[:, :2], other[:, :2])
 
 
-def test_small_images_are_enlarged_to_the_least_size():
-    distance = make(min_size=20)
-    assert distance.features(pair()[0])[0].shape[-1] == 18
+def test_images_are_resized_only_for_encoders_that_take_one_size():
+    assert make().features(pair()[0])[0].shape[-1] == 8
+    assert make(size=20).features(pair()[0])[0].shape[-1] == 18
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("vit_tiny_patch16_224", {"img_size": 48, "depth": 2, "embed_dim": 24}), ("resnet10t", {})],
+)
+def test_timm_models_by_name_take_images_of_any_size(name, options, monkeypatch):
+    import timm
+
+    create = timm.create_model
+    model = create(name, pretrained=False, **options)
+    monkeypatch.setattr(timm, "create_model", lambda found, pretrained: {name: model}[found])
+    distance = load_perceptual(f"timm:{name}")
+    assert distance.size == (48 if options else None)
+    images, other = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
+    assert float(distance(images, other)) > float(distance(images, images)) == 0
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="offline, name a folder"):
+        load_perceptual("timm:no_such_model")
 
 
 def test_any_encoder_folder_of_ours_is_a_perceptual_distance(tmp_path):
