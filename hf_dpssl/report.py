@@ -83,7 +83,10 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     entries, samples = {}, {}
     for name, source in zip(names, tqdm(args.autoencoders, "autoencoders", leave=False), strict=True):
-        model = VQAutoencoder.from_pretrained(source).eval()
+        try:
+            model = VQAutoencoder.from_pretrained(source).eval()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the autoencoder {source!r}: {error}") from error
         shape = {"num_channels": model.config.num_channels}
         pictures = load_pictures(args.dataset, model.config.image_size, args.images, **shape, **columns)
         train, test = pictures["train"], pictures["evaluation"]

@@ -13,6 +13,10 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
+
+from latents_report import COMPARED
+from latents_report import ROWS as LATENT_ROWS
 
 EVIDENCE = Path(__file__).parent
 REPOSITORY = EVIDENCE.parent.parent
@@ -23,9 +27,13 @@ SPEED = {  # results of make bench: the job's heading
     "augmentation": "two-view augmentation, training step",
     "neighbours": "nearest neighbours",
     "quantizer": "quantiser, forward + backward",
+    "autoencoder": "autoencoder",
+    "token_guidance": "token transformer",
+    "frechet": "Frechet distance, 2,048 dimensions",
 }
 MODES = EVIDENCE / "results" / "augmentation_modes.json"
 DIMENSIONS = EVIDENCE / "results" / "dimensions.json"
+LATENTS = EVIDENCE / "results" / "latents.json"
 PICTURES = ("samples.png", "map.png")
 
 
@@ -110,6 +118,36 @@ def dimensions_table(report: dict) -> str:
     return "\n".join([*lines, "", f"{about}{missing} {circumstances(report)}"])
 
 
+def latents_table(report: dict) -> str:
+    """Every measure of the arms and budgets, mean over seeds (standard deviation), and paired differences, in Markdown."""
+    cells, differences = report["metrics"]["cells"], report["metrics"]["differences"]
+    lines = ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
+    lines.append("| seeds | " + " | ".join(str(len(cell["seeds"])) for cell in cells.values()) + " |")
+    steps = (" + ".join(str(steps) for steps in cell["stages"].values()) for cell in cells.values())
+    lines.append("| steps | " + " | ".join(steps) + " |")
+    flat = ("yes" if all(cell["converged"]) else "no" for cell in cells.values())
+    lines.append("| all stages flat | " + " | ".join(flat) + " |")
+    for name, (title, form, _) in LATENT_ROWS.items():
+        lines.append(f"| {title} | " + " | ".join(_spread(cell[name], form) for cell in cells.values()) + " |")
+    lines += ["", "| paired difference | " + " | ".join(LATENT_ROWS[name][0] for name in COMPARED) + " |"]
+    lines.append("|---" * (len(COMPARED) + 1) + "|")
+    for pair, values in differences.items():
+        lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in COMPARED) + " |")
+    samples, settings = report["samples"], report["settings"]
+    about = f"{settings['runs']} runs. Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
+    return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
+
+
+def _spread(values: list[float], form: str) -> str:
+    text = form.format(mean(values))
+    return f"{text} ({form.format(stdev(values))})" if len(values) > 1 else text
+
+
+def _interval(entry: dict) -> str:
+    low_high = f" ({entry['interval'][0]:+.3g} to {entry['interval'][1]:+.3g})" if "interval" in entry else ""
+    return f"{entry['mean']:+.3g}{low_high}"
+
+
 def modes_line(report: dict) -> str:
     """kNN accuracy after training with fused and with exact augmentation, in Markdown."""
     metrics, samples = report["metrics"], report["samples"]
@@ -154,6 +192,8 @@ def tables() -> dict[str, str]:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
     if MODES.exists():
         blocks["modes"] = modes_line(read(MODES))
+    if LATENTS.exists():
+        blocks["latents"] = latents_table(read(LATENTS))
     if DIMENSIONS.exists():
         blocks["dimensions"] = dimensions_table(read(DIMENSIONS))
     return blocks
