@@ -2,13 +2,11 @@
 
 import copy
 import math
-import sys
 
 import pytest
 import torch
 
 from hf_dpssl import VectorQuantizer
-from hf_dpssl.quantizer import code_statistics, k_means, nearest_codes
 
 FLOAT_BUFFERS = ("codebook", "counts", "sums")
 
@@ -39,60 +37,11 @@ def state(vq: VectorQuantizer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in vq.state_dict().items()}
 
 
-@pytest.mark.parametrize("tile", [(1, 1, 1), (7, 8, 4), (512, 2048, 128)])
-@pytest.mark.parametrize(("rows", "codes", "columns"), [(1, 1, 1), (40, 7, 3), (101, 32, 4)])
-def test_nearest_codes_equal_brute_force_also_in_tiles(rows, codes, columns, tile, monkeypatch):
-    for name, size in zip(("_TILE_VECTORS", "_TILE_CODES", "_BLOCK"), tile, strict=True):
-        monkeypatch.setattr(sys.modules["hf_dpssl.nearest_codes"], name, size)
-    vectors, codebook = random(rows, columns), random(codes, columns, seed=1)
-    squared = (vectors.double()[:, None] - codebook.double()[None]).pow(2).sum(2)
-    assert torch.equal(nearest_codes(vectors, codebook), squared.argmin(1))
-
-
-def test_code_statistics_equal_the_loop():
-    vectors, codes = random(30, 2), torch.randint(5, (30,), generator=torch.Generator().manual_seed(0))
-    expected_counts, expected_sums = torch.zeros(6), torch.zeros(6, 2)
-    for vector, code in zip(vectors, codes.tolist(), strict=True):
-        expected_counts[code] += 1
-        expected_sums[code] += vector
-    counts, sums = code_statistics(vectors, codes, 6)
-    assert torch.equal(counts, expected_counts)
-    torch.testing.assert_close(sums, expected_sums)
-
-
 def four_clusters() -> tuple[torch.Tensor, torch.Tensor]:
     """100 vectors in 4 clusters of 25, far apart, and the clusters' means."""
     corners = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
     vectors = corners.repeat_interleave(25, 0) + 0.1 * random(100, 2)
     return vectors, vectors.view(4, 25, 2).mean(1)
-
-
-def test_k_means_finds_the_means_of_separated_clusters():
-    vectors, means = four_clusters()
-    errors = []
-    for seed in range(10):  # Lloyd's algorithm stays in local optima, so not every start finds them
-        torch.manual_seed(seed)
-        errors.append(float(torch.cdist(means, k_means(vectors, 4)).amin(1).max()))
-    assert min(errors) < 1e-5
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_k_means_ends_with_every_row_at_the_mean_of_its_vectors(seed):
-    torch.manual_seed(seed)
-    vectors, means = four_clusters()
-    found = k_means(vectors, 16, iterations=50)
-    assert torch.cdist(means, found).amin(1).max() < 0.3, "a cluster has no row"
-    codes = nearest_codes(vectors, found)
-    for code in codes.unique():
-        torch.testing.assert_close(found[code], vectors[codes == code].mean(0))
-
-
-def test_k_means_with_fewer_vectors_than_codes_gives_finite_rows_near_the_vectors():
-    vectors = random(5, 3)
-    found = k_means(vectors, 12)
-    assert found.shape == (12, 3)
-    assert torch.cdist(found, vectors).amin(1).max() < 0.1
-    assert torch.cdist(vectors, found).amin(1).max() < 0.1
 
 
 def test_first_training_batch_starts_the_codebook_at_its_clusters():

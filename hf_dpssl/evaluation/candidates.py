@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..products import product
+from ..products import PRODUCT_ERROR, ROUNDING, product
 
 _TILE_BYTES = 2**24  # of the bank, prepared at once
 _CHUNK_BYTES = 2**25  # of approximate similarities, held at once
@@ -24,14 +24,6 @@ _BLOCK_ELEMENTS = 2**17  # prepared or gathered at once: within the second-level
 _MAX_PAIRS = 2**21  # compared at once
 _TOO_MANY = 8  # candidates per neighbour from which on bfloat16 separates too badly
 _NONE = torch.iinfo(torch.int64).max  # key of a neighbour that is still missing
-_ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of rounding to nearest
-_PRODUCT_ERROR = {"highest": 0.0, "high": 2.0**-9, "medium": 2.0**-7}  # of torch.set_float32_matmul_precision
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 products are fast and summed in float32: CPUs with AMX or AVX512-BF16."""
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def finite_norms(rows: Tensor, name: str, first: int = 0) -> Tensor:
@@ -156,7 +148,7 @@ class Search:
         maxima = _group_maxima(similarity, self.k, self.metric == "cosine")
         kth = _kth_largest(torch.cat([known, maxima], 1), self.k)
         if similarity.dtype == torch.bfloat16:
-            kth = kth - _ROUNDING[torch.bfloat16] * kth.abs()  # before the sum was rounded
+            kth = kth - ROUNDING[torch.bfloat16] * kth.abs()  # before the sum was rounded
         return (kth - 2 * self._margin(tile, part)).to(similarity.dtype)  # rounding keeps the order
 
     def _margin(self, tile: _Tile, part: slice) -> Tensor:
@@ -169,7 +161,7 @@ class Search:
         norms, rounded = self.norms[part], self.rounded[part]
         reach = norms + tile.radius + (self.centre.norm() if self.metric == "cosine" else 0.0)
         terms = len(self.centre) + 16  # 16: scaling, centring, bias
-        error = 2 * terms * _ROUNDING[torch.float32] + _PRODUCT_ERROR[torch.get_float32_matmul_precision()]
+        error = 2 * terms * ROUNDING[torch.float32] + PRODUCT_ERROR[torch.get_float32_matmul_precision()]
         margin = error * reach.square()
         if tile.rows.dtype == torch.bfloat16:
             margin = margin + rounded * tile.radius + (norms + rounded) * tile.rounded

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .candidates import Search, has_fast_bfloat16, inverse
+from ..products import has_fast_bfloat16
+from .candidates import Search, inverse
 
 METRICS = ("cosine", "euclidean")
 WEIGHTINGS = ("uniform", "exponential", "inverse")

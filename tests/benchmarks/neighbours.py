@@ -23,7 +23,7 @@ from lightly.utils.benchmarking import knn_predict
 from timing import Comparison, compare
 
 from hf_dpssl.evaluation import knn
-from hf_dpssl.evaluation.candidates import has_fast_bfloat16
+from hf_dpssl.products import has_fast_bfloat16
 from hf_dpssl.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "neighbours.json"
