@@ -119,7 +119,7 @@ def dimensions_table(report: dict) -> str:
 
 
 def latents_table(report: dict) -> str:
-    """Every measure of the arms and budgets, mean over seeds (standard deviation), and paired differences, in Markdown."""
+    """Measures of the arms and budgets, mean over seeds (standard deviation), and paired differences, in Markdown."""
     cells, differences = report["metrics"]["cells"], report["metrics"]["differences"]
     lines = ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(str(len(cell["seeds"])) for cell in cells.values()) + " |")
