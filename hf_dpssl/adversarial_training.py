@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -75,6 +76,22 @@ class AdversarialTerm:
         loss = ADVERSARIAL_LOSSES[self.loss][1](discriminator(fake).float())
         discriminator.requires_grad_(True)
         return loss
+
+    def value_and_feature_error(self, discriminator: nn.Module, fake: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """`value`, and the mean squared error of the discriminator's last features (Larsen et al. 2016, equation 8).
+
+        Args:
+            discriminator: a `PatchDiscriminator`, not wrapped.
+            fake: (B + N, C, H, W), reconstructions of `real` first.
+            real: (B, C, H, W).
+        """
+        discriminator.requires_grad_(False)
+        with torch.no_grad():
+            wanted = discriminator(real, with_hidden=True)[1]
+        logits, hidden = discriminator(fake, with_hidden=True)
+        discriminator.requires_grad_(True)
+        error = F.mse_loss(hidden[: len(real)].float(), wanted.float())
+        return ADVERSARIAL_LOSSES[self.loss][1](logits.float()), error
 
     def generator_loss(
         self, discriminator: nn.Module, fake: Tensor, reconstruction_loss: Tensor, last_layer: Tensor

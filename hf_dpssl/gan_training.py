@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from . import evaluation, keyed_random
 from .adversarial import ADVERSARIAL_LOSSES
+from .adversarial_training import AdversarialTerm
 from .batches import evaluation_batches, spread_rows
 from .embedder import KINDS, ImageEmbedder
-from .feature_extractors import load_extractor
-from .image_table import ImageTable, decode_row
-from .latent_density import DENSITIES
+from .feature_extractors import FeatureExtractor, load_extractor
+from .image_table import BadImageError, ImageTable, decode_row
+from .latent_density import DENSITIES, LatentDensity
 from .modeling_vaegan import LATENTS, VAEGAN
 from .recipe import RunArguments, option
 
@@ -45,22 +47,30 @@ class GANArguments(RunArguments):
     stage_1_steps: int = option(150, "of --latent dae: steps of the encoder against the weak generator, before")
     stage_1_dropout: float = option(0.1, "of --latent dae: channel dropout of the weak generator")
     adversarial: str = option("non_saturating", "losses of both sides", choices=list(ADVERSARIAL_LOSSES))
-    reconstruction_weight: float = option(1.0, "of the mean absolute error of reconstructions (vae, dae)")
+    reconstruction: str = option(
+        "pixels",
+        "what reconstructions are compared in (vae, dae): pixels, by the mean absolute error, or the discriminator's "
+        "last features, by the mean squared one, as in the paper of the VAEGAN",
+        choices=["pixels", "discriminator"],
+    )
+    reconstruction_weight: float = option(1.0, "of the reconstruction error (vae, dae)")
     kl_weight: float = option(1e-3, "of the KL of the latents, per image in nats (vae, dae)")
     r1_weight: float = option(0.0, "of the gradient penalty at real images")
+    r1_interval: int = option(16, "steps from one gradient penalty to the next, weighted so many times more")
     discriminator_width: int = option(16, "channels of the discriminator's first layer")
     learning_rate: float = option(5e-4, "of both sides")
     lr_scheduler: str = option("constant", "learning-rate schedule of diffusers.optimization.get_scheduler")
     ema_decay: float = option(0.99, "share of the old averaged generator kept at each step")
     num_generated: int = option(500, "images that are judged")
-    extractor: list[str] = option(
-        [], "of the judgement: resnet56-cifar10, inception, or an encoder's folder or id"
-    )
+    compare_densities: bool = option(False, "judge images of all other densities of the latents too")
+    extractor: list[str] = option([], "of the judgement: resnet56-cifar10, inception, or an encoder's folder or id")
 
     def __post_init__(self):
         super().__post_init__()
         if self.latent == "simclr" and not self.encoder:
             raise ValueError("--latent simclr needs --encoder: the folder or Hub id of a trained encoder.")
+        if self.latent == "simclr" and self.streaming:
+            raise ValueError("--latent simclr looks features up by row, which a stream has not: leave out --streaming.")
         if self.latent == "noise" and self.sample_from not in (None, "prior"):
             raise ValueError(f"--latent noise is sampled from the prior, not from {self.sample_from!r}.")
         if self.latent == "simclr" and self.sample_from == "prior":
@@ -74,6 +84,18 @@ class GANArguments(RunArguments):
         """What samples are drawn from."""
         return self.sample_from or ("full" if self.latent == "simclr" else "prior")
 
+    @property
+    def other_densities(self) -> list[str]:
+        """The densities of --compare_densities."""
+        if not self.compare_densities or self.latent == "noise":
+            return []
+        unfit = {self.density} | ({"prior"} if self.latent == "simclr" else set())
+        return [kind for kind in DENSITIES if kind not in unfit]
+
+    def term(self) -> AdversarialTerm:
+        """The adversarial term; it is the generator's own loss, so it has weight 1 from the first step on."""
+        return AdversarialTerm(self.adversarial, weight=1.0, r1_weight=self.r1_weight, r1_interval=self.r1_interval)
+
 
 class FeatureBank:
     """Standardised features of all images of a table, by row: the fixed latents of --latent simclr.
@@ -81,22 +103,36 @@ class FeatureBank:
     Args:
         embedder: the frozen encoder.
         tables: training images, whose mean and deviation standardise all, and held-out images.
+
+    Attributes:
+        training, held_out: (N, D) float32, (M, D) or None. mean, std: (D,). encoder: name and fingerprint.
     """
 
     def __init__(self, embedder: ImageEmbedder, training: ImageTable, held_out: ImageTable | None):
-        self.training = _features(embedder, training)
-        mean, std = self.training.mean(0), self.training.std(0).clamp_min(1e-6)
-        self.training = (self.training - mean) / std
-        self.held_out = None if held_out is None else (_features(embedder, held_out) - mean) / std
+        features = _features(embedder, training)
+        self.mean, self.std = features.mean(0), features.std(0).clamp_min(1e-6)
+        self.training = (features - self.mean) / self.std
+        self.held_out = None if held_out is None else (_features(embedder, held_out) - self.mean) / self.std
+        self.encoder = {"features": embedder.kind, "fingerprint": embedder.fingerprint}
 
 
 def _features(embedder: ImageEmbedder, table: ImageTable) -> Tensor:
     parts = []
     for first in range(0, len(table), _EMBEDDED_AT_ONCE):
         rows = range(first, min(first + _EMBEDDED_AT_ONCE, len(table)))
-        pictures = [decode_row(table.data, table.split[row], f"row {row}")[0] for row in rows]
-        parts.append(embedder.embed_pictures(pictures))
+        parts.append(embedder.embed_pictures([_picture(table, row) for row in rows]))
     return torch.cat(parts)
+
+
+def _picture(table: ImageTable, row: int) -> Image.Image:
+    """The picture of a row, or the next readable one, which stands in for it in batches too."""
+    for step in range(len(table)):
+        try:
+            return decode_row(table.data, table.split[(row + step) % len(table)], f"row {row}")[0]
+        except BadImageError:
+            if table.on_bad_image == "error":
+                raise
+    raise BadImageError(f"no image of {table.data.name!r} can be read.")
 
 
 @torch.no_grad()
@@ -110,20 +146,31 @@ def posterior_samples(model: VAEGAN, table: ImageTable, rows: range, seed: int) 
     return torch.cat(latents)
 
 
-def fit_density(
-    model: VAEGAN, args: GANArguments, bank: FeatureBank | None, training: ImageTable, held_out: ImageTable | None
-) -> None:
-    """Fit the density that `generate` samples to latents of training images, or keep those of held-out ones."""
-    if args.density == "prior":
-        return
-    if args.density == "held_out" and held_out is None:
+def fit_density_(
+    density: LatentDensity,
+    model: VAEGAN,
+    args: GANArguments,
+    bank: FeatureBank | None,
+    training: ImageTable,
+    held_out: ImageTable | None,
+) -> LatentDensity:
+    """Fit a density to the model's latents of training images, or keep those of held-out ones."""
+    if density.kind == "prior":
+        return density
+    table = held_out if density.kind == "held_out" else training
+    rows = spread_rows(len(table), args.evaluation_images)
+    if bank is None:
+        return density.fit_(posterior_samples(model, table, rows, args.seed), seed=args.seed)
+    features = bank.held_out if density.kind == "held_out" else bank.training
+    return density.fit_(features[list(rows)], seed=args.seed)
+
+
+def density_settings(kind: str, args: GANArguments, held_out: ImageTable | None) -> dict:
+    """components and bank_size of a `LatentDensity`; ValueError for "held_out" of a data set without such images."""
+    if kind == "held_out" and held_out is None:
         raise ValueError(f"{args.dataset!r} has no held-out images: choose another --sample_from.")
-    table = held_out if args.density == "held_out" else training
-    if bank is not None:
-        latents = bank.held_out if args.density == "held_out" else bank.training
-    else:
-        latents = posterior_samples(model, table, spread_rows(len(table), args.evaluation_images), args.seed)
-    model.density.fit_(latents[: model.config.bank_size or None], seed=args.seed)
+    rows = spread_rows(len(held_out), args.evaluation_images) if kind == "held_out" else ()
+    return {"components": args.components if kind == "mixture" else 1, "bank_size": len(rows)}
 
 
 def pictures(table: ImageTable, limit: int) -> Tensor:
@@ -132,22 +179,43 @@ def pictures(table: ImageTable, limit: int) -> Tensor:
     return torch.cat([batch["images"] for batch in batches]).float() / 127.5 - 1
 
 
-def judge(
-    generated: Tensor, training: Tensor, held_out: Tensor, extractors: list[str], seed: int
-) -> tuple[dict[str, float], dict]:
-    """Quality of generated images against held-out ones, with copies of training images, and the ceiling.
+class Judge:
+    """Quality of images against held-out ones, whose features are taken once.
 
-    Keys with the prefix "ceiling_" are those of real training images, as many as were generated, in the place of the
-    generated ones. The fingerprints say what each extractor is.
+    Args:
+        training, held_out: images (N, C, S, S), (M, C, S, S) in [-1, 1].
+        extractors: names for `load_extractor`.
+        seed: of subsets and splits.
     """
-    metrics, fingerprints = evaluation.copies(generated, training, held_out), {}
-    for name in extractors:
-        extractor = load_extractor(name)
-        metrics |= evaluation.image_quality(held_out, generated, extractor, seed=seed)
-        metrics |= evaluation.image_quality(
-            held_out, training[: len(generated)], extractor, prefix="ceiling_", seed=seed
-        )
-        fingerprints[extractor.name] = evaluation.quality_fingerprint(
-            extractor, reference="held-out images", num_real=len(held_out), num_generated=len(generated), seed=seed
-        )
-    return metrics, fingerprints
+
+    def __init__(self, training: Tensor, held_out: Tensor, extractors: list[str], seed: int):
+        self.training, self.held_out, self.seed = training, held_out, seed
+        self.extractors = [load_extractor(name) for name in extractors]
+        self._real = [_of(extractor, held_out) for extractor in self.extractors]
+
+    def __call__(self, generated: Tensor) -> dict[str, float]:
+        """Copies of training images among generated ones, and their quality in each extractor."""
+        metrics = evaluation.copies(generated, self.training, self.held_out)
+        for extractor, real in zip(self.extractors, self._real, strict=True):
+            metrics |= evaluation.image_quality(real, generated, extractor, seed=self.seed)
+        return metrics
+
+    def ceiling(self, number: int) -> dict[str, float]:
+        """The quality of so many real training images, evenly spread, in the place of generated ones: "ceiling_..."."""
+        rows, metrics = spread_rows(len(self.training), number), {}
+        for extractor, real in zip(self.extractors, self._real, strict=True):
+            options = {"prefix": "ceiling_", "seed": self.seed}
+            metrics |= evaluation.image_quality(real, self.training[list(rows)], extractor, **options)
+        return metrics
+
+    def fingerprints(self, number: int) -> dict[str, dict]:
+        """What each extractor is and what was compared, by its name."""
+        counts = {"num_real": len(self.held_out), "num_generated": number, "seed": self.seed}
+        return {
+            extractor.name: evaluation.quality_fingerprint(extractor, reference="held-out images", **counts)
+            for extractor in self.extractors
+        }
+
+
+def _of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    return torch.cat([extractor.features(part) for part in images.split(_EMBEDDED_AT_ONCE)])

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder
+from hf_dpssl.data import load_images
+from hf_dpssl.embedder import ImageEmbedder
+from hf_dpssl.images import decode_image
 
 COMMON = ["--max_train_steps", 2, "--stage_1_steps", 2, "--batch_size", 16, "--num_generated", 20, "--width", 8]
 FILES = {"config.json", "model.safetensors", "recipe.yaml", "results.json", "samples.png", "curves.png", "README.md"}
@@ -24,20 +27,29 @@ def encoder(tmp_path_factory):
 
 def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encoder, launch, tmp_path):
     flags = ["--latent", "simclr", "--encoder", encoder, "--sample_from", "mixture", "--components", 2]
+    flags += ["--compare_densities", "--max_train_steps", 1]
     output = launch("dae_gan", [*COMMON, *flags, "--extractor", encoder, "--output_dir", tmp_path]).wait()
     model = VAEGAN.from_pretrained(tmp_path / "gan").eval()
     assert model.config.latent_dim == 24 and model.config.features == "features"
     assert model.density.means.shape == (2, 24) and float(model.density.means.abs().sum()) > 0
-    metrics = json.loads((tmp_path / "gan" / "results.json").read_text())["metrics"]
+    results = json.loads((tmp_path / "gan" / "results.json").read_text())
+    metrics, densities = results["metrics"], results["densities"]
     name = next(key for key in metrics if key.startswith("fid_"))
     assert metrics[f"ceiling_{name}"] < metrics[name], output
+    assert set(densities) == {"diagonal", "full", "held_out"} and all(name in found for found in densities.values())
+    assert "| held_out | copies |" in (tmp_path / "gan" / "README.md").read_text()
+    embedder, data = ImageEmbedder(str(encoder)), load_images("digits")
+    features = embedder.embed_pictures([decode_image(row["image"]) for row in data.train])
+    latents = model.standardize(features)
+    torch.testing.assert_close(latents.mean(0), torch.zeros(24), rtol=0, atol=1e-4)
+    assert model.config.dpssl["encoder"]["fingerprint"] == embedder.fingerprint
 
 
 @pytest.mark.parametrize(
     ("latent", "more", "sampled_from"),
     [
         ("noise", [], "prior"),
-        ("vae", ["--sample_from", "full"], "full"),
+        ("vae", ["--sample_from", "full", "--reconstruction", "discriminator"], "full"),
         ("dae", ["--sample_from", "held_out", "--r1_weight", 0.1], "held_out"),
     ],
 )
@@ -71,6 +83,7 @@ def test_arms_start_from_the_same_discriminator_and_generator_shape(launch, tmp_
         (["--latent", "simclr"], "needs --encoder"),
         (["--latent", "noise", "--sample_from", "full"], "sampled from the prior"),
         (["--latent", "simclr", "--encoder", "x", "--sample_from", "prior"], "have no prior"),
+        (["--latent", "simclr", "--encoder", "x", "--streaming"], "leave out --streaming"),
         (["--num_generated", 0], "at least 1"),
     ],
 )

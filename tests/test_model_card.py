@@ -3,6 +3,7 @@
 import contrastive
 import dae_ar
 import dae_dit
+import dae_gan
 import dae_vq
 import pytest
 import yaml
@@ -18,6 +19,12 @@ RUNS = {
     "autoencoder": (dae_vq.VQArguments, {"psnr": 31.4159, "code_usage": 77.0, "code_perplexity": 101.5}, "31.42"),
     "dit": (dae_dit.DiTArguments, {}, "360"),
     "token": (dae_ar.ARArguments, {"nats_per_image": 61.9234, "nats_per_image_uniform": 88.7}, "61.92"),
+    "gan": (dae_gan.GANArguments, {"copies": 1.234}, "1.234"),
+}
+# What only this kind of run says about itself.
+ABOUT = {
+    "autoencoder": {"arm": "dae", "stages": {"stage_1": 3}, "plateau": {}, "guard_lowered_weight": []},
+    "gan": {"latent": "dae", "sampled_from": "prior", "densities": {"held_out": {"copies": 5.5}}},
 }
 
 
@@ -26,8 +33,9 @@ def finished_run(folder, kind: str, license_of_data: str = "CC BY 4.0") -> Model
     arguments, metrics, _ = RUNS[kind]
     save_recipe(arguments(seed=7), folder / "recipe.yaml")
     (folder / "curves.png").write_bytes(b"")
-    samples = {"train": 360, "bank": 360, "evaluation": 90, "latent_statistics": 360}
-    write_results(folder / "results.json", metrics, dataset="digits", seed=7, samples=samples)
+    samples = {"train": 360, "bank": 360, "evaluation": 90, "latent_statistics": 360, "generated": 500}
+    about = ABOUT.get(kind, {})
+    write_results(folder / "results.json", metrics, dataset="digits", seed=7, samples=samples, **about)
     write_card(folder, kind, title=f"A {kind}", license_of_data=license_of_data)
     return ModelCard.load(folder / "README.md")
 
@@ -65,7 +73,7 @@ def test_missing_entry_of_the_recipe_is_an_error_and_writes_no_card(tmp_path):
 
 def test_unknown_kind_is_refused_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="'encoder', 'autoencoder', 'dit'"):
-        write_card(tmp_path, "gan", title="A card", license_of_data="CC BY 4.0")
+        write_card(tmp_path, "poster", title="A card", license_of_data="CC BY 4.0")
 
 
 def test_every_template_has_a_kind():

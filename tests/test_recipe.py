@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import contrastive
 import dae_ar
 import dae_dit
+import dae_gan
 import dae_vq
 import map as map_script
 import pytest
@@ -72,6 +73,7 @@ def test_saved_recipe_reads_back_to_the_same_arguments(tmp_path):
 SCRIPTS = {
     "contrastive": contrastive.ContrastiveArguments,
     "dae_vq": dae_vq.VQArguments,
+    "dae_gan": dae_gan.GANArguments,
     "dae_dit": dae_dit.DiTArguments,
     "dae_ar": dae_ar.ARArguments,
     "map": map_script.MapArguments,
@@ -81,6 +83,8 @@ SCRIPTS = {
 def script_of(name: str) -> str:
     if name.startswith(("map", "ar-")):
         return "map" if name.startswith("map") else "dae_ar"
+    if name.startswith("gan-"):
+        return "dae_gan"
     return "dae_vq" if name.startswith("vq") else "dae_dit" if name.startswith("dit") else "contrastive"
 
 

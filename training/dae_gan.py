@@ -21,13 +21,21 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from hf_dpssl import keyed_random
-from hf_dpssl.adversarial_training import AdversarialTerm, Adversary, ReconstructionGuard
+from hf_dpssl.adversarial_training import Adversary, ReconstructionGuard
 from hf_dpssl.batches import ImageSource
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import load_images
 from hf_dpssl.embedder import ImageEmbedder
-from hf_dpssl.gan_training import FeatureBank, GANArguments, fit_density, judge, pictures
+from hf_dpssl.gan_training import (
+    FeatureBank,
+    GANArguments,
+    Judge,
+    density_settings,
+    fit_density_,
+    pictures,
+)  # fmt: skip
 from hf_dpssl.keyed_random import derive_seed
+from hf_dpssl.latent_density import LatentDensity
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
@@ -67,11 +75,14 @@ def main(argv: list[str] | None = None) -> Path:
         features=args.features if bank is not None else None,
         dropout=args.stage_1_dropout if args.latent == "dae" else 0.0,
         density=args.density,
-        components=args.components if args.density == "mixture" else 1,
-        bank_size=min(len(held_out or ()), args.evaluation_images) if args.density == "held_out" else 0,
+        **density_settings(args.density, args, held_out),
     )
     set_seed(args.seed)
-    model = VAEGAN(config).to(accelerator.device)
+    model = VAEGAN(config)
+    if bank is not None:
+        model.feature_mean.copy_(bank.mean)
+        model.feature_std.copy_(bank.std)
+    model.to(accelerator.device)
 
     # Stages
     history = []
@@ -87,8 +98,7 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
-        fit_density(model.eval(), args, bank, training, held_out)
-        save(model, args, source, history, target)
+        save(model.eval(), args, source, bank, history, target)
     finish(accelerator, args, source.skipped)
     return target
 
@@ -113,16 +123,14 @@ def train(
         with accelerator.accumulate(wrapped, *adversary.wrapped()):
             # Generator
             fake, values = images_of(wrapped, model.config, real, batch, bank, args.seed)
-            values["adv_g"] = loss = adversary.term.value(adversary.bare, fake)
-            if model.config.has_encoder:
-                loss = loss + args.reconstruction_weight * values["recon"] + args.kl_weight * values["kl"]
+            loss = generator_loss(args, adversary, real, fake, values)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
                 accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             # Discriminator, on the same batch
-            values["adv_d"] = adversary.step(accelerator, real, fake)
+            values["adv_d"] = adversary.step(accelerator, real, fake, loop.step)
         loop.log(**{name: value.detach() for name, value in values.items()})
         if accelerator.sync_gradients:
             scheduler.step()
@@ -150,6 +158,22 @@ def images_of(
     return torch.cat([output.pixel_values, output.generated]), {"recon": output.recon, "kl": output.kl}
 
 
+def generator_loss(
+    args: GANArguments, adversary: Adversary, real: torch.Tensor, fake: torch.Tensor, values: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Adversarial loss and, of a model with an encoder, reconstruction error and KL; the terms go into `values`."""
+    if "kl" not in values:
+        values["adv_g"] = adversary.term.value(adversary.bare, fake)
+        return values["adv_g"]
+    error = values["recon"]
+    if args.reconstruction == "discriminator":
+        values["adv_g"], error = adversary.term.value_and_feature_error(adversary.bare, fake, real)
+        values["feature_recon"] = error
+    else:
+        values["adv_g"] = adversary.term.value(adversary.bare, fake)
+    return values["adv_g"] + args.reconstruction_weight * error + args.kl_weight * values["kl"]
+
+
 def make_optimizer(parameters: list, steps: int, args: GANArguments):
     """Adam with DCGAN's first beta, and its schedule."""
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.5, 0.999))
@@ -166,22 +190,32 @@ def make_adversary(
     bare = bare.train().to(accelerator.device)
     optimizer, scheduler = make_optimizer(list(bare.parameters()), steps, args)
     discriminator, optimizer = accelerator.prepare(bare, optimizer)
-    term = AdversarialTerm(args.adversarial, r1_weight=args.r1_weight)
-    return Adversary(term, bare, discriminator, optimizer, scheduler, ReconstructionGuard(0))
+    return Adversary(args.term(), bare, discriminator, optimizer, scheduler, ReconstructionGuard(0))
 
 
-def save(model: VAEGAN, args: GANArguments, source: ImageSource, history: list[dict], target: Path) -> None:
-    """Generate, judge, and write the complete checkpoint folder."""
+def save(
+    model: VAEGAN, args: GANArguments, source: ImageSource, bank: FeatureBank | None, history: list[dict], target: Path
+) -> None:
+    """Fit densities, generate, judge, and write the complete checkpoint folder."""
     data, training, held_out = source.data, source.training_table(), source.evaluation_table()
-    generator = torch.Generator().manual_seed(args.seed)
-    generated = model.generate(args.num_generated, generator).float().cpu()
-    metrics, fingerprints = {}, {}
+    fit_density_(model.density, model, args, bank, training, held_out)
+    generated = model.generate(args.num_generated, torch.Generator().manual_seed(args.seed)).float().cpu()
+    metrics, fingerprints, densities = {}, {}, {}
+    samples = {"train": len(training), "evaluation": 0, "generated": len(generated)}
     if held_out is not None:
         references = (pictures(training, args.evaluation_images), pictures(held_out, args.evaluation_images))
-        metrics, fingerprints = judge(generated, *references, args.extractor, args.seed)
-    model.config.dpssl = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": metrics}
-    samples = {"train": len(training), "evaluation": len(held_out or ()), "generated": len(generated)}
-    about = {"latent": args.latent, "sampled_from": args.density, "quality": fingerprints}
+        judge = Judge(*references, args.extractor, args.seed)
+        samples["evaluation"] = len(judge.held_out)
+        metrics = judge(generated) | judge.ceiling(len(generated))
+        fingerprints = judge.fingerprints(len(generated))
+        for kind in args.other_densities:
+            density = LatentDensity(kind, model.config.latent_dim, **density_settings(kind, args, held_out))
+            fit_density_(density, model, args, bank, training, held_out)
+            latents = density.sample(args.num_generated, torch.Generator().manual_seed(args.seed))
+            densities[kind] = judge(model.generate(latents=latents).float().cpu())
+    about = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": metrics}
+    model.config.dpssl = about | ({"encoder": bank.encoder} if bank else {})
+    about = {"latent": args.latent, "sampled_from": args.density, "densities": densities, "quality": fingerprints}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
