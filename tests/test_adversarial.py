@@ -106,6 +106,20 @@ def test_generator_term_gives_the_discriminator_no_gradient_and_scales_by_weight
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
 
 
+def test_feature_error_is_that_of_the_reconstructions_and_reaches_the_images_only():
+    discriminator = make_discriminator()
+    real, made = (torch.rand(n, 3, 16, 16) * 2 - 1 for n in (2, 5))
+    made.requires_grad_()
+    value, error = AdversarialTerm("hinge").value_and_feature_error(discriminator, made, real)
+    wanted, found = (discriminator(x, with_hidden=True)[1].detach() for x in (real, made))
+    expected = sum(float((a - b) ** 2) for a, b in zip(wanted.flatten(), found[:2].flatten(), strict=True))
+    assert float(error.detach()) == pytest.approx(expected / wanted.numel(), rel=1e-5)
+    torch.testing.assert_close(value, hinge_generator(discriminator(made)))
+    (gradient,) = torch.autograd.grad(error, made)
+    assert bool(gradient[:2].abs().sum() > 0) and not bool(gradient[2:].any())
+    assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
+
+
 def test_discriminator_loss_of_both_halves_in_one_forward_equals_two_forwards():
     discriminator = make_discriminator(norm="group")
     real, fake = (torch.rand(n, 3, 16, 16) * 2 - 1 for n in (2, 3))

@@ -4,8 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from test_without_package import run_foreign
+from transformers.dynamic_module_utils import get_imports
 
-from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder
+from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder, VAEGANConfig, latent_density
 from hf_dpssl.data import load_images
 from hf_dpssl.embedder import ImageEmbedder
 from hf_dpssl.images import decode_image
@@ -63,6 +66,36 @@ def test_every_latent_leaves_a_folder_that_generates(latent, more, sampled_from,
     results = json.loads((folder / "results.json").read_text())
     assert results["sampled_from"] == sampled_from and 0 <= results["metrics"]["copies"] <= 100
     assert f"latent\n`{latent}`" in (folder / "README.md").read_text()
+
+
+def test_run_in_bfloat16_leaves_a_float32_model(launch, tmp_path):
+    flags = ["--latent", "dae", "--mixed_precision", "bf16", "--r1_weight", 0.1, "--reconstruction", "discriminator"]
+    launch("dae_gan", [*COMMON, *flags, "--output_dir", tmp_path]).wait()
+    model = VAEGAN.from_pretrained(tmp_path / "gan").eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert bool(torch.isfinite(model.generate(2, torch.Generator().manual_seed(0))).all())
+
+
+def test_checkpoint_generates_where_neither_this_package_nor_scikit_learn_is_installed(tmp_path):
+    torch.manual_seed(0)
+    model = VAEGAN(VAEGANConfig(image_size=16, width=8, latent_dim=6, latent="dae", density="mixture", components=2))
+    model.density.fit_(torch.randn(40, 6))
+    model.eval().save_pretrained(tmp_path / "model")
+    save_file({"images": model.generate(3, torch.Generator().manual_seed(0))}, tmp_path / "ours.safetensors")
+    found = run_foreign(
+        f"""
+import os
+os.environ["HF_HOME"] = {str(tmp_path / "home")!r}
+from transformers import AutoModel
+model = AutoModel.from_pretrained("model", trust_remote_code=True).eval()
+images = model.generate(3, torch.Generator().manual_seed(0))
+print(json.dumps({{"same": torch.equal(images, load_file("ours.safetensors")["images"])}}))
+""",
+        tmp_path,
+    )
+    assert found["same"]
+    # transformers refuses remote code whose unguarded imports are not installed.
+    assert set(get_imports(latent_density.__file__)) == {"__future__", "math", "torch"}
 
 
 def test_arms_start_from_the_same_discriminator_and_generator_shape(launch, tmp_path):

@@ -18,6 +18,7 @@ STAGES = [*COMMON, "--stage_1_steps", 8, "--stage_2_steps", 8, "--auxiliary_drop
 VQGAN = ["--adversarial", "hinge", "--adversarial_start", 3, "--discriminator_warmup", 1, "--validation_steps", 2]
 VQGAN += ["--discriminator_width", 8, "--guard_factor", 1.01, "--codebook_update", "gradient"]
 GAN = [*COMMON, "--max_train_steps", 8, "--stage_1_steps", 6, "--num_generated", 16, "--batch_size", 16]
+GAN += ["--r1_weight", 0.1, "--r1_interval", 3, "--reconstruction", "discriminator"]
 DIT = [*COMMON, "--max_train_steps", STEPS, "--width", 32, "--num_layers", 2, "--sampling_steps", 1]
 DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointing_steps 2"]
 RUNS = {  # script, flags, processes
