@@ -208,7 +208,8 @@ def test_recipe_of_faces_starts_at_full_size(launch, tmp_path):
         Image.new("RGB", (256, 256), tuple(colour)).save(tmp_path / "pictures" / f"{number:02d}.png")
     argv = ["--recipe", "ar-faceshq", "--dataset", tmp_path / "pictures", "--autoencoder", tmp_path / "autoencoder"]
     argv += ["--batch_size", 1, "--max_train_steps", 2, "--num_workers", 0, "--output_dir", tmp_path / "run"]
-    launch("dae_ar", [*argv, "--evaluation_images", 2, "--mixed_precision", "no"]).wait(timeout=1500)
+    argv += ["--evaluation_images", 2, "--mixed_precision", "no", "--samples_per_class", 1]
+    launch("dae_ar", argv).wait(timeout=1500)
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "run/ar", subfolder="language_model").config
     sizes = (config.n_layer, config.n_head, config.n_embd, config.n_positions, config.vocab_size)
     assert sizes == (24, 16, 1024, 257, 1025)

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from transformers import PreTrainedModel
 
 from hf_dpssl.batches import ordered_batches, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
@@ -62,12 +63,13 @@ class ARArguments(LatentRunArguments):
     temperature: float = option(1.0, "temperature of the sample grids")
     top_k: int | None = option(None, "the sample grids draw among the so many most probable codes only")
     top_p: float | None = option(None, "the sample grids draw among the fewest codes that hold this probability")
+    samples_per_class: int = option(10, "pictures of each class (of at most 10), or per row, in the sample grids")
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout lies in [0, 1), got {self.dropout}.")
-        for name in ("max_train_steps", "validation_steps", "num_layers", "num_heads"):
+        for name in ("max_train_steps", "validation_steps", "num_layers", "num_heads", "samples_per_class"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -98,18 +100,7 @@ def main(argv: list[str] | None = None) -> Path:
     num_codes, null_class = autoencoder.config.num_codes, len(class_names)
 
     # Model
-    language_model = make_language_model(
-        args.architecture,
-        num_layers=args.num_layers,
-        width=args.width,
-        num_heads=args.num_heads,
-        num_codes=num_codes,
-        num_classes=len(class_names),
-        num_tokens=autoencoder.config.latent_size**2,
-        dropout=args.dropout,
-    )
-    if args.gradient_checkpointing:
-        language_model.gradient_checkpointing_enable()
+    language_model = make_model(args, autoencoder, null_class)
     optimizer = torch.optim.AdamW(parameter_groups(language_model, args), lr=args.learning_rate, betas=(0.9, 0.95))
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_train_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
@@ -155,13 +146,30 @@ def main(argv: list[str] | None = None) -> Path:
         language_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         ema.copy_to(language_model.parameters())
         parts = (language_model.eval(), autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
-        tables = {"_train": codes} if held_out is None else {"": held_out, "_train": codes}
-        measure = (null_class, num_codes, args, accelerator)
-        metrics = {f"nats_per_image{name}": nats_per_image(language_model, t, *measure) for name, t in tables.items()}
+        common = (null_class, num_codes, args, accelerator)
+        metrics = {} if held_out is None else {"nats_per_image": nats_per_image(language_model, held_out, *common)}
+        metrics["nats_per_image_train"] = nats_per_image(language_model, codes, *common)
         samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
         save(VQTokenPipeline(*parts), args, data, metrics, samples, loop, target)
     finish(accelerator, args, skipped)
     return target
+
+
+def make_model(args: ARArguments, autoencoder: VQAutoencoder, num_classes: int) -> PreTrainedModel:
+    """The language model over the autoencoder's codes."""
+    model = make_language_model(
+        args.architecture,
+        num_layers=args.num_layers,
+        width=args.width,
+        num_heads=args.num_heads,
+        num_codes=autoencoder.config.num_codes,
+        num_classes=num_classes,
+        num_tokens=autoencoder.config.latent_size**2,
+        dropout=args.dropout,
+    )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
 
 
 def parameter_groups(model: torch.nn.Module, args: ARArguments) -> list[dict]:
@@ -209,12 +217,10 @@ def nats_per_image(
     return total / count
 
 
-def sample_grid(
-    pipeline: VQTokenPipeline, args: ARArguments, guidance_scale: float, per_class: int = 10
-) -> torch.Tensor:
+def sample_grid(pipeline: VQTokenPipeline, args: ARArguments, guidance_scale: float) -> torch.Tensor:
     """Samples of seeds `args.seed`, ... in [-1, 1]: one row per class (of at most 10), or one grid without."""
+    per_class, images = args.samples_per_class, []
     rows = len(pipeline.class_names[:10]) or per_class
-    images = []
     for row in range(rows):
         drawn = pipeline(
             [row] * per_class if pipeline.class_names else None,
@@ -247,8 +253,8 @@ def save(
         plot_curves(loop.history, folder / "curves.png", title=f"token model, {args.architecture}")
         if pipeline.class_names:
             guided = sample_grid(pipeline, args, args.guidance_scale)
-            save_grid(guided, folder / "samples-guided.png", columns=10, min_side=64)
-        save_grid(sample_grid(pipeline, args, 1.0), folder / "samples.png", columns=10, min_side=64)
+            save_grid(guided, folder / "samples-guided.png", columns=args.samples_per_class, min_side=64)
+        save_grid(sample_grid(pipeline, args, 1.0), folder / "samples.png", columns=args.samples_per_class, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples)
         write_card(folder, "token", title=f"Token model of {data.name}", license_of_data=data.entry.licence)
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
