@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .gather import broadcast_, gather_without_gradient, is_distributed
 from .nearest_codes import code_statistics, k_means, nearest_codes, perplexity_of
@@ -124,7 +125,9 @@ class VectorQuantizer(nn.Module):
             exact = vectors.detach()
             if self.training and not self.is_initialized:
                 self.initialize_(exact)
-            codebook = self._normalize(self.codebook)
+            # A copy where the graph needs the codes, which may be revived before its backward pass.
+            copied = self.training and (self.update == "gradient" or self.entropy_temperature is not None)
+            codebook = self._normalize(self.codebook.clone() if copied else self.codebook)
             codes = nearest_codes(exact, codebook.detach())
             rows = codebook[codes]  # (B*H*W, D)
             nearest = rows.detach()
@@ -147,14 +150,19 @@ class VectorQuantizer(nn.Module):
 
     def _entropy(self, vectors: Tensor, codebook: Tensor) -> Tensor:
         """Mean entropy of the soft assignments minus the entropy of their mean; low: sharp, and all codes used."""
-        rows = max(1, _ENTROPY_ELEMENTS // self.num_codes)
+        centre = codebook.detach().mean(0)  # an offset does not change distances, only their rounding
+        vectors, codebook = vectors - centre, codebook - centre
+        parts = vectors.split(max(1, _ENTROPY_ELEMENTS // self.num_codes))
         total, mean = vectors.new_zeros(()), vectors.new_zeros(self.num_codes)
-        for part in vectors.split(rows):
-            log_p = (-torch.cdist(part, codebook).pow(2) / self.entropy_temperature).log_softmax(1)
-            p = log_p.exp()
-            total, mean = total - (p * log_p).sum(), mean + p.sum(0)
+        for part in parts:
+            if len(parts) > 1 and torch.is_grad_enabled():  # computed again in the backward pass, not kept for it
+                found = checkpoint(_assignments, part, codebook, self.entropy_temperature, use_reentrant=False)
+            else:
+                found = _assignments(part, codebook, self.entropy_temperature)
+            total, mean = total + found[0], mean + found[1]
         mean = mean / len(vectors)
-        return total / len(vectors) + torch.special.xlogy(mean, mean).sum()
+        # Codes so far away that their share is 0 have no gradient, instead of 0 / 0.
+        return total / len(vectors) + torch.special.xlogy(mean, mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
 
     def lookup(self, codes: Tensor) -> Tensor:
         """The code vectors of codes (B, H, W): (B, D, H, W) float32; IndexError on an id out of range."""
@@ -222,6 +230,13 @@ class VectorQuantizer(nn.Module):
         """Of the running counts: code_usage, percent of the codes above the revival threshold, and dead_codes below."""
         dead = int((self.counts < self.revival_threshold * self.counts.mean()).sum())
         return {"code_usage": 100 * (1 - dead / self.num_codes), "dead_codes": float(dead)}
+
+
+def _assignments(vectors: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Of soft assignments to codes: their entropies summed up, and the sum of the assignments (K,)."""
+    log_p = ((2 * vectors @ codebook.T - codebook.pow(2).sum(1)) / temperature).log_softmax(1)  # |v|^2 cancels
+    p = log_p.exp()
+    return -(p * log_p).sum(), p.sum(0)
 
 
 def rotate_onto(vectors: Tensor, targets: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ def test_threshold_zero_never_revives_and_an_unused_code_stays_where_it_is():
     torch.testing.assert_close(vq.codebook[2], torch.full((3,), 900.0))
 
 
-def test_two_deferred_forwards_and_one_update_equal_one_forward_of_both():
-    parts = random(2, 3, 4, 4, seed=1), random(2, 3, 4, 4, seed=2)
+def test_four_deferred_forwards_and_one_update_equal_one_forward_of_all():
+    parts = [random(2, 3, 4, 4, seed=seed) for seed in range(4)]
     whole, deferred = started(decay=0.8), started(decay=0.8)
     codes = whole(torch.cat(parts)).codes
     deferred.defer_update = True

@@ -120,16 +120,56 @@ def test_rotation_of_opposite_and_zero_vectors_passes_the_gradient_straight_thro
     assert torch.equal(gradient, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("elements", [16, 2**24])
-def test_entropy_term_equals_the_loop(elements, monkeypatch):
-    monkeypatch.setattr("hf_dpssl.quantizer._ENTROPY_ELEMENTS", elements)
-    vq = quantizer(entropy_temperature=0.7).eval()
-    z = latents(2, 4, 3, 3)
-    vectors, codebook = z.permute(0, 2, 3, 1).reshape(-1, 4).double(), vq.codebook.double()
-    shares = torch.stack([(-(v - codebook).pow(2).sum(1) / 0.7).softmax(0) for v in vectors])
-    single = torch.stack([-(p * p.log()).sum() for p in shares]).mean()
+def loop_entropy(vectors: torch.Tensor, codebook: torch.Tensor, temperature: float) -> torch.Tensor:
+    shares = torch.stack([(-(v - codebook).pow(2).sum(1) / temperature).softmax(0) for v in vectors])
     mean = shares.mean(0)
-    torch.testing.assert_close(vq(z).entropy.double(), single + (mean * mean.log()).sum(), rtol=1e-5, atol=1e-6)
+    return -(shares * shares.log()).sum() / len(vectors) + (mean * mean.log()).sum()
+
+
+@pytest.mark.parametrize("elements", [16, 48, 2**24])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_entropy_term_and_its_gradients_equal_the_loop(elements, offset, monkeypatch):
+    monkeypatch.setattr("hf_dpssl.quantizer._ENTROPY_ELEMENTS", elements)
+    vq = quantizer(update="gradient", entropy_temperature=0.7)
+    vq.codebook.data += offset
+    z = (latents(2, 4, 3, 3) + offset).requires_grad_()
+    gradients = torch.autograd.grad(found := vq(z).entropy, [z, vq.codebook])
+    z_2, codebook = z.detach().double().requires_grad_(), vq.codebook.detach().double().requires_grad_()
+    expected = loop_entropy(z_2.permute(0, 2, 3, 1).reshape(-1, 4), codebook, 0.7)
+    tolerance = 1e-5 if offset == 0 else 1e-4
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [z_2, codebook]), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_entropy_term_keeps_no_more_for_the_backward_pass_than_one_part(monkeypatch):
+    monkeypatch.setattr("hf_dpssl.quantizer._ENTROPY_ELEMENTS", 16 * 10)
+    vq, kept = quantizer(entropy_temperature=0.7), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        vq._entropy(latents(500, 4).requires_grad_(), vq.codebook)
+    assert max(kept) <= 500 * 4, "assignments of 500 vectors to 16 codes would be 8,000"
+
+
+def test_codes_too_far_for_any_share_leave_the_gradient_of_the_entropy_finite():
+    vq = quantizer(update="gradient", entropy_temperature=1.0, revival_threshold=0)
+    vq.codebook.data[3] = 1000.0
+    z = latents(2, 4, 3, 3).requires_grad_()
+    gradients = torch.autograd.grad(vq(z).entropy, [z, vq.codebook])
+    assert all(gradient.isfinite().all() for gradient in gradients) and not gradients[1][3].any()
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_revival_between_forward_and_backward_does_not_change_the_gradients(options):
+    found = []
+    for threshold in (0, 0.9):
+        vq = quantizer(**options, revival_threshold=threshold, decay=0.5)
+        before, z = vq.codebook.detach().clone(), latents(1, 4, 2, 2).requires_grad_()
+        output = vq(z)
+        loss = output.commitment + output.codebook_loss + output.entropy + (output.quantized**2).sum()
+        loss.backward()
+        found.append([z.grad, vq.codebook.grad] if isinstance(vq.codebook, torch.nn.Parameter) else [z.grad])
+    assert not torch.equal(vq.codebook.detach(), before), "no code was revived"
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
@@ -156,6 +196,23 @@ def test_offsets_do_not_swallow_small_differences():
     vectors = codebook[torch.arange(63, -1, -1)] + 1e-3 * latents(64, 8, seed=1)
     squared = (vectors.double()[:, None] - codebook.double()[None]).pow(2).sum(2)
     assert torch.equal(nearest_codes(vectors, codebook), squared.argmin(1))
+
+
+def test_usage_counts_the_codes_below_the_revival_threshold():
+    vq = quantizer(revival_threshold=0.03)
+    assert vq.usage() == {"code_usage": 100.0, "dead_codes": 0.0}
+    vq.counts[:4] = 0.01
+    assert vq.usage() == {"code_usage": 75.0, "dead_codes": 4.0}
+
+
+def test_order_of_the_codes_does_not_matter():
+    ours, other, order = quantizer(), quantizer(), torch.randperm(16, generator=torch.Generator().manual_seed(3))
+    other.codebook.copy_(ours.codebook[order])
+    other.sums.copy_(ours.sums[order])
+    for step in range(3):
+        z = latents(4, 4, 4, 4, seed=step)
+        assert torch.equal(order[other(z).codes], ours(z).codes)
+    torch.testing.assert_close(other.codebook, ours.codebook[order])
 
 
 def test_more_codes_than_vectors_at_the_start_give_a_warning_that_says_both():
