@@ -14,11 +14,16 @@ from torch import Tensor
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
     """One panel per logged value over optimiser steps; `history` as in `TrainingLoop.history`."""
     names = list(dict.fromkeys(name for entry in history for name, value in entry.items() if _is_curve(name, value)))
-    figure = Figure(figsize=(4 * max(1, len(names)), 3), layout="constrained")
-    for axis, name in zip(np.atleast_1d(figure.subplots(1, max(1, len(names)))), names, strict=False):
+    columns = max(1, min(4, len(names)))
+    rows = max(1, -(-len(names) // columns))
+    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).flatten()
+    for axis, name in zip(axes, names, strict=False):
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         axis.plot(*zip(*points, strict=True), linewidth=1)
         axis.set(title=name, xlabel="step")
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
 
