@@ -22,9 +22,9 @@ def encoder(tmp_path_factory):
     """An untrained encoder folder of 16-px images."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoder")
-    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24], "stem_width": 8})).save_pretrained(
-        folder
-    )
+    options = {"channels": [8, 16, 16, 24], "stem_width": 8}
+    seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
+    ContrastiveEncoder(ContrastiveConfig("resnet10t", options, seen)).save_pretrained(folder)
     return folder
 
 
