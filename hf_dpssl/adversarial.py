@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from .gather import is_distributed
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -71,6 +74,8 @@ def adaptive_weight(
 ) -> Tensor:
     """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer's weight.
 
+    Gradients are averaged over processes first, so that several weigh as one with all their images would.
+
     Args:
         reconstruction_loss, adversarial_loss: scalars whose graphs hold `last_layer`; the graphs are kept.
         last_layer: the decoder's last weight.
@@ -86,4 +91,8 @@ def adaptive_weight(
         raise ValueError(f"cap must be positive, got {cap}.")
     ours = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)[0]
     theirs = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0]
+    if is_distributed():
+        both = torch.stack([ours, theirs])
+        dist.all_reduce(both)
+        ours, theirs = both / dist.get_world_size()
     return (ours.norm() / (theirs.norm() + 1e-6)).clamp(0, cap).detach()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from .adversarial import ADVERSARIAL_LOSSES
 from .adversarial_training import AdversarialTerm
-from .autoencoder_training import ARMS, BUDGETS
+from .autoencoder_training import ARMS, BUDGETS, Stage
 from .configuration_vq import PRESETS as LAYOUTS
 from .configuration_vq import VQConfig
 from .recipe import RunArguments, option
@@ -82,11 +82,13 @@ class VQArguments(RunArguments):
     discriminator_layers: int | None = option(None, "halvings of the discriminator; default: by the image size")
     discriminator_learning_rate: float | None = option(None, "default: the autoencoder's")
     r1_weight: float = option(0.0, "weight of the gradient penalty at real images")
+    r1_interval: int = option(1, "steps from one gradient penalty to the next, each then weighted so many times more")
     guard_factor: float = option(1.5, "error growth after the adversarial term starts that lowers its weight; 0: off")
     validation_steps: int = option(100, "steps between two validations")
     validation_images: int = option(512, "held-out images of a validation")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
     learning_rate: float = option(2e-3, "peak learning rate of each stage")
+    adam_betas: list[float] = option([0.9, 0.99], "decay of AdamW's two running means, of the discriminator's too")
     weight_decay: float = option(0.0, "weight decay")
     batch_size: int = option(32, "images per process and batch")
     warmup_steps: int = option(20, "steps of linear warm-up in each stage")
@@ -98,6 +100,10 @@ class VQArguments(RunArguments):
         for name in ("stage_1_steps", "stage_2_steps", "validation_steps", "validation_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"--adam_betas are two numbers in [0, 1), got {self.adam_betas}.")
+        if self.budget != "total" and (ARMS[self.arm][0] or self.init_from):
+            raise ValueError(f"--budget {self.budget} is of the joint arms; the steps of the others are given.")
         if self.num_channels not in (1, 3):
             raise ValueError(f"--num_channels must be 1 or 3, got {self.num_channels}.")
         if self.preset:
@@ -117,5 +123,33 @@ class VQArguments(RunArguments):
         if self.adversarial == "none":
             return None
         start = self.adversarial_start * (steps if self.adversarial_start < 1 else 1)
-        weights = {"weight": self.adversarial_weight, "cap": self.adversarial_cap, "r1_weight": self.r1_weight}
-        return AdversarialTerm(self.adversarial, start=round(start), warmup=self.discriminator_warmup, **weights)
+        return AdversarialTerm(
+            self.adversarial,
+            weight=self.adversarial_weight,
+            start=round(start),
+            warmup=self.discriminator_warmup,
+            cap=self.adversarial_cap,
+            r1_weight=self.r1_weight,
+            r1_interval=self.r1_interval,
+        )
+
+    def summary(self, stages: list[Stage], *, processes: int) -> dict:
+        """What results.json says of a run: budget, steps and operations of the stages, decoder kept, adversarial term.
+
+        Args:
+            stages: that have run.
+            processes: that trained.
+        """
+        images = self.batch_size * self.gradient_accumulation_steps * processes
+        operations = {
+            stage.name: {"per_image": stage.flops_per_image, "total": stage.flops_per_image * images * stage.steps}
+            for stage in stages
+        }
+        term = self.term(stages[-1].steps)
+        return {
+            "budget": None if self.init_from or ARMS[self.arm][0] else self.budget,
+            "stages": {stage.name: stage.steps for stage in stages},
+            "operations": operations | {"total": sum(cost["total"] for cost in operations.values())},
+            "kept_decoder": stages[-1].kept_decoder,
+            "adversarial": None if term is None else asdict(term) | {"guard_factor": self.guard_factor},
+        }

@@ -7,6 +7,7 @@ paper leaves open how the decoder is weakened and how steps are compared; both a
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import evaluation_batches
+from .configuration_vq import VQConfig
 from .evaluation import codebook_usage, psnr, ssim
 from .image_table import ImageTable
 from .modeling_vq import VQAutoencoder
+
+logger = logging.getLogger(__name__)
 
 # arm: (decoupled, stage 1's decoder is narrow, stage 1's decoder has dropout)
 ARMS = {
@@ -28,6 +32,7 @@ ARMS = {
     "joint_dropout": (False, False, True),
 }
 BUDGETS = ("total", "encoder", "flops")
+LOW_USAGE = 50.0  # percent of the codes
 FLAT_DECIBELS = 0.5  # gained in the last fifth of the steps by a curve that counts as converged
 _EVALUATION_BATCH = 256
 
@@ -43,6 +48,8 @@ class Stage:
     steps: int
     train_encoder: bool
     decoder: str = "first"
+    flops_per_image: float = 0.0  # of a training step; this and the next are known when it has run
+    kept_decoder: dict[str, float] | None = None  # `BestDecoder.summary`
 
 
 def stages_of(arm: str, budget: str, stage_1_steps: int, stage_2_steps: int, flops: dict[str, float]) -> list[Stage]:
@@ -73,8 +80,12 @@ def step_flops(model: VQAutoencoder, image_size: int, *, train_encoder: bool) ->
     model = copy.deepcopy(model).cpu().train()
     if not train_encoder:
         model.freeze_encoder()
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # what is recomputed is not counted again
     if model.quantizer is not None:
         model.quantizer.is_initialized.fill_(1)
+        model.quantizer.defer_update = True  # an update would wait for other processes, which may not count
     state = torch.random.get_rng_state()
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, model.config.num_channels, image_size, image_size)).loss.backward()
@@ -110,16 +121,27 @@ class Validation:
 
 
 class BestDecoder:
-    """The decoder of the highest validation PSNR seen, so that a decoder stage never ends below its start."""
+    """A decoder whose validation PSNR is not below that at the start of its stage, which so never ends below it.
 
-    def __init__(self):
+    Args:
+        latest: keep the latest such decoder, where other terms than the reconstruction's make it better, instead of
+            that of the highest PSNR.
+    """
+
+    def __init__(self, latest: bool = False):
+        self.latest, self.start = latest, None
         self.psnr, self.step, self.tensors = float("-inf"), -1, {}
 
     def offer(self, model: VQAutoencoder, psnr: float, step: int) -> None:
-        """Keep a copy of the decoder when it is the best so far."""
-        if psnr > self.psnr:
+        """Keep a copy of the decoder if it is the best so far, or with `latest` good enough; first comes the start."""
+        self.start = psnr if self.start is None else self.start
+        if psnr >= self.start if self.latest else psnr > self.psnr:
             self.psnr, self.step = psnr, step
             self.tensors = {name: value.detach().cpu().clone() for name, value in _decoder_state(model).items()}
+
+    def summary(self) -> dict[str, float | int]:
+        """For results.json: validation PSNR at the start and of the decoder that was kept, and the step it is from."""
+        return {"psnr_at_start": self.start, "psnr_kept": self.psnr, "step_kept": self.step}
 
     def restore(self, model: VQAutoencoder) -> None:
         """Put the best decoder back."""
@@ -127,15 +149,60 @@ class BestDecoder:
 
     def state_dict(self) -> dict:
         """For a checkpoint."""
-        return {"psnr": self.psnr, "step": self.step, "tensors": self.tensors}
+        return {"psnr": self.psnr, "step": self.step, "tensors": self.tensors, "start": self.start}
 
     def load_state_dict(self, state: dict) -> None:
         """From a checkpoint."""
-        self.psnr, self.step, self.tensors = state["psnr"], state["step"], state["tensors"]
+        self.psnr, self.step, self.tensors, self.start = (state[key] for key in ("psnr", "step", "tensors", "start"))
 
 
 def _decoder_state(model: VQAutoencoder) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict().items() if n.startswith(("decoder.", "post_quant_conv."))}
+
+
+def check_codebook_size(config: VQConfig, num_images: int) -> None:
+    """ValueError when the codebook has more codes than all training images together have latent vectors."""
+    vectors = num_images * config.latent_size**2
+    if config.quantizer == "vq" and config.num_codes > vectors:
+        raise ValueError(
+            f"a codebook of {config.num_codes} codes is larger than the data: {num_images} training images of "
+            f"{config.latent_size} x {config.latent_size} cells have {vectors} latent vectors. Use a smaller "
+            "--num_codes, fewer levels, or more images."
+        )
+
+
+def batch_usage(codes: Tensor, num_codes: int) -> Tensor:
+    """Percent of the codebook that a batch's codes (B, h, w) use, as a tensor: nothing waits for a GPU."""
+    return torch.zeros(num_codes, device=codes.device).index_fill_(0, codes.flatten(), 100.0).mean()
+
+
+def warn_of_low_usage(usage: dict[str, float], when: str) -> None:
+    """Log a warning when less than half of the codebook is in use; `usage` holds "code_usage" and "dead_codes"."""
+    if usage["code_usage"] < LOW_USAGE:
+        logger.warning(
+            "%s: only %.0f %% of the codes are in use (%d dead): try fewer codes, a higher --revival_threshold, "
+            "--code_distance cosine, or --entropy_weight.", when, usage["code_usage"], usage["dead_codes"],
+        )  # fmt: skip
+
+
+def curve_summary(history: list[dict], stages: list[Stage]) -> dict:
+    """What results.json says of the validation curves: {"plateau", "validation_psnr", "guard_lowered_weight"}."""
+    validated = [entry for entry in history if "validation_psnr" in entry]
+    return {
+        "plateau": {stage.name: plateau(history, stage.name) for stage in stages},
+        "validation_psnr": [[entry["step"], round(entry["validation_psnr"], 3)] for entry in validated],
+        "guard_lowered_weight": [entry["step"] for entry in history if entry.get("guard")],
+    }
+
+
+def say_plateau(found: dict[str, dict | None]) -> None:
+    """Print for each stage of `curve_summary`'s "plateau" whether its curve was flat at the end."""
+    for name, curve in found.items():
+        if curve is None:
+            print(f"{name}: too few validations to say whether it converged")
+        else:
+            state = "converged" if curve["converged"] else "not converged: give it more steps"
+            print(f"{name}: {curve['gain_in_last_fifth']:+.2f} dB of validation PSNR in the last fifth, {state}")
 
 
 def plateau(history: list[dict], stage: str) -> dict[str, float | bool] | None:

@@ -133,6 +133,10 @@ _LAUNCH_HINT = (
 )
 
 
+def _listed(sample_ids: torch.Tensor | None) -> str:
+    return "" if sample_ids is None else f", images {sample_ids.tolist()}"
+
+
 class TrainingLoop:
     """Yields batches from where the run stands, and after each does progress bar, log and checkpoint.
 
@@ -161,6 +165,7 @@ class TrainingLoop:
         self.skipped = skipped
         self._pending: dict[str, float | torch.Tensor] = {}
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
+        self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
         folder = Path(args.output_dir) / "checkpoints" / name
         self.checkpoints = CheckpointFolder(folder, args.checkpoints_total_limit)
@@ -200,7 +205,8 @@ class TrainingLoop:
         self.accelerator.print(f"{self.name}: resumed at {where}{replay}")
 
     def _check_same_run(self, meta: dict) -> None:
-        then, now = meta["arguments"], asdict(self.args)
+        # An argument that came after the checkpoint had what is now its default.
+        then, now = asdict(type(self.args)()) | meta["arguments"], asdict(self.args)
         changed = sorted(k for k in then.keys() | now.keys() if k not in _FREE_TO_CHANGE and then.get(k) != now.get(k))
         if meta["num_processes"] != self.accelerator.num_processes:
             changed.append("num_processes")
@@ -264,15 +270,34 @@ class TrainingLoop:
         for step, finite, sample_ids in self._unchecked:
             if not finite:
                 values = {name: float(value) for name, value in self._pending.items() if value is not None}
-                ids = "" if sample_ids is None else f", images {sample_ids.tolist()}"
-                kept = self.checkpoints.steps()
-                last = f"of step {max(kept)}" if kept else "none yet"
                 raise FloatingPointError(
-                    f"{self.name}: a loss is not finite at step {step}{ids} (last values {values}). The last "
-                    f"checkpoint is {last}, in {self.checkpoints.path}. Lower the learning "
-                    "rate or the weights of the losses, or look at these images."
+                    f"{self.name}: a loss is not finite at step {step}{_listed(sample_ids)} (last values {values}). "
+                    f"{self._advice()}"
                 )
+        if self._unchecked:
+            self._last_ids = self._unchecked[-1][2]
         self._unchecked.clear()
+
+    def _check_weights(self, state: dict[str, dict]) -> None:
+        """FloatingPointError when a step of finite loss has left weights that are not: its gradients were not."""
+        for name, value in self._kept.items():
+            if not isinstance(value, torch.nn.Module):
+                continue
+            tensors = {key: tensor for key, tensor in state[name].items() if tensor.is_floating_point()}
+            bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+            if bad:
+                raise FloatingPointError(
+                    f"{self.name}: after step {self.step}{_listed(self._last_ids)}, {len(bad)} of {len(tensors)} "
+                    f"tensors of {name} are not finite ({', '.join(bad[:3])}). {self._advice()}"
+                )
+
+    def _advice(self) -> str:
+        kept = self.checkpoints.steps()
+        last = f"of step {max(kept)}" if kept else "none yet"
+        return (
+            f"The last checkpoint is {last}, in {self.checkpoints.path}. Lower the learning rate or the weights of the "
+            "losses, or look at these images."
+        )
 
     def log(self, **values: float | torch.Tensor) -> None:
         """Values of this step for bar, trackers and curves; read every `logging_steps` only."""
@@ -285,9 +310,10 @@ class TrainingLoop:
         self.accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=self.step)
 
     def save(self) -> None:
-        """Write a checkpoint now (all processes call it)."""
+        """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN."""
         if self.accelerator.is_main_process:
             state = {name: value.state_dict() for name, value in self._kept.items()}
+            self._check_weights(state)
             meta = {
                 "step": self.step,
                 "epoch": self.epoch,

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import UndefinedError
 
+from hf_dpssl.autoencoder_training import Stage, curve_summary
 from hf_dpssl.model_card import templates_folder, write_card
 from hf_dpssl.recipe import save_recipe
 from hf_dpssl.results import write_results
@@ -21,9 +22,12 @@ RUNS = {
     "token": (dae_ar.ARArguments, {"nats_per_image": 61.9234, "nats_per_image_uniform": 88.7}, "61.92"),
     "gan": (dae_gan.GANArguments, {"copies": 1.234}, "1.234"),
 }
+STAGES = [Stage("stage-1", 3, True), Stage("stage-2", 4, False, "fresh")]
 # What only this kind of run says about itself.
 ABOUT = {
-    "autoencoder": {"arm": "dae", "stages": {"stage_1": 3}, "plateau": {}, "guard_lowered_weight": []},
+    "autoencoder": {"arm": "dae", "quantizer": "vq", "codes": 256}
+    | dae_vq.VQArguments().summary(STAGES, processes=1)
+    | curve_summary([], STAGES),
     "gan": {"latent": "dae", "sampled_from": "prior", "densities": {"held_out": {"copies": 5.5}}},
 }
 

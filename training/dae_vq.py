@@ -14,7 +14,6 @@ results.json, recipe.yaml, reconstructions.png, curves.png, model card) and chec
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -30,11 +29,15 @@ from hf_dpssl.autoencoder_training import (
     BestDecoder,
     Stage,
     Validation,
+    batch_usage,
+    check_codebook_size,
+    curve_summary,
     evaluate,
     measure_latents,
-    plateau,
+    say_plateau,
     stages_of,
     step_flops,
+    warn_of_low_usage,
 )  # fmt: skip
 from hf_dpssl.batches import ImageSource, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
@@ -50,8 +53,6 @@ from hf_dpssl.recipe import parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
 from hf_dpssl.transforms import PRESETS, to_model_range
-
-logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> Path:
     model.to(accelerator.device)
     if args.init_from is None:
         initialize_codebook(model, source, args)
-    accelerator.print("; ".join(f"{stage.name}: {stage.steps} steps" for stage in stages))
+    accelerator.print(f"{args.arm}: " + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages))
 
     # Stages
     history = []
@@ -106,6 +107,7 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
     if args.init_from is not None:
         options = {"image_size": source.image_size, "num_channels": args.num_channels}
         model = convert_autoencoder(args.init_from, config_file=args.init_config, **options)
+        model.config.reconstruction_loss = args.reconstruction_loss
         decoder = "fresh" if args.init_decoder == "fresh" else "keep"
         if decoder == "keep" and model.config.backbone is None:
             args.decoder_channels = list(model.config.decoder_block_out_channels)
@@ -125,10 +127,8 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
     flops = {}
     if not decoupled and args.budget == "flops":
         reference = VQAutoencoder(full)
-        flops = {
-            n: step_flops(reference, source.image_size, train_encoder=n != "stage_2") for n in ("joint", "stage_2")
-        }
-        flops["stage_1"] = flops["joint"]
+        whole, alone = (step_flops(reference, source.image_size, train_encoder=learns) for learns in (True, False))
+        flops = {"joint": whole, "stage_1": whole, "stage_2": alone}
     set_seed(args.seed)  # the encoder is drawn first: it is the same in every arm
     model = VQAutoencoder(first)
     return model, stages_of(args.arm, args.budget, args.stage_1_steps, args.stage_2_steps, flops)
@@ -146,6 +146,8 @@ def initialize_codebook(model: VQAutoencoder, source: ImageSource, args: VQArgum
     """k-means start on the latents of the first optimiser step's images."""
     if model.quantizer is None:
         return
+    if source.table is not None:
+        check_codebook_size(model.config, len(source.table))
     batches = iter(source.loader())
     latents = []
     for _ in range(args.gradient_accumulation_steps):
@@ -167,6 +169,8 @@ def train_stage(
     source: ImageSource, validation: Validation | None,
 ) -> tuple[VQAutoencoder, list[dict]]:  # fmt: skip
     """Train one stage (or find it finished in a checkpoint); returns the model and its log."""
+    if accelerator.is_main_process:
+        stage.flops_per_image = step_flops(model, source.image_size, train_encoder=stage.train_encoder)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     flip = PRESETS[source.data.entry.augmentation].flip
@@ -176,7 +180,8 @@ def train_stage(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     perceptual = load_perceptual(args.perceptual).to(accelerator.device) if args.perceptual else None
     adversary = make_adversary(args, stage, source, accelerator) if is_last and args.adversarial != "none" else None
-    best = BestDecoder() if args.init_from is not None and validation is not None else None
+    latest = adversary is not None or perceptual is not None
+    best = BestDecoder(latest) if args.init_from is not None and validation is not None else None
     kept = {"best": best} if best else {}
     kept |= adversary.kept() if adversary else {}
     loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, **kept)
@@ -199,7 +204,7 @@ def train_stage(
             optimizer.zero_grad()
             # Discriminator, on the same batch
             if adversary and adversary.trains(loop.step):
-                values["adv_d"] = adversary.step(accelerator, pixel_values, output.pixel_values)
+                values["adv_d"] = adversary.step(accelerator, pixel_values, output.pixel_values, loop.step)
         loop.log(**{name: value.detach() if torch.is_tensor(value) else value for name, value in values.items()})
         if accelerator.sync_gradients:
             scheduler.step()
@@ -213,6 +218,7 @@ def train_stage(
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     if best:
         best.restore(model)
+        stage.kept_decoder = best.summary()
     accelerator.free_memory()
     return model, [entry | {"stage": stage.name} for entry in loop.history]
 
@@ -224,7 +230,7 @@ def total_loss(
     """The autoencoder's loss with its perceptual and adversarial terms, and these for the log."""
     target, values = output.recon, {"recon": output.recon, "commit": output.commit}
     if output.codes is not None:
-        usage = 100 * len(output.codes.unique()) / model.config.num_codes
+        usage = batch_usage(output.codes, model.config.num_codes)
         values |= {"perplexity": output.perplexity, "usage": usage}
     if perceptual is not None:
         values["perceptual"] = perceptual(pixel_values, output.pixel_values)
@@ -238,7 +244,8 @@ def total_loss(
 
 def make_optimizer(parameters: list, learning_rate: float, steps: int, args: VQArguments):
     """AdamW and its schedule over a stage."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    settings = {"betas": tuple(args.adam_betas), "weight_decay": args.weight_decay}
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **settings)
     schedule = dict(num_warmup_steps=args.warmup_steps, num_training_steps=steps)
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
@@ -257,12 +264,9 @@ def make_adversary(args: VQArguments, stage: Stage, source: ImageSource, acceler
 
 
 def validate(
-    model: VQAutoencoder,
-    validation: Validation,
-    loop: TrainingLoop,
-    adversary: Adversary | None,
+    model: VQAutoencoder, validation: Validation, loop: TrainingLoop, adversary: Adversary | None,
     best: BestDecoder | None,
-) -> None:
+) -> None:  # fmt: skip
     """Validation PSNR into the log, the guard and, for a taken-over autoencoder, the best decoder."""
     step, decibels = loop.step + 1, validation.psnr(model)
     entry = {"step": step, "validation_psnr": decibels}
@@ -271,8 +275,8 @@ def validate(
     loop.history.append(entry)
     if best:
         best.offer(model, decibels, step)
-    if model.quantizer is not None and (usage := model.quantizer.usage())["code_usage"] < 50:
-        logger.warning("step %d: only %.0f %% of the codes are in use.", step, usage["code_usage"])
+    if model.quantizer is not None and loop.accelerator.is_main_process:
+        warn_of_low_usage(model.quantizer.usage(), f"{loop.name}, step {step}")
 
 
 def save(
@@ -284,30 +288,23 @@ def save(
     train_rows, held_out_rows = (spread_rows(len(t), args.evaluation_images) for t in (training_table, held_out))
     measure_latents(model, training_table, train_rows)
     metrics, pictures = evaluate(model, held_out, held_out_rows)
-    model.config.dpssl |= {
-        "scheme": args.scheme,
-        "arm": args.arm,
-        "dataset": data.name,
-        "licence_of_data": data.entry.licence,
-        "class_names": data.class_names,
-        "metrics": metrics,
-    }
-    about = {
-        "arm": args.arm,
-        "stages": {stage.name: stage.steps for stage in stages},
-        "plateau": {stage.name: plateau(history, stage.name) for stage in stages},
-        "validation_psnr": [[e["step"], round(e["validation_psnr"], 3)] for e in history if "validation_psnr" in e],
-        "guard_lowered_weight": [e["step"] for e in history if e.get("guard")],
-    }
+    if "code_usage" in metrics:
+        warn_of_low_usage(metrics, f"{len(held_out_rows)} images at the end")
+    arm = "decoder alone" if args.init_from else args.arm
+    about = {"scheme": args.scheme, "arm": arm, "class_names": data.class_names, "metrics": metrics}
+    model.config.dpssl |= about | {"dataset": data.name, "licence_of_data": data.entry.licence}
+    about = {"arm": arm, "quantizer": model.config.quantizer, "codes": model.config.num_codes}
+    about |= args.summary(stages, processes=source.process[1]) | curve_summary(history, stages)
     samples = {"train": len(training_table), "latent_statistics": len(train_rows), "evaluation": len(held_out_rows)}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
-        plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.arm}")
+        plot_curves(history, folder / "curves.png", title=f"autoencoder, {arm}")
         save_grid(pictures, folder / "reconstructions.png", columns=8, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        title = f"Autoencoder ({args.quantizer}, {args.arm}) of {data.name}"
+        title = f"Autoencoder ({model.config.quantizer}, {arm}) of {data.name}"
         write_card(folder, "autoencoder", title=title, license_of_data=data.entry.licence)
+    say_plateau(about["plateau"])
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 
