@@ -47,7 +47,6 @@ test-lowest:
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/contrastive.py
-	$(BIN)/python tests/benchmarks/quantizer.py
 	$(BIN)/python tests/benchmarks/autoencoder.py
 	$(BIN)/python tests/benchmarks/augmentation.py
 	$(BIN)/python tests/benchmarks/neighbours.py

@@ -26,8 +26,7 @@ SPEED = {  # results of make bench: the job's heading
     "contrastive": "loss, forward + backward",
     "augmentation": "two-view augmentation, training step",
     "neighbours": "nearest neighbours",
-    "quantizer": "quantiser, forward + backward",
-    "autoencoder": "autoencoder",
+    "autoencoder": "quantiser and autoencoder",
     "token_guidance": "token transformer",
     "frechet": "Frechet distance, 2,048 dimensions",
 }
