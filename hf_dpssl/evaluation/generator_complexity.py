@@ -42,11 +42,11 @@ class Budget:
     samples: fresh samples that a gap is read on.
     """
 
-    generator_steps: int = 1500
-    critic_steps: int = 500
+    generator_steps: int = 1000
+    critic_steps: int = 400
     batch_size: int = 256
     learning_rate: float = 2e-3
-    generator_learning_rate: float = 1e-3
+    generator_learning_rate: float = 4e-3
     critic_width: int = 64
     r1: float = 0.02
     averaging: float = 0.99
