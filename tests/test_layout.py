@@ -19,7 +19,8 @@ LEVELS = [
     " configuration_vq autoencoder_blocks modeling_vq latent_density modeling_vaegan modeling_discriminator".split(),
     "images colour resample transforms digits data image_table batches checkpoint pipeline_classes".split()
     + "pipeline_vq_dit diffusion latent_cache pipeline_vq_token evaluation plots embedder embeddings_table".split()
-    + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual feature_extractors".split(),
+    + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual".split()
+    + "feature_extractors".split(),
     "recipe results evaluate_encoder embedding_job model_card training_loop latent_run autoencoder_training".split()
     + "adversarial_training autoencoder_arguments gan_training importers embedding_commands".split()
     + "autoencoder_measures report_page report cli".split(),

@@ -89,6 +89,8 @@ def main(argv: list[str] | None = None) -> Path:
         if stage.decoder == "fresh":
             torch.manual_seed(derive_seed(args.seed, "decoder of stage 2"))
             model.replace_decoder(args.decoder_channels, args.layers_per_block)
+        if accelerator.is_main_process:
+            stage.flops_per_image = step_flops(model, source.image_size, train_encoder=stage.train_encoder)
         model, entries = train_stage(model, stage, stage is stages[-1], args, accelerator, source, validation)
         history += [entry | {"step": entry["step"] + (history[-1]["step"] if history else 0)} for entry in entries]
         if not stage.train_encoder:
@@ -169,8 +171,6 @@ def train_stage(
     source: ImageSource, validation: Validation | None,
 ) -> tuple[VQAutoencoder, list[dict]]:  # fmt: skip
     """Train one stage (or find it finished in a checkpoint); returns the model and its log."""
-    if accelerator.is_main_process:
-        stage.flops_per_image = step_flops(model, source.image_size, train_encoder=stage.train_encoder)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     flip = PRESETS[source.data.entry.augmentation].flip
@@ -180,8 +180,7 @@ def train_stage(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     perceptual = load_perceptual(args.perceptual).to(accelerator.device) if args.perceptual else None
     adversary = make_adversary(args, stage, source, accelerator) if is_last and args.adversarial != "none" else None
-    latest = adversary is not None or perceptual is not None
-    best = BestDecoder(latest) if args.init_from is not None and validation is not None else None
+    best = BestDecoder(latest=bool(adversary or perceptual)) if args.init_from and validation else None
     kept = {"best": best} if best else {}
     kept |= adversary.kept() if adversary else {}
     loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, **kept)
