@@ -76,9 +76,11 @@ def main(argv: list[str] | None = None) -> Path:
     # Model
     model, stages = make_model(args, source)
     model.to(accelerator.device)
+    if model.quantizer is not None:
+        model.quantizer.defer_update = True  # the codebook moves once per optimiser step
     if args.init_from is None:
         initialize_codebook(model, source, args)
-    accelerator.print(f"{args.arm}: " + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages))
+    accelerator.print(f"{args.label}: " + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages))
 
     # Stages
     history = []
@@ -139,8 +141,10 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
 def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
     """Fixed held-out images, where the data set has some."""
     table = source.evaluation_table()
-    rows = None if table is None else spread_rows(len(table), args.validation_images)
-    return None if rows is None else Validation(table, rows, args.num_channels)
+    if table is None:
+        print("no held-out images: nothing is validated, the guard is off, and the last decoder is kept")
+        return None
+    return Validation(table, spread_rows(len(table), args.validation_images), args.num_channels)
 
 
 @torch.no_grad()
@@ -173,7 +177,6 @@ def train_stage(
     """Train one stage (or find it finished in a checkpoint); returns the model and its log."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    flip = PRESETS[source.data.entry.augmentation].flip
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(parameters, args.learning_rate, stage.steps, args)
     loop = TrainingLoop(args, accelerator, f"{args.name}/{stage.name}", stage.steps, source.loader, source.skipped)
@@ -181,17 +184,14 @@ def train_stage(
     perceptual = load_perceptual(args.perceptual).to(accelerator.device) if args.perceptual else None
     adversary = make_adversary(args, stage, source, accelerator) if is_last and args.adversarial != "none" else None
     best = BestDecoder(latest=bool(adversary or perceptual)) if args.init_from and validation else None
-    kept = {"best": best} if best else {}
-    kept |= adversary.kept() if adversary else {}
+    kept = ({"best": best} if best else {}) | (adversary.kept() if adversary else {})
     loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, **kept)
     quantizer = model.quantizer if stage.train_encoder or not model.config.codebook_frozen else None
-    if quantizer is not None:
-        quantizer.defer_update = True  # the codebook moves once per optimiser step
     if best and loop.step == 0:
         best.offer(model, validation.psnr(model), 0)
 
     for batch in loop:
-        pixel_values = pixels(batch, args, flip)
+        pixel_values = pixels(batch, args, PRESETS[source.data.entry.augmentation].flip)
         with accelerator.accumulate(wrapped, *(adversary.wrapped() if adversary else ())):
             # Autoencoder
             output = wrapped(pixel_values)
@@ -289,19 +289,18 @@ def save(
     metrics, pictures = evaluate(model, held_out, held_out_rows)
     if "code_usage" in metrics:
         warn_of_low_usage(metrics, f"{len(held_out_rows)} images at the end")
-    arm = "decoder alone" if args.init_from else args.arm
-    about = {"scheme": args.scheme, "arm": arm, "class_names": data.class_names, "metrics": metrics}
+    about = {"scheme": args.scheme, "arm": args.label, "class_names": data.class_names, "metrics": metrics}
     model.config.dpssl |= about | {"dataset": data.name, "licence_of_data": data.entry.licence}
-    about = {"arm": arm, "quantizer": model.config.quantizer, "codes": model.config.num_codes}
+    about = {"quantizer": model.config.quantizer, "codes": model.config.num_codes}
     about |= args.summary(stages, processes=source.process[1]) | curve_summary(history, stages)
     samples = {"train": len(training_table), "latent_statistics": len(train_rows), "evaluation": len(held_out_rows)}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
-        plot_curves(history, folder / "curves.png", title=f"autoencoder, {arm}")
+        plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.label}")
         save_grid(pictures, folder / "reconstructions.png", columns=8, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        title = f"Autoencoder ({model.config.quantizer}, {arm}) of {data.name}"
+        title = f"Autoencoder ({model.config.quantizer}, {args.label}) of {data.name}"
         write_card(folder, "autoencoder", title=title, license_of_data=data.entry.licence)
     say_plateau(about["plateau"])
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
