@@ -73,7 +73,12 @@ def test_order_of_latents_and_monotone_curves(data):
     axes = torch.linalg.svd(train - train.mean(0), full_matrices=False).Vh
     projected = [(part - train.mean(0)) @ axes.T for part in data]
     white = [part / projected[0].std(0) for part in projected]
-    pairs = {"white": white, "pca": [part[:, :2] for part in white], "noise": (noise, noise)}
+    # Two principal components of four, and noise for the rest: a generator of fewer dimensions than the data is
+    # told apart however large it is.
+    components = [
+        lambda n, g, draw=rows_of(part[:, :2]): torch.cat([draw(n, g), noise(n, g)[:, 2:]], 1) for part in white
+    ]
+    pairs = {"white": white, "pca": components, "noise": (noise, noise)}
     widths, found = (4, 12, 36), {}
     for name, (latents, fresh) in pairs.items():
         found[name] = generator_complexity(latents, train, test, held_out_latents=fresh, widths=widths)
