@@ -118,6 +118,11 @@ class VQArguments(RunArguments):
             self.preset = None  # the resolved recipe holds what it stood for
         self.term(1)
 
+    @property
+    def label(self) -> str:
+        """The arm, or that an autoencoder was taken over and its decoder alone is trained."""
+        return "decoder alone" if self.init_from else self.arm
+
     def term(self, steps: int) -> AdversarialTerm | None:
         """The adversarial term in a stage of so many steps."""
         if self.adversarial == "none":
@@ -134,7 +139,7 @@ class VQArguments(RunArguments):
         )
 
     def summary(self, stages: list[Stage], *, processes: int) -> dict:
-        """What results.json says of a run: budget, steps and operations of the stages, decoder kept, adversarial term.
+        """What results.json says of a run: arm, budget, steps and operations of stages, decoder kept, adversarial term.
 
         Args:
             stages: that have run.
@@ -147,6 +152,7 @@ class VQArguments(RunArguments):
         }
         term = self.term(stages[-1].steps)
         return {
+            "arm": self.label,
             "budget": None if self.init_from or ARMS[self.arm][0] else self.budget,
             "stages": {stage.name: stage.steps for stage in stages},
             "operations": operations | {"total": sum(cost["total"] for cost in operations.values())},

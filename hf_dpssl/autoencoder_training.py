@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .batches import evaluation_batches
@@ -73,9 +74,9 @@ def stages_of(arm: str, budget: str, stage_1_steps: int, stage_2_steps: int, flo
 
 
 def step_flops(model: VQAutoencoder, image_size: int, *, train_encoder: bool) -> float:
-    """Floating-point operations of forward and backward for one image; of convolutions and products only.
+    """Floating-point operations of forward and backward for one image: convolutions, attention, linear layers.
 
-    The losses' own networks are not counted. The model is left as it was.
+    The search for codes and the losses' own networks are not counted. The model is left as it was.
     """
     model = copy.deepcopy(model).cpu().train()
     if not train_encoder:
@@ -87,7 +88,8 @@ def step_flops(model: VQAutoencoder, image_size: int, *, train_encoder: bool) ->
         model.quantizer.is_initialized.fill_(1)
         model.quantizer.defer_update = True  # an update would wait for other processes, which may not count
     state = torch.random.get_rng_state()
-    with FlopCounterMode(display=False) as counter:
+    # Fused attention of a CPU is not counted, products are.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, model.config.num_channels, image_size, image_size)).loss.backward()
     torch.random.set_rng_state(state)
     return float(counter.get_total_flops())

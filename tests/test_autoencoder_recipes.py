@@ -1,6 +1,8 @@
 """Recipes of autoencoders and GANs: published settings, and a start at full size on the CPU."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,16 +10,18 @@ from PIL import Image
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder
 from hf_dpssl.autoencoder_arguments import CONFIG_FLAGS, VQArguments
+from hf_dpssl.autoencoder_training import step_flops
 from hf_dpssl.configuration_vq import VQConfig
 from hf_dpssl.gan_training import GANArguments
-from hf_dpssl.recipe import parse
+from hf_dpssl.recipe import find_recipe, parse
 
 FACES = ["vq-gan-f16-faceshq", "vq-dae-f16-faceshq"]
 # configs/faceshq_vqgan.yaml of taming-transformers.
 PUBLISHED = {
     "adversarial": "hinge", "adversarial_start": 30001, "adversarial_weight": 0.8, "perceptual": "lpips",
     "perceptual_weight": 1.0, "commitment_weight": 0.25, "reconstruction_loss": "l1", "batch_size": 3,
-    "dataset": "celeba-hq+ffhq",
+    "dataset": "celeba-hq+ffhq", "learning_rate": 1.08e-4, "lr_scheduler": "constant", "adam_betas": [0.5, 0.9],
+    "weight_decay": 0.0, "max_grad_norm": 0.0, "discriminator_width": 64, "discriminator_layers": 3,
 }  # fmt: skip
 
 
@@ -39,6 +43,37 @@ def test_faces_recipes_are_the_published_set_up_in_both_schemes(name):
 def test_the_other_recipes_are_read():
     assert parse(VQArguments, ["--recipe", "vq-dae-f8-imagenet"], "").encoder_channels == [128, 256, 256, 512]
     assert parse(GANArguments, ["--recipe", "gan-cifar10-jpeg"], "").max_train_steps == 4000
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """training/evidence/recipe_costs.py as a module."""
+    path = Path(__file__).parent.parent / "training/evidence/recipe_costs.py"
+    specification = importlib.util.spec_from_file_location("recipe_costs", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", [*FACES, "vq-dae-f8-imagenet"])
+def test_recipe_says_what_it_costs_and_that_this_is_computed(name, costs):
+    figures = json.loads((costs.EVIDENCE / "results" / "recipe_costs.json").read_text(encoding="utf-8"))["metrics"][
+        name
+    ]
+    lines = [line for line in find_recipe(name).read_text(encoding="utf-8").splitlines() if costs.COMMENT in line]
+    assert lines == [costs.comment(figures)], "run python training/evidence/recipe_costs.py --write_recipes"
+    args = parse(VQArguments, ["--recipe", name], "")
+    images = {stage: steps * args.batch_size * 8 for stage, steps in figures["steps"].items()}
+    assert sum(figures["steps"].values()) == args.stage_1_steps + args.stage_2_steps
+    expected = sum(figures["operations_per_image"][stage] * images[stage] for stage in images)
+    assert figures["hours"]["A100"]["0.2"] == pytest.approx(expected / (8 * 312e12 * 0.2) / 3600)
+
+
+@pytest.mark.parametrize("train_encoder", [True, False])
+def test_operations_by_shapes_alone_are_those_of_a_real_step(costs, train_encoder):
+    config = VQConfig(image_size=16, encoder_block_out_channels=[8, 16], norm_num_groups=4, attention_levels=[1])
+    counted = step_flops(VQAutoencoder(config), 16, train_encoder=train_encoder)
+    assert costs.autoencoder_operations(config, train_encoder=train_encoder) == counted
 
 
 @pytest.mark.slow

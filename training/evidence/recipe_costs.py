@@ -1,6 +1,6 @@
 """What the recipes at paper scale cost, computed and not measured: floating-point operations, hours and memory.
 
-    python training/evidence/recipe_costs.py                    # about a minute; writes results/recipe_costs.json
+    python training/evidence/recipe_costs.py                    # minutes; writes results/recipe_costs.json
     python training/evidence/recipe_costs.py --write_recipes    # also the line that says so in each recipe
 
 Operations: torch's FlopCounterMode on one real step of the recipe's own model, forward and backward, on a small
@@ -10,6 +10,8 @@ published 53 hours of MoCo-v2 on 8 V100 in fp32 are 35 % of their peak by the sa
 Memory: weights, gradients, optimiser and momentum branch by their sizes; activations by what autograd keeps of small
 batches under bf16 autocast on the CPU, a straight line through two of them. Workspaces of the GPU's libraries, the
 passing activations of the momentum branch and the allocator's gaps come on top.
+Autoencoders: operations and hours of encoder and decoder in all stages, each with its own decoder; perceptual network,
+discriminator and what gradient checkpointing computes again come on top. No memory.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 EVIDENCE = Path(__file__).parent
 sys.path.insert(0, str(EVIDENCE.parent))
 
+import dae_vq  # noqa: E402
 from contrastive import ContrastiveArguments, make_model  # noqa: E402
 
+from hf_dpssl import VQAutoencoder, VQConfig  # noqa: E402
 from hf_dpssl.checkpoint import atomic_file  # noqa: E402
 from hf_dpssl.data import TABLE  # noqa: E402
 from hf_dpssl.recipe import find_recipe, parse  # noqa: E402
@@ -40,6 +46,7 @@ RECIPES = (
     "t-moco-v2-resnet50-imagenet",
     "t-moco-v2-dof5-resnet50-imagenet",
 )
+AUTOENCODERS = {"vq-gan-f16-faceshq": 8, "vq-dae-f16-faceshq": 8, "vq-dae-f8-imagenet": 8}  # GPUs they are meant for
 TRAINING_IMAGES = {"cifar10": 50_000, "imagenet-1k": 1_281_167}
 PEAK_TERAFLOPS = {"A100": 312, "H100": 989}  # dense bf16 by the data sheets (SXM)
 SHARES_OF_PEAK = (0.2, 0.4)  # assumed; convolutions of 32 to 224 px images stay far below matrix products
@@ -56,6 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--write_recipes", action="store_true", help="put the figures into the recipes' comments")
     known = parser.parse_args(argv)
     costs = {name: recipe_costs(name) for name in tqdm(RECIPES, desc="recipes", unit="recipe")}
+    costs |= {name: autoencoder_costs(name, gpus) for name, gpus in AUTOENCODERS.items()}
     samples = {"images per batch measured": list(BATCHES)}
     note = "computed, not measured: see the top of recipe_costs.py"
     published = PUBLISHED["gpus"] * PUBLISHED["peak_teraflops"] * 1e12 * PUBLISHED["hours"] * 3600
@@ -64,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     about = {"note": note, "assumed": assumed, "check": check}
     write_results(known.output, costs, dataset="random pixels", seed=0, samples=samples, **about)
     if known.write_recipes:
-        for name in RECIPES:
+        for name in costs:
             write_comment(find_recipe(name), costs[name])
     return costs
 
@@ -79,10 +87,7 @@ def recipe_costs(name: str) -> dict:
     steps = args.num_train_epochs * (TRAINING_IMAGES[args.dataset] // (args.batch_size * gpus))
     images = steps * args.batch_size * gpus
     per_image = step_operations(model, entry.image_size, BATCHES[0]) / BATCHES[0]
-    hours = {
-        gpu: {f"{share:g}": images * per_image / (gpus * peak * 1e12 * share) / 3600 for share in SHARES_OF_PEAK}
-        for gpu, peak in PEAK_TERAFLOPS.items()
-    }
+    hours = hours_of(images * per_image, gpus)
     return {
         "operations_per_image": per_image,
         "operations": images * per_image,
@@ -95,12 +100,54 @@ def recipe_costs(name: str) -> dict:
     }
 
 
+def hours_of(operations: float, gpus: int) -> dict[str, dict[str, float]]:
+    """{GPU: {share of its peak: hours}} of so many operations on `gpus` of them."""
+    return {
+        gpu: {f"{share:g}": operations / (gpus * peak * 1e12 * share) / 3600 for share in SHARES_OF_PEAK}
+        for gpu, peak in PEAK_TERAFLOPS.items()
+    }
+
+
+def autoencoder_costs(name: str, gpus: int) -> dict:
+    """Figures of one autoencoder's recipe: operations per image and steps of each stage, and operations and hours."""
+    args = parse(dae_vq.VQArguments, ["--recipe", name], "")
+    with torch.device("meta"):
+        model, stages = dae_vq.make_model(args, SimpleNamespace(image_size=args.image_size))
+    per_image = {}
+    for stage in stages:
+        if stage.decoder == "fresh":
+            model.replace_decoder(args.decoder_channels, args.layers_per_block)
+        per_image[stage.name] = autoencoder_operations(model.config, train_encoder=stage.train_encoder)
+    images = {stage.name: stage.steps * args.batch_size * gpus for stage in stages}
+    operations = sum(per_image[stage] * images[stage] for stage in images)
+    return {
+        "operations_per_image": per_image,
+        "operations": operations,
+        "steps": {stage.name: stage.steps for stage in stages},
+        "images": images,
+        "gpus": gpus,
+        "hours": hours_of(operations, gpus),
+    }
+
+
+def autoencoder_operations(config: VQConfig, *, train_encoder: bool) -> int:
+    """Operations of forward and backward of one image: shapes only, on the meta device; the codebook has no part."""
+    settings = config.to_dict() | {"quantizer": "none", "encoder_frozen": not train_encoder}
+    with torch.device("meta"):
+        model = VQAutoencoder(VQConfig(**settings)).train()
+        images = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(images).loss.backward()
+    return counter.get_total_flops()
+
+
 def step_operations(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
     """Operations of one forward and backward pass of `batch_size` images in two views."""
     if hasattr(model, "queue"):
         model.queue.normal_()
         model.queue_filled.fill_(len(model.queue))
-    with FlopCounterMode(display=False) as counter:
+    ours = {torch.ops.mkldnn._linear_pointwise: lambda x, y, *_, **__: 2 * x[0] * x[1] * y[0]}  # `products.product`
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
         model(*torch.randn(2, batch_size, 3, image_size, image_size)).loss.backward()
     model.zero_grad(set_to_none=True)
     return counter.get_total_flops()
@@ -142,9 +189,15 @@ def activation_bytes(model: torch.nn.Module, image_size: int, batch_size: int) -
 
 def comment(costs: dict) -> str:
     """The line of a recipe that says what it costs."""
-    hours, rates = costs["hours"]["A100"], costs["images_per_second"]["A100"]
+    hours = costs["hours"]["A100"]
     low, high = (f"{share:g}" for share in SHARES_OF_PEAK)
     operations = f"{costs['operations']:.1e}".replace("e+", "e")
+    if "bytes_per_gpu" not in costs:
+        return (
+            f"{COMMENT} {operations} operations of encoder and decoder; {hours[low]:.2g} h ({hours[high]:.2g}) on "
+            f"{costs['gpus']} A100 at {low} ({high}) of peak."
+        )
+    rates = costs["images_per_second"]["A100"]
     memory = f"{costs['bytes_per_gpu']['total'] / 1e9:.1f} GB per GPU"
     return (
         f"{COMMENT} {operations} operations, {memory}; {hours[low]:.2g} h ({hours[high]:.2g}) on {costs['gpus']} A100 "
