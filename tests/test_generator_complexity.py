@@ -75,10 +75,12 @@ def test_order_of_latents_and_monotone_curves(data):
     white = [part / projected[0].std(0) for part in projected]
     # Two principal components of four, and noise for the rest: a generator of fewer dimensions than the data is
     # told apart however large it is.
-    components = [
-        lambda n, g, draw=rows_of(part[:, :2]): torch.cat([draw(n, g), noise(n, g)[:, 2:]], 1) for part in white
-    ]
-    pairs = {"white": white, "pca": components, "noise": (noise, noise)}
+
+    def components(latents: torch.Tensor):
+        draw = rows_of(latents[:, :2])
+        return lambda count, random: torch.cat([draw(count, random), noise(count, random)[:, 2:]], 1)
+
+    pairs = {"white": white, "pca": [components(part) for part in white], "noise": (noise, noise)}
     widths, found = (4, 12, 36), {}
     for name, (latents, fresh) in pairs.items():
         found[name] = generator_complexity(latents, train, test, held_out_latents=fresh, widths=widths)

@@ -138,12 +138,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="units of the generators")
     parser.add_argument("--steps", type=int, default=Budget.generator_steps, help="of each generator's training")
+    parser.add_argument("--critic_steps", type=int, default=Budget.critic_steps, help="of each fresh critic")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes; changes nothing")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/latents_2d"))
     args = parser.parse_args(argv)
     start, widths = time.perf_counter(), sorted(set(args.widths))
-    budget = Budget(generator_steps=args.steps)
+    budget = Budget(generator_steps=args.steps, critic_steps=args.critic_steps)
     jobs = [(name, width) for width in reversed(widths) for name in LATENTS]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         running = {job: pool.submit(measure, *job, args.seed, budget) for job in jobs}
