@@ -76,21 +76,19 @@ def stages_of(arm: str, budget: str, stage_1_steps: int, stage_2_steps: int, flo
 def step_flops(model: VQAutoencoder, image_size: int, *, train_encoder: bool) -> float:
     """Floating-point operations of forward and backward for one image: convolutions, attention, linear layers.
 
-    The search for codes and the losses' own networks are not counted. The model is left as it was.
+    Counted by shapes, on the meta device; the quantiser and the losses' own networks are left out. The model is left
+    as it was.
     """
-    model = copy.deepcopy(model).cpu().train()
-    if not train_encoder:
-        model.freeze_encoder()
+    model = copy.deepcopy(model).to("meta")
+    model.quantizer, model.config.encoder_frozen = None, not train_encoder
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # what is recomputed is not counted again
-    if model.quantizer is not None:
-        model.quantizer.is_initialized.fill_(1)
-        model.quantizer.defer_update = True  # an update would wait for other processes, which may not count
+    images = torch.zeros(1, model.config.num_channels, image_size, image_size, device="meta")
     state = torch.random.get_rng_state()
     # Fused attention of a CPU is not counted, products are.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, model.config.num_channels, image_size, image_size)).loss.backward()
+        model.train()(images).loss.backward()
     torch.random.set_rng_state(state)
     return float(counter.get_total_flops())
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
@@ -33,7 +32,7 @@ sys.path.insert(0, str(EVIDENCE.parent))
 import dae_vq  # noqa: E402
 from contrastive import ContrastiveArguments, make_model  # noqa: E402
 
-from hf_dpssl import VQAutoencoder, VQConfig  # noqa: E402
+from hf_dpssl.autoencoder_training import step_flops  # noqa: E402
 from hf_dpssl.checkpoint import atomic_file  # noqa: E402
 from hf_dpssl.data import TABLE  # noqa: E402
 from hf_dpssl.recipe import find_recipe, parse  # noqa: E402
@@ -111,13 +110,13 @@ def hours_of(operations: float, gpus: int) -> dict[str, dict[str, float]]:
 def autoencoder_costs(name: str, gpus: int) -> dict:
     """Figures of one autoencoder's recipe: operations per image and steps of each stage, and operations and hours."""
     args = parse(dae_vq.VQArguments, ["--recipe", name], "")
+    per_image = {}
     with torch.device("meta"):
         model, stages = dae_vq.make_model(args, SimpleNamespace(image_size=args.image_size))
-    per_image = {}
-    for stage in stages:
-        if stage.decoder == "fresh":
-            model.replace_decoder(args.decoder_channels, args.layers_per_block)
-        per_image[stage.name] = autoencoder_operations(model.config, train_encoder=stage.train_encoder)
+        for stage in stages:
+            if stage.decoder == "fresh":
+                model.replace_decoder(args.decoder_channels, args.layers_per_block)
+            per_image[stage.name] = step_flops(model, args.image_size, train_encoder=stage.train_encoder)
     images = {stage.name: stage.steps * args.batch_size * gpus for stage in stages}
     operations = sum(per_image[stage] * images[stage] for stage in images)
     return {
@@ -128,17 +127,6 @@ def autoencoder_costs(name: str, gpus: int) -> dict:
         "gpus": gpus,
         "hours": hours_of(operations, gpus),
     }
-
-
-def autoencoder_operations(config: VQConfig, *, train_encoder: bool) -> int:
-    """Operations of forward and backward of one image: shapes only, on the meta device; the codebook has no part."""
-    settings = config.to_dict() | {"quantizer": "none", "encoder_frozen": not train_encoder}
-    with torch.device("meta"):
-        model = VQAutoencoder(VQConfig(**settings)).train()
-        images = torch.zeros(1, config.num_channels, config.image_size, config.image_size)
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            model(images).loss.backward()
-    return counter.get_total_flops()
 
 
 def step_operations(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
