@@ -5,7 +5,7 @@ With d_z <= d_x and phi(x) = V x + b, V with orthonormal rows:
     D-(x, z) = inf_phi W2(phi(x), z)                     project x into the space of z
     D+(x, z) = inf_phi inf { W2(x, a) : phi(a) = z }     embed z into the space of x
 
-They are equal (Cai and Lim 2022, theorem 3.4). The trap in D+: `a` is ANY cloud with the projection z, not z laid
+They are equal (Cai and Lim 2022, their main theorem). The trap in D+: `a` is ANY cloud with the projection z, not z laid
 flat into R^d_x; a flat copy adds all the variance that x has across it.
 """
 
@@ -74,7 +74,7 @@ def cai_lim(
         >>> 0.1 < found["cai_lim_projection"] < 0.4  # near 0: a projection of N(0, I) is N(0, I)
         True
 
-    Source: Cai and Lim 2022, definitions 3.1 to 3.3 (theorem 3.4 for the equality); Kiers 1990 (the majorisation).
+    Source: Cai and Lim 2022 (definitions and equality); Kiers 1990 (the majorisation).
     """
     x, z = _checked(x, z)
     x, z = x - x.mean(0), z - z.mean(0)  # the best b sends mean to mean, for every coupling
@@ -117,7 +117,7 @@ def gaussian_cai_lim(covariance_x: Tensor, covariance_z: Tensor) -> float:
     Raises:
         ValueError: other shapes, or m > n.
 
-    Source: Cai and Lim 2022, example 4.4; Fan and Pall 1957 (the interlacing is attained).
+    Source: Cai and Lim 2022 (m = 1); Fan and Pall 1957 (the interlacing is attained).
     """
     for covariance in (covariance_x, covariance_z):
         if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:

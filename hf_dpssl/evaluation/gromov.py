@@ -60,7 +60,7 @@ def gromov_wasserstein(
         >>> found["gromov_wasserstein_lower"] <= found["gromov_wasserstein"] < 0.7 * found["pairing_distortion"]
         True
 
-    Source: Memoli 2011, definition 5.7 and section 6 (the second lower bound); Peyre, Cuturi and Solomon 2016 (the
+    Source: Memoli 2011 (definition; the second of its lower bounds); Peyre, Cuturi and Solomon 2016 (the
     solver); Vayer et al. 2019 (its step length); Maron and Lipman 2018 (concavity).
     """
     try:

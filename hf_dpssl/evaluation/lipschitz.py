@@ -54,7 +54,7 @@ def local_singular_values(
             one floating point tensor with a row per input, a map that is not differentiable from end to end (part of it
             under torch.no_grad), or values that are not finite.
 
-    Source: power iteration on the Jacobian, Miyato et al. 2018, section 2.1, with J in place of a weight.
+    Source: power iteration on the Jacobian, as Miyato et al. 2018 of a layer, with J in place of a weight.
     """
     if not inputs.is_floating_point() or inputs.ndim < 2 or not inputs.numel():
         raise ValueError(f"inputs must be floating point (N, ...) and not empty, got {inputs.dtype} {inputs.shape}.")

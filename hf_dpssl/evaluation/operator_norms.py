@@ -27,7 +27,7 @@ def circular_singular_values(weight: Tensor, size: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: a size that does not fit the kernel's number of axes.
 
-    Source: Sedghi, Gupta and Long 2019, theorem 6.
+    Source: Sedghi, Gupta and Long 2019.
     """
     axes = weight.ndim - 2
     if axes < 1 or len(size) != axes or min(size) < 1:

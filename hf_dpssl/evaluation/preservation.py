@@ -24,7 +24,7 @@ def trustworthiness(x: Tensor, z: Tensor, *, k: int = 12, chunk: int = 256) -> d
     Raises:
         ValueError: unequal numbers of points, k out of range, numbers that are not finite.
 
-    Source: Venna and Kaski 2001, equation 1.
+    Source: Venna and Kaski 2001.
     """
     return {"trustworthiness": _kept(x, z, k, chunk)}
 
@@ -38,7 +38,7 @@ def continuity(x: Tensor, z: Tensor, *, k: int = 12, chunk: int = 256) -> dict[s
     Returns:
         {"continuity": in [0, 1], 1 is best}.
 
-    Source: Venna and Kaski 2001, equation 2.
+    Source: Venna and Kaski 2001.
     """
     return {"continuity": _kept(z, x, k, chunk)}
 
