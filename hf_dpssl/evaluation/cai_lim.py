@@ -5,7 +5,7 @@ With d_z <= d_x and phi(x) = V x + b, V with orthonormal rows:
     D-(x, z) = inf_phi W2(phi(x), z)                     project x into the space of z
     D+(x, z) = inf_phi inf { W2(x, a) : phi(a) = z }     embed z into the space of x
 
-They are equal (Cai and Lim 2022, their main theorem). The trap in D+: `a` is ANY cloud with the projection z, not z laid
+They are equal (the main theorem of Cai and Lim). The trap in D+: `a` is ANY cloud with the projection z, not z laid
 flat into R^d_x; a flat copy adds all the variance that x has across it.
 """
 
