@@ -159,7 +159,7 @@ def initialize_codebook(model: VQAutoencoder, source: ImageSource, args: VQArgum
     for _ in range(args.gradient_accumulation_steps):
         batch = next(batches)
         pixel_values = pixels(batch, args, 0.0)
-        latents.append(model.encode(pixel_values.to(model.device)).latents)
+        latents.append(model.encode_latents(pixel_values.to(model.device)))  # leaves no statistics behind
     torch.manual_seed(derive_seed(args.seed, "k-means"))
     model.quantizer.initialize_(torch.cat(latents).permute(0, 2, 3, 1).flatten(0, 2))
 
