@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from .batches import ImageSource
 from .data import ImageData
+from .image_table import ImageTable
 from .latent_cache import CodeTable, LatentTable, build_latent_cache
 from .modeling_vq import VQAutoencoder
 from .recipe import RunArguments, option
@@ -29,6 +30,7 @@ class LatentRunArguments(RunArguments):
     autoencoder: str | None = option(None, "folder or Hub id of a VQAutoencoder; default: train or reuse our own")
     autoencoder_recipe: str | None = option(None, "recipe of training/dae_vq.py when it has to be trained")
     autoencoder_args: str = option("", "flags of training/dae_vq.py when it has to be trained, in one string")
+    flip_cache: bool = option(False, "cache mirrored images too; each epoch shows a random half of the images mirrored")
     class_dropout: float = option(0.1, "share of images whose label is dropped, for classifier-free guidance")
 
     def __post_init__(self):
@@ -54,30 +56,36 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
 def cached_training_images(
     args: LatentRunArguments, autoencoder: VQAutoencoder, data: ImageData, accelerator: Accelerator, content: str
 ) -> tuple[LatentTable | CodeTable, LatentTable | CodeTable | None, dict[str, str]]:
-    """Latents or codes under OUTPUT_DIR, which the main process encodes.
+    """Latents or codes under OUTPUT_DIR, which the processes encode together, each every n-th shard.
 
     Args:
         args, autoencoder, data, accelerator: of the run.
         content: "latents", or "codes", which are cached of the held-out images too.
 
     Returns:
-        The training images' table, that of the held-out images (None for latents, or where the data set has none),
-        and {row: reason} of unreadable images.
+        The training images' table (with `--flip_cache` a random half of it mirrored in each epoch), that of the
+        held-out images (None for latents, or where the data set has none), and {row: reason} of unreadable images.
 
     Raises:
         ValueError: fewer training images than one batch of all processes.
     """
+    # Each image is decoded once: nothing is gained by decoding all of them into memory first.
+    source = ImageSource.from_arguments(data, replace(args, preload_gb=0.0), accelerator, autoencoder.config.image_size)
+    process = (accelerator.process_index, accelerator.num_processes)
+    options = dict(content=content, process=process, wait=accelerator.wait_for_everyone)
     folder, held_out, skipped = Path(args.output_dir) / content, None, {}
-    if accelerator.is_main_process:
-        source = ImageSource.from_arguments(data, args, accelerator, autoencoder.config.image_size)
-        build_latent_cache(autoencoder, source.whole_training_table(), folder, content=content)
-        if content == "codes" and (table := source.evaluation_table()) is not None:
-            build_latent_cache(autoencoder, table, folder / "held-out", content=content)
-        skipped = source.skipped
-    accelerator.wait_for_everyone()
-    table = (CodeTable if content == "codes" else LatentTable)(folder)
-    if content == "codes" and data.evaluation is not None:
-        held_out = CodeTable(folder / "held-out")
+
+    def build(images: ImageTable, folder: Path, split: str, flipped: bool = False) -> LatentTable | CodeTable:
+        images.skipped = {}
+        table = build_latent_cache(autoencoder, images, folder, flipped=flipped, **options)
+        skipped.update({f"{split} {row}": reason for row, reason in images.skipped.items()})
+        return table
+
+    table = build(source.whole_training_table(), folder, "train", args.flip_cache)
+    if args.flip_cache:
+        table.flip_seed = args.seed
+    if content == "codes" and (images := source.evaluation_table()) is not None:
+        held_out = build(images, folder / "held-out", "evaluation")
     if len(table) < args.batch_size * accelerator.num_processes:
         raise ValueError(
             f"{len(table)} {content} are fewer than one batch of all processes "

@@ -101,7 +101,7 @@ def test_cache_of_a_stream_holds_the_whole_stream_and_survives_an_interruption(a
     )
     after = written(tmp_path / "cache")
     rewritten = {name for name in before if after[name] != before[name]}
-    assert rewritten == {"index.json", "labels.npy", "latents-00000.npy", "latents-00000.npy.labels.npy"}
+    assert rewritten == {"index.json", "labels.npy", "latents-00000.npy", "latents-00000.json"}
 
 
 def test_unreadable_rows_of_a_stream_are_listed_by_their_number_in_it(autoencoder, tmp_path):
@@ -164,8 +164,8 @@ def test_another_autoencoder_rebuilds_the_cache(autoencoder, table, tmp_path):
     assert cached.fingerprint != first
     assert_holds(cached, other, range(COUNT))
     assert sorted(path.name for path in folder.glob("latents-*")) == [
+        "latents-00000.json",
         "latents-00000.npy",
-        "latents-00000.npy.labels.npy",
     ]
 
 
@@ -241,7 +241,7 @@ def test_folder_of_something_else_is_not_trusted(autoencoder, table, tmp_path):
     shutil.copytree(tmp_path / "other", folder)
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | {"fingerprint": "0" * 64}))
-    (folder / "building").unlink()
+    (folder / "plan.json").unlink()
     np.save(folder / "latents-00001.npy", np.zeros((10, 4, 8, 8), np.float32))
     assert_holds(build(autoencoder, table, folder), autoencoder, range(COUNT))
 
