@@ -8,11 +8,9 @@ finds all of them written writes the manifest.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from .data import ImageData
 from .embedder import ImageEmbedder, Preprocessor, best_device
 from .embeddings_table import EmbeddingsTable, dataset_fingerprint, load_splits, write_columns
 from .image_table import BadImageError, decode_row
+from .local_processes import more_processes, stop_without_parent
 from .results import command_line, environment
 
 SPLITS = ("train", "evaluation")
@@ -104,36 +103,13 @@ def embed_images(job: EmbedJob, *, num_processes: int = 1, overwrite: bool = Fal
     folder = Path(job.folder)
     if overwrite and (folder / "plan.json").exists():
         shutil.rmtree(folder)
-    with _more_processes(job, 1 if world > 1 else num_processes) as start:
+    with more_processes(_embed_in_process, (job,), 1 if world > 1 else num_processes) as start:
         _embed_share(job, rank, max(world, num_processes), start)
     _finish(folder)
     return EmbeddingsTable(folder) if (folder / "manifest.json").exists() else None
 
 
-@contextmanager
-def _more_processes(job: EmbedJob, count: int) -> Iterator[Callable[[], None]]:
-    """Gives a function that starts the other count - 1 processes; waits for them, or ends them with an error here."""
-    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    share = max(1, threads // count)
-    others = [context.Process(target=_embed_in_process, args=(job, i, count, share)) for i in range(1, count)]
-    torch.set_num_threads(share)
-    try:
-        yield lambda: [process.start() for process in others]
-        for process in others:
-            if process.pid is not None:
-                process.join()
-        failed = {f"process {i}": process.exitcode for i, process in enumerate(others, 1) if process.exitcode}
-        if failed:
-            raise RuntimeError(f"exit codes of processes that ended with an error: {failed}. Run the command again.")
-    finally:
-        torch.set_num_threads(threads)
-        for process in others:
-            if process.is_alive():
-                process.terminate()
-
-
-def _embed_in_process(job: EmbedJob, rank: int, world: int, threads: int) -> None:
-    torch.set_num_threads(threads)
+def _embed_in_process(job: EmbedJob, rank: int, world: int) -> None:
     _embed_share(job, rank, world, lambda: None)
 
 
@@ -172,15 +148,9 @@ def _embed_share(job: EmbedJob, rank: int, world: int, start_others: Callable[[]
             pixel_values = batch.pop("pixel_values")
             parts.append(batch | {"embedding": None if pixel_values is None else embedder(pixel_values).numpy()})
             bar.update(len(rows))
-            _stop_without_parent()
+            stop_without_parent()
         _write(shard, parts, data, embedder.dimension)
     bar.close()
-
-
-def _stop_without_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():
-        raise SystemExit("the process that started this one is gone")
 
 
 def _plan(job: EmbedJob, data: ImageData, splits: dict[str, Dataset], embedder: ImageEmbedder) -> dict:

@@ -48,7 +48,7 @@ ENCODERS = {
     "extractor": "--kernel student_t --normalization joint --temperature 2 --seed 101",
 }
 WIDTHS = {"perceptual": [12, 24, 48, 96], "extractor": [16, 32, 64, 128]}
-STEPS = 800  # of each stage
+STEPS = 1_500  # of each stage
 MODEL = (
     "--encoder_channels 8 16 32 --decoder_channels 16 32 64 --auxiliary_channels 8 16 32 --auxiliary_dropout 0.05 "
     f"--num_codes 256 --latent_channels 4 --batch_size 32 --stage_1_steps {STEPS} --stage_2_steps {STEPS}"

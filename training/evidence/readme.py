@@ -33,6 +33,16 @@ SPEED = {  # results of make bench: the job's heading
 MODES = EVIDENCE / "results" / "augmentation_modes.json"
 DIMENSIONS = EVIDENCE / "results" / "dimensions.json"
 LATENTS = EVIDENCE / "results" / "latents.json"
+GAN_LATENTS = EVIDENCE / "results" / "gan_latents.json"
+GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, format
+    "fid_resnet56-cifar10": ("FID, resnet56-cifar10", "{:.2f}"),
+    "kid_resnet56-cifar10": ("KID", "{:.4f}"),
+    "inception_score_resnet56-cifar10": ("IS", "{:.2f}"),
+    "precision_resnet56-cifar10": ("precision", "{:.2f}"),
+    "recall_resnet56-cifar10": ("recall", "{:.2f}"),
+    "fid_extractor": ("FID, self-supervised", "{:.3f}"),
+    "kid_extractor": ("KID, self-supervised", "{:.4f}"),
+}
 PICTURES = ("samples.png", "map.png")
 
 
@@ -137,6 +147,21 @@ def latents_table(report: dict) -> str:
     return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
 
 
+def gan_latents_table(report: dict) -> str:
+    """Quality of generated images by the latent and by what it is sampled from, in Markdown."""
+    lines = ["| latent | sampled from | " + " | ".join(title for title, _ in GAN_MEASURES.values()) + " |"]
+    lines.append("|---" * (len(GAN_MEASURES) + 2) + "|")
+    for latent, densities in report["metrics"].items():
+        for density, values in densities.items():
+            found = (form.format(values[key]) if key in values else "" for key, (_, form) in GAN_MEASURES.items())
+            lines.append(f"| {latent} | {density.replace('_', ' ')} | " + " | ".join(found) + " |")
+    settings, samples = report["settings"], report["samples"]
+    tuned = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings["chosen"].items())
+    about = f"Chosen on validation images with the noise latent: {tuned}, of {len(settings['tuning'])} settings. "
+    about += "Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
+    return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
+
+
 def _spread(values: list[float], form: str) -> str:
     text = form.format(mean(values))
     return f"{text} ({form.format(stdev(values))})" if len(values) > 1 else text
@@ -193,6 +218,8 @@ def tables() -> dict[str, str]:
         blocks["modes"] = modes_line(read(MODES))
     if LATENTS.exists():
         blocks["latents"] = latents_table(read(LATENTS))
+    if GAN_LATENTS.exists():
+        blocks["gan_latents"] = gan_latents_table(read(GAN_LATENTS))
     if DIMENSIONS.exists():
         blocks["dimensions"] = dimensions_table(read(DIMENSIONS))
     return blocks
