@@ -33,7 +33,6 @@ def make_transformer(
     latent_channels: int,
     latent_size: int,
     num_classes: int,
-    attention_bias: bool = False,
     learned_variance: bool = False,
 ) -> DiTTransformer2DModel:
     """diffusers' DiT, initialised as in the paper (its output is exactly 0), labels dropped by the trainer only.
@@ -42,7 +41,6 @@ def make_transformer(
         num_layers, width, num_heads, patch_size: size of the transformer.
         latent_channels, latent_size: of the autoencoder's latents.
         num_classes: 0 for unlabelled data. The null class is the last row of the label table.
-        attention_bias: biases of queries, keys and values, which the paper's sizes have.
         learned_variance: predict v beside the noise, with twice as many output channels.
 
     Raises:
@@ -61,7 +59,6 @@ def make_transformer(
         sample_size=latent_size,
         patch_size=patch_size,
         num_embeds_ada_norm=max(1, num_classes),
-        attention_bias=attention_bias,
     )
     initialize_as_in_paper_(transformer)
     switch_off_label_dropout_(transformer)
@@ -74,8 +71,7 @@ def initialize_as_in_paper_(transformer: DiTTransformer2DModel) -> None:
     for module in transformer.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, LabelEmbedding):
             nn.init.normal_(module.embedding_table.weight, std=0.02)
     patches = transformer.pos_embed.proj

@@ -18,7 +18,8 @@ LEVELS = [
     "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start backbone_encoder"
     " configuration_vq autoencoder_blocks modeling_vq latent_density modeling_vaegan modeling_discriminator".split(),
     "images colour resample transforms digits data image_table batches checkpoint pipeline_classes".split()
-    + "pipeline_vq_dit diffusion latent_cache pipeline_vq_token evaluation plots embedder embeddings_table".split()
+    + "pipeline_vq_dit dit_sizes diffusion diffusion_losses latent_cache".split()
+    + "pipeline_vq_token evaluation plots embedder embeddings_table".split()
     + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual".split()
     + "feature_extractors".split(),
     "recipe results evaluate_encoder embedding_job model_card training_loop latent_run autoencoder_training".split()
