@@ -17,7 +17,8 @@ LEVELS = [
     + "losses momentum nearest_codes quantizer adversarial drop_ins".split(),
     "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start backbone_encoder"
     " configuration_vq autoencoder_blocks modeling_vq latent_density modeling_vaegan modeling_discriminator".split(),
-    "images colour resample transforms digits data image_table batches checkpoint pipeline_classes".split()
+    "images colour resample transforms digits data image_table batches checkpoint latent_codec".split()
+    + "pipeline_classes dit_modulation guidance image_noise noise_steps pipeline_dit_stock".split()
     + "pipeline_vq_dit dit_sizes diffusion diffusion_losses latent_cache".split()
     + "pipeline_vq_token evaluation plots embedder embeddings_table".split()
     + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual".split()

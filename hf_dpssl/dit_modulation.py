@@ -1,0 +1,149 @@
+"""The modulations of a DiT for many denoising steps at once, and a forward pass that uses them.
+
+diffusers' DiT runs a timestep embedder, a label embedder and a linear layer of width 6D in every block and step, for
+one or two rows: it reads 7 D^2 weights for almost no arithmetic. They depend on (timestep, label) only, so that all
+steps of a run fit into one product per block. The result equals the model's own forward pass up to rounding.
+
+Source: Peebles and Xie 2023, section 3.2 (adaLN-Zero).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+MEMORY_LIMIT = 128 * 2**20  # bytes of one table; more steps are computed in several rounds
+
+
+def can_be_split(transformer: nn.Module) -> bool:
+    """Whether calling the parts of the model is the same as calling it: no compilation, no hooks, no subclass."""
+    if type(transformer) is not DiTTransformer2DModel or transformer._compiled_call_impl is not None:
+        return False
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
+    wrapped = any("forward" in vars(module) for module in transformer.modules())  # offloading replaces `forward`
+    return not hooked and not wrapped
+
+
+class Modulations:
+    """Shifts, scales and gates of all blocks for the steps of a run.
+
+    Args:
+        transformer: in evaluation mode.
+        timesteps: (S,) of all model calls to come.
+        labels: (B,) int64, class of each row of the batch; the last row of the label table is no class.
+        blend: labels (B,) and weights (B,) in [0, 1]: a row's label embedding is (1 - weight) * its own + weight * the
+            other's. None: its own.
+        memory_limit: bytes of modulations that are held at once.
+    """
+
+    def __init__(
+        self,
+        transformer: DiTTransformer2DModel,
+        timesteps: Tensor,
+        labels: Tensor,
+        blend: tuple[Tensor, Tensor] | None = None,
+        memory_limit: int = MEMORY_LIMIT,
+    ):
+        self.transformer, self.timesteps = transformer, timesteps
+        others, weights = blend or (labels, torch.zeros(len(labels), device=labels.device))
+        rows = torch.stack([labels.double(), others.double(), weights.double()], dim=1).cpu()
+        unique, index = torch.unique(rows, dim=0, return_inverse=True)  # (U, 3), (B,)
+        self.rows, self.index = unique.to(labels.device, torch.float32), index.to(labels.device)
+        bytes_of_step = len(unique) * (6 * len(transformer.transformer_blocks) + 2) * transformer.inner_dim * 4
+        self.steps_at_once = max(1, memory_limit // bytes_of_step)
+        self.first, self.table = 0, []
+
+    def at(self, step: int, rows: slice = slice(None)) -> list[Tensor]:
+        """Per block (B, 6, 1, D), then of the output (B, 2, 1, D); B is 1 where all rows agree.
+
+        The scales have 1 added: shift, scale and gate of attention, then of the feed-forward layers.
+        """
+        if not self.table or not self.first <= step < self.first + len(self.table[0]):
+            self._fill(step)
+        index = self.index[rows]
+        if len(self.rows) == 1:
+            index = index[:1]
+        return [entry[step - self.first][index].unsqueeze(2) for entry in self.table]
+
+    def _fill(self, step: int) -> None:
+        timesteps = self.timesteps[step : step + self.steps_at_once]
+        self.first, self.table = step, []
+        blocks = self.transformer.transformer_blocks
+        for block in blocks:
+            modulation = block.norm1.linear(F.silu(self._conditioning(block.norm1.emb, timesteps)))  # (S, U, 6D)
+            modulation = modulation.unflatten(-1, (6, -1))
+            modulation[:, :, [1, 4]] += 1
+            self.table.append(modulation)
+        modulation = self.transformer.proj_out_1(F.silu(self._conditioning(blocks[0].norm1.emb, timesteps)))
+        modulation = modulation.unflatten(-1, (2, -1))
+        modulation[:, :, 1] += 1
+        self.table.append(modulation)  # (S, U, 2, D)
+
+    def _conditioning(self, embedder: nn.Module, timesteps: Tensor) -> Tensor:
+        """(S, U, D): the sum of the embeddings of timestep and label."""
+        time = embedder.timestep_embedder(embedder.time_proj(timesteps).to(self.transformer.dtype))  # (S, D)
+        table = embedder.class_embedder.embedding_table
+        label, other = table(self.rows[:, 0].long()), table(self.rows[:, 1].long())  # (U, D)
+        label = torch.lerp(label, other, self.rows[:, 2:].to(label.dtype))
+        return time[:, None] + label
+
+
+def forward_with_modulations(transformer: DiTTransformer2DModel, latents: Tensor, modulations: list[Tensor]) -> Tensor:
+    """The prediction (B, out_channels, h, w) of latents (B, C, h, w), with `Modulations.at` of its step."""
+    hidden = transformer.pos_embed(latents)  # (B, T, D)
+    *of_blocks, of_output = modulations
+    for block, modulation in zip(transformer.transformer_blocks, of_blocks, strict=True):
+        shift, scale, gate, shift_2, scale_2, gate_2 = modulation.unbind(1)  # (B, 1, D)
+        attention = block.attn1(torch.addcmul(shift, block.norm1.norm(hidden), scale))
+        hidden = torch.addcmul(hidden, gate, attention)
+        hidden = torch.addcmul(hidden, gate_2, block.ff(torch.addcmul(shift_2, block.norm3(hidden), scale_2)))
+    shift, scale = of_output.unbind(1)
+    patches = transformer.proj_out_2(torch.addcmul(shift, transformer.norm_out(hidden), scale))
+    side, patch = transformer.config.sample_size // transformer.patch_size, transformer.patch_size
+    patches = patches.unflatten(1, (side, side)).unflatten(-1, (patch, patch, transformer.out_channels))
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, c, h, p, w, q) -> (B, c, hp, wq)
+
+
+class Predictor:
+    """A transformer's predictions along a run, with and without class.
+
+    Args:
+        transformer: a DiTTransformer2DModel, compiled or offloaded or as it is.
+        timesteps: (S,) of the steps.
+        labels, others, weights: (B,) each, see `Modulations`; weights None: no blending.
+        null_class: label of no class, or None when no step is guided.
+        precompute: compute the modulations of all steps first, where the model can be split.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        timesteps: Tensor,
+        labels: Tensor,
+        blend: tuple[Tensor, Tensor] | None,
+        null_class: int | None,
+        precompute: bool,
+    ):
+        self.transformer, self.timesteps, self.count = transformer, timesteps, len(labels)
+        if null_class is not None:
+            null = torch.full_like(labels, null_class)
+            labels = torch.cat([labels, null])
+            blend = blend and (torch.cat([blend[0], null]), torch.cat([blend[1], torch.zeros_like(blend[1])]))
+        self.labels, self.modulations = labels, None
+        if blend is not None or (precompute and can_be_split(transformer)):
+            self.transformer = getattr(transformer, "_orig_mod", transformer)  # a compiled model's own
+            self.modulations = Modulations(self.transformer, timesteps, labels, blend)
+
+    def __call__(self, latents: Tensor, step: int, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """Predictions (B, c, h, w) for latents (B, C, h, w), and those without class if `guided`."""
+        rows = slice(None) if guided else slice(self.count)
+        inputs = (torch.cat([latents, latents]) if guided else latents).to(self.transformer.dtype)
+        if self.modulations is not None:
+            found = forward_with_modulations(self.transformer, inputs, self.modulations.at(step, rows))
+        else:
+            timesteps = self.timesteps[step].expand(len(inputs))
+            found = self.transformer(inputs, timestep=timesteps, class_labels=self.labels[rows]).sample
+        found = found.to(latents.dtype)
+        return tuple(found.chunk(2)) if guided else (found, None)

@@ -1,0 +1,85 @@
+"""Noise of images from their own generators, so that an image does not depend on the batch it is made in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+Generators = torch.Generator | int | list | None
+
+
+@dataclass
+class ImageRows:
+    """What belongs to the images of a call, one row each; pictures and masks are None without `image`."""
+
+    noise: Tensor  # (N, C, h, w)
+    labels: Tensor  # (N,)
+    others: Tensor | None  # (N,), classes blended in
+    weights: Tensor | None  # (N,), their shares
+    generators: list
+    pictures: Tensor | None = None  # (N, channels, H, W) in [0, 1]
+    mask: Tensor | None = None  # (N, 1, H, W), 1 = paint anew
+    cells: Tensor | None = None  # (N, 1, h, w), likewise
+    known: Tensor | None = None  # (N, C, h, w), latents of the pictures
+
+    def rows(self, start: int, stop: int) -> ImageRows:
+        """Some of the images."""
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ImageRows(**{name: value if value is None else value[start:stop] for name, value in kept.items()})
+
+
+def read_generator(generator: Generators, count: int) -> torch.Generator | list[torch.Generator] | None:
+    """Generators as given, seeds turned into generators.
+
+    Raises:
+        ValueError: negative seeds, another number than `count`, or something else.
+    """
+    if isinstance(generator, list | tuple):
+        if len(generator) != count:
+            raise ValueError(f"{count} images need one generator or {count}, got {len(generator)}.")
+        return [read_generator(one, 1) for one in generator]
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if isinstance(generator, bool) or not isinstance(generator, int):
+        raise ValueError(f"generator must be torch.Generators or seeds (integers), got {type(generator).__name__}.")
+    if not 0 <= generator < 2**63:
+        raise ValueError(f"seeds must lie in [0, 2^63), got {generator}.")
+    return torch.Generator().manual_seed(generator)
+
+
+def generators_of_steps(generator: torch.Generator | list | None, count: int) -> list[torch.Generator]:
+    """One generator per image for the noise of stochastic schedulers; from a single one, seeds are drawn."""
+    if isinstance(generator, list):
+        return generator
+    if count == 1 and generator is not None:
+        return [generator]
+    device = "cpu" if generator is None else generator.device
+    seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def initial_noise(shape: tuple[int, ...], generator, latents: Tensor | None, device: torch.device) -> Tensor:
+    """Standard normal noise (N, C, h, w), float32, or the given `latents`, checked."""
+    if latents is None:
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    if tuple(latents.shape) != shape:
+        raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+    return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+
+
+def spherical(start: Tensor, end: Tensor, count: int) -> Tensor:
+    """`count` noises (count, C, h, w) on the great circle from `start` to `end` (C, h, w), both included.
+
+    Unlike a straight line it keeps the norm of noise (Shoemake 1985).
+    """
+    cosine = torch.nn.functional.cosine_similarity(start.flatten().double(), end.flatten().double(), dim=0)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    share = torch.linspace(0, 1, count, dtype=torch.float64, device=start.device).view(-1, 1, 1, 1)
+    if torch.sin(angle) < 1e-6:
+        mixed = torch.lerp(start.double(), end.double(), share)
+    else:
+        mixed = (torch.sin((1 - share) * angle) * start + torch.sin(share * angle) * end) / torch.sin(angle)
+    return mixed.to(start.dtype)

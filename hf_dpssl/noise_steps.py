@@ -1,0 +1,167 @@
+"""diffusers' schedulers as the pipeline uses them: which fit a model, where a run starts, and single steps.
+
+Source: the schedulers' own papers; Nichol and Dhariwal 2021 (learned variance); Meng et al. 2022 (pictures).
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+PREDICTION_TYPES = ("flow", "epsilon", "v_prediction", "sample")
+_FLOW_CLASSES = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "LTXEulerAncestralRF")
+_LEARNED = ("learned", "learned_range")
+
+
+def prediction_type_of(scheduler: SchedulerMixin) -> str:
+    """What a model must predict for this scheduler: one of PREDICTION_TYPES.
+
+    Raises:
+        ValueError: a scheduler of another kind (discrete codes, EDM's continuous noise levels, other arguments).
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if name.removesuffix("Scheduler") in _FLOW_CLASSES:
+        return "flow"
+    found = config.get("prediction_type")
+    first = list(inspect.signature(scheduler.step).parameters)[:3]
+    if first != ["model_output", "timestep", "sample"] or "sigma_data" in config:
+        found = None
+    if found == "flow_prediction" and config.get("use_flow_sigmas", False):
+        return "flow"
+    if found not in PREDICTION_TYPES[1:] or config.get("use_flow_sigmas", False):
+        raise ValueError(
+            f"{name} (prediction_type={config.get('prediction_type')!r}, use_flow_sigmas="
+            f"{config.get('use_flow_sigmas')!r}) does not fit a latent DiT: take one for epsilon, v_prediction or "
+            "sample on timesteps, a FlowMatch...Scheduler, or a solver with prediction_type='flow_prediction' and "
+            "use_flow_sigmas=True."
+        )
+    return found
+
+
+def fitting_scheduler(scheduler: SchedulerMixin, prediction_type: str, learned_variance: bool) -> SchedulerMixin:
+    """The scheduler, or where it would mistake a variance for latents a copy of it that expects none.
+
+    Raises:
+        ValueError: one for another prediction type, or that needs a variance which the model does not predict.
+    """
+    found = prediction_type_of(scheduler)
+    name = type(scheduler).__name__
+    if found != prediction_type:
+        raise ValueError(
+            f"the transformer predicts {prediction_type!r}, but {name} expects {found!r}: build the scheduler with "
+            f"`{name}.from_config(pipe.scheduler.config)` of the pipeline as it was loaded, or take one for "
+            f"{prediction_type!r}."
+        )
+    if scheduler.config.get("variance_type") in _LEARNED:
+        if not uses_variance(scheduler):
+            # Solvers cut the first THREE channels out of the prediction; we cut the variance off ourselves.
+            return type(scheduler).from_config(scheduler.config, variance_type=None)
+        if not learned_variance:
+            raise ValueError(
+                f"{name} has variance_type={scheduler.config.variance_type!r}, but the transformer predicts no "
+                "variance (out_channels is not 2 * in_channels): take variance_type='fixed_small'."
+            )
+    return scheduler
+
+
+def uses_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether `step` takes the 2C channels of a model with learned variance."""
+    kinds = ("DDPMScheduler", "DDPMParallelScheduler", "UnCLIPScheduler")
+    return scheduler.config.get("variance_type") in _LEARNED and type(scheduler).__name__ in kinds
+
+
+class NoiseSteps:
+    """The steps of one run.
+
+    Args:
+        scheduler: its state starts anew.
+        num_steps: denoising steps, at least 1.
+        device: of the timesteps.
+        strength: in (0, 1], the share of the steps that is run, from a noised picture; None: all, from noise.
+        timesteps, sigmas: given noise levels instead of `num_steps`, where the scheduler takes them.
+
+    Raises:
+        ValueError: no step is left, or the scheduler cannot do it.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        num_steps: int,
+        device: torch.device,
+        strength: float | None = None,
+        timesteps: list | None = None,
+        sigmas: list | None = None,
+    ):
+        self.scheduler, first = scheduler, 0
+        given = {"timesteps": timesteps, "sigmas": sigmas}
+        given = {name: value for name, value in given.items() if value is not None}
+        self._set_timesteps(num_steps, device, given)
+        if strength is not None:
+            first = self._first_step(len(scheduler.timesteps), strength)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        self.timesteps = scheduler.timesteps[first:]
+        self._step_arguments = inspect.signature(scheduler.step).parameters
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def _set_timesteps(self, num_steps: int, device: torch.device, given: dict) -> None:
+        allowed, name = inspect.signature(self.scheduler.set_timesteps).parameters, type(self.scheduler).__name__
+        if missing := [key for key in given if key not in allowed]:
+            raise ValueError(f"{name} takes no {missing[0]}; give num_inference_steps, or another scheduler.")
+        self.scheduler.set_timesteps(**(given or {"num_inference_steps": num_steps}), device=device)
+
+    def _first_step(self, calls: int, strength: float) -> int:
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        if name == "PNDMScheduler" or not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
+            raise ValueError(
+                f"{name} starts from noise only: for pictures take another scheduler, such as DDIM, a DPM-Solver or "
+                "FlowMatchEulerDiscreteScheduler."
+            )
+        order = scheduler.order
+        steps = -(-calls // order)
+        kept = min(int(steps * strength + 1e-6), steps)
+        if kept < 1:
+            raise ValueError(
+                f"strength {strength} of {steps} steps leaves none: take at least {1 / steps:.3g}, or more steps."
+            )
+        return (steps - kept) * order
+
+    def noise_share(self, step: int) -> float:
+        """Timestep of a step as a share of the training's: 0 = image, 1 = noise."""
+        return float(self.timesteps[step]) / self.scheduler.config.num_train_timesteps
+
+    def noised(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:
+        """Latents at the noise level where `step` begins; those of the last step's end are without noise."""
+        if step == len(self):
+            return latents
+        add = getattr(self.scheduler, "add_noise", None) or self._scale_noise
+        return add(latents, noise, self.timesteps[step : step + 1].expand(len(latents))).to(latents.dtype)
+
+    def _scale_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.scheduler.scale_noise(latents, timesteps, noise)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """Standard normal noise at the first noise level."""
+        return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def model_input(self, latents: Tensor, step: int) -> Tensor:
+        """What the transformer is shown; once per step, because schedulers count."""
+        if not hasattr(self.scheduler, "scale_model_input"):
+            return latents
+        return self.scheduler.scale_model_input(latents, self.timesteps[step])
+
+    def step(self, prediction: Tensor, step: int, latents: Tensor, generator) -> Tensor:
+        """Latents (B, C, h, w) after a step; `prediction` (B, C or 2C, h, w)."""
+        if not uses_variance(self.scheduler):
+            prediction = prediction[:, : latents.shape[1]]
+        options = {"generator": generator} if "generator" in self._step_arguments else {}
+        if "prev_timestep" in self._step_arguments and step + 1 < len(self):
+            options["prev_timestep"] = self.timesteps[step + 1]
+        after = self.scheduler.step(prediction, self.timesteps[step], latents, **options, return_dict=False)[0]
+        return after.to(latents.dtype)
