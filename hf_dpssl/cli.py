@@ -1,4 +1,4 @@
-"""The command line `hf-dpssl`: train, evaluate, map, embed, search, import, demo, env."""
+"""The command line `hf-dpssl`: train, evaluate, sample, map, embed, search, import, demo, env."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     report = commands.add_parser("report", help="what autoencoders' latents are worth, side by side", add_help=False)
     report.set_defaults(run=_report)
 
+    sampler = commands.add_parser("sample", help="many images of a pipeline, for its Frechet distance", add_help=False)
+    sampler.set_defaults(run=_sample)
+
     picture = commands.add_parser("map", help="2-D map of images: a figure and an interactive page", add_help=False)
     picture.set_defaults(run=_map)
 
@@ -67,6 +70,12 @@ def _report(known: argparse.Namespace, rest: list[str]) -> int:
     from .report import report
 
     return report(rest)
+
+
+def _sample(known: argparse.Namespace, rest: list[str]) -> int:
+    from .sampling_command import sample
+
+    return sample(rest)
 
 
 def _map(known: argparse.Namespace, rest: list[str]) -> int:

@@ -36,7 +36,7 @@ def test_help_names_every_subcommand(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    commands = ("demo", "train", "evaluate", "map", "embed", "search", "import", "env")
+    commands = ("demo", "train", "evaluate", "sample", "map", "embed", "search", "import", "env")
     assert all(f"\n    {command} " in printed for command in commands)
 
 
