@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from . import evaluation
 from .batches import evaluation_batches, spread_rows
@@ -16,6 +17,9 @@ from .image_table import ImageTable
 from .modeling_vq import VQAutoencoder
 
 PARTS = ("reconstruction", "informativeness", "prior", "collapse", "lipschitz", "distances")
+GENERATOR = "generator"  # a part of its own, minutes long: generators of growing width are trained
+GENERATOR_WIDTHS = (4, 8, 16)
+_GENERATED_SIDE = 16
 
 
 @dataclass
@@ -55,6 +59,36 @@ def load_pictures(
             pixels = pixels.mean(1, keepdim=True)
         pictures[name] = Pictures(pixels, torch.cat([batch["labels"] for batch in batches]))
     return pictures
+
+
+def held_out_sources(dataset: str, image_size: int, limit: int, **options) -> dict[str, Tensor]:
+    """{name of a part: its held-out images}: the parts of a union a+b, or the data set itself.
+
+    Arguments as `load_pictures`; the name is the end of an id.
+    """
+    parts = [name.strip() for name in dataset.split("+")]
+    return {
+        part.split("/")[-1]: load_pictures(part, image_size, limit, **options)["evaluation"].pixel_values
+        for part in parts
+    }
+
+
+def generation_quality(
+    generated: Tensor, dataset: str, extractor: FeatureExtractor, *, limit: int, seed: int, **columns
+) -> dict[str, float]:
+    """Quality of generated images (N, C, S, S) in [-1, 1] beside held-out ones of a data set, and of each source.
+
+    Returns:
+        What `evaluation.image_quality` gives, with the prefix "g"; for a union a+b also "gfid_<extractor>_<part>".
+    """
+    options = columns | {"num_channels": generated.shape[1]}
+    sources = held_out_sources(dataset, generated.shape[-1], limit, **options)
+    whole = torch.cat(list(sources.values()))
+    metrics = evaluation.image_quality(whole, generated, extractor, prefix="g", seed=seed)
+    for part, pictures in sources.items() if len(sources) > 1 else ():
+        found = evaluation.image_quality(pictures, generated, extractor, measures=("fid",), prefix="g", seed=seed)
+        metrics |= {f"{name}_{part}": value for name, value in found.items()}
+    return metrics
 
 
 @dataclass
@@ -101,16 +135,16 @@ def measure_autoencoder(
         model: in eval mode.
         train, test: the probes are trained on `train`; everything is measured on `test`.
         extractor: of the Frechet distances; None leaves them out.
-        parts: of PARTS; informativeness needs labels, the prior codes: left out without.
+        parts: of PARTS and GENERATOR; informativeness needs labels, the prior codes: left out without.
         seed: of subsets, starts and probes.
         lipschitz_images, distance_images: test pictures used by these two (slow) parts.
 
     Returns:
         metrics {name: number} and curves {name: list of numbers} for plots.
     """
-    unknown = sorted(set(parts) - set(PARTS))
+    unknown = sorted(set(parts) - {*PARTS, GENERATOR})
     if unknown:
-        raise ValueError(f"parts must be among {PARTS}, got {unknown}.")
+        raise ValueError(f"parts must be among {(*PARTS, GENERATOR)}, got {unknown}.")
     encoded_train, encoded = (encode_and_decode(model, p.pixel_values) for p in (train, test))
     metrics: dict[str, float] = {}
     curves: dict[str, list] = {}
@@ -128,6 +162,9 @@ def measure_autoencoder(
         metrics, curves = metrics | found, curves | more
     if "distances" in parts:
         metrics |= distances(test.first(distance_images), encoded.latents[:distance_images], seed)
+    if GENERATOR in parts:
+        found, more = generator_capacity(train, test, encoded_train.latents, encoded.latents, seed)
+        metrics, curves = metrics | found, curves | more
     return metrics, curves
 
 
@@ -209,3 +246,33 @@ def principal_components(points: Tensor, number: int) -> Tensor:
     left, values, _ = torch.linalg.svd(centred, full_matrices=False)
     coordinates = left[:, :number] * values[:number]
     return (coordinates / coordinates.var(0, correction=0).sum().sqrt()).float()
+
+
+def generator_capacity(
+    train: Pictures, test: Pictures, train_latents: Tensor, test_latents: Tensor, seed: int, **options
+) -> tuple[dict[str, float], dict[str, list]]:
+    """D^G of the encoded latents and of as many independent Gaussians, against the width of the generator.
+
+    Pictures are averaged down to 16 pixels a side, and each latent component has unit variance. `options` go to
+    `evaluation.generator_complexity`.
+    """
+    options = {"widths": GENERATOR_WIDTHS, "seed": seed} | options
+    pictures = [_small(part.pixel_values) for part in (train, test)]
+    flat = [part.flatten(1) for part in (train_latents, test_latents)]
+    centre, scale = flat[0].mean(0), flat[0].std(0).clamp_min(1e-6)
+    encoded = [(part - centre) / scale for part in flat]
+
+    def gaussian(count: int, random: torch.Generator) -> Tensor:
+        return torch.randn(count, flat[0].shape[1], generator=random)
+
+    latents = {"encoded": (encoded[0], encoded[1]), "gaussian": (gaussian, None)}
+    metrics, curves = {}, {"generator_widths": list(options["widths"])}
+    for name, (drawn, fresh) in latents.items():
+        found = evaluation.generator_complexity(drawn, *pictures, held_out_latents=fresh, **options)
+        metrics |= {f"{key}_{name}": value for key, value in found.items()}
+        curves[f"generator_{name}"] = [found[f"complexity_w{width}"] for width in options["widths"]]
+    return metrics, curves
+
+
+def _small(pictures: Tensor) -> Tensor:
+    return pictures if pictures.shape[-1] <= _GENERATED_SIDE else adaptive_avg_pool2d(pictures, _GENERATED_SIDE)

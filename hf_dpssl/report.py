@@ -9,7 +9,14 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from . import evaluation
-from .autoencoder_measures import PARTS, Pictures, encode_and_decode, load_pictures, measure_autoencoder
+from .autoencoder_measures import (
+    GENERATOR,
+    PARTS,
+    encode_and_decode,
+    held_out_sources,
+    load_pictures,
+    measure_autoencoder,
+)
 from .checkpoint import atomic_file
 from .feature_extractors import FeatureExtractor, load_extractor
 from .modeling_vq import VQAutoencoder
@@ -63,7 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--extractor", help="of Frechet distances: inception, resnet56-cifar10, an encoder or timm:NAME"
     )
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what is measured")
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=[*PARTS, GENERATOR],
+        help=f"what is measured; {GENERATOR} trains generators of growing width, minutes per autoencoder",
+    )  # fmt: skip
     parser.add_argument("--images", type=int, default=5000, help="at most so many of each split")
     parser.add_argument("--lipschitz_images", type=int, default=128, help="of which local constants are taken")
     parser.add_argument("--distance_images", type=int, default=200, help="of which distances of spaces are taken")
@@ -112,14 +122,11 @@ def per_source(
 ) -> dict[str, float]:
     """Reconstruction FID of each part of a union a+b on its own held-out images: {"rfid_<extractor>_<part>"}."""
     metrics = {}
-    for part in (name.strip() for name in args.dataset.split("+")):
-        options = columns | {"num_channels": model.config.num_channels}
-        test: Pictures = load_pictures(part, model.config.image_size, args.images, **options)["evaluation"]
-        decoded = encode_and_decode(model, test.pixel_values).reconstructions
-        found = evaluation.image_quality(
-            test.pixel_values, decoded, extractor, measures=("fid",), prefix="r", seed=args.seed
-        )
-        metrics |= {f"{name}_{part.split('/')[-1]}": value for name, value in found.items()}
+    options = columns | {"num_channels": model.config.num_channels}
+    for part, pictures in held_out_sources(args.dataset, model.config.image_size, args.images, **options).items():
+        decoded = encode_and_decode(model, pictures).reconstructions
+        found = evaluation.image_quality(pictures, decoded, extractor, measures=("fid",), prefix="r", seed=args.seed)
+        metrics |= {f"{name}_{part}": value for name, value in found.items()}
     return metrics
 
 

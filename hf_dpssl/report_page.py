@@ -40,14 +40,18 @@ def draw_page(entries: dict[str, dict], path: Path | IO[bytes], *, title: str) -
         path: PNG file, or an open one.
         title: of the page.
     """
-    figure = Figure(figsize=(15, 8.4), layout="constrained")
-    panels = figure.subplots(2, 3)
+    generators = any("generator_widths" in entry["curves"] for entry in entries.values())
+    figure = Figure(figsize=(20 if generators else 15, 8.4), layout="constrained")
+    panels = figure.subplots(2, 3 + generators)
     _sorted_lines(panels[0, 0], entries, "local_encoder", "(a) encoder: local Lipschitz constants")
     _sorted_lines(panels[0, 1], entries, "local_decoder", "(b) decoder: local Lipschitz constants")
     _spread(panels[0, 2], entries)
     _decay(panels[1, 0], entries, "spectrum", "spectrum of the latents", "share of variance")
     _decay(panels[1, 1], entries, "code_shares", "use of the codes", "share of all codes")
     _table(panels[1, 2], entries)
+    if generators:
+        _capacity(panels[0, 3], entries)
+        panels[1, 3].set_axis_off()
     figure.suptitle(title)
     figure.savefig(path, dpi=90, format="png")
 
@@ -86,6 +90,18 @@ def _decay(axis: Axes, entries: dict[str, dict], name: str, title: str, label: s
         _legend(axis)
     else:
         axis.set_axis_off()
+
+
+def _capacity(axis: Axes, entries: dict[str, dict]) -> None:
+    for place, (entry_name, entry) in enumerate(entries.items()):
+        for latent, style in (("encoded", "-o"), ("gaussian", ":s")):
+            gaps, widths = entry["curves"].get(f"generator_{latent}"), entry["curves"].get("generator_widths")
+            if gaps:
+                axis.plot(widths, gaps, style, color=f"C{place}", label=f"{entry_name}, {latent}")
+    axis.axhline(np.log(2), color="0.6", linewidth=0.8, linestyle="--")
+    axis.set(title="D^G: what fresh critics tell apart", xlabel="width of the generator", ylabel="nats (log 2: all)")
+    axis.set_xscale("log", base=2)
+    _legend(axis)
 
 
 def _table(axis: Axes, entries: dict[str, dict]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from test_resume import assert_identical, run_with_kills, weights
 from transformers import AutoModelForCausalLM
 
-from hf_dpssl import VQAutoencoder, VQConfig, VQTokenPipeline
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline
 from hf_dpssl.data import load_images
 from hf_dpssl.image_table import ImageTable
 from hf_dpssl.recipe import parse
@@ -120,8 +120,13 @@ def test_halves_of_a_batch_leave_the_trajectory_unchanged(way, autoencoder, laun
         torch.testing.assert_close(halves[key], tensor, rtol=0, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
-def test_classes_can_be_ignored(autoencoder, launch, tmp_path):
-    launch("dae_ar", [*SMALL, "--autoencoder", autoencoder, "--unconditional", True, "--output_dir", tmp_path]).wait()
+def test_classes_can_be_ignored_and_images_are_judged(autoencoder, launch, tmp_path):
+    judge = tmp_path / "judge"
+    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24]})).save_pretrained(judge)
+    flags = ["--autoencoder", autoencoder, "--unconditional", True, "--output_dir", tmp_path]
+    launch("dae_ar", [*SMALL, *flags, "--extractor", judge, "--num_generated", 70]).wait()
+    results = read(tmp_path / "ar" / "results.json")
+    assert results["metrics"]["gfid_judge"] > 0 and results["samples"]["generated"] == 70
     pipeline = VQTokenPipeline.from_pretrained(tmp_path / "ar")
     assert pipeline.class_names == [] and pipeline.language_model.config.vocab_size == CODES + 1
     assert not (tmp_path / "ar" / "samples-guided.png").exists()

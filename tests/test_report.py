@@ -2,12 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_dpssl import VQAutoencoder, VQConfig
-from hf_dpssl.autoencoder_measures import PARTS, Pictures, code_histograms, measure_autoencoder, principal_components
+from hf_dpssl.autoencoder_measures import (
+    PARTS,
+    Pictures,
+    code_histograms,
+    generation_quality,
+    generator_capacity,
+    held_out_sources,
+    measure_autoencoder,
+    principal_components,
+)
 from hf_dpssl.cli import main
+from hf_dpssl.evaluation.generator_complexity import Budget
+from hf_dpssl.feature_extractors import FeatureExtractor
 from hf_dpssl.report import unique_names
 
 SMALL = {"image_size": 16, "encoder_block_out_channels": [8, 16], "norm_num_groups": 4, "mid_block_attention": False}
@@ -101,3 +114,36 @@ def test_user_errors_are_said_without_a_traceback(flags, message, folders, tmp_p
     flags = [str(folders / "codes") if flag == "FOLDER" else flag for flag in flags]
     assert main(["report", *flags, "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def write_pictures(folder, value, count=12):
+    """An image folder with noise around a grey value, half of it held out."""
+    random = np.random.default_rng(value)
+    for split in ("train", "test"):
+        (folder / split).mkdir(parents=True)
+        for number in range(count):
+            pixels = (value + random.integers(0, 40, (16, 16, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / split / f"{number}.png")
+
+
+def test_generated_images_are_judged_by_each_source_of_a_union(tmp_path):
+    for name, value in {"dark": 20, "bright": 180}.items():
+        write_pictures(tmp_path / name, value)
+    union = f"{tmp_path}/dark+{tmp_path}/bright"
+    sources = held_out_sources(union, 16, 100)
+    assert {name: len(pictures) for name, pictures in sources.items()} == {"dark": 12, "bright": 12}
+    extractor = FeatureExtractor("colours", lambda x: x.float().mean((2, 3)), weights={}, resize="none", device="cpu")
+    found = generation_quality(sources["dark"], union, extractor, limit=100, seed=0)
+    assert found["gfid_colours_dark"] < 1e-6 < found["gfid_colours"] < found["gfid_colours_bright"]
+
+
+def test_latents_that_are_the_pictures_need_a_smaller_generator_than_noise():
+    random = torch.Generator().manual_seed(0)
+    bright = torch.randint(2, (400, 1, 1, 1), generator=random).float() * 1.6 - 0.8
+    pixels = bright + 0.05 * torch.randn(400, 1, 8, 8, generator=random)
+    pictures, latents = Pictures(pixels, torch.zeros(400)), torch.nn.functional.avg_pool2d(pixels, 4)
+    budget = Budget(generator_steps=150, critic_steps=60, batch_size=32)
+    options = dict(widths=(2,), critics=1, budget=budget)
+    metrics, curves = generator_capacity(pictures, pictures, latents, latents, seed=0, **options)
+    assert metrics["complexity_w2_encoded"] < metrics["complexity_w2_gaussian"]
+    assert curves["generator_widths"] == [2] and curves["generator_encoded"] == [metrics["complexity_w2_encoded"]]

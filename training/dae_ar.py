@@ -26,10 +26,12 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from transformers import PreTrainedModel
 
+from hf_dpssl.autoencoder_measures import generation_quality
 from hf_dpssl.batches import ordered_batches, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import ImageData, load_images
 from hf_dpssl.diffusion import dropped_labels
+from hf_dpssl.feature_extractors import load_extractor
 from hf_dpssl.latent_cache import CodeTable
 from hf_dpssl.latent_run import LatentRunArguments, autoencoder_of_run, cached_training_images
 from hf_dpssl.model_card import write_card
@@ -63,13 +65,22 @@ class ARArguments(LatentRunArguments):
     temperature: float = option(1.0, "temperature of the sample grids")
     top_k: int | None = option(None, "the sample grids draw among the so many most probable codes only")
     top_p: float | None = option(None, "the sample grids draw among the fewest codes that hold this probability")
+    extractor: list[str] = option([], "judge generated images in features of: inception, or an encoder's folder or id")
+    num_generated: int = option(1000, "images that --extractor judges, of all classes in turn")
     samples_per_class: int = option(10, "pictures of each class (of at most 10), or per row, in the sample grids")
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout lies in [0, 1), got {self.dropout}.")
-        for name in ("max_train_steps", "validation_steps", "num_layers", "num_heads", "samples_per_class"):
+        for name in (
+            "max_train_steps",
+            "validation_steps",
+            "num_layers",
+            "num_heads",
+            "samples_per_class",
+            "num_generated",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -150,7 +161,11 @@ def main(argv: list[str] | None = None) -> Path:
         metrics = {} if held_out is None else {"nats_per_image": nats_per_image(language_model, held_out, *common)}
         metrics["nats_per_image_train"] = nats_per_image(language_model, codes, *common)
         samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
-        save(VQTokenPipeline(*parts), args, data, metrics, samples, loop, target)
+        pipeline = VQTokenPipeline(*parts)
+        if args.extractor and held_out is not None:
+            metrics |= judged(pipeline, args)
+            samples["generated"] = args.num_generated
+        save(pipeline, args, data, metrics, samples, loop, target)
     finish(accelerator, args, skipped)
     return target
 
@@ -215,6 +230,23 @@ def nats_per_image(
             nats = code_nats(model, table.codes(part).to(accelerator.device), labels.to(accelerator.device), num_codes)
         total, count = total + float(nats.double().sum()), count + len(part)
     return total / count
+
+
+def judged(pipeline: VQTokenPipeline, args: ARArguments) -> dict[str, float]:
+    """Quality of `num_generated` images without guidance beside held-out ones, and those of each part of a union."""
+    classes = len(pipeline.class_names)
+    generator, images = torch.Generator().manual_seed(args.seed), []
+    for first in range(0, args.num_generated, args.batch_size):
+        numbers = range(first, min(first + args.batch_size, args.num_generated))
+        request = {"class_labels": [i % classes for i in numbers]} if classes else {"num_images": len(numbers)}
+        drawn = pipeline(**request, guidance_scale=1.0, generator=generator, output_type="pt").images
+        images.append(drawn.float().cpu() * 2 - 1)
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    common = dict(limit=args.evaluation_images, seed=args.seed, **columns)
+    metrics = {}
+    for name in args.extractor:
+        metrics |= generation_quality(torch.cat(images), args.dataset, load_extractor(name), **common)
+    return metrics
 
 
 def sample_grid(pipeline: VQTokenPipeline, args: ARArguments, guidance_scale: float) -> torch.Tensor:
