@@ -14,6 +14,7 @@ from torch import Tensor
 PREDICTION_TYPES = ("flow", "epsilon", "v_prediction", "sample")
 _FLOW_CLASSES = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "LTXEulerAncestralRF")
 _LEARNED = ("learned", "learned_range")
+_NOISE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
 def prediction_type_of(scheduler: SchedulerMixin) -> str:
@@ -41,11 +42,29 @@ def prediction_type_of(scheduler: SchedulerMixin) -> str:
     return found
 
 
-def fitting_scheduler(scheduler: SchedulerMixin, prediction_type: str, learned_variance: bool) -> SchedulerMixin:
+def noise_schedule_of(scheduler: SchedulerMixin) -> dict:
+    """The fields of a scheduler's config that say how much noise a timestep means."""
+    flow = prediction_type_of(scheduler) == "flow"
+    return {name: scheduler.config[name] for name in _NOISE_FIELDS[: 1 if flow else None] if name in scheduler.config}
+
+
+def keep_noise_schedule_(scheduler: SchedulerMixin) -> None:
+    """Make `OtherScheduler.from_config(scheduler.config)` take the noise schedule over.
+
+    diffusers leaves out what the scheduler had by default, and the classes' defaults differ (beta_end 0.02 or 0.012).
+    """
+    defaults = scheduler.config.get("_use_default_values", ())
+    scheduler.register_to_config(_use_default_values=[name for name in defaults if name not in _NOISE_FIELDS])
+
+
+def fitting_scheduler(
+    scheduler: SchedulerMixin, prediction_type: str, noise_schedule: dict, learned_variance: bool
+) -> SchedulerMixin:
     """The scheduler, or where it would mistake a variance for latents a copy of it that expects none.
 
     Raises:
-        ValueError: one for another prediction type, or that needs a variance which the model does not predict.
+        ValueError: one for another prediction type or noise schedule, or that needs a variance which the model does
+            not predict.
     """
     found = prediction_type_of(scheduler)
     name = type(scheduler).__name__
@@ -54,6 +73,14 @@ def fitting_scheduler(scheduler: SchedulerMixin, prediction_type: str, learned_v
             f"the transformer predicts {prediction_type!r}, but {name} expects {found!r}: build the scheduler with "
             f"`{name}.from_config(pipe.scheduler.config)` of the pipeline as it was loaded, or take one for "
             f"{prediction_type!r}."
+        )
+    theirs = noise_schedule_of(scheduler)
+    if wrong := {key: value for key, value in noise_schedule.items() if theirs.get(key, value) != value}:
+        given = ", ".join(f"{key}={theirs[key]!r}" for key in wrong)
+        wanted = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
+        raise ValueError(
+            f"{name} has {given}, the transformer was trained with {wanted}: "
+            f"`{name}.from_config(pipe.scheduler.config, {wanted})`."
         )
     if scheduler.config.get("variance_type") in _LEARNED:
         if not uses_variance(scheduler):
@@ -118,7 +145,10 @@ class NoiseSteps:
 
     def _first_step(self, calls: int, strength: float) -> int:
         scheduler, name = self.scheduler, type(self.scheduler).__name__
-        if name == "PNDMScheduler" or not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
+        adds = hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")
+        if name == "SASolverScheduler" and scheduler.config.use_flow_sigmas:
+            adds = False  # its add_noise is that of epsilon models
+        if name == "PNDMScheduler" or not adds:
             raise ValueError(
                 f"{name} starts from noise only: for pictures take another scheduler, such as DDIM, a DPM-Solver or "
                 "FlowMatchEulerDiscreteScheduler."

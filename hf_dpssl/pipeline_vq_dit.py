@@ -22,7 +22,14 @@ from .dit_modulation import Predictor
 from .guidance import Guidance
 from .image_noise import Generators, ImageRows, generators_of_steps, initial_noise, read_generator, spherical
 from .modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline is loaded with the modules that are imported
-from .noise_steps import PREDICTION_TYPES, NoiseSteps, fitting_scheduler, prediction_type_of
+from .noise_steps import (
+    PREDICTION_TYPES,
+    NoiseSteps,
+    fitting_scheduler,
+    keep_noise_schedule_,
+    noise_schedule_of,
+    prediction_type_of,
+)
 from .pipeline_classes import ClassConditionalPipeline, joined
 
 Label = int | str | None
@@ -48,6 +55,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         id2label: {class id: name}; {} for a model without classes; None numbers the transformer's classes.
         vae_fingerprint: `vae.fingerprint()` at training time.
         prediction_type: "flow", "epsilon", "v_prediction" or "sample"; None: that of the scheduler.
+        noise_schedule: `num_train_timesteps` and betas that the transformer was trained with; None: the scheduler's.
 
     Raises:
         ValueError: when the autoencoder is not the one the transformer was trained on or has other latents, the names
@@ -66,6 +74,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         id2label: dict | None = None,
         vae_fingerprint: str | None = None,
         prediction_type: str | None = None,
+        noise_schedule: dict | None = None,
     ):
         super().__init__()
         if prediction_type is None:
@@ -86,7 +95,9 @@ class VQDiTPipeline(ClassConditionalPipeline):
         switch_off_label_dropout_(transformer)
         modules = dict(transformer=transformer, scheduler=scheduler)
         self._register(id2label, vae, vae_fingerprint, "transformer", **modules)
-        self.register_to_config(prediction_type=prediction_type)
+        noise_schedule = noise_schedule or noise_schedule_of(scheduler)
+        keep_noise_schedule_(scheduler)
+        self.register_to_config(prediction_type=prediction_type, noise_schedule=noise_schedule)
         self._interrupt = False
 
     @property
@@ -178,7 +189,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"a callback can be given {self._callback_tensor_inputs}, got {sorted(unknown)}.")
         strength = self._strength(image, mask_image, strength)
-        scheduler = fitting_scheduler(self.scheduler, self.config.prediction_type, self.learned_variance)
+        trained_with = (self.config.prediction_type, self.config.noise_schedule)
+        scheduler = fitting_scheduler(self.scheduler, *trained_with, self.learned_variance)
         pictures, mask, cells = self._pictures_given(image, mask_image, len(labels))
         generator = read_generator(generator, len(labels))
         device, config = self._execution_device, self.transformer.config
