@@ -41,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 OPTIONS = (
     "guidance_scale num_inference_steps guidance_interval guidance_rescale quantize temperature top_k top_p"
 ).split()
-_PIPELINES = {pipeline.__name__: pipeline for pipeline in (VQDiTPipeline, VQTokenPipeline)}
+_PIPELINES = {"VQDiTPipeline": VQDiTPipeline, "VQTokenPipeline": VQTokenPipeline, "DiTPipeline": VQDiTPipeline}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class SampleJob:
     """What to draw, by what, and where to.
 
     Args:
-        pipeline: folder or Hub id (`id@revision`) of a VQDiTPipeline or VQTokenPipeline.
+        pipeline: folder or Hub id (`id@revision`) of a VQDiTPipeline, VQTokenPipeline or diffusers DiTPipeline.
         folder: of the result.
         num_images: images in all.
         format: "png", or "npz": one file of all images, in RGB.
@@ -230,9 +230,11 @@ def _plan(job: SampleJob, pipeline: ClassConditionalPipeline) -> dict:
         raise ValueError(f"a {type(pipeline).__name__} does not take {unknown}; it takes {takes}.")
     scheduler = pipeline.components.get("scheduler")
     libraries = environment()["libraries"]
+    trained = {name: pipeline.config.get(name) for name in ("prediction_type", "noise_schedule")}
+    weights = {name: _sha256(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     plan = asdict(job) | {
         "pipeline_class": type(pipeline).__name__,
-        "weights": combined_sha256({name: _sha256(part) for name, part in _models(pipeline).items()}),
+        "weights": combined_sha256(weights | {"trained": json.dumps(trained, sort_keys=True)}),
         "scheduler": scheduler and {"class": type(scheduler).__name__} | _settings(scheduler.config),
         "options": {name: job.options.get(name, parameters[name].default) for name in takes},
         "class_ids": _class_ids(job, pipeline),
@@ -244,10 +246,6 @@ def _plan(job: SampleJob, pipeline: ClassConditionalPipeline) -> dict:
     plan = json.loads(json.dumps(plan))  # as it is read back: no tuples
     plan["fingerprint"] = combined_sha256({name: json.dumps(plan[name], sort_keys=True) for name in DECIDES})
     return plan
-
-
-def _models(pipeline: ClassConditionalPipeline) -> dict[str, torch.nn.Module]:
-    return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
 
 
 def _sha256(model: torch.nn.Module) -> str:

@@ -8,16 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from PIL import Image
 from test_pipeline_vq_dit import NAMES
 from test_pipeline_vq_dit import make_pipeline as make_dit
 from test_pipeline_vq_token import make_pipeline as make_token
 
-from hf_dpssl import VQDiTPipeline, VQTokenPipeline
+from hf_dpssl import VQDiTPipeline
 from hf_dpssl.bulk_sampling import SampleJob, draw_images, load_pipeline, sample_images
 from hf_dpssl.data import load_images
 from hf_dpssl.keyed_random import derive_seed
@@ -67,7 +67,7 @@ def whole(folder, tmp_path_factory) -> Path:
 def test_image_depends_on_its_number_alone(kind):
     pipeline = make_token() if kind == "token" else make_dit(objective="flow" if kind == "flow" else "epsilon")
     if kind == "ancestral":  # draws noise at each step
-        pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
     options = {} if kind == "token" else STEPS | {"guidance_scale": 2.0}
     classes = [2, 0, 1, 1]
 
@@ -206,6 +206,27 @@ def test_model_without_classes_and_folders_of_few_pictures(tmp_path):
     assert list(pictures(tmp_path / "flat")) == ["00000000.png", "00000001.png"]
 
 
+def test_folder_of_diffusers_own_pipeline_gives_its_own_images(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(
+        num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, in_channels=4, out_channels=8
+    )
+    blocks = dict(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    stock = diffusers.DiTPipeline(
+        diffusers.DiTTransformer2DModel(**sizes).eval(),
+        diffusers.AutoencoderKL(**blocks, **kinds).eval(),
+        diffusers.DDIMScheduler(),
+    )
+    stock.save_pretrained(tmp_path / "stock")
+    stock.set_progress_bar_config(disable=True)
+    assert sample(argv(tmp_path / "stock", tmp_path / "out", *STEP_FLAGS, "--class_labels", "999", "7", count=4)) == 0
+    for number, picture in enumerate(pictures(tmp_path / "out").values()):
+        generator = [torch.Generator().manual_seed(derive_seed(0, "sample", number))]
+        drawn = stock([(999, 7)[number % 2]], guidance_scale=1.5, generator=generator, **STEPS).images[0]
+        assert np.abs(picture.astype(int) - np.asarray(drawn)).max() <= 1
+
+
 def test_scheduler_and_precision_are_those_asked_for(tmp_path):
     make_dit(objective="epsilon").save_pretrained(tmp_path / "pipeline")
     job = SampleJob(
@@ -218,7 +239,7 @@ def test_scheduler_and_precision_are_those_asked_for(tmp_path):
         options=dict(STEPS),
     )
     pipeline = load_pipeline(job, torch.device("cpu"))
-    assert type(pipeline.scheduler) is EulerDiscreteScheduler and pipeline.transformer.dtype == torch.bfloat16
+    assert type(pipeline.scheduler) is diffusers.EulerDiscreteScheduler and pipeline.transformer.dtype == torch.bfloat16
     assert pipeline.scheduler.config.timestep_spacing == "leading"
     assert sample_images(job)["scheduler"]["class"] == "EulerDiscreteScheduler"
     assert len(pictures(tmp_path / "out")) == 2
@@ -275,4 +296,3 @@ def test_bad_input_says_which_value_and_what_is_allowed(folder, token_folder, tm
     with pytest.raises(SystemExit):
         sample(argv(folder, out, "--scheduler_config", "[1]"))
     assert "invalid JSON object value" in capsys.readouterr().err
-    assert isinstance(VQTokenPipeline.from_pretrained(token_folder), VQTokenPipeline)
