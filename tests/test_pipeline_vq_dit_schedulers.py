@@ -10,8 +10,8 @@ from hf_dpssl.diffusion import make_scheduler
 from hf_dpssl.noise_steps import prediction_type_of
 
 ON_TIMESTEPS = """DDIM DDIMParallel DDPM DDPMParallel PNDM DEISMultistep DPMSolverMultistep DPMSolverSinglestep
-EulerDiscrete EulerAncestralDiscrete HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete LMSDiscrete UniPCMultistep SASolver
-LCM TCD
+EulerDiscrete EulerAncestralDiscrete
+HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete LMSDiscrete UniPCMultistep SASolver LCM TCD
 """.split()
 FLOW = "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM LTXEulerAncestralRF".split()
 WITH_FLOW_SIGMAS = "DPMSolverMultistep DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver".split()
