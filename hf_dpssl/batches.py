@@ -26,13 +26,23 @@ _STREAMED_EVALUATION_IMAGES = 10_000
 class _EpochOrder(Sampler):
     """Batches of (epoch, row) from a given point on, endlessly: this process's slice of each global batch."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: tuple[int, int], process: tuple[int, int]):
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: tuple[int, int],
+        process: tuple[int, int],
+        accumulate: int = 1,
+    ):
         if size < batch_size * process[1]:
             raise ValueError(
                 f"{size} samples are fewer than one batch of all processes ({batch_size} x {process[1]}): "
                 "lower --batch_size."
             )
         self.size, self.batch_size, self.seed, self.start, self.process = size, batch_size, seed, start, process
+        whole_steps = size // (batch_size * process[1] * accumulate) * accumulate  # those of an epoch, in batches
+        self.num_batches = whole_steps or size // (batch_size * process[1])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         index, count = self.process
@@ -40,7 +50,7 @@ class _EpochOrder(Sampler):
         epoch, batch = self.start
         while True:
             order = keyed_random.permutation(self.size, seed=self.seed, epoch=epoch).tolist()
-            for first in range(batch * global_batch, self.size - global_batch + 1, global_batch):
+            for first in range(batch * global_batch, self.num_batches * global_batch, global_batch):
                 mine = order[first + index * self.batch_size : first + (index + 1) * self.batch_size]
                 yield [(epoch, row) for row in mine]
             epoch, batch = epoch + 1, 0
@@ -252,9 +262,14 @@ def ordered_batches(
     start: tuple[int, int] = (0, 0),
     process: tuple[int, int] = (0, 1),
     num_workers: int = 0,
+    accumulate: int = 1,
 ) -> DataLoader:
-    """Endless batches of a map-style table with `__getitems__`, as `ImageSource.loader`; arguments as there."""
-    order = _EpochOrder(len(table), batch_size, seed, start, process)
+    """Endless batches of a map-style table with `__getitems__`, as `ImageSource.loader`; arguments as there.
+
+    With `accumulate` an epoch ends after a multiple of so many batches, so that `accumulate` batches hold the images of
+    one that is so many times as large, in every epoch.
+    """
+    order = _EpochOrder(len(table), batch_size, seed, start, process, accumulate)
     return _loader(table, num_workers, batch_sampler=order, collate_fn=_identity)
 
 

@@ -26,12 +26,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 
 from . import keyed_random
 from .checkpoint import CheckpointFolder, write_json
 from .recipe import RunArguments
+from .sharding import gathered, load_gathered_
 
 logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation without changing the weights.
@@ -196,7 +197,7 @@ class TrainingLoop:
         state, meta = loaded
         self._check_same_run(meta)
         for name, value in self._kept.items():
-            value.load_state_dict(state[name])
+            load_gathered_(value, state[name])
         self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
         self.history = meta["history"]
         self.skipped.update(meta["skipped"])
@@ -311,8 +312,10 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN."""
-        if self.accelerator.is_main_process:
-            state = {name: value.state_dict() for name, value in self._kept.items()}
+        main = self.accelerator.is_main_process
+        if main or self.accelerator.distributed_type == DistributedType.FSDP:  # sharded states are gathered by all
+            state = {name: gathered(value.state_dict()) for name, value in self._kept.items()}
+        if main:
             self._check_weights(state)
             meta = {
                 "step": self.step,

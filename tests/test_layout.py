@@ -17,14 +17,15 @@ LEVELS = [
     + "losses momentum nearest_codes quantizer adversarial drop_ins".split(),
     "blocks batch_norm modeling_contrastive modeling_contrastive_pretraining warm_start backbone_encoder"
     " configuration_vq autoencoder_blocks modeling_vq latent_density modeling_vaegan modeling_discriminator".split(),
-    "images colour resample transforms digits data image_table batches checkpoint latent_codec".split()
+    "images colour resample transforms digits data image_table batches checkpoint sharding latent_codec".split()
     + "pipeline_classes dit_modulation guidance image_noise noise_steps pipeline_dit_stock".split()
     + "pipeline_vq_dit dit_sizes diffusion diffusion_losses latent_cache".split()
-    + "pipeline_vq_token evaluation plots embedder embeddings_table".split()
+    + "pipeline_vq_token evaluation plots embedder embeddings_table alignment".split()
     + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual".split()
     + "feature_extractors".split(),
-    "recipe results evaluate_encoder local_processes embedding_job model_card training_loop latent_run autoencoder_training".split()
-    + "adversarial_training autoencoder_arguments gan_training importers embedding_commands sample_folder bulk_sampling sampling_command".split()
+    "recipe results evaluate_encoder local_processes embedding_job model_card training_loop latent_run".split()
+    + "dit_arguments generation_monitor autoencoder_training adversarial_training autoencoder_arguments".split()
+    + "gan_training importers embedding_commands sample_folder bulk_sampling sampling_command".split()
     + "autoencoder_measures report_page report cli".split(),
 ]
 

@@ -12,52 +12,35 @@ checkpoints that `--resume_from_checkpoint latest` continues.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import dae_vq
 import torch
-import torch.nn.functional as F
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from diffusers import DiTTransformer2DModel, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
 
-from hf_dpssl.batches import ordered_batches
+from hf_dpssl.alignment import AlignedTransformer, LatentsWithImages, SpatialFeatures, alignment_loss, default_block
+from hf_dpssl.batches import ImageSource, ordered_batches
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.data import ImageData, load_images
 from hf_dpssl.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
-from hf_dpssl.latent_run import LatentRunArguments, autoencoder_of_run, cached_training_images
+from hf_dpssl.diffusion_losses import objective_loss
+from hf_dpssl.dit_arguments import DiTArguments
+from hf_dpssl.generation_monitor import GenerationMonitor, sample_grid
+from hf_dpssl.latent_run import autoencoder_of_run, cached_training_images
 from hf_dpssl.model_card import write_card
+from hf_dpssl.modeling_contrastive import ContrastiveEncoder
 from hf_dpssl.modeling_vq import VQAutoencoder
 from hf_dpssl.pipeline_vq_dit import VQDiTPipeline
 from hf_dpssl.plots import plot_curves, save_grid
-from hf_dpssl.recipe import option, parse, save_recipe
+from hf_dpssl.recipe import parse, save_recipe
 from hf_dpssl.results import write_results
+from hf_dpssl.sharding import copy_whole_
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
-
-
-@dataclass
-class DiTArguments(LatentRunArguments):
-    """Autoencoder, transformer, objective and optimiser; the defaults generate the embedded digits."""
-
-    name: str = option("dit", "subfolder of output_dir for the finished pipeline")
-    num_layers: int = option(4, "blocks of the transformer")
-    width: int = option(128, "width of the transformer")
-    num_heads: int = option(4, "attention heads")
-    patch_size: int = option(2, "latent cells per token and side")
-    objective: str = option("flow", "what is predicted", choices=["flow", "epsilon", "v_prediction"])
-    ema_decay: float = option(0.998, "share of the old averaged weights kept at each step")
-    max_train_steps: int = option(2400, "optimiser steps")
-    learning_rate: float = option(2e-3, "peak learning rate")
-    weight_decay: float = option(0.0, "weight decay")
-    warmup_steps: int = option(50, "steps of linear warm-up")
-    sampling_steps: int = option(25, "denoising steps of the sample grids")
-    guidance_scale: float = option(1.5, "guidance of the guided sample grid")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.max_train_steps < 1:
-            raise ValueError(f"--max_train_steps must be at least 1, got {self.max_train_steps}.")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -67,7 +50,7 @@ def main(argv: list[str] | None = None) -> Path:
     accelerator = start_accelerator(args)
     set_seed(args.seed)
 
-    # Data: latents of the training images, encoded once
+    # Data: latents of the training images, encoded once; the images themselves where something looks at them
     data = load_images(
         args.dataset,
         image_column=args.image_column,
@@ -77,9 +60,73 @@ def main(argv: list[str] | None = None) -> Path:
     )
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
     latents, _, skipped = cached_training_images(args, autoencoder, data, accelerator, "latents")
-    class_names = data.class_names or []
+    images = None
+    if args.align_encoder or args.validation_extractor:
+        source = ImageSource.from_arguments(data, args, accelerator, autoencoder.config.image_size)
+        images = source.training_table()
 
     # Model
+    transformer = transformer_of(args, autoencoder, data)
+    model, features = transformer, None
+    if args.align_encoder:
+        latents = LatentsWithImages(latents, images)
+        model, features = align(args, transformer, accelerator)
+    if args.compile:
+        model.compile()
+    betas = (0.9, args.adam_beta2)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas, weight_decay=args.weight_decay)
+    scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.warmup_steps, args.max_train_steps)
+    # A sharded transformer cannot sample on one process alone: a whole copy takes the averaged weights when it has to.
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    sampled = DiTTransformer2DModel.from_config(transformer.config) if sharded else transformer
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
+    noise_scheduler, sampler = (make_scheduler(args.objective, args.learned_variance) for _ in range(2))
+    null_class, names = transformer.config.num_embeds_ada_norm, dict(enumerate(data.class_names or []))
+    pipeline = VQDiTPipeline(sampled, autoencoder, sampler, names, autoencoder.fingerprint())
+    process = (accelerator.process_index, accelerator.num_processes)
+
+    def make_loader(start):
+        accumulate = args.gradient_accumulation_steps
+        return ordered_batches(latents, args.batch_size, args.seed, start, process, args.num_workers, accumulate)
+
+    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped)
+    monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
+    kept = {"monitor": monitor} if monitor else {}
+    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **kept)
+    ema.to(accelerator.device)
+    sampled.to(accelerator.device)
+
+    # Loop
+    model.train()
+    for batch in loop:
+        with accelerator.accumulate(model):
+            losses = step_losses(model, batch, autoencoder, noise_scheduler, args, null_class, features)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients and args.max_grad_norm:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        loop.log(**{name: loss.detach() for name, loss in losses.items()}, learning_rate=scheduler.get_last_lr()[0])
+        if accelerator.sync_gradients:
+            scheduler.step()
+            ema.step(transformer.parameters())
+            if monitor and monitor.is_due(loop.step + 1):
+                validate(monitor, loop, ema)
+
+    # Save
+    target_folder = Path(args.output_dir) / args.name
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    copy_whole_(sampled.parameters(), ema.shadow_params)
+    if accelerator.is_main_process:
+        sampled.eval()
+        save(pipeline, args, data, len(latents), loop, monitor, target_folder)
+    finish(accelerator, args, skipped)
+    return target_folder
+
+
+def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, data: ImageData) -> DiTTransformer2DModel:
+    """The transformer of a run's latents and classes."""
     transformer = make_transformer(
         num_layers=args.num_layers,
         width=args.width,
@@ -87,87 +134,85 @@ def main(argv: list[str] | None = None) -> Path:
         patch_size=args.patch_size,
         latent_channels=autoencoder.config.latent_channels,
         latent_size=autoencoder.config.latent_size,
-        num_classes=len(class_names),
+        num_classes=len(data.class_names or []),
+        learned_variance=args.learned_variance,
     )
-    null_class = transformer.config.num_embeds_ada_norm
-    noise_scheduler = make_scheduler(args.objective)
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def align(
+    args: DiTArguments, transformer: DiTTransformer2DModel, accelerator: Accelerator
+) -> tuple[AlignedTransformer, SpatialFeatures]:
+    """The transformer with a projector, and the frozen encoder that its tokens are aligned with."""
+    encoder = ContrastiveEncoder.from_pretrained(args.align_encoder)
+    side = transformer.config.sample_size // args.patch_size
+    features = SpatialFeatures(encoder, side, accelerator.device)
+    block = args.align_block or default_block(args.num_layers)
+    return AlignedTransformer(transformer, block=block, features=features.dimension, width=args.align_width), features
+
+
+def step_losses(
+    model: nn.Module,
+    batch: dict,
+    autoencoder: VQAutoencoder,
+    scheduler: SchedulerMixin,
+    args: DiTArguments,
+    null_class: int,
+    features: SpatialFeatures | None = None,
+) -> dict[str, Tensor]:
+    """Loss of a batch and its parts; noise, timesteps and dropped labels are those of its images in this epoch."""
+    key = dict(sample_ids=batch["sample_ids"], epoch=batch["epoch"], seed=args.seed)
+    clean = autoencoder.normalize_latents(batch["latents"])
+    noised, timesteps, target = training_example(
+        clean, objective=args.objective, scheduler=scheduler, logit_normal=args.logit_normal, **key
     )
-    steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_train_steps)
-    scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
-    process = (accelerator.process_index, accelerator.num_processes)
-
-    def make_loader(start):
-        return ordered_batches(latents, args.batch_size, args.seed, start, process, args.num_workers)
-
-    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped)
-    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
-    ema.to(accelerator.device)
-
-    # Loop
-    model.train()
-    for batch in loop:
-        key = dict(sample_ids=batch["sample_ids"], epoch=batch["epoch"], seed=args.seed)
-        clean = autoencoder.normalize_latents(batch["latents"])
-        noised, timesteps, target = training_example(clean, objective=args.objective, scheduler=noise_scheduler, **key)
-        labels = dropped_labels(batch["labels"], probability=args.class_dropout, null_class=null_class, **key)
-        with accelerator.accumulate(model):
-            prediction = model(noised, timestep=timesteps, class_labels=labels).sample
-            loss = F.mse_loss(prediction.float(), target)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and args.max_grad_norm:
-                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        loop.log(loss=loss.detach(), learning_rate=scheduler.get_last_lr()[0])
-        if accelerator.sync_gradients:
-            scheduler.step()
-            ema.step(transformer.parameters())
-
-    # Save
-    target_folder = Path(args.output_dir) / args.name
-    if accelerator.is_main_process:
-        transformer = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        ema.copy_to(transformer.parameters())
-        pipeline = VQDiTPipeline(
-            transformer.eval(), autoencoder, noise_scheduler, dict(enumerate(class_names)), autoencoder.fingerprint()
-        )
-        save(pipeline, args, data, len(latents), loop, target_folder)
-    finish(accelerator, args, skipped)
-    return target_folder
+    labels = dropped_labels(batch["labels"], probability=args.class_dropout, null_class=null_class, **key)
+    output = model(noised, timestep=timesteps, class_labels=labels)
+    prediction = output.sample if features is None else output[0]
+    options = dict(objective=args.objective, scheduler=scheduler, min_snr_gamma=args.min_snr_gamma)
+    losses = objective_loss(prediction, target, timesteps, **options)
+    if features is not None:
+        losses["alignment"] = alignment_loss(output[1], features(batch["images"]))
+        losses["loss"] = losses["loss"] + args.align_weight * losses["alignment"]
+    return losses
 
 
-def sample_grid(
-    pipeline: VQDiTPipeline, args: DiTArguments, guidance_scale: float, per_class: int = 10
-) -> torch.Tensor:
-    """The first samples of seed `args.seed`, in [-1, 1]: one row per class (of at most 10), or one grid without."""
-    class_ids = [class_id for class_id in range(len(pipeline.class_names))[:10] for _ in range(per_class)]
-    images = pipeline(
-        class_ids or None,
-        num_images=None if class_ids else per_class**2,
-        guidance_scale=guidance_scale,
-        num_inference_steps=args.sampling_steps,
-        generator=torch.Generator().manual_seed(args.seed),
-        output_type="pt",
-    ).images
-    return images.float().cpu() * 2 - 1
+def validate(monitor: GenerationMonitor, loop: TrainingLoop, ema: EMAModel) -> None:
+    """Measure the averaged weights, and write the figures into curves and trackers."""
+    step = loop.step + 1
+    if metrics := monitor.validate(step, ema):
+        loop.history.append({"step": step, **metrics})
+        loop.accelerator.log({f"{loop.name}/{name}": value for name, value in metrics.items()}, step=step)
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        loop.accelerator.print(f"{loop.name}, step {step}: {listed}; best is that of step {monitor.best_step}")
 
 
 def save(
-    pipeline: VQDiTPipeline, args: DiTArguments, data: ImageData, num_latents: int, loop: TrainingLoop, target: Path
+    pipeline: VQDiTPipeline,
+    args: DiTArguments,
+    data: ImageData,
+    num_latents: int,
+    loop: TrainingLoop,
+    monitor: GenerationMonitor | None,
+    target: Path,
 ) -> None:
     """Write the complete pipeline folder with sample grids."""
+    metrics, about = {}, {}
+    if monitor and monitor.metrics:
+        metrics, about = monitor.metrics, {"best": {"step": monitor.best_step, monitor.metric: monitor.best}}
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=f"DiT, {args.objective}")
-        save_grid(sample_grid(pipeline, args, args.guidance_scale), folder / "samples.png", columns=10, min_side=64)
-        save_grid(sample_grid(pipeline, args, 1.0), folder / "samples-unguided.png", columns=10, min_side=64)
+        columns = args.grid_images_per_class
+        save_grid(
+            sample_grid(pipeline, args, args.guidance_scale), folder / "samples.png", columns=columns, min_side=64
+        )
+        save_grid(sample_grid(pipeline, args, 1.0), folder / "samples-unguided.png", columns=columns, min_side=64)
         samples = {"train": num_latents}
-        write_results(folder / "results.json", {}, dataset=data.name, seed=args.seed, samples=samples)
+        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder, "dit", title=f"Latent DiT of {data.name}", license_of_data=data.entry.licence)
     print(f"{target}: pipeline and sample grids written")
 
