@@ -2,6 +2,7 @@
 
     python training/evidence/recipe_costs.py                    # minutes; writes results/recipe_costs.json
     python training/evidence/recipe_costs.py --write_recipes    # also the line that says so in each recipe
+    python training/evidence/recipe_costs.py --recipes dit-b2-imagenet    # these alone; the others' figures stay
 
 Operations: torch's FlopCounterMode on one real step of the recipe's own model, forward and backward, on a small
 batch (convolutions and matrix products; a multiplication and an addition are two; MoCo's queue is full).
@@ -12,13 +13,16 @@ batches under bf16 autocast on the CPU, a straight line through two of them. Wor
 passing activations of the momentum branch and the allocator's gaps come on top.
 Autoencoders: operations and hours of encoder and decoder in all stages, each with its own decoder; perceptual network,
 discriminator and what gradient checkpointing computes again come on top. No memory.
+Latent DiTs: the transformer's steps alone, on cached latents; activations by two depths and two batches of its width.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +39,8 @@ from contrastive import ContrastiveArguments, make_model  # noqa: E402
 from hf_dpssl.autoencoder_training import step_flops  # noqa: E402
 from hf_dpssl.checkpoint import atomic_file  # noqa: E402
 from hf_dpssl.data import TABLE  # noqa: E402
+from hf_dpssl.diffusion import make_transformer  # noqa: E402
+from hf_dpssl.dit_arguments import DiTArguments  # noqa: E402
 from hf_dpssl.recipe import find_recipe, parse  # noqa: E402
 from hf_dpssl.results import write_results  # noqa: E402
 
@@ -46,6 +52,7 @@ RECIPES = (
     "t-moco-v2-dof5-resnet50-imagenet",
 )
 AUTOENCODERS = {"vq-gan-f16-faceshq": 8, "vq-dae-f16-faceshq": 8, "vq-dae-f8-imagenet": 8}  # GPUs they are meant for
+TRANSFORMERS = {"dit-b2-imagenet": 8, "dit-xl2-imagenet": 8}
 TRAINING_IMAGES = {"cifar10": 50_000, "imagenet-1k": 1_281_167}
 PEAK_TERAFLOPS = {"A100": 312, "H100": 989}  # dense bf16 by the data sheets (SXM)
 SHARES_OF_PEAK = (0.2, 0.4)  # assumed; convolutions of 32 to 224 px images stay far below matrix products
@@ -60,9 +67,14 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EVIDENCE / "results" / "recipe_costs.json")
     parser.add_argument("--write_recipes", action="store_true", help="put the figures into the recipes' comments")
+    everything = [*RECIPES, *AUTOENCODERS, *TRANSFORMERS]
+    parser.add_argument("--recipes", nargs="+", choices=everything, help="compute these alone")
     known = parser.parse_args(argv)
-    costs = {name: recipe_costs(name) for name in tqdm(RECIPES, desc="recipes", unit="recipe")}
-    costs |= {name: autoencoder_costs(name, gpus) for name, gpus in AUTOENCODERS.items()}
+    wanted = known.recipes or everything
+    costs = json.loads(known.output.read_text(encoding="utf-8"))["metrics"] if known.recipes else {}
+    costs |= {name: recipe_costs(name) for name in tqdm(RECIPES, desc="recipes", unit="recipe") if name in wanted}
+    costs |= {name: autoencoder_costs(name, gpus) for name, gpus in AUTOENCODERS.items() if name in wanted}
+    costs |= {name: transformer_costs(name, gpus) for name, gpus in TRANSFORMERS.items() if name in wanted}
     samples = {"images per batch measured": list(BATCHES)}
     note = "computed, not measured: see the top of recipe_costs.py"
     published = PUBLISHED["gpus"] * PUBLISHED["peak_teraflops"] * 1e12 * PUBLISHED["hours"] * 3600
@@ -71,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
     about = {"note": note, "assumed": assumed, "check": check}
     write_results(known.output, costs, dataset="random pixels", seed=0, samples=samples, **about)
     if known.write_recipes:
-        for name in costs:
+        for name in wanted:
             write_comment(find_recipe(name), costs[name])
     return costs
 
@@ -129,6 +141,71 @@ def autoencoder_costs(name: str, gpus: int) -> dict:
     }
 
 
+def transformer_costs(name: str, gpus: int) -> dict:
+    """Figures of one latent DiT's recipe, as `recipe_costs`; 32 x 32 x 4 latents of 1000 classes."""
+    args = parse(DiTArguments, ["--recipe", name], "")
+    with torch.device("meta"):
+        model = make_dit(args, args.num_layers)
+        with FlopCounterMode(display=False) as counter:
+            dit_loss(model, 1).backward()
+    per_image, images = counter.get_total_flops(), args.max_train_steps * args.batch_size * gpus
+    hours = hours_of(images * per_image, gpus)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "averages": weights,
+        "buckets_of_the_gradients": weights,
+        "activations": dit_activation_bytes(args),
+    }
+    return {
+        "operations_per_image": per_image,
+        "operations": images * per_image,
+        "steps": args.max_train_steps,
+        "images": images,
+        "gpus": gpus,
+        "hours": hours,
+        "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
+        "bytes_per_gpu": parts | {"total": sum(parts.values())},
+    }
+
+
+def make_dit(args: DiTArguments, num_layers: int) -> torch.nn.Module:
+    """The recipe's transformer with so many blocks."""
+    return make_transformer(
+        num_layers=num_layers,
+        width=args.width,
+        num_heads=args.num_heads,
+        patch_size=args.patch_size,
+        latent_channels=4,
+        latent_size=32,
+        num_classes=1000,
+        learned_variance=args.learned_variance,
+    ).train()
+
+
+def dit_loss(model: torch.nn.Module, batch_size: int) -> torch.Tensor:
+    """A loss of random latents."""
+    noised, labels = torch.randn(batch_size, 4, 32, 32), torch.zeros(batch_size, dtype=torch.int64)
+    return model(noised, timestep=torch.rand(batch_size), class_labels=labels).sample.square().mean()
+
+
+def dit_activation_bytes(args: DiTArguments) -> int:
+    """Bytes that autograd keeps of a GPU's batch: linear in blocks and in images, from one and two of each."""
+    measured = {}
+    for blocks in (1, 2):
+        model = make_dit(args, blocks)
+        for images in BATCHES:
+            measured[blocks, images] = kept_bytes(model, lambda model=model, images=images: dit_loss(model, images))
+
+    def of_batch(blocks: int) -> float:
+        small, large = (measured[blocks, images] for images in BATCHES)
+        return small + (large - small) / (BATCHES[1] - BATCHES[0]) * (args.batch_size - BATCHES[0])
+
+    return round(of_batch(1) + (args.num_layers - 1) * (of_batch(2) - of_batch(1)))
+
+
 def step_operations(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
     """Operations of one forward and backward pass of `batch_size` images in two views."""
     if hasattr(model, "queue"):
@@ -159,6 +236,11 @@ def bytes_per_gpu(model: torch.nn.Module, image_size: int, batch_size: int, gpus
 
 
 def activation_bytes(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
+    """Bytes that autograd keeps of a batch of images in two views, as `kept_bytes`."""
+    return kept_bytes(model, lambda: model(*torch.randn(2, batch_size, 3, image_size, image_size)).loss)
+
+
+def kept_bytes(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> int:
     """Bytes that autograd keeps between the forward and the backward pass, each storage once, weights not counted."""
     known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
     kept: dict[int, int] = {}
@@ -171,8 +253,8 @@ def activation_bytes(model: torch.nn.Module, image_size: int, batch_size: int) -
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.autocast("cpu", torch.bfloat16), hooks:
-        output = model(*torch.randn(2, batch_size, 3, image_size, image_size))
-    return sum(kept.values()) * (output.loss is not None)  # the graph lives until here
+        output = loss()
+    return sum(kept.values()) * (output is not None)  # the graph lives until here
 
 
 def comment(costs: dict) -> str:
