@@ -51,6 +51,8 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/augmentation.py
 	$(BIN)/python tests/benchmarks/neighbours.py
 	$(BIN)/python tests/benchmarks/frechet.py
+	$(BIN)/python tests/benchmarks/token_guidance.py
+	$(BIN)/python tests/benchmarks/dit.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs

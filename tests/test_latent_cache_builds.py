@@ -113,6 +113,11 @@ def test_two_processes_share_the_shards_and_the_main_one_writes_the_index(run_in
     assert_holds(LatentTable(tmp_path / "cache"), autoencoder, range(COUNT))
     again = run_in_two(_build_share, str(tmp_path / "set"), str(tmp_path / "cache"), streaming)
     assert not any(len(process["mine"]) or process["index"] for process in again)  # reused
+    for name in ("index.json", "latents-00001.npy", "latents-00004.npy"):
+        (tmp_path / "cache" / name).unlink()
+    finished = run_in_two(_build_share, str(tmp_path / "set"), str(tmp_path / "cache"), streaming)
+    assert [process["mine"].tolist() for process in finished] == [[4], [1]]
+    assert_holds(LatentTable(tmp_path / "cache"), autoencoder, range(COUNT))
 
 
 def _build_in_child(set_folder, cache_folder, cache):
