@@ -1,5 +1,7 @@
 """The pipeline's options: guidance, micro-batches, callbacks, pictures, masks, mixtures, devices, and bad input."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -234,3 +236,29 @@ def test_parts_that_do_not_belong_together_are_refused(pipeline):
         VQDiTPipeline(pipeline.transformer, other, pipeline.scheduler, dict(enumerate(NAMES)))
     with pytest.raises(ValueError, match="at least 2 images"):
         pipeline.interpolate("cat", "dog", 1)
+
+
+@pytest.mark.parametrize("names", [NAMES, []])
+def test_folder_of_an_earlier_version_loads_and_draws_the_same(tmp_path, names):
+    """Without prediction_type and noise_schedule in model_index.json, which the scheduler then tells."""
+    pipeline = make_pipeline(names, objective="epsilon")
+    pipeline.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    content = json.loads(index.read_text())
+    assert content.pop("prediction_type") == "epsilon" and content.pop("noise_schedule")["beta_end"] == 0.02
+    index.write_text(json.dumps(content))
+    again = VQDiTPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.class_names == names and again.config.prediction_type == "epsilon"
+    labels = names[:2] or None
+    assert torch.equal(latents_of(again, labels), latents_of(pipeline, labels))
+
+
+def test_given_noise_levels_are_used_and_refused_where_the_scheduler_takes_none(pipeline):
+    times = []
+    wanted = {"callback_on_step_end": lambda pipe, step, timestep, tensors: times.append(float(timestep))}
+    latents_of(pipeline, [0], sigmas=[1.0, 0.5, 0.25], **wanted)
+    assert times == [1000.0, 500.0, 250.0]
+    other = make_pipeline(objective="epsilon")
+    with pytest.raises(ValueError, match="DDIMScheduler takes no sigmas"):
+        latents_of(other, [0], sigmas=[1.0, 0.5])
