@@ -21,6 +21,8 @@ GAN = [*COMMON, "--max_train_steps", 8, "--stage_1_steps", 6, "--num_generated",
 GAN += ["--r1_weight", 0.1, "--r1_interval", 3, "--reconstruction", "discriminator"]
 DIT = [*COMMON, "--max_train_steps", STEPS, "--width", 32, "--num_layers", 2, "--sampling_steps", 1]
 DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointing_steps 2"]
+DIT_OPTIONS = ["--objective", "epsilon", "--learned_variance", True, "--min_snr_gamma", 5, "--validation_steps", 3]
+DIT_OPTIONS += ["--grid_images_per_class", 1, "--gradient_accumulation_steps", 2, "--gradient_checkpointing", True]
 RUNS = {  # script, flags, processes
     "t_simclr": ("contrastive", CONTRASTIVE, 1),
     "t_simclr_calibrated": ("contrastive", [*CONTRASTIVE, "--temperature", "auto", "--learnable_dof"], 1),
@@ -39,6 +41,7 @@ RUNS = {  # script, flags, processes
     "dae_gan_two_processes": ("dae_gan", GAN, 2),
     "dae_dit": ("dae_dit", DIT, 1),
     "dae_dit_two_processes": ("dae_dit", DIT, 2),
+    "dae_dit_options_two_processes": ("dae_dit", [*DIT, *DIT_OPTIONS, "--batch_size", 16], 2),
     "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
 }
 FAST = [
