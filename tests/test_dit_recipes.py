@@ -68,8 +68,9 @@ def test_recipe_starts_for_two_steps_at_full_size_on_one_image(name, size, launc
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < GIBIBYTES[name] * 2**30:
         pytest.skip(f"{name} needs {GIBIBYTES[name]} GiB of free memory")
     (tmp_path / "images/thing").mkdir(parents=True)
-    pixels = torch.randint(256, (256, 256, 3), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).save(tmp_path / "images/thing/0.png")
+    for i in range(2):  # one of them is held out
+        pixels = torch.randint(256, (256, 256, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"images/thing/{i}.png")
     channels = dict(encoder_block_out_channels=[8] * 4, decoder_block_out_channels=[8] * 4, norm_num_groups=4)
     statistics = dict(latent_mean=[0] * 4, latent_std=[1] * 4)
     vae = VQAutoencoder(VQConfig(image_size=256, latent_channels=4, num_codes=16, **channels, **statistics))
