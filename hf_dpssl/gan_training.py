@@ -16,6 +16,7 @@ from .embedder import KINDS, ImageEmbedder
 from .feature_extractors import FeatureExtractor, load_extractor
 from .image_table import BadImageError, ImageTable, decode_row
 from .latent_density import DENSITIES, LatentDensity
+from .modeling_discriminator import NORMS
 from .modeling_vaegan import LATENTS, VAEGAN
 from .recipe import RunArguments, option
 
@@ -58,6 +59,7 @@ class GANArguments(RunArguments):
     r1_weight: float = option(10.0, "of the gradient penalty at real images; without it the discriminator wins")
     r1_interval: int = option(4, "steps from one gradient penalty to the next, weighted so many times more")
     discriminator_width: int = option(16, "channels of the discriminator's first layer")
+    discriminator_norm: str = option("group", "after its inner convolutions", choices=list(NORMS))
     learning_rate: float = option(2e-3, "of both sides")
     lr_scheduler: str = option("constant", "learning-rate schedule of diffusers.optimization.get_scheduler")
     ema_decay: float = option(0.99, "share of the old averaged generator kept at each step")

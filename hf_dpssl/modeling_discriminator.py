@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .weights import load_complete
 
-_NORMS = ("group", "batch", "none")
+NORMS = ("group", "batch", "none")
 
 
 class PatchDiscriminatorConfig(PretrainedConfig):
@@ -42,8 +42,8 @@ class PatchDiscriminatorConfig(PretrainedConfig):
         spectral_norm: bool = False,
         **kwargs,
     ):
-        if norm not in _NORMS:
-            raise ValueError(f"norm must be one of {_NORMS}, got {norm!r}.")
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}.")
         self.num_channels, self.width, self.image_size = num_channels, width, image_size
         automatic = max(1, min(3, int(math.log2(max(2, image_size))) - 2))
         self.num_layers = automatic if num_layers is None else num_layers

@@ -107,7 +107,7 @@ def test_names_are_the_shortest_ends_that_differ():
         (["FOLDER", "--names", "a", "b"], "--names needs 1"),
         (["FOLDER", "--images", "1"], "at least 2"),
         (["FOLDER", "--dataset", "no-such-set"], "no-such-set"),
-        (["FOLDER", "--extractor", "no/such-encoder"], "no/such-encoder"),
+        (["FOLDER", "--extractor", "no/such/encoder"], "no/such/encoder"),
     ],
 )
 def test_user_errors_are_said_without_a_traceback(flags, message, folders, tmp_path, capsys):

@@ -186,8 +186,8 @@ def make_adversary(
 ) -> Adversary:
     """A discriminator of the same start in every variant."""
     torch.manual_seed(derive_seed(args.seed, "discriminator", stage))
-    bare = PatchDiscriminator(PatchDiscriminatorConfig(width=args.discriminator_width, image_size=source.image_size))
-    bare = bare.train().to(accelerator.device)
+    sizes = dict(width=args.discriminator_width, image_size=source.image_size, norm=args.discriminator_norm)
+    bare = PatchDiscriminator(PatchDiscriminatorConfig(**sizes)).train().to(accelerator.device)
     optimizer, scheduler = make_optimizer(list(bare.parameters()), steps, args)
     discriminator, optimizer = accelerator.prepare(bare, optimizer)
     return Adversary(args.term(), bare, discriminator, optimizer, scheduler, ReconstructionGuard(0))

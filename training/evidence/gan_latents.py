@@ -1,23 +1,22 @@
 """The table "DCGAN with different latents" in small: what the generator starts from, on cifar10-jpeg at 32 px.
 
     export DPSSL_DATA=folder                              # with cifar10-jpeg-train.parquet and -test.parquet
-    python training/evidence/gan_latents.py --stage tune    # penalty and learning rate, on validation images
+    python training/evidence/gan_latents.py --stage tune    # discriminator, penalty and learning rate
     python training/evidence/gan_latents.py --stage train   # four latents, judged on test images
     python training/evidence/gan_latents.py --stage report  # results/gan_latents.json and gan_latents.png
 
 A killed study goes on where it stopped, and several processes share the work.
 
 Protocol: 20,000 images of the training split are trained on, 2,000 others are the validation images of `tune`, and the
-test images are read by `train` alone. Generator, discriminator, steps, order of images and optimiser are those of the
-recipe gan-cifar10-jpeg and the same for all latents; dae has as many steps before, against its weak generator. Penalty
-and learning rate are chosen by the Frechet distance of the noise latent, so in favour of the baseline. The SimCLR
-latent and the self-supervised extractor are encoders of different losses, widths and seeds, trained on the same images.
+test images are read by `train` alone. Generator, discriminator, steps, order of images and optimiser are the same for
+all latents; dae has half as many steps before, against its weak generator. The discriminator's norm, penalty and
+learning rate are chosen by the Frechet distance of the noise latent, so in favour of the baseline. The SimCLR latent
+and the self-supervised extractor are encoders of different losses, widths and seeds, trained on the same images.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -46,8 +45,11 @@ LATENTS = {
     "vae": "VAEGAN",
     "dae": "DAE-VAEGAN",
 }
-SHARED = "--recipe gan-cifar10-jpeg --seed 0 --warmup_steps 50"
-TUNED = [dict(learning_rate=rate, r1_weight=r1) for rate, r1 in itertools.product((3e-4, 1e-3), (0.1, 1, 10))]
+SHARED = "--recipe gan-cifar10-jpeg --seed 0 --warmup_steps 50 --max_train_steps 2500 --stage_1_steps 1250"
+TUNED = [
+    dict(discriminator_norm=norm, learning_rate=rate, r1_weight=r1)
+    for norm, rate, r1 in (("none", 1e-3, 1), ("none", 1e-3, 10), ("none", 2e-3, 1), ("group", 1e-3, 10))
+]
 TUNING = "--latent noise --max_train_steps 1000 --num_generated 2000 --extractor resnet56-cifar10"
 CLASSIFIER = "cifar10-resnet56.safetensors"
 FID = "fid_resnet56-cifar10"

@@ -156,7 +156,7 @@ def gan_latents_table(report: dict) -> str:
             found = (form.format(values[key]) if key in values else "" for key, (_, form) in GAN_MEASURES.items())
             lines.append(f"| {latent} | {density.replace('_', ' ')} | " + " | ".join(found) + " |")
     settings, samples = report["settings"], report["samples"]
-    tuned = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings["chosen"].items())
+    tuned = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings["chosen"].items())
     about = f"Chosen on validation images with the noise latent: {tuned}, of {len(settings['tuning'])} settings. "
     about += "Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
     return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
