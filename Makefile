@@ -26,8 +26,9 @@ $(PEERS): $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/hf-dpssl demo --output_dir outputs/demo
 
+# Two files at a time: the tests use one thread each.
 test: $(PEERS)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test-slow: $(PEERS)
 	$(BIN)/python -m pytest -q -m slow

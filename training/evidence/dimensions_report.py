@@ -27,11 +27,11 @@ def best_metric(reports: list[dict]) -> tuple[str, float]:
     return max(means.items(), key=lambda item: item[1])
 
 
-def bootstrap(differences: list[float]) -> list[float]:
+def bootstrap(differences: list[float], digits: int = 2) -> list[float]:
     """95 % interval of the mean, resampling the paired differences 10,000 times."""
     generator = np.random.default_rng(0)
     draws = generator.choice(differences, (10_000, len(differences))).mean(1)
-    return [round(float(value), 2) for value in np.quantile(draws, (0.025, 0.975))]
+    return [round(float(value), digits) for value in np.quantile(draws, (0.025, 0.975))]
 
 
 def point_row(report: dict) -> list[float]:

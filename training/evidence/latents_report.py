@@ -60,7 +60,7 @@ def difference(first: dict[int, dict], second: dict[int, dict], name: str) -> di
     seeds = sorted(first.keys() & second.keys())
     values = [find(first[seed]["metrics"], name) - find(second[seed]["metrics"], name) for seed in seeds]
     entry = {"seeds": len(seeds), "mean": float(f"{np.mean(values):.4g}")}
-    return entry | ({"interval": bootstrap(values)} if len(values) > 1 else {})
+    return entry | ({"interval": bootstrap(values, digits=5)} if len(values) > 1 else {})
 
 
 def write_report(folder: Path, runs: list) -> None:
@@ -114,7 +114,7 @@ def plot(cells: dict[str, dict[int, dict]], path: Path) -> None:
         points = [[find(entry["metrics"], name) for entry in seeds.values()] for name in ("rfid", "gfid")]
         panels[2].plot(*points, "o", color=f"C{place}", label=cell)
     panels[2].set(title="generation and reconstruction", xlabel="rFID", ylabel="gFID of the token model")
-    panels[2].legend(fontsize=7)
+    panels[0].legend(fontsize=7, loc="upper left")
     for axis in panels:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
