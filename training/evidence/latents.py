@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     prepare(folder)
     train_encoders(folder)
     if args.stage == "report":
-        write_report(folder, list(planned()))
+        flags = {"dae_vq": f"{MODEL} {LOSSES}", "dae_ar": TOKENS, "encoders": ENCODERS}
+        write_report(folder, list(planned()), flags)
         return
     for run in planned():
         path = folder / f"{args.stage}-{run.name}.json"

@@ -63,8 +63,8 @@ def difference(first: dict[int, dict], second: dict[int, dict], name: str) -> di
     return entry | ({"interval": bootstrap(values, digits=5)} if len(values) > 1 else {})
 
 
-def write_report(folder: Path, runs: list) -> None:
-    """Write results/latents.json and latents.png beside this file from the runs that are there."""
+def write_report(folder: Path, runs: list, flags: dict[str, str]) -> None:
+    """Write results/latents.json (with the stages' flags) and latents.png beside this file from the runs there are."""
     cells = collect(folder, runs)
     if not cells:
         raise FileNotFoundError(f"{folder} holds no measured run: run the stages train, tokens and measure first.")
@@ -86,7 +86,7 @@ def write_report(folder: Path, runs: list) -> None:
     done, all_runs = sum(map(len, cells.values())), len(runs)
     settings = {
         "complete": done == all_runs, "runs": f"{done} of {all_runs}", "margin_of_fid": MARGIN,
-        "model_and_losses": next(iter(next(iter(cells.values())).values()))["training"]["command"],
+        "flags": flags,
     }  # fmt: skip
     samples = {"train": 10_000, "validation": 2_000, "test": 5_000, "generated": 2_000}
     here = Path(__file__).parent
