@@ -38,7 +38,7 @@ ENCODERS = {
     "latent": "--kernel cosine --normalization anchor --feature_norm l2 --temperature 0.3 --seed 100",
     "extractor": "--kernel student_t --normalization joint --temperature 2 --seed 101",
 }
-WIDTHS = {"latent": [16, 32, 64], "extractor": [20, 40, 80, 160]}
+WIDTHS = {"latent": [12, 24, 48, 96], "extractor": [16, 32, 64, 128]}
 LATENTS = {
     "noise": "noise (DCGAN)",
     "simclr": "SimCLR features, frozen",
@@ -86,7 +86,7 @@ def train_encoders(folder: Path) -> None:
     for name, flags in ENCODERS.items():
         with alone(folder / name):
             if not (folder / name / "config.json").exists():
-                model_args = json.dumps({"channels": WIDTHS[name], "stem_width": 12, "output_stride": 4})
+                model_args = json.dumps({"channels": WIDTHS[name], "stem_width": 12, "output_stride": 8})
                 run = ["--dataset", "cifar10-jpeg", "--name", name, "--model_args", model_args, "--batch_size", "256"]
                 run += ["--num_train_epochs", "8", "--overwrite", "True", "--output_dir", str(folder)]
                 contrastive.main([*run, *flags.split()])
