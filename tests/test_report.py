@@ -19,7 +19,7 @@ from hf_dpssl.autoencoder_measures import (
     principal_components,
 )
 from hf_dpssl.cli import main
-from hf_dpssl.evaluation.generator_complexity import Budget
+from hf_dpssl.evaluation.generator_complexity import Budget, generator_complexity
 from hf_dpssl.feature_extractors import FeatureExtractor
 from hf_dpssl.report import unique_names
 
@@ -137,13 +137,18 @@ def test_generated_images_are_judged_by_each_source_of_a_union(tmp_path):
     assert found["gfid_colours_dark"] < 1e-6 < found["gfid_colours"] < found["gfid_colours_bright"]
 
 
-def test_latents_that_are_the_pictures_need_a_smaller_generator_than_noise():
+def test_capacity_of_generators_is_that_of_standardised_latents_and_small_pictures():
     random = torch.Generator().manual_seed(0)
-    bright = torch.randint(2, (400, 1, 1, 1), generator=random).float() * 1.6 - 0.8
-    pixels = bright + 0.05 * torch.randn(400, 1, 8, 8, generator=random)
-    pictures, latents = Pictures(pixels, torch.zeros(400)), torch.nn.functional.avg_pool2d(pixels, 4)
-    budget = Budget(generator_steps=150, critic_steps=60, batch_size=32)
-    options = dict(widths=(2,), critics=1, budget=budget)
-    metrics, curves = generator_capacity(pictures, pictures, latents, latents, seed=0, **options)
-    assert metrics["complexity_w2_encoded"] < metrics["complexity_w2_gaussian"]
-    assert curves["generator_widths"] == [2] and curves["generator_encoded"] == [metrics["complexity_w2_encoded"]]
+    train, test = (torch.randn(200, 1, 32, 32, generator=random).clamp(-1, 1) for _ in range(2))
+    latents = [3 + 2 * torch.nn.functional.avg_pool2d(pixels, 16) for pixels in (train, test)]
+    options = dict(widths=(2, 4), critics=1, budget=Budget(generator_steps=10, critic_steps=10, batch_size=32))
+    pictures = [Pictures(pixels, torch.zeros(200)) for pixels in (train, test)]
+    metrics, curves = generator_capacity(*pictures, *latents, seed=5, **options)
+    small = [pixels.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5)) for pixels in (train, test)]
+    mean, deviation = latents[0].flatten(1).mean(0), latents[0].flatten(1).std(0)
+    drawn, fresh = ((part.flatten(1) - mean) / deviation for part in latents)
+    expected = generator_complexity(drawn, *small, held_out_latents=fresh, seed=5, **options)
+    for width in (2, 4):
+        assert metrics[f"complexity_w{width}_encoded"] == pytest.approx(expected[f"complexity_w{width}"], abs=1e-4)
+    assert curves["generator_widths"] == [2, 4]
+    assert curves["generator_gaussian"] == [metrics[f"complexity_w{width}_gaussian"] for width in (2, 4)]
