@@ -171,6 +171,9 @@ def test_validated_and_aligned_run_resumes_bit_identically_with_its_best(launch,
     for place in ("dit", "dit-best"):
         found, expected = tensors(tmp_path / "run" / place), tensors(whole / place)
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+    results = [json.loads((run / "dit/results.json").read_text()) for run in (tmp_path / "run", whole)]
+    assert results[0]["validations"] == results[1]["validations"]
+    assert [entry["step"] for entry in results[0]["validations"]] == [2, 4, 5]
     states = [
         torch.load(run / "checkpoints/dit/step-00000005/state.pt", weights_only=True)
         for run in (tmp_path / "run", whole)

@@ -202,6 +202,7 @@ def save(
     metrics, about = {}, {}
     if monitor and monitor.metrics:
         metrics, about = monitor.metrics, {"best": {"step": monitor.best_step, monitor.metric: monitor.best}}
+        about["validations"] = [entry for entry in loop.history if entry.keys() >= metrics.keys()]
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
