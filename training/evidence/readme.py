@@ -29,6 +29,7 @@ SPEED = {  # results of make bench: the job's heading
     "autoencoder": "quantiser and autoencoder",
     "token_guidance": "token transformer",
     "frechet": "Frechet distance, 2,048 dimensions",
+    "dit": "latent DiT, 12 layers of width 384",
 }
 MODES = EVIDENCE / "results" / "augmentation_modes.json"
 DIMENSIONS = EVIDENCE / "results" / "dimensions.json"
