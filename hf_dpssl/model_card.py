@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from .card_merge import merge_card  # noqa: F401  part of this module's interface
 from .checkpoint import atomic_file
 
 KINDS = ("encoder", "autoencoder", "dit", "token", "gan")

@@ -23,7 +23,8 @@ LEVELS = [
     + "pipeline_vq_token evaluation plots embedder embeddings_table alignment".split()
     + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual".split()
     + "feature_extractors".split(),
-    "recipe results evaluate_encoder local_processes embedding_job model_card training_loop latent_run".split()
+    "recipe results evaluate_encoder local_processes embedding_job card_merge model_card".split()
+    + "training_loop latent_run".split()
     + "dit_arguments generation_monitor autoencoder_training adversarial_training autoencoder_arguments".split()
     + "gan_training importers embedding_commands sample_folder bulk_sampling sampling_command".split()
     + "autoencoder_measures report_page report cli".split(),
