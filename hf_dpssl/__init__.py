@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel
 
 from . import matching
+from .hub import push_to_hub
 from .losses import info_nce, moco, t_simclr
 from .modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from .modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
@@ -24,6 +25,10 @@ AutoModel.register(VAEGANConfig, VAEGAN)
 for _class in (ContrastiveEncoder, VQAutoencoder, VAEGAN):
     _class.register_for_auto_class("AutoModel")
     _class.config_class.register_for_auto_class("AutoConfig")
+for _class in (
+    ContrastiveEncoder, SimCLRForPreTraining, MoCoForPreTraining, VQAutoencoder, VAEGAN, VQDiTPipeline, VQTokenPipeline
+):  # fmt: skip
+    _class.push_to_hub = push_to_hub  # not in their modules, which are copied next to published weights
 
 __all__ = [
     "ContrastiveConfig",

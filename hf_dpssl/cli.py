@@ -1,4 +1,4 @@
-"""The command line `hf-dpssl`: train, evaluate, sample, map, embed, search, import, demo, env."""
+"""The command line `hf-dpssl`: train, evaluate, sample, map, embed, search, import, push, pull, demo, env."""
 
 from __future__ import annotations
 
@@ -50,6 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     importers.add_arguments(importer)
     importer.set_defaults(run=lambda known, rest: importers.run(known))
 
+    pusher = commands.add_parser("push", help="publish a finished checkpoint folder on the Hub", add_help=False)
+    pusher.set_defaults(run=_push)
+
+    puller = commands.add_parser("pull", help="download a repository of the Hub into a folder", add_help=False)
+    puller.set_defaults(run=_pull)
+
     environment = commands.add_parser("env", help="machine and library versions, for a bug report")
     environment.add_argument("--json", action="store_true", help="as JSON")
     environment.set_defaults(run=_print_environment)
@@ -94,6 +100,18 @@ def _search(known: argparse.Namespace, rest: list[str]) -> int:
     from .embedding_commands import search
 
     return search(rest)
+
+
+def _push(known: argparse.Namespace, rest: list[str]) -> int:
+    from .hub_commands import push_command
+
+    return push_command(rest)
+
+
+def _pull(known: argparse.Namespace, rest: list[str]) -> int:
+    from .hub_commands import pull_command
+
+    return pull_command(rest)
 
 
 def _shipped(pattern: str) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 Repositories are folders on disk. Each `add_repo` makes a commit, whose content stays as it was. As on the Hub,
 large-file formats are answered by a redirect to a content-addressed place, everything else directly.
+The write side is in hub_server_write.py.
 """
 
 from __future__ import annotations
@@ -17,14 +18,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 LARGE_FILE_SUFFIXES = (".safetensors", ".parquet", ".bin", ".pt", ".onnx", ".arrow", ".png", ".jpg")
-_REPO = r"/api/(?P<kind>model|dataset)s/(?P<repo_id>[^/]+/[^/]+)"
-_FILES = r"/(?:(?P<kind>dataset)s/)?(?P<repo_id>[^/]+/[^/]+)"
-_ROUTES = {  # name of the handler's method: HTTP method and path
-    "_info": ("GET", rf"{_REPO}(?:/revision/(?P<revision>[^/]+))?"),
-    "_tree": ("GET", rf"{_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
-    "_resolve": ("GET", rf"{_FILES}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
-    "_large_file": ("GET", r"/large-files/(?P<sha256>[0-9a-f]{64})"),
-}
+REPO = r"/api/(?P<kind>model|dataset|space)s/(?P<repo_id>[^/]+/[^/]+)"
+FILES = r"/(?:(?P<kind>dataset|space)s/)?(?P<repo_id>[^/]+/[^/]+)"
 
 
 class HubError(Exception):
@@ -61,14 +56,15 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Commit:
-    """Files by path, under a hash of their paths and contents."""
+    """Files by path, under a hash of their paths and contents and of the commit before, if any."""
 
     files: dict[str, StoredFile]
+    parent: str = ""
 
     @cached_property
     def sha(self) -> str:
-        """40 hex digits, equal for equal files."""
-        listing = [f"{path} {file.oid}" for path, file in sorted(self.files.items())]
+        """40 hex digits, equal for equal files after equal commits."""
+        listing = [self.parent, *(f"{path} {file.oid}" for path, file in sorted(self.files.items()))]
         return hashlib.sha1("\n".join(listing).encode()).hexdigest()
 
     @cached_property
@@ -94,9 +90,16 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
 
+    def commit(self, files: dict[str, StoredFile], revision: str) -> str:
+        """Put files on top of a branch, which is made when missing; returns the commit's hash."""
+        commit = Commit(files, self.branches.get(revision, ""))
+        self.commits[commit.sha] = commit
+        self.branches[revision] = commit.sha
+        return commit.sha
+
 
 class RepoStore:
-    """All repositories, by kind ("model", "dataset") and id; large files by SHA-256."""
+    """All repositories, by kind ("model", "dataset", "space") and id; large files by SHA-256."""
 
     def __init__(self) -> None:
         self.repos: dict[tuple[str, str], Repo] = {}
@@ -107,12 +110,10 @@ class RepoStore:
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         contents = [StoredFile(path.read_bytes(), path.suffix in LARGE_FILE_SUFFIXES) for path in paths]
         files = {path.relative_to(folder).as_posix(): file for path, file in zip(paths, contents, strict=True)}
-        commit, repo = Commit(files), self.repos.setdefault((kind, repo_id), Repo())
+        repo = self.repos.setdefault((kind, repo_id), Repo())
         self.large_files |= {file.sha256: file for file in files.values() if file.is_large}
         repo.private_token = private_token or repo.private_token
-        repo.commits[commit.sha] = commit
-        repo.branches[revision] = commit.sha
-        return commit.sha
+        return repo.commit(files, revision)
 
     def find(self, kind: str, repo_id: str, revision: str, token: str | None) -> tuple[Repo, Commit]:
         """The repository and the commit that a branch name or hash means.
@@ -145,9 +146,15 @@ def _byte_range(header: str | None, size: int) -> slice | None:
     return slice(start, stop)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """Finds the route of a request and answers it from the server's store."""
 
+    routes = {  # name of the method that answers: HTTP method and path
+        "_info": ("GET", rf"{REPO}(?:/revision/(?P<revision>[^/]+))?"),
+        "_tree": ("GET", rf"{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?"),
+        "_resolve": ("GET", rf"{FILES}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
+        "_large_file": ("GET", r"/large-files/(?P<sha256>[0-9a-f]{64})"),
+    }
     server: HubServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -157,15 +164,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = dict(parse_qsl(url.query))
         wanted = "GET" if self.command == "HEAD" else self.command
         try:
-            for name, (method, pattern) in _ROUTES.items():
+            for name, (method, pattern) in self.routes.items():
                 if method == wanted and not url.netloc and (match := re.fullmatch(pattern, url.path)):
                     parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                    return getattr(self, name)(**parts)
+                    return self._follow(name, parts)
             raise HubError(404, "NoRoute", f"{self.command} {self.path}")
         except HubError as error:
             self._send(error.status, str(error).encode(), error.headers)
 
     do_GET = do_HEAD = _answer
+
+    def _follow(self, name: str, parts: dict[str, str]) -> None:
+        getattr(self, name)(**parts)
 
     def _info(self, kind: str, repo_id: str, revision: str = "main") -> None:
         repo, commit = self._find(kind, repo_id, revision)
@@ -228,8 +238,10 @@ class HubServer(ThreadingHTTPServer):
     A client whose HTTP proxy is `hub.endpoint` too shows in `hub.requests` what it wants of any other host.
     """
 
+    handler = Handler
+
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), self.handler)
         self.store = RepoStore()
         self.requests: list[tuple[str, str]] = []  # (method, path with query) in order of arrival
         self.endpoint = f"http://127.0.0.1:{self.server_port}"

@@ -27,7 +27,7 @@ LEVELS = [
     + "training_loop latent_run".split()
     + "dit_arguments generation_monitor autoencoder_training adversarial_training autoencoder_arguments".split()
     + "gan_training importers embedding_commands sample_folder bulk_sampling sampling_command".split()
-    + "autoencoder_measures report_page report cli".split(),
+    + "autoencoder_measures report_page report replay checkpoint_files hub hub_commands cli".split(),
 ]
 
 

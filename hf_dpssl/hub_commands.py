@@ -1,0 +1,121 @@
+"""The subcommands `hf-dpssl push` and `hf-dpssl pull`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from . import replay
+from .checkpoint import atomic_folder
+from .hub import PushReport, push
+
+
+def push_command(argv: list[str]) -> int:
+    """`hf-dpssl push`: returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl push",
+        description="Publish a finished checkpoint folder on the Hub as one commit, pull it back and replay its stored "
+        "input and output. The token is that of `hf auth login` or HF_TOKEN. HF_HUB_DISABLE_XET=1 uploads through Git "
+        "LFS instead of Xet storage.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", help="as a training script writes it: encoder/, autoencoder/, dit/, ar/, gan/")
+    parser.add_argument("repo_id", metavar="ORG/NAME", help="repository; made when missing")
+    parser.add_argument("--private", action="store_true", help="a repository that is made is private")
+    parser.add_argument("--revision", help="branch; made when missing (default: main)")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of changing the branch")
+    parser.add_argument("--dry_run", action="store_true", help="list what would be sent; no request is made")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = vars(parser.parse_args(argv))
+    as_json = options.pop("json")
+    options["private"] = options["private"] or None
+    try:
+        report = push(**options)
+    except (OSError, ValueError) as error:
+        return _failed("push", error)
+    print(json.dumps(asdict(report), indent=2) if as_json else _summary(report))
+    return 0
+
+
+def _summary(report: PushReport) -> str:
+    count, size = len(report.files), sum(report.files.values())
+    left_out = f"left out: {', '.join(report.left_out)}" if report.left_out else "nothing is left out"
+    if report.commit is None:
+        listed = [f"{size:>12,}  {path}" for path, size in report.files.items()]
+        return "\n".join([*listed, f"{size:>12,}  bytes in {count} files would go to {report.repo_id}; {left_out}"])
+    replayed = "no stored pair to replay"
+    if report.difference is not None:
+        replayed = f"the stored pair differs by {report.difference:.2g} (at most {replay.TOLERANCE:g})"
+    lines = [
+        f"{report.repo_id}: {count} files, {size:,} bytes; {left_out}",
+        *([f"removed: {', '.join(report.removed)}"] if report.removed else []),
+        f"commit {report.commit} on {report.revision}, {report.pull_request or report.url}",
+        f"pulled back after {report.seconds:.1f} s in all: every byte is equal, {replayed}",
+    ]
+    return "\n".join(lines)
+
+
+def pull_command(argv: list[str]) -> int:
+    """`hf-dpssl pull`: returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl pull",
+        description="Download a repository of the Hub into a folder, and replay its stored input and output.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("repo_id", metavar="ID", help="repository on the Hub, ORG/NAME")
+    parser.add_argument("--revision", help="branch, tag, commit or refs/pr/NUMBER (default: main)")
+    parser.add_argument("--output_dir", required=True, help="folder of the result; it must not hold anything yet")
+    args = parser.parse_args(argv)
+    try:
+        difference = pull(args.repo_id, args.output_dir, revision=args.revision)
+    except (OSError, ValueError) as error:
+        return _failed("pull", error)
+    print(f"{args.output_dir}: {args.repo_id} at {args.revision or 'main'}")
+    if difference is not None:
+        print(f"the stored pair is reproduced up to {difference:.2g} (at most {replay.TOLERANCE:g})")
+    return 0
+
+
+def pull(repo_id: str, output_dir: str | Path, revision: str | None = None) -> float | None:
+    """Download a repository into a folder, whole or not at all.
+
+    Returns:
+        The largest difference of the stored pair's outputs, see replay.py; None where there is no pair.
+
+    Raises:
+        FileExistsError: the folder holds something.
+        OSError: the repository cannot be read.
+        ValueError: a malformed id, or the model does not reproduce its pair.
+    """
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is there already: choose another --output_dir, or remove it first.")
+    try:
+        snapshot = Path(snapshot_download(repo_id, revision=revision))
+    except HFValidationError:
+        raise
+    except Exception as error:
+        found = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        raise OSError(
+            f"cannot pull {repo_id} at revision {revision or 'main'!r} from {constants.ENDPOINT} "
+            f"({type(error).__name__}: {found}). Is the name right? A private repository needs `hf auth login` or "
+            "HF_TOKEN."
+        ) from error
+    with atomic_folder(target) as folder:
+        shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".gitattributes"))
+        if not (folder / replay.FILE_NAME).is_file():
+            return None
+        return replay.replay(folder, folder / replay.FILE_NAME)
+
+
+def _failed(command: str, error: Exception) -> int:
+    print(f"hf-dpssl {command}: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
