@@ -49,8 +49,9 @@ class Stage:
     steps: int
     train_encoder: bool
     decoder: str = "first"
-    flops_per_image: float = 0.0  # of a training step; this and the next are known when it has run
+    flops_per_image: float = 0.0  # of a training step; this and what follows are known when it has run
     kept_decoder: dict[str, float] | None = None  # `BestDecoder.summary`
+    seconds: float | None = None  # `TrainingLoop.seconds`
 
 
 def stages_of(arm: str, budget: str, stage_1_steps: int, stage_2_steps: int, flops: dict[str, float]) -> list[Stage]:

@@ -14,7 +14,7 @@ from .checkpoint import atomic_file
 KINDS = ("encoder", "autoencoder", "dit", "token", "gan")
 
 
-def write_card(folder: Path, kind: str, *, title: str, license_of_data: str) -> None:
+def write_card(folder: Path, kind: str, *, title: str | None = None, license_of_data: str | None = None) -> None:
     """Write README.md into a finished checkpoint folder.
 
     Args:
@@ -26,6 +26,8 @@ def write_card(folder: Path, kind: str, *, title: str, license_of_data: str) -> 
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}.")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    title = title or f"{kind} of {results['dataset']}"
+    license_of_data = license_of_data or results.get("licence_of_data", "unknown")
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

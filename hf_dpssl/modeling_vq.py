@@ -279,11 +279,9 @@ class VQAutoencoder(PreTrainedModel):
         than float32 it is that of the weights as they were saved.
         """
         stored = self.config.encoder_sha256
-        hashes = stored if stored and self.dtype != torch.float32 else self.hash_encoder()
-        default = VQConfig()
-        settings = {name: getattr(self.config, name) for name in ("code_distance", "norm_num_groups", "backbone")}
-        changed = {name: json.dumps(v, sort_keys=True) for name, v in settings.items() if v != getattr(default, name)}
-        return combined_sha256(hashes | changed)
+        return latent_fingerprint(
+            self.config, stored if stored and self.dtype != torch.float32 else self.hash_encoder()
+        )
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """(latents - mean) / std with the config's statistics: about zero mean and unit variance."""
@@ -303,3 +301,11 @@ class VQAutoencoder(PreTrainedModel):
             )
         mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (self.config.latent_mean, self.config.latent_std))
         return mean, std
+
+
+def latent_fingerprint(config: VQConfig, hashes: dict[str, str]) -> str:
+    """`VQAutoencoder.fingerprint` of a config and the hashes of encoder, quant_conv and codebook."""
+    default = VQConfig()
+    settings = {name: getattr(config, name) for name in ("code_distance", "norm_num_groups", "backbone")}
+    changed = {name: json.dumps(v, sort_keys=True) for name, v in settings.items() if v != getattr(default, name)}
+    return combined_sha256(hashes | changed)

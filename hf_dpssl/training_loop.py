@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -163,6 +164,9 @@ class TrainingLoop:
         self.total_steps, self.make_loader = total_steps, make_loader
         self.step, self.epoch, self.batch = 0, 0, 0
         self.history: list[dict] = []
+        # Wall-clock up to the last checkpoint, all processes at once; None: continued from one that did not note it.
+        self.seconds: float | None = 0.0
+        self._clock = time.perf_counter()
         self.skipped = skipped
         self._pending: dict[str, float | torch.Tensor] = {}
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
@@ -199,7 +203,7 @@ class TrainingLoop:
         for name, value in self._kept.items():
             load_gathered_(value, state[name])
         self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
-        self.history = meta["history"]
+        self.history, self.seconds = meta["history"], meta.get("seconds")
         self.skipped.update(meta["skipped"])
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
         replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
@@ -224,6 +228,7 @@ class TrainingLoop:
         silent = {} if accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE decides
         bar = tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5, **silent)
         micro_step = self.step * args.gradient_accumulation_steps
+        self._clock = time.perf_counter()
         batches = iter(self.make_loader(start=(self.epoch, self.batch))) if self.step < self.total_steps else iter(())
         while self.step < self.total_steps:
             batch = next(batches)
@@ -317,6 +322,10 @@ class TrainingLoop:
             state = {name: gathered(value.state_dict()) for name, value in self._kept.items()}
         if main:
             self._check_weights(state)
+        now = time.perf_counter()
+        self.seconds = None if self.seconds is None else self.seconds + now - self._clock
+        self._clock = now
+        if main:
             meta = {
                 "step": self.step,
                 "epoch": self.epoch,
@@ -324,6 +333,7 @@ class TrainingLoop:
                 "num_processes": self.accelerator.num_processes,
                 "arguments": asdict(self.args),
                 "history": self.history,
+                "seconds": self.seconds,
                 "skipped": self.skipped,
             }
             self.checkpoints.save(self.step, state, meta)

@@ -1,5 +1,6 @@
-"""What the loop of all scripts refuses: losses and weights that are not finite, checkpoints of other settings."""
+"""What the loop of all scripts notes, and what it refuses: losses and weights that are not finite, other settings."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -72,6 +73,21 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path):
     assert [path.name for path in kept][-1] == "step-00000004"
     state = torch.load(kept[-1] / "state.pt", weights_only=True)["model"]
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_seconds_of_a_resumed_run_go_on_from_the_checkpoint_and_are_unknown_after_one_without_them(tmp_path):
+    train(arguments(tmp_path), 2, bad=-1)
+    checkpoint = tmp_path / "checkpoints/line/step-00000002/meta.json"
+    meta = json.loads(checkpoint.read_text())
+    assert 0 < meta["seconds"] < 60
+    checkpoint.write_text(json.dumps(meta | {"seconds": 1000.0}))
+    train(arguments(tmp_path, resume_from_checkpoint="latest"), 4, bad=-1)
+    later = json.loads((tmp_path / "checkpoints/line/step-00000004/meta.json").read_text())["seconds"]
+    assert 1000 < later < 1060
+    checkpoint = tmp_path / "checkpoints/line/step-00000004/meta.json"
+    checkpoint.write_text(json.dumps({k: v for k, v in meta.items() if k != "seconds"} | {"step": 4}))
+    train(arguments(tmp_path, resume_from_checkpoint="latest"), 6, bad=-1)
+    assert json.loads((tmp_path / "checkpoints/line/step-00000006/meta.json").read_text())["seconds"] is None
 
 
 def test_argument_that_came_after_a_checkpoint_counts_as_its_default(tmp_path):

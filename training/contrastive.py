@@ -28,6 +28,7 @@ from hf_dpssl.modeling_contrastive import STEMS, ContrastiveConfig, ContrastiveE
 from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.momentum import MOMENTUM_SCHEDULES, choose_queue_size, momentum_at
 from hf_dpssl.plots import plot_curves
+from hf_dpssl.provenance import provenance
 from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
@@ -286,8 +287,10 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         plot_curves(loop.history, folder / "curves.png", title=method_name(args))
         settings = {"k": args.knn_k, "metric": args.knn_metric}
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
+        started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}
+        about |= provenance(loop.accelerator, data, [loop.seconds], started)
         write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
-        write_card(folder, "encoder", title=f"{method_name(args)} on {data.name}", license_of_data=data.entry.licence)
+        write_card(folder, "encoder")
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))
     print(f"{target}: " + (scores or "no labels, not evaluated"))
 

@@ -38,6 +38,7 @@ from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_vq import VQAutoencoder
 from hf_dpssl.pipeline_vq_token import ARCHITECTURES, VQTokenPipeline, code_nats, make_language_model
 from hf_dpssl.plots import plot_curves, save_grid
+from hf_dpssl.provenance import provenance
 from hf_dpssl.recipe import option, parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
@@ -165,7 +166,8 @@ def main(argv: list[str] | None = None) -> Path:
         if args.extractor and held_out is not None:
             metrics |= judged(pipeline, args)
             samples["generated"] = args.num_generated
-        save(pipeline, args, data, metrics, samples, loop, target)
+        about = provenance(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
+        save(pipeline, args, data, metrics, loop, target, about | {"samples": samples})
     finish(accelerator, args, skipped)
     return target
 
@@ -273,11 +275,11 @@ def save(
     args: ARArguments,
     data: ImageData,
     metrics: dict[str, float],
-    samples: dict[str, int],
     loop: TrainingLoop,
     target: Path,
+    about: dict,
 ) -> None:
-    """Write the complete pipeline folder with sample grids."""
+    """Write the complete pipeline folder with sample grids; `about` goes into results.json."""
     metrics = metrics | {"nats_per_image_uniform": pipeline.num_tokens * math.log(pipeline.vae.config.num_codes)}
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
@@ -287,8 +289,8 @@ def save(
             guided = sample_grid(pipeline, args, args.guidance_scale)
             save_grid(guided, folder / "samples-guided.png", columns=args.samples_per_class, min_side=64)
         save_grid(sample_grid(pipeline, args, 1.0), folder / "samples.png", columns=args.samples_per_class, min_side=64)
-        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples)
-        write_card(folder, "token", title=f"Token model of {data.name}", license_of_data=data.entry.licence)
+        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
+        write_card(folder, "token")
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 

@@ -37,6 +37,7 @@ from hf_dpssl.modeling_contrastive import ContrastiveEncoder
 from hf_dpssl.modeling_vq import VQAutoencoder
 from hf_dpssl.pipeline_vq_dit import VQDiTPipeline
 from hf_dpssl.plots import plot_curves, save_grid
+from hf_dpssl.provenance import provenance
 from hf_dpssl.recipe import parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.sharding import copy_whole_
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> Path:
     copy_whole_(sampled.parameters(), ema.shadow_params)
     if accelerator.is_main_process:
         sampled.eval()
-        save(pipeline, args, data, len(latents), loop, monitor, target_folder)
+        save(pipeline, args, data, len(latents), loop, monitor, target_folder, autoencoder_folder)
     finish(accelerator, args, skipped)
     return target_folder
 
@@ -197,11 +198,14 @@ def save(
     loop: TrainingLoop,
     monitor: GenerationMonitor | None,
     target: Path,
+    autoencoder_folder: str | Path,
 ) -> None:
     """Write the complete pipeline folder with sample grids."""
-    metrics, about = {}, {}
+    ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
+    metrics, about = {}, provenance(loop.accelerator, data, [loop.seconds], ancestors)
     if monitor and monitor.metrics:
-        metrics, about = monitor.metrics, {"best": {"step": monitor.best_step, monitor.metric: monitor.best}}
+        metrics = monitor.metrics
+        about["best"] = {"step": monitor.best_step, monitor.metric: monitor.best}
         about["validations"] = [entry for entry in loop.history if entry.keys() >= metrics.keys()]
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
@@ -214,7 +218,7 @@ def save(
         save_grid(sample_grid(pipeline, args, 1.0), folder / "samples-unguided.png", columns=columns, min_side=64)
         samples = {"train": num_latents}
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        write_card(folder, "dit", title=f"Latent DiT of {data.name}", license_of_data=data.entry.licence)
+        write_card(folder, "dit")
     print(f"{target}: pipeline and sample grids written")
 
 

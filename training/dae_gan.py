@@ -40,6 +40,7 @@ from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
 from hf_dpssl.plots import plot_curves, save_grid
+from hf_dpssl.provenance import provenance
 from hf_dpssl.recipe import parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
@@ -85,20 +86,22 @@ def main(argv: list[str] | None = None) -> Path:
     model.to(accelerator.device)
 
     # Stages
-    history = []
+    history, seconds = [], {}
     if args.latent == "dae":
-        history = train(model, "stage-1", args.stage_1_steps, args, accelerator, source, bank)
+        history, seconds["stage-1"] = train(model, "stage-1", args.stage_1_steps, args, accelerator, source, bank)
         model.encoder.eval().requires_grad_(False)
         model.config.dropout = 0.0
         torch.manual_seed(derive_seed(args.seed, "generator of stage 2"))
         model.generator = Generator(model.config).to(accelerator.device)
-    entries = train(model, "generator", args.max_train_steps, args, accelerator, source, bank)
+    entries, seconds["generator"] = train(model, "generator", args.max_train_steps, args, accelerator, source, bank)
     history += [entry | {"step": entry["step"] + (history[-1]["step"] if history else 0)} for entry in entries]
 
     # Save
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
-        save(model.eval(), args, source, bank, history, target)
+        ancestors = {"encoder of the latents": args.encoder if bank else None}
+        about = provenance(accelerator, data, seconds.values(), ancestors)
+        save(model.eval(), args, source, bank, history, target, about)
     finish(accelerator, args, source.skipped)
     return target
 
@@ -106,8 +109,8 @@ def main(argv: list[str] | None = None) -> Path:
 def train(
     model: VAEGAN, stage: str, steps: int, args: GANArguments, accelerator: Accelerator, source: ImageSource,
     bank: FeatureBank | None,
-) -> list[dict]:  # fmt: skip
-    """Train one stage (or find it finished in a checkpoint); its generator is then the averaged one."""
+) -> tuple[list[dict], float | None]:  # fmt: skip
+    """Train one stage (or find it finished in a checkpoint); its log and seconds; the generator is the averaged one."""
     flip = PRESETS[source.data.entry.augmentation].flip
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(parameters, steps, args)
@@ -140,7 +143,7 @@ def train(
     ema.copy_to(model.generator.parameters())
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    return [entry | {"stage": stage} for entry in loop.history]
+    return [entry | {"stage": stage} for entry in loop.history], loop.seconds
 
 
 def images_of(
@@ -194,9 +197,10 @@ def make_adversary(
 
 
 def save(
-    model: VAEGAN, args: GANArguments, source: ImageSource, bank: FeatureBank | None, history: list[dict], target: Path
-) -> None:
-    """Fit densities, generate, judge, and write the complete checkpoint folder."""
+    model: VAEGAN, args: GANArguments, source: ImageSource, bank: FeatureBank | None, history: list[dict],
+    target: Path, made: dict,
+) -> None:  # fmt: skip
+    """Fit densities, generate, judge, and write the complete checkpoint folder; `made` goes into results.json."""
     data, training, held_out = source.data, source.training_table(), source.evaluation_table()
     fit_density_(model.density, model, args, bank, training, held_out)
     generated = model.generate(args.num_generated, torch.Generator().manual_seed(args.seed)).float().cpu()
@@ -216,13 +220,14 @@ def save(
     about = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": metrics}
     model.config.dpssl = about | ({"encoder": bank.encoder} if bank else {})
     about = {"latent": args.latent, "sampled_from": args.density, "densities": densities, "quality": fingerprints}
+    about |= made
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(history, folder / "curves.png", title=f"GAN, latent: {args.latent}")
         save_grid(generated[:100], folder / "samples.png", columns=10, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        write_card(folder, "gan", title=f"GAN ({args.latent}) of {data.name}", license_of_data=data.entry.licence)
+        write_card(folder, "gan")
     print(f"{target}: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 

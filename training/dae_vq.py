@@ -49,6 +49,7 @@ from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminat
 from hf_dpssl.modeling_vq import VQAutoencoder, VQAutoencoderOutput
 from hf_dpssl.perceptual import load_perceptual
 from hf_dpssl.plots import plot_curves, save_grid
+from hf_dpssl.provenance import provenance
 from hf_dpssl.recipe import parse, save_recipe
 from hf_dpssl.results import write_results
 from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
-        save(model.eval(), args, source, stages, history, target)
+        save(model.eval(), args, source, stages, history, target, accelerator)
     finish(accelerator, args, source.skipped)
     return target
 
@@ -214,6 +215,7 @@ def train_stage(
             if validation and ((loop.step + 1) % args.validation_steps == 0 or loop.step + 1 == stage.steps):
                 validate(model, validation, loop, adversary, best)
 
+    stage.seconds = loop.seconds
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     if best:
         best.restore(model)
@@ -279,8 +281,9 @@ def validate(
 
 
 def save(
-    model: VQAutoencoder, args: VQArguments, source: ImageSource, stages: list[Stage], history: list[dict], target: Path
-) -> None:
+    model: VQAutoencoder, args: VQArguments, source: ImageSource, stages: list[Stage], history: list[dict],
+    target: Path, accelerator: Accelerator,
+) -> None:  # fmt: skip
     """Measure, evaluate, and write the complete checkpoint folder."""
     data, training_table = source.data, source.training_table()
     held_out = source.evaluation_table() or training_table
@@ -293,6 +296,9 @@ def save(
     model.config.dpssl |= about | {"dataset": data.name, "licence_of_data": data.entry.licence}
     about = {"quantizer": model.config.quantizer, "codes": model.config.num_codes}
     about |= args.summary(stages, processes=source.process[1]) | curve_summary(history, stages)
+    others = {"encoder and codebook": args.init_from}
+    others |= {"perceptual loss": None if args.perceptual == "lpips" else args.perceptual}
+    about |= provenance(accelerator, data, [stage.seconds for stage in stages], others)
     samples = {"train": len(training_table), "latent_statistics": len(train_rows), "evaluation": len(held_out_rows)}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
@@ -300,8 +306,7 @@ def save(
         plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.label}")
         save_grid(pictures, folder / "reconstructions.png", columns=8, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        title = f"Autoencoder ({model.config.quantizer}, {args.label}) of {data.name}"
-        write_card(folder, "autoencoder", title=title, license_of_data=data.entry.licence)
+        write_card(folder, "autoencoder")
     say_plateau(about["plateau"])
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
