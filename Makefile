@@ -9,7 +9,7 @@ ifneq ($(wildcard ../shared/data),)
 export DPSSL_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: demo test test-slow test-lowest check bench clean
+.PHONY: demo test test-slow test-lowest test-browser check bench clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -32,6 +32,11 @@ test: $(PEERS)
 
 test-slow: $(PEERS)
 	$(BIN)/python -m pytest -q -m slow
+
+# The Spaces in a real Chromium: CHROMIUM_PATH, or one on PATH (apt-get install -y chromium); skipped without.
+test-browser: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[dev,browser]'
+	$(BIN)/python -m pytest -q -m browser tests/browser
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

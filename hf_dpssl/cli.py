@@ -56,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     puller = commands.add_parser("pull", help="download a repository of the Hub into a folder", add_help=False)
     puller.set_defaults(run=_pull)
 
+    page = commands.add_parser("space", help="a page in the browser to try models on", add_help=False)
+    page.set_defaults(run=_space)
+
     environment = commands.add_parser("env", help="machine and library versions, for a bug report")
     environment.add_argument("--json", action="store_true", help="as JSON")
     environment.set_defaults(run=_print_environment)
@@ -112,6 +115,12 @@ def _pull(known: argparse.Namespace, rest: list[str]) -> int:
     from .hub_commands import pull_command
 
     return pull_command(rest)
+
+
+def _space(known: argparse.Namespace, rest: list[str]) -> int:
+    from .space_command import space
+
+    return space(rest)
 
 
 def _shipped(pattern: str) -> dict[str, Path]:

@@ -24,6 +24,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from .modeling_vq import VQAutoencoder
 from .pipeline_classes import ClassConditionalPipeline
@@ -233,6 +234,8 @@ class VQTokenPipeline(ClassConditionalPipeline):
         output_type: str = "pil",
         num_images: int | None = None,
         return_dict: bool = True,
+        *,
+        streamer: BaseStreamer | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -247,6 +250,8 @@ class VQTokenPipeline(ClassConditionalPipeline):
             output_type: "pil", "np" (N, H, W, C) in [0, 1], "pt" (N, C, H, W) in [0, 1], or "codes" (N, h, w) int64.
             num_images: number of images without class; 1 by default.
             return_dict: False gives a tuple.
+            streamer: of transformers; `put` gets the first tokens, then each next code of all images (with guidance of
+                all twice), as they are drawn.
 
         Returns:
             ImagePipelineOutput with `images`.
@@ -270,6 +275,7 @@ class VQTokenPipeline(ClassConditionalPipeline):
             max_new_tokens=self.num_tokens,
             do_sample=False,
             use_cache=True,
+            streamer=streamer,
         )
         codes = tokens[: len(first), 1:].unflatten(1, (side, side))  # (N, h, w)
         if output_type == "codes":
