@@ -33,7 +33,7 @@ def provenance(
     seconds: Iterable[float | None],
     ancestors: Mapping[str, str | os.PathLike | None],
 ) -> dict:
-    """For `write_results`: {"licence_of_data", "training", "lineage"}.
+    """For `write_results`: {"licence_of_data", "hub_datasets", "training", "lineage"}.
 
     Args:
         accelerator: of the run.
@@ -49,7 +49,10 @@ def provenance(
         "precision": accelerator.mixed_precision,
     }
     lineage = [{"part": part, **describe(source)} for part, source in ancestors.items() if source is not None]
-    return {"licence_of_data": data.entry.licence, "training": training, "lineage": lineage}
+    of_union = "+" in data.name  # whose entry is that of its first part
+    hub_ids = [data.entry.hub_id] if data.entry.hub_id and not of_union else []
+    about = {"licence_of_data": data.entry.licence, "hub_datasets": hub_ids}
+    return about | {"training": training, "lineage": lineage}
 
 
 def describe(source: str | os.PathLike) -> dict:

@@ -23,13 +23,13 @@ LEVELS = [
     + "pipeline_vq_token evaluation plots embedder embeddings_table alignment".split()
     + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual".split()
     + "feature_extractors uploads page_pictures live_map demo_outputs sample_stream".split(),
-    "recipe provenance results evaluate_encoder local_processes embedding_job card_merge model_card".split()
+    "recipe provenance results evaluate_encoder local_processes embedding_job card_merge".split()
+    + "replay checkpoint_facts card_data model_card".split()
     + "training_loop latent_run".split()
     + "dit_arguments generation_monitor autoencoder_training adversarial_training autoencoder_arguments".split()
     + "gan_training importers embedding_commands sample_folder bulk_sampling sampling_command".split()
     + "space_page space_command".split()
-    + "space_page space_command".split()
-    + "autoencoder_measures report_page report replay checkpoint_files hub hub_commands cli".split(),
+    + "autoencoder_measures report_page report checkpoint_files hub hub_commands cli".split(),
 ]
 
 

@@ -290,7 +290,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}
         about |= provenance(loop.accelerator, data, [loop.seconds], started)
         write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
-        write_card(folder, "encoder")
+        write_card(folder)
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))
     print(f"{target}: " + (scores or "no labels, not evaluated"))
 

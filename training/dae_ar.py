@@ -290,7 +290,7 @@ def save(
             save_grid(guided, folder / "samples-guided.png", columns=args.samples_per_class, min_side=64)
         save_grid(sample_grid(pipeline, args, 1.0), folder / "samples.png", columns=args.samples_per_class, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
-        write_card(folder, "token")
+        write_card(folder)
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 

@@ -218,7 +218,7 @@ def save(
         save_grid(sample_grid(pipeline, args, 1.0), folder / "samples-unguided.png", columns=columns, min_side=64)
         samples = {"train": num_latents}
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        write_card(folder, "dit")
+        write_card(folder)
     print(f"{target}: pipeline and sample grids written")
 
 

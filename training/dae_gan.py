@@ -227,7 +227,7 @@ def save(
         plot_curves(history, folder / "curves.png", title=f"GAN, latent: {args.latent}")
         save_grid(generated[:100], folder / "samples.png", columns=10, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        write_card(folder, "gan")
+        write_card(folder)
     print(f"{target}: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 

@@ -306,7 +306,7 @@ def save(
         plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.label}")
         save_grid(pictures, folder / "reconstructions.png", columns=8, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        write_card(folder, "autoencoder")
+        write_card(folder)
     say_plateau(about["plateau"])
     print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
