@@ -1,9 +1,14 @@
-"""Where the Spaces take their models from: a Hub id in an environment variable, or the folder that the demo wrote."""
+"""Where the Spaces take their models from, a Hub id in an environment variable or the demo's folder; and examples."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
 
 MODELS = {  # name -> environment variable, folder within the demo's outputs
     "encoder": ("DPSSL_ENCODER", "encoder"),
@@ -49,3 +54,13 @@ def source_arguments(source: str) -> dict[str, str]:
         return {"pretrained_model_name_or_path": source}
     name, _, revision = source.partition("@")
     return {"pretrained_model_name_or_path": name, "revision": revision}
+
+
+def example_pictures(count: int) -> list[str]:
+    """Paths of the first `count` handwritten digits of scikit-learn as PNG, in a temporary folder."""
+    folder = Path(tempfile.mkdtemp(prefix="digits-"))
+    paths = []
+    for i, image in enumerate(load_digits().images[:count]):
+        paths.append(str(folder / f"digit-{i}.png"))
+        Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(paths[-1])
+    return paths

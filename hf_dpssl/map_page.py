@@ -35,6 +35,7 @@ def write_map_page(
     class_names: list[str],
     held_out: list[bool],
     title: str,
+    marked: int | None = None,
 ) -> None:
     """Write the page.
 
@@ -47,6 +48,7 @@ def write_map_page(
         class_names: of the classes 0, 1, ...
         held_out: N flags.
         title: of the page.
+        marked: point that has a ring around it.
 
     Raises:
         ValueError: no points, a point that is not finite, or parts of different lengths.
@@ -66,6 +68,7 @@ def write_map_page(
         "heldOut": [int(flag) for flag in held_out],
         "side": side,
         "columns": columns,
+        "marked": -1 if marked is None else marked,
     }
     # "<" could end the script element, and may come from a file name.
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
@@ -195,12 +198,13 @@ function draw() {
     pen.fill();
   }
   pen.globalAlpha = 1;
-  if (hovered >= 0) {
-    const [x, y] = place(hovered);
+  for (const i of [data.marked, hovered]) {
+    if (i < 0) continue;
+    const [x, y] = place(i);
     pen.strokeStyle = getComputedStyle(document.body).color;
-    pen.lineWidth = 2;
+    pen.lineWidth = i === data.marked ? 3 : 2;
     pen.beginPath();
-    pen.arc(x, y, size + 3, 0, 2 * Math.PI);
+    pen.arc(x, y, size + (i === data.marked ? 6 : 3), 0, 2 * Math.PI);
     pen.stroke();
   }
 }

@@ -105,3 +105,11 @@ def picture_grid(
             image = f'<a href="{address}" download="{name}" title="save {name}">{image}</a>'
         figures.append(f'<figure style="width:{side}px">{image}<figcaption>{text}</figcaption></figure>')
     return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def progress_bar(done: int, total: int, name: str) -> str:
+    """A bar that screen readers read as `done` of `total`; its look is in the page's style sheet."""
+    return (
+        f'<div class="progress" role="progressbar" aria-label="{html.escape(name)}" aria-valuemin="0" '
+        f'aria-valuemax="{total}" aria-valuenow="{done}"><div style="width:{100 * done / total:.0f}%"></div></div>'
+    )

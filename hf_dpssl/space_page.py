@@ -16,6 +16,7 @@ os.environ.setdefault("GRADIO_EXAMPLES_CACHE", tempfile.mkdtemp(prefix="examples
 import gradio as gr  # noqa: E402
 
 MAX_FILE_SIZE = 5 * 2**20  # bytes of an upload
+CACHE = (3600, 6 * 3600)  # seconds between two clean-ups of uploads and results, and how long they are kept
 QUEUE_SIZE = 200  # requests that wait; more are told so
 _FONTS = ["system-ui", "sans-serif"]  # of the reader's system: nothing is fetched from elsewhere
 _CSS = """
@@ -23,10 +24,14 @@ _CSS = """
 .gradio-container main { width: 100%; }
 .pictures { display: flex; flex-wrap: wrap; gap: 10px; }
 .pictures figure { margin: 0; }
-.pictures img { display: block; width: 100%; image-rendering: pixelated; border-radius: 4px; }
+.pictures img { display: block; width: 100%; margin: 0 !important; image-rendering: pixelated; border-radius: 4px; }
+.upload img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+.progress { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
+.progress div { height: 100%; background: var(--color-accent); }
+.pictures a { display: block; line-height: 0; }
 .pictures a:focus-visible img { outline: 3px solid var(--color-accent); }
-.pictures figcaption { font-size: 13px; line-height: 1.3; margin-top: 3px; color: var(--body-text-color-subdued);
-  overflow-wrap: anywhere; }
+.pictures figcaption { font-size: 13px; line-height: 1.3; margin: 3px 0 0 !important;
+  color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
 footer .divider { display: none; }
 .heading p { color: var(--body-text-color-subdued); max-width: 75ch; }
 """
@@ -79,6 +84,23 @@ def readable_errors(function: Callable) -> Callable:
             raise gr.Error(str(error), print_exception=False) from error
 
     return generate if inspect.isgeneratorfunction(function) else call
+
+
+def picture_upload(value: str, label: str, alternative: str) -> gr.Image:
+    """A place for a picture that hands on the path of its file, unread: gradio's own would open it first.
+
+    Args:
+        value: path of the picture that is there at first.
+        label: above it.
+        alternative: for screen readers.
+    """
+    image = gr.Image(
+        value, label=label, alt_text=alternative, type="filepath", image_mode=None, sources=["upload", "clipboard"],
+        height=200, buttons=[], elem_classes="upload",
+    )  # fmt: skip
+    # Of this one component, not of a subclass, for which gradio would write a file beside this one.
+    image.preprocess = lambda payload: None if payload is None else payload.path
+    return image
 
 
 def on_gpu(function: Callable, seconds: int = 60) -> Callable:

@@ -22,7 +22,8 @@ LEVELS = [
     + "pipeline_vq_dit dit_sizes diffusion diffusion_losses latent_cache".split()
     + "pipeline_vq_token evaluation plots embedder embeddings_table alignment".split()
     + "map_page pickled_tensors foreign_layouts taming_layout autoencoder_importers perceptual".split()
-    + "feature_extractors uploads page_pictures live_map demo_outputs sample_stream".split(),
+    + "feature_extractors uploads page_pictures live_map demo_outputs sample_stream latent_views".split()
+    + ["neighbour_views"],
     "recipe provenance results evaluate_encoder local_processes embedding_job card_merge".split()
     + "replay checkpoint_facts card_data model_card".split()
     + "training_loop latent_run".split()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from hf_dpssl import matching
 from hf_dpssl.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, class_gap, map_data
 from hf_dpssl.page_pictures import curves_svg, map_svg
-from hf_dpssl.space_page import gr, main, readable_errors
+from hf_dpssl.space_page import CACHE, gr, main, readable_errors
 
 POINTS = 256
 STEPS = 4  # of both maps, in an update
@@ -115,7 +115,7 @@ def show_what_counts(similarities: str, kernel: str, divergence: str) -> tuple:
 def build() -> gr.Blocks:
     """The page."""
     first = Session("digits", 0).draw(MapSettings())
-    with gr.Blocks(title="Matching lab", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="Matching lab", analytics_enabled=False, fill_width=True, delete_cache=CACHE) as page:
         gr.Markdown(INTRODUCTION, elem_classes="heading")
         session, timer = gr.State(None, time_to_live=3600), gr.Timer(SECONDS, active=False)
         with gr.Row():

@@ -1,0 +1,176 @@
+"""Image generator: pictures of a class by a latent DiT or a token transformer, seen while they are made.
+
+hf-dpssl space image_generator      # on the demo's models, or: DPSSL_DIT=org/name python app.py
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from hf_dpssl import VQDiTPipeline, VQTokenPipeline
+from hf_dpssl.demo_outputs import find_models, source_arguments
+from hf_dpssl.embedder import best_device
+from hf_dpssl.page_pictures import picture_grid, progress_bar
+from hf_dpssl.sample_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SampleRequest, snippet, stream
+from hf_dpssl.space_page import CACHE, gr, main, on_gpu, readable_errors
+
+KINDS = {"dit": VQDiTPipeline, "token transformer": VQTokenPipeline}
+TITLES = {"dit": "diffusion transformer (DiT)", "token transformer": "token transformer"}
+EVERY, NONE = "each class in turn", "no class"
+FRAME_SECONDS = 0.08  # at least so long between two pictures of a run
+INTRODUCTION = """# Image generator
+
+A **diffusion transformer** starts from noise and clears all of a picture's latents step by step; a **token
+transformer** writes its codes one after the other. Both work in the latents of the same autoencoder. Choose a class
+and watch.
+"""
+
+
+class Models:
+    """The pipelines that were found, by name; loaded once."""
+
+    def __init__(self):
+        self.sources = find_models(*KINDS)
+        self.pipelines = {
+            name: KINDS[name].from_pretrained(**source_arguments(source)).to(best_device())
+            for name, source in self.sources.items()
+        }
+
+    def class_choices(self, name: str) -> list[str]:
+        """What can be asked of a model."""
+        names = self.pipelines[name].class_names
+        return [*names, EVERY, NONE] if names else [NONE]
+
+
+def read_request(models: Models, name: str, label: str, number, seed, guidance, steps, temperature, top_k):
+    """The controls as a SampleRequest; ValueError for a value that cannot be."""
+    if seed is None or number is None:
+        raise ValueError("Give a number of pictures and a seed.")
+    names, count = models.pipelines[name].class_names, int(number)
+    labels: tuple[str, ...] = ()
+    if label == EVERY and names:
+        labels = tuple(names[i % len(names)] for i in range(min(count, MAX_IMAGES + 1)))
+    elif label in names:
+        labels = (label,) * min(count, MAX_IMAGES + 1)
+    elif label != NONE:
+        raise ValueError(f"This model has no class {label!r}: choose one of the list.")
+    return SampleRequest(labels, count, int(seed), float(guidance), int(steps), float(temperature), int(top_k))
+
+
+def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
+    """(pictures as HTML, state of the run as HTML, file, snippet) as the run goes on."""
+    request = read_request(models, name, *controls)
+    code = snippet(KINDS[name], models.sources[name], request)
+    wanted = request.labels or (NONE,) * request.number
+    captions = [f"{label}, seed {request.seed + i}" for i, label in enumerate(wanted)]
+    unit = "step" if name == "dit" else "code"
+    start, shown = time.monotonic(), 0.0
+    for done, total, pictures in stream(models.pipelines[name], request):
+        now, finished = time.monotonic(), done > total
+        if not finished and now - shown < FRAME_SECONDS:
+            continue
+        shown = now
+        side = 90 if request.number > 4 else 160
+        state = f"{len(pictures)} pictures in {now - start:.1f} s" if finished else f"{unit} {done} of {total}"
+        bar = progress_bar(min(done, total), total, f"{unit}s done")
+        grid = picture_grid(pictures, captions, side=side, download="picture" if finished else None)
+        state = f'<p role="status">{state}</p>{bar}'
+        if not finished:
+            yield grid, state, gr.skip(), code
+            continue
+        with tempfile.TemporaryDirectory() as folder:  # gradio copies the file before it asks for more
+            yield grid, state, gr.DownloadButton(value=save(pictures, request, Path(folder)), interactive=True), code
+
+
+def save(pictures: list, request: SampleRequest, folder: Path) -> str:
+    """A zip of the pictures as PNG in the folder; returns its path."""
+    path = folder / "pictures.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, picture in enumerate(pictures):
+            label = re.sub(r"\W+", "_", request.labels[i]) if request.labels else "no_class"
+            with archive.open(f"{label}-{request.seed + i}.png", "w") as file:
+                picture.save(file, "PNG")
+    return str(path)
+
+
+def fit_controls(models: Models, name: str, label: str) -> tuple:
+    """Classes of the model, and only the sliders that it reads."""
+    choices = models.class_choices(name)
+    return (
+        gr.Dropdown(choices=choices, value=label if label in choices else choices[0]),
+        gr.Slider(visible=name == "dit"),
+        gr.Slider(visible=name != "dit"),
+        gr.Slider(visible=name != "dit"),
+    )
+
+
+def build(models: Models | None = None) -> gr.Blocks:
+    """The page."""
+    models = models or Models()
+    first = next(iter(models.pipelines))
+    choices = models.class_choices(first)
+    with gr.Blocks(title="Image generator", analytics_enabled=False, fill_width=True, delete_cache=CACHE) as page:
+        gr.Markdown(INTRODUCTION, elem_classes="heading")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                names = [(TITLES[name], name) for name in models.pipelines]
+                model = gr.Radio(names, value=first, label="model", visible=len(names) > 1)
+                label = gr.Dropdown(choices, value=EVERY if EVERY in choices else choices[0], label="class")
+                number = gr.Slider(1, MAX_IMAGES, 10, step=1, label="pictures")
+                seed = gr.Number(0, label="seed of the first", precision=0, minimum=0, maximum=2**32 - 1)
+                guidance = gr.Slider(1, MAX_GUIDANCE, 2, step=0.1, label="guidance", info="1: none; more: clearer")
+                steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="steps", visible=first == "dit")
+                temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature", visible=first != "dit")
+                top_k = gr.Slider(0, 200, 0, step=1, label="top k", info="0: all codes", visible=first != "dit")
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", min_width=120)
+                    stop = gr.Button("Stop", min_width=120)
+            with gr.Column(scale=2, min_width=320, elem_classes="results"):
+                state = gr.HTML("<p>Press <b>Draw</b>.</p>", js_on_load=None, elem_classes="state")
+                grid = gr.HTML(js_on_load=None, min_height=180)
+                file = gr.DownloadButton("Download all as zip", interactive=False)
+                code = gr.Code(language="python", label="Python that draws the same", wrap_lines=True, lines=8)
+        controls = [model, label, number, seed, guidance, steps, temperature, top_k]
+        named = [f"four of class {choices[min(i, len(choices) - 1)]}" for i in range(3)]
+        examples = [[first, choices[min(i, len(choices) - 1)], 4, i, 2, 25, 1, 0] for i in range(3)]
+
+        @readable_errors
+        @on_gpu
+        def call(*values):
+            yield from draw(models, *values)
+
+        def call_example(*values):
+            for drawn, said, _, written in call(*values):  # gradio keeps no file of an example
+                yield drawn, said, written
+
+        running = gr.on(
+            [go.click, seed.submit], call, controls, [grid, state, file, code],
+            api_name="draw", concurrency_limit=1, concurrency_id="models", show_progress="hidden",
+        )  # fmt: skip
+        go.click(None, js=SHOW_RESULTS)
+        stop.click(None, cancels=[running])
+        model.input(
+            partial(fit_controls, models), [model, label], [label, steps, temperature, top_k],
+            api_visibility="private", show_progress="hidden",
+        )  # fmt: skip
+        gr.Examples(
+            examples, controls, [grid, state, code], call_example, cache_examples=True, cache_mode="lazy",
+            example_labels=named, label="Examples (kept after their first use)",
+        )  # fmt: skip
+    return page
+
+
+# On a narrow screen the results are below the controls.
+SHOW_RESULTS = "() => document.querySelector('.results').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+CSS = """
+.state p { margin: 0 0 4px; font-variant-numeric: tabular-nums; }
+"""
+
+if __name__ == "__main__":
+    main(build, CSS)
