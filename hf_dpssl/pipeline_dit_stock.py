@@ -61,10 +61,11 @@ def reasons_against(pipeline: DiffusionPipeline) -> list[str]:
     scheduler.set_timesteps(10)
     if abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6:
         reasons.append(f"{name} starts from noise of another scale than 1, which DiTPipeline does not apply")
-    return reasons + _reasons_of_autoencoder(pipeline.vae)
+    return reasons + reasons_against_autoencoder(pipeline.vae)
 
 
-def _reasons_of_autoencoder(vae: latent_codec.Autoencoder) -> list[str]:
+def reasons_against_autoencoder(vae: latent_codec.Autoencoder) -> list[str]:
+    """Why VQModel and AutoencoderKL cannot express an autoencoder; empty when one of them can."""
     if not isinstance(vae, VQAutoencoder):
         shifted = getattr(vae.config, "shift_factor", None)
         return [f"DiTPipeline ignores the autoencoder's shift_factor {shifted}"] if shifted else []

@@ -84,7 +84,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
         config, classes = transformer.config, transformer.config.num_embeds_ada_norm
         if id2label is None and classes > 1:
             id2label = {class_id: f"class {class_id}" for class_id in range(classes)}
-        if id2label and len(id2label) != classes:
+        exported = classes == pipeline_dit_stock.STOCK_CLASSES  # its rows beyond the names are copies of the null row
+        if id2label and len(id2label) != classes and not (exported and len(id2label) < classes):
             raise ValueError(f"the transformer has {classes} classes, but id2label names {len(id2label)}.")
         theirs = (latent_codec.latent_channels(vae), getattr(vae.config, "latent_size", config.sample_size))
         if theirs != (config.in_channels, config.sample_size):

@@ -176,6 +176,20 @@ def test_null_class_of_an_exported_transformer_is_row_1000(tmp_path):
             assert torch.equal(found, tensor)
 
 
+@pytest.mark.parametrize("quantizer", ["vq", "kl"])
+def test_our_pipeline_loads_its_own_export_and_draws_the_same_images(tmp_path, quantizer):
+    pipeline = make_exportable(quantizer)
+    pipeline.export_stock(tmp_path / "stock")
+    again = VQDiTPipeline.from_pretrained(tmp_path / "stock")
+    assert again.class_names == pipeline.class_names and again.null_class == 1000
+    with pytest.raises(ValueError, match=r"class ids lie in \[0, 2\], got 3"):
+        again.class_ids(3)
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "pt"}
+    expected, found = (ours_images(p, ["dog", 0], generator=generator(), **options) for p in (pipeline, again))
+    assert expected.std() > 0.02
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def test_exported_autoencoder_has_shifted_latents_and_the_same_reconstruction():
     vae = make_exportable().vae
     stock, pictures = stock_autoencoder(vae), torch.rand(2, 3, 16, 16, generator=generator()) * 2 - 1
