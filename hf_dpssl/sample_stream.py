@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +86,11 @@ def snippet(kind: type, source: str, request: SampleRequest) -> str:
 
 
 def stream(
-    pipeline: VQDiTPipeline | VQTokenPipeline, request: SampleRequest
+    pipeline: VQDiTPipeline | VQTokenPipeline, request: SampleRequest, *, frame_seconds: float = 0.0
 ) -> Iterator[tuple[int, int, list[Image.Image]]]:
     """(steps done, steps in all, pictures so far) after each step; last, with done = all + 1, the finished pictures.
 
+    Steps that end less than `frame_seconds` after the last one shown are left out, and not decoded.
     One after the other on a pipeline: its callback belongs to one run. Closing the iterator stops the run.
     """
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.number)]
@@ -95,16 +98,26 @@ def stream(
     labels = list(request.labels) or None
     total = request.steps if isinstance(pipeline, VQDiTPipeline) else pipeline.num_tokens
 
+    shown = [-math.inf]
+
+    def is_due() -> bool:
+        due = time.monotonic() - shown[0] >= frame_seconds
+        shown[0] = time.monotonic() if due else shown[0]
+        return due
+
     def run(emit: Callable) -> None:
         if isinstance(pipeline, VQDiTPipeline):
 
             def show(pipe, step, timestep, tensors):
-                emit((step + 1, total, to_pictures(latent_codec.decode(pipe.vae, tensors["latents"]))))
+                if is_due():
+                    emit((step + 1, total, to_pictures(latent_codec.decode(pipe.vae, tensors["latents"]))))
                 return {}
 
             images = pipeline(labels, callback_on_step_end=show, **options).images
         else:
-            images = pipeline(labels, streamer=_PartsOfPictures(pipeline, request.number, emit), **options).images
+            images = pipeline(
+                labels, streamer=_PartsOfPictures(pipeline, request.number, is_due, emit), **options
+            ).images
         emit((total + 1, total, images))
 
     pipeline.set_progress_bar_config(disable=True)
@@ -114,8 +127,8 @@ def stream(
 class _PartsOfPictures(BaseStreamer):
     """Decodes the codes drawn so far; cells to come are grey."""
 
-    def __init__(self, pipeline: VQTokenPipeline, number: int, emit: Callable):
-        self.pipeline, self.number, self.emit = pipeline, number, emit
+    def __init__(self, pipeline: VQTokenPipeline, number: int, is_due: Callable, emit: Callable):
+        self.pipeline, self.number, self.is_due, self.emit = pipeline, number, is_due, emit
         self.codes: list[Tensor] = []
 
     def put(self, value: Tensor) -> None:
@@ -123,7 +136,7 @@ class _PartsOfPictures(BaseStreamer):
             return
         self.codes.append(value[: self.number])
         vae, total, done = self.pipeline.vae, self.pipeline.num_tokens, len(self.codes)
-        if done > total:
+        if done > total or not self.is_due():
             return
         codes = torch.stack(self.codes, dim=1)  # (N, drawn)
         codes = torch.cat([codes, codes[:, -1:].expand(-1, total - done)], dim=1)

@@ -40,6 +40,12 @@ def test_last_pictures_are_those_of_the_pipeline_and_each_step_shows_some(pipeli
     assert np.array_equal(arrays(parts[-2][2]), arrays(expected))  # the last step is the picture
 
 
+def test_pictures_between_two_frames_are_left_out_and_not_decoded(pipeline):
+    parts = list(stream(pipeline, REQUEST, frame_seconds=60))
+    assert [done for done, *_ in parts] == [1, parts[0][1] + 1]
+    assert np.array_equal(arrays(parts[-1][2]), arrays(list(stream(pipeline, REQUEST))[-1][2]))
+
+
 def test_codes_to_come_are_grey_and_those_drawn_are_final():
     tokens = make_tokens()
     parts = list(stream(tokens, SampleRequest(("horse",), 1, guidance=1.0)))

@@ -70,14 +70,13 @@ def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
     wanted = request.labels or (NONE,) * request.number
     captions = [f"{label}, seed {request.seed + i}" for i, label in enumerate(wanted)]
     unit = "step" if name == "dit" else "code"
-    start, shown = time.monotonic(), 0.0
-    for done, total, pictures in stream(models.pipelines[name], request):
-        now, finished = time.monotonic(), done > total
-        if not finished and now - shown < FRAME_SECONDS:
-            continue
-        shown = now
+    start = time.monotonic()
+    for done, total, pictures in stream(models.pipelines[name], request, frame_seconds=FRAME_SECONDS):
+        finished = done > total
         side = 90 if request.number > 4 else 160
-        state = f"{len(pictures)} pictures in {now - start:.1f} s" if finished else f"{unit} {done} of {total}"
+        state = (
+            f"{len(pictures)} pictures in {time.monotonic() - start:.1f} s" if finished else f"{unit} {done} of {total}"
+        )
         bar = progress_bar(min(done, total), total, f"{unit}s done")
         grid = picture_grid(pictures, captions, side=side, download="picture" if finished else None)
         state = f'<p role="status">{state}</p>{bar}'
