@@ -115,6 +115,21 @@ def launch(fork_server, tmp_path):
 
 
 @pytest.fixture
+def hub(monkeypatch):
+    """A local Hub that is this process's Hub, by Git LFS, with the token of somebody who may write."""
+    from hub_server_write import TOKEN, WritableHub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with WritableHub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # made of ENDPOINT on import
+        yield server
+
+
+@pytest.fixture
 def data_folder() -> Path:
     """The folder of real local data sets; the test is skipped where DPSSL_DATA is not set."""
     folder = os.environ.get("DPSSL_DATA")
