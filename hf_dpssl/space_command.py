@@ -1,4 +1,4 @@
-"""The subcommand `hf-dpssl space`: start one of the packaged Gradio Spaces on this machine."""
+"""The subcommand `hf-dpssl space`: start one of the packaged Gradio Spaces on this machine, or publish it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ def space_names() -> list[str]:
 def space(argv: list[str]) -> int:
     """`hf-dpssl space`: returns the exit status."""
     options = _parser().parse_args(argv)
+    if options.push is not None:
+        return _push(options)
     variables = {"GRADIO_SERVER_NAME": options.host, "GRADIO_ANALYTICS_ENABLED": "False"}
     if options.port is not None:
         variables["GRADIO_SERVER_PORT"] = str(options.port)
@@ -49,6 +51,37 @@ def space(argv: list[str]) -> int:
         return 130
 
 
+def push_space(name: str, repo_id: str, *, private: bool | None = None) -> str:
+    """Publish a Space's folder as one commit; returns the commit's address. Other files of the repository stay.
+
+    Args:
+        name: one of `space_names()`.
+        repo_id: ORG/NAME; made when missing.
+        private: of a Space that is made; None: as the organisation's default.
+
+    Raises:
+        hub.PushError: the Hub refuses or cannot be reached.
+    """
+    from .hub import Target
+
+    target = Target(repo_id, repo_type="space", space_sdk="gradio", private=private)
+    files = {path.name: path for path in sorted((spaces_folder() / name).iterdir()) if path.is_file()}
+    return target.commit(files, f"Push {name}").url
+
+
+def _push(options: argparse.Namespace) -> int:
+    if options.model or options.demo or options.port:
+        return _refuse(
+            "--push takes no --port, --demo or --model: set the variables that the README names in the Space."
+        )
+    try:
+        url = push_space(options.name, options.push, private=options.private or None)
+    except (OSError, ValueError) as error:
+        return _refuse(str(error))
+    print(f"{options.name} is published: {url}")
+    return 0
+
+
 def _refuse(message: str) -> int:
     print(f"hf-dpssl space: {message}", file=sys.stderr)
     return 2
@@ -57,7 +90,8 @@ def _refuse(message: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-dpssl space",
-        description="Start a Gradio page on this machine, on the models that `hf-dpssl demo` wrote or on others.",
+        description="Start a Gradio page on this machine, on the models that `hf-dpssl demo` wrote or on others; or "
+        "publish it as a Space with --push, with the token of `hf auth login` or HF_TOKEN.",
         allow_abbrev=False,
     )
     parser.add_argument("name", choices=space_names(), help="which page")
@@ -68,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--demo", metavar="FOLDER", help="outputs of `hf-dpssl demo` (default: outputs/demo)")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER_OR_ID",
                         help=f"use this one; names: {', '.join(MODELS)}")  # fmt: skip
+    parser.add_argument("--push", metavar="ORG/NAME", help="publish the page as this Space instead of starting it")
+    parser.add_argument("--private", action="store_true", help="a Space that is made is private")
     return parser
 
 

@@ -211,7 +211,8 @@ class WriteHandler(Handler):
             if size and asked["size"] > size:
                 parts = {str(number + 1): f"{url}/{number + 1}" for number in range(-(-asked["size"] // size))}
                 upload["header"] = {"chunk_size": str(size)} | parts
-            verify = {"href": f"{self.server.endpoint}/{repo_id}.git/info/lfs/objects/verify"}
+            place = repo_id if kind == "model" else f"{kind}s/{repo_id}"
+            verify = {"href": f"{self.server.endpoint}/{place}.git/info/lfs/objects/verify"}
             known = asked["oid"] in self.server.store.large_files
             found.append(asked if known else asked | {"actions": {"upload": upload, "verify": verify}})
         self._send_json({"transfer": "basic", "objects": found})

@@ -29,8 +29,8 @@ LEVELS = [
     + "training_loop latent_run".split()
     + "dit_arguments generation_monitor autoencoder_training adversarial_training autoencoder_arguments".split()
     + "gan_training importers embedding_commands sample_folder bulk_sampling sampling_command".split()
-    + "space_page space_command".split()
-    + "autoencoder_measures report_page report checkpoint_files hub hub_commands cli".split(),
+    + ["space_page"]
+    + "autoencoder_measures report_page report checkpoint_files hub hub_commands space_command cli".split(),
 ]
 
 
