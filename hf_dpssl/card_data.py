@@ -68,6 +68,7 @@ _LABELS = {  # pattern of the key: type, label
     r"nats_per_image": ("nll", "nats per held-out image"),
     r"nats_per_image_train": ("nll", "nats per training image"),
     r"nats_per_image_uniform": ("nll", "nats per image of codes drawn at random"),
+    r"inception_score(_(?!std)(?P<by>.+))?": ("inception_score", "inception score by {judge}, higher is better"),
     r"copies": ("copies", "images suspiciously close to a training image, %"),
     r"copy_distance": ("copy_distance", "distance below which an image counts as a copy"),
     r"class_consistency": (_ACCURACY, "images that a classifier takes for their class, %"),
@@ -109,7 +110,7 @@ def _described(name: str) -> tuple[str, str]:
         if match := re.fullmatch(pattern, key):
             groups = match.groupdict()
             words = {"of": of, "by": f" in features of {groups['by']}" if groups.get("by") else ""}
-            words["what"] = groups.get("what")
+            words["what"], words["judge"] = groups.get("what"), groups.get("by") or "Inception"
             words["ceiling"] = "real training images: " if groups.get("ceiling") else ""
             words["re"] = "reconstruction " if groups.get("re") else ""
             return metric_type.format(**words), label.format(**words)
@@ -117,7 +118,10 @@ def _described(name: str) -> tuple[str, str]:
 
 
 def eval_results(facts: dict, results: dict) -> list[EvalResult]:
-    """The measured figures as huggingface_hub's objects, for the front matter's model-index."""
+    """The measured figures as huggingface_hub's objects, for the front matter's model-index.
+
+    First those of the training run, then those of `hf-dpssl evaluate`.
+    """
     dataset, kind = facts["dataset"] or "unknown", facts["kind"]
     slug = re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-")
     arguments = {key: value for key, value in (results.get("knn") or {}).items() if value is not None}
@@ -138,7 +142,30 @@ def eval_results(facts: dict, results: dict) -> list[EvalResult]:
                 metric_args=arguments if "knn" in figure.name and arguments else None,
             )
         )
-    return found
+    return found + [result for entry in results.get("evaluations") or [] for result in evaluation_results(entry)]
+
+
+def evaluation_results(entry: dict) -> list[EvalResult]:
+    """The figures of an entry of results.json's "evaluations", with what they depend on as their arguments."""
+    kind, name, fingerprint = entry["kind"], entry["dataset"], entry["fingerprint"]
+    slug = re.sub(r"[^\w.-]+", "-", name.lower()).strip("-")
+    arguments = {"seed": entry["seed"], "samples": entry["samples"], "fingerprint": fingerprint["sha256"][:16]}
+    judges = {part: fingerprint[part]["name"] for part in ("extractor", "classifier") if part in fingerprint}
+    classification = "image-classification" if kind == "encoder" else _GENERATION
+    return [
+        EvalResult(
+            task_type=classification if f.type == _ACCURACY else _TASKS.get(kind, _GENERATION),
+            dataset_type=hub_dataset(name) or slug,
+            dataset_name=name,
+            dataset_split=entry["options"].get("reference", "evaluation"),
+            metric_type=f.type,
+            metric_value=f.value,
+            metric_name=f.label,
+            metric_args=arguments | judges,
+        )
+        for f in figures("", entry["metrics"])
+        if f.value is not None
+    ]
 
 
 def front_matter(facts: dict, results: dict, title: str) -> ModelCardData:

@@ -73,6 +73,26 @@ def merge_card(existing: str, generated: str) -> str:
     return merged.replace("\n", "\r\n") if crlf else merged
 
 
+def add_results(card: str, title: str, results: list[EvalResult]) -> str:
+    """A card with these results in its model-index, in place of earlier ones of the same measurement.
+
+    Args:
+        card: README.md as it is; "" where there is none.
+        title: of the model, where the index has none yet.
+        results: to be added; the next `merge_card` takes them for a person's, and keeps them.
+
+    Raises:
+        ValueError: front matter that cannot be read.
+    """
+    crlf = "\r\n" in card
+    values, written, text = _split(card.removeprefix("\ufeff").replace("\r\n", "\n"), "the present card")
+    name, present = _results(values[_MODEL_INDEX]) if values.get(_MODEL_INDEX) else (title, [])
+    kept = [result for result in present if not any(result.is_equal_except_value(other) for other in results)]
+    merged = values | {_MODEL_INDEX: eval_results_to_model_index(name, kept + results)}
+    card = f"---\n{_rewritten(written, values, merged)}---\n{'' if text.startswith(chr(10)) else chr(10)}{text}"
+    return card.replace("\n", "\r\n") if crlf else card
+
+
 def _split(card: str, what: str) -> tuple[dict, str, str]:
     """Front matter as values and as written, and the text after it."""
     match = _FRONT_MATTER.match(card)

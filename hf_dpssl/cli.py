@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     train.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {sorted(configs)}")
     train.set_defaults(run=lambda known, rest: _train(known, rest, train))
 
-    evaluate = commands.add_parser("evaluate", help="kNN, linear probe, few-shot of an encoder", add_help=False)
+    evaluate = commands.add_parser("evaluate", help="measure an encoder, autoencoder or generator", add_help=False)
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="what autoencoders' latents are worth, side by side", add_help=False)
@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(known: argparse.Namespace, rest: list[str]) -> int:
-    from .evaluate_encoder import evaluate_encoder
+    from .evaluate_command import evaluate_command
 
-    return evaluate_encoder(rest)
+    return evaluate_command(rest)
 
 
 def _report(known: argparse.Namespace, rest: list[str]) -> int:

@@ -98,7 +98,11 @@ class ImageEmbedder:
 
     def _load(self, name: str, revision: str | None) -> PreTrainedModel:
         try:
-            model, info = AutoModel.from_pretrained(name, revision=revision, output_loading_info=True)
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            if getattr(config, "model_args", None):  # as timm writes them, which transformers then passes twice
+                config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+            options = {"config": config, "revision": revision, "output_loading_info": True}
+            model, info = AutoModel.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the encoder {name!r}: {error}") from error
         if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):

@@ -118,7 +118,8 @@ def load_extractor(name: str, *, device: torch.device | str | None = None) -> Fe
             raise ValueError(
                 f"cannot load {name!r}: {error}. timm's weights come from the Hub at first use; offline, name a folder."
             ) from error
-        return timm_extractor(model, name, device=device)
+        folder = Path(name.removeprefix("timm:local-dir:"))
+        return timm_extractor(model, f"timm:{folder.name}" if folder.is_dir() else name, device=device)
     return _encoder(name, device)
 
 

@@ -197,8 +197,8 @@ def check_classifier(classifier: FeatureExtractor, num_classes: int, image_size:
     """ValueError unless it gives one logit for each class of the generator."""
     if classifier.logits is None:
         raise ValueError(
-            f"the extractor {classifier.name!r} has no classifier: --validation_classifier takes one with a head, such "
-            "as resnet56-cifar10 or timm:<model>."
+            f"the extractor {classifier.name!r} has no classifier: name one with a head, such as resnet56-cifar10 "
+            "or timm:<model>."
         )
     found = classifier.logits(torch.zeros(1, classifier.num_channels, image_size, image_size)).shape[1]
     if found != num_classes:

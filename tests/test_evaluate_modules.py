@@ -1,20 +1,19 @@
-"""The `evaluate` modules work offline and equal the functions; `hf-dpssl evaluate` runs them on an encoder."""
+"""The `evaluate` modules work offline, equal the functions, and gather what several processes and batches add."""
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import datasets
+import evaluate
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from scipy.linalg import sqrtm
+from sklearn.metrics import accuracy_score
 
-from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, evaluation
-from hf_dpssl.cli import main
-from hf_dpssl.data import load_images
-from hf_dpssl.embedder import ImageEmbedder
-from hf_dpssl.evaluate_encoder import extract_features
+from hf_dpssl import evaluation
 
 OFFLINE = """
 import json, socket, sys
@@ -32,6 +31,10 @@ y = x[:, :3].argmax(1)
 labelled = dict(predictions=x[60:], references=y[60:], bank=x[:60], bank_labels=y[:60])
 inputs = {"alignment": dict(predictions=x, references=x + 0.1)}
 inputs |= {name: labelled for name in ("knn", "linear_probe")} | {"few_shot": labelled | {"shots": [1, 2]}}
+images = np.random.default_rng(1).uniform(-1, 1, size=(4, 3, 9, 7)).astype("float32")
+inputs |= {"frechet_distance": dict(predictions=x[60:], real=x[:60])}
+inputs |= {"class_consistency": dict(predictions=x, references=y)}
+inputs["reconstruction"] = dict(predictions=images * 0.9, references=images)
 found = {}
 for name in evaluation.MODULES:
     found |= evaluation.load(name).compute(**inputs.get(name, dict(predictions=x)))
@@ -46,13 +49,16 @@ def test_all_modules_work_offline_and_equal_the_functions(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    import numpy as np
-
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(80, 6)).astype("float32"))
     y = x[:, :3].argmax(1)
     split = (x[:60], y[:60], x[60:], y[60:])
     expected = evaluation.knn(*split) | evaluation.linear_probe(*split) | evaluation.few_shot(*split, shots=[1, 2])
     expected |= evaluation.alignment(x, x + 0.1) | evaluation.uniformity(x) | evaluation.effective_rank(x)
+    images = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, size=(4, 3, 9, 7)).astype("float32"))
+    expected |= evaluation.psnr(images, images * 0.9) | evaluation.ssim(images, images * 0.9)
+    moments = [(part.double().mean(0), part.double().T.cov()) for part in (x[:60], x[60:])]
+    expected |= {"frechet_distance": evaluation.frechet_distance(*moments[0], *moments[1])}
+    expected |= evaluation.inception_score(x) | {"class_consistency": 100 * float((x.argmax(1) == y).double().mean())}
     assert found == pytest.approx(expected)
 
 
@@ -66,78 +72,89 @@ def test_modules_collect_batches_and_take_options():
     assert found == evaluation.knn(x[:60], y[:60], x[60:], y[60:], k=[1, 5], metric="euclidean")
 
 
-def test_there_is_a_module_for_each_measure_of_features_and_no_other():
-    assert evaluation.MODULES == ("alignment", "effective_rank", "few_shot", "knn", "linear_probe", "uniformity")
+def test_there_is_a_module_for_each_measure_and_no_other():
+    names = (
+        "alignment class_consistency effective_rank few_shot frechet_distance inception_score knn linear_probe "
+        "reconstruction uniformity"
+    )
+    assert evaluation.MODULES == tuple(names.split())
     with pytest.raises(ValueError, match="no evaluate module 'fid'; there are alignment, .*knn"):
         evaluation.load("fid")
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A folder with an untrained encoder for images of 16 px."""
-    torch.manual_seed(0)
-    statistics = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
-    config = ContrastiveConfig("resnet10t", {"channels": [8, 16, 32, 64]}, {"input_size": [3, 16, 16], **statistics})
-    folder = tmp_path_factory.mktemp("encoder")
-    ContrastiveEncoder(config).save_pretrained(folder)
-    return folder
+MODULE_FILES = str(Path(evaluation.__file__).parent / "modules")
+SHARE = """
+import os, sys
+import numpy as np
+from hf_dpssl import evaluation
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+random = np.random.default_rng(0)
+x, images = random.normal(size=(40, 4)).astype("float32"), random.uniform(-1, 1, (40, 1, 8, 8)).astype("float32")
+inputs = {"frechet_distance": {"predictions": x}, "inception_score": {"predictions": x}}
+inputs["class_consistency"] = {"predictions": x, "references": np.arange(40) % 4}
+inputs["reconstruction"] = {"predictions": images * 0.8, "references": images}
+parts = [slice(0, 7), slice(7, 24)] if rank == 0 else [slice(24, 40)]
+shared = {"num_process": 2, "process_id": rank, "experiment_id": "test", "cache_dir": folder, "keep_in_memory": False}
+found = {}
+for name, columns in inputs.items():
+    several, options = evaluation.load(name, **shared), {"real": x[:20] + 1} if name == "frechet_distance" else {}
+    for part in parts:
+        several.add_batch(**{column: values[part] for column, values in columns.items()})
+    result = several.compute(**options)
+    assert (result is None) == (rank == 1)
+    if rank == 0:
+        alone = evaluation.load(name).compute(**columns, **options)
+        assert result == alone and len(result) > 0, (name, result, alone)
+        print(name)
+"""
 
 
-def test_features_of_rows_are_those_of_their_pictures(encoder):
-    data, embedder = load_images("digits"), ImageEmbedder(str(encoder))
-    features, labels = extract_features(embedder, data, data.evaluation, range(0, 50, 5), batch_size=4)
-    assert features.shape == (10, 64) and labels.tolist() == data.evaluation["label"][0:50:5]
-    alone, _ = extract_features(embedder, data, data.evaluation, range(20, 21))
-    torch.testing.assert_close(features[4], alone[0], rtol=1e-4, atol=1e-5)
-
-
-def test_evaluate_prints_and_writes_what_the_functions_give(encoder, tmp_path, capsys):
-    output = tmp_path / "new" / "results.json"
-    flags = ["--protocol", "knn", "linear", "few_shot", "shape", "--evaluation_images", "300", "--knn_k", "1", "20"]
-    assert main(["evaluate", str(encoder), *flags, "--trials", "3", "--seed", "5", "--output", str(output)]) == 0
-    results = json.loads(output.read_text(encoding="utf-8"))
-    data, embedder = load_images("digits"), ImageEmbedder(str(encoder))
-    # 1437 training images are more than 300: every 5th; 360 held-out ones: every 2nd.
-    bank = extract_features(embedder, data, data.train, range(0, 1437, 5))
-    query = extract_features(embedder, data, data.evaluation, range(0, 360, 2))
-    expected = evaluation.knn(*bank, *query, k=(1, 20)) | evaluation.linear_probe(*bank, *query, seed=5)
-    expected |= evaluation.few_shot(*bank, *query, trials=3, seed=5)
-    expected |= evaluation.uniformity(query[0]) | evaluation.effective_rank(query[0])
-    assert results["metrics"] == pytest.approx(expected, rel=1e-5)
-    assert results["samples"] == {"evaluation": 180, "bank": 288} and results["dataset"] == "digits"
-    assert results["seed"] == 5 and results["options"]["trials"] == 3 and "torch" in results["environment"]["libraries"]
-    printed = capsys.readouterr().out
-    assert all(f"{name} " in printed for name in expected) and "results.json" in printed
-
-
-def test_evaluate_says_what_is_wrong_in_one_line(encoder, tmp_path, capsys):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for i in range(20):
-        Image.new("RGB", (16, 16), (i, 0, 0)).save(pictures / f"{i}.png")
-    cases = [
-        ([str(tmp_path / "nothing")], "nothing"),
-        ([str(encoder), "--dataset", str(pictures)], "has no classes, which knn, linear need: use --protocol shape"),
-        ([str(encoder), "--protocol", "knn", "--knn_k", "5000"], r"k must lie in [1, 1437]"),
-        ([str(encoder), "--protocol", "few_shot", "--shots", "999"], "fewer than the 999 asked for"),
-        ([str(encoder), "--evaluation_images", "0"], "--evaluation_images must be at least 1"),
-        ([str(encoder), "--features", "embeddings"], "no folder pretraining/"),
+def test_batches_of_two_processes_give_what_one_process_gives(tmp_path):
+    variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", SHARE]
+    started = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=variables, stdout=-1, stderr=-1, text=True)
+        for rank in (0, 1)
     ]
-    for argv, message in cases:
-        assert main(["evaluate", *argv, "--output", str(tmp_path / "out.json")]) == 2
-        error = capsys.readouterr().err
-        assert message in error and "Traceback" not in error
-    assert not (tmp_path / "out.json").exists()
-    assert main(["evaluate", str(encoder), "--dataset", str(pictures), "--protocol", "shape"]) == 0
-    assert "effective_rank" in capsys.readouterr().out
+    outputs = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert outputs[0][0].split() == ["frechet_distance", "inception_score", "class_consistency", "reconstruction"]
 
 
-def test_skipped_pictures_are_left_out_of_the_features(encoder):
-    data, embedder = load_images("digits"), ImageEmbedder(str(encoder))
-    rows = [data.evaluation[i] for i in range(4)]
-    rows[2] = rows[2] | {data.image_column: {"bytes": b"no picture", "path": None}}
-    broken = datasets.Dataset.from_list(rows, features=data.evaluation.features)
-    features, labels = extract_features(embedder, data, broken, range(4), on_bad_image="skip")
-    assert len(features) == 3 and labels.tolist() == [rows[i]["label"] for i in (0, 1, 3)]
-    with pytest.raises(ValueError, match="row 2"):
-        extract_features(embedder, data, broken, range(4))
+def test_modules_are_loaded_by_path_and_combined_by_the_evaluate_library(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    names = ("inception_score", "class_consistency")
+    judges = evaluate.combine([evaluate.load(f"{MODULE_FILES}/{name}.py", keep_in_memory=True) for name in names])
+    random = np.random.default_rng(0)
+    logits, classes = random.normal(size=(30, 5)).astype("float32"), random.integers(0, 5, 30)
+    for part in (slice(0, 11), slice(11, 30)):
+        judges.add_batch(predictions=logits[part], references=classes[part])
+    found = judges.compute()
+    assert found["class_consistency"] == pytest.approx(100 * accuracy_score(classes, logits.argmax(1)))
+    assert found == evaluation.inception_score(torch.tensor(logits)) | {"class_consistency": found["class_consistency"]}
+    clouds = [
+        evaluate.load(f"{MODULE_FILES}/{name}.py", keep_in_memory=True) for name in ("uniformity", "effective_rank")
+    ]
+    assert set(evaluate.combine(clouds).compute(predictions=logits)) == {
+        "uniformity",
+        "uniformity_raw",
+        "effective_rank",
+    }
+
+
+def test_the_frechet_module_equals_the_formula_by_scipy():
+    x, y = (np.random.default_rng(seed).normal(seed, 1 + seed, size=(50, 6)).astype("float32") for seed in (0, 1))
+    mu, sigma = zip(*((z.mean(0, dtype="float64"), np.cov(z.T.astype("float64"))) for z in (x, y)), strict=True)
+    expected = ((mu[0] - mu[1]) ** 2).sum() + np.trace(sigma[0] + sigma[1] - 2 * sqrtm(sigma[0] @ sigma[1]).real)
+    found = evaluation.load("frechet_distance").compute(predictions=x, real=y)
+    assert found["frechet_distance"] == pytest.approx(expected)
+
+
+def test_images_of_different_sizes_are_refused():
+    module = evaluation.load("reconstruction")
+    for side in (8, 9):
+        image = np.zeros((1, 3, side, side), dtype="float32")
+        module.add_batch(predictions=image, references=image)
+    with pytest.raises(ValueError, match=r"one length, got \[8, 9\]"):
+        module.compute()

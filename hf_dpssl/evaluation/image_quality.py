@@ -85,13 +85,13 @@ def image_quality(
     clouds = [_features(images, extractor, batch_size) for images in (real, generated)]
     check_features(*clouds)
     found = {key: value for key, value in _distances(clouds, measures, seed, k, subsets, subset_size).items()}
-    result = {_key(prefix, key, name): value for key, value in found.items()}
+    result = {metric_key(prefix, key, name): value for key, value in found.items()}
     judge = classifier or (None if isinstance(extractor, str) else extractor)
     if "inception_score" in measures and judge is not None and judge.head is not None:
         features = clouds[1] if judge is extractor else _features(generated, judge, batch_size)
         options = {"splits": min(splits, len(features)), "generator": torch.Generator().manual_seed(seed)}
         scores = inception_score(judge.head(features), **options)
-        result |= {_key(prefix, key, judge.name): value for key, value in scores.items()}
+        result |= {metric_key(prefix, key, judge.name): value for key, value in scores.items()}
     return result
 
 
@@ -131,7 +131,8 @@ def _features(images: Images, extractor: Extractor | str, batch_size: int) -> Te
     return torch.cat(features)
 
 
-def _key(prefix: str, measure: str, name: str) -> str:
+def metric_key(prefix: str, measure: str, name: str) -> str:
+    """Key of a measure in the features of the extractor `name`: "rfid_<name>", of Inception "rfid"."""
     return f"{prefix}{measure}" if name == "inception" else f"{prefix}{measure}_{name}"
 
 

@@ -1,0 +1,37 @@
+"""`evaluate` module: faithfulness of reconstructions: `hf_dpssl.evaluation.psnr` and `ssim`."""
+
+import evaluate
+
+from hf_dpssl.evaluation import psnr, ssim
+from hf_dpssl.evaluation.loading import IMAGES, as_tensors, metric_info
+
+_INPUTS = """
+Args:
+    predictions: reconstructions (N, C, H, W), clamped to the range of the images.
+    references: images (N, C, H, W).
+    value_range: largest minus smallest possible value; 2 (default) for images in [-1, 1].
+
+Returns:
+    {"psnr": dB, "ssim": in [-1, 1]}, both averaged over images; small images also "ssim_window".
+
+Example:
+    hf_dpssl.evaluation.load("reconstruction").compute(predictions=reconstructions, references=images)
+"""
+
+
+class Reconstruction(evaluate.Metric):
+    """PSNR and structural similarity of reconstructions."""
+
+    def _info(self):
+        return metric_info(
+            description="PSNR and structural similarity of reconstructions.",
+            citation="Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, TIP 2004",
+            inputs=_INPUTS,
+            predictions=IMAGES,
+            references=IMAGES,
+        )
+
+    def _compute(self, predictions, references, value_range=2.0):
+        reconstructions, images = as_tensors(predictions, references)
+        options = {"value_range": value_range}
+        return psnr(images, reconstructions, **options) | ssim(images, reconstructions, **options)
