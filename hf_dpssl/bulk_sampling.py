@@ -152,23 +152,28 @@ def load_pipeline(job: SampleJob, device: torch.device) -> ClassConditionalPipel
         pipeline = _PIPELINES[found].from_pretrained(name, revision=revision, torch_dtype=DTYPES[job.dtype])
     pipeline.set_progress_bar_config(disable=True)
     if job.scheduler is not None or job.scheduler_config:
-        _replace_scheduler(pipeline, job)
+        replace_scheduler(pipeline, job.scheduler, job.scheduler_config)
     return pipeline.to(device)
 
 
-def _replace_scheduler(pipeline: ClassConditionalPipeline, job: SampleJob) -> None:
+def replace_scheduler(pipeline: ClassConditionalPipeline, name: str | None, changes: dict) -> None:
+    """Give a pipeline another diffusers scheduler (None: of the same class) with its config, changed by `changes`.
+
+    Raises:
+        ValueError: a pipeline without scheduler, or an unknown scheduler or entry; the message names what there is.
+    """
     if "scheduler" not in pipeline.components:
-        raise ValueError(f"a {type(pipeline).__name__} has no scheduler: leave it out, got {job.scheduler!r}.")
-    name = job.scheduler or type(pipeline.scheduler).__name__
+        raise ValueError(f"a {type(pipeline).__name__} has no scheduler: leave it out, got {name!r}.")
+    name = name or type(pipeline.scheduler).__name__
     chosen = getattr(diffusers, name, None) or getattr(diffusers, f"{name}Scheduler", None)
     if not (inspect.isclass(chosen) and issubclass(chosen, SchedulerMixin)):
         known = [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
         close = difflib.get_close_matches(f"{name.removesuffix('Scheduler')}Scheduler", known, 3) or known[:10]
         raise ValueError(f"{name!r} is no scheduler of diffusers; known are for example {close}.")
     taken = set(inspect.signature(chosen).parameters)
-    if unknown := sorted(set(job.scheduler_config) - taken):
+    if unknown := sorted(set(changes) - taken):
         raise ValueError(f"{chosen.__name__} does not take {unknown}; it takes {sorted(taken)}.")
-    pipeline.scheduler = chosen.from_config(pipeline.scheduler.config, **job.scheduler_config)
+    pipeline.scheduler = chosen.from_config(pipeline.scheduler.config, **changes)
 
 
 def draw_images(

@@ -45,7 +45,7 @@ def facts_of(folder: Path) -> dict:
     dataset = results.get("dataset") or notes.get("dataset")
     facts = {
         "kind": kind,
-        "class": index.get("_class_name") or (config.get("architectures") or [config.get("_class_name")])[0],
+        "class": _class_name(index, config),
         "method": notes.get("method_name"),
         "size": _size(kind, config, parts),
         "image_size": None,
@@ -64,6 +64,12 @@ def facts_of(folder: Path) -> dict:
     facts |= {name: results.get(name) or {} for name in ("metrics", "samples")}
     facts |= _images(kind, config, vae)
     return facts
+
+
+def _class_name(index: dict, config: dict) -> str | None:
+    remote = (config.get("auto_map") or {}).get("AutoModel")  # an encoder in timm's layout names its class there only
+    found = index.get("_class_name") or config.get("_class_name") or (config.get("architectures") or [None])[0]
+    return found or (remote and remote.split(".")[-1])
 
 
 def _size(kind: str, config: dict, parts: dict[str, dict]) -> dict:

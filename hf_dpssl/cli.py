@@ -1,126 +1,137 @@
-"""The command line `hf-dpssl`: train, evaluate, sample, map, embed, search, import, push, pull, demo, env."""
+"""The command line `hf-dpssl`: one table of commands; what a user can mend is one line on stderr (command_errors)."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from . import importers
+from .command_errors import BAD_INPUT, reported
 from .recipe import training_folder
 
 
+class Command(NamedTuple):
+    """A subcommand: what it does in a line, the arguments of an example, and MODULE:FUNCTION that takes arguments."""
+
+    help: str
+    example: str
+    function: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "the whole chain on embedded digits, on a CPU, in minutes", "--output_dir outputs/demo", "cli:_demo"
+    ),
+    "train": Command(
+        "start a training script, through accelerate where asked",
+        "contrastive --dataset path/to/images --image_size 64 --output_dir outputs/mine",
+        "cli:_train",
+    ),
+    "evaluate": Command(
+        "measure an encoder, autoencoder or generator",
+        "outputs/demo/encoder --dataset digits",
+        "evaluate_command:evaluate_command",
+    ),
+    "report": Command(
+        "what autoencoders' latents are worth, side by side",
+        "outputs/demo/autoencoder --output outputs/report",
+        "report:report",
+    ),
+    "sample": Command(
+        "many images of a pipeline, for its Frechet distance",
+        "outputs/demo/dit --num_images 1000 --output_dir outputs/samples",
+        "sampling_command:sample",
+    ),
+    "map": Command(
+        "2-D map of images: a figure and an interactive page",
+        "path/to/images --image_size 32 --output_dir outputs/map",
+        "cli:_map",
+    ),
+    "embed": Command(
+        "vectors of a folder or data set, as parquet",
+        "outputs/demo/encoder digits --output outputs/embeddings",
+        "embedding_commands:embed",
+    ),
+    "search": Command(
+        "nearest neighbours of pictures among embeddings",
+        "outputs/embeddings picture.png --k 5",
+        "embedding_commands:search",
+    ),
+    "import": Command(
+        "write another code's checkpoint as a folder of ours",
+        "moco_v2_800ep_pretrain.pth.tar outputs/moco-v2",
+        "importers:import_command",
+    ),
+    "export": Command(
+        "write a checkpoint for stock timm, diffusers or onnxruntime",
+        "outputs/demo/encoder --format onnx --output_dir outputs/encoder-onnx",
+        "export_command:export_command",
+    ),
+    "push": Command(
+        "publish a finished checkpoint folder on the Hub",
+        "outputs/mine/encoder org/t-simclr --private",
+        "hub_commands:push_command",
+    ),
+    "pull": Command(
+        "download a repository of the Hub into a folder",
+        "org/t-simclr --output_dir outputs/t-simclr",
+        "hub_commands:pull_command",
+    ),
+    "card": Command(
+        "write the model card of a finished checkpoint", "outputs/demo/encoder", "card_commands:card_command"
+    ),
+    "info": Command(
+        "what a checkpoint is: sizes, data, results, lineage", "outputs/demo/encoder", "card_commands:info_command"
+    ),
+    "space": Command(
+        "a page in the browser to try models on", "image_generator --demo outputs/demo", "space_command:space"
+    ),
+    "env": Command("machine and library versions, for a bug report", "--json", "cli:_env"),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns the exit status."""
-    scripts, configs = _shipped("*.py"), _shipped("accelerate/*.yaml")
-    parser = argparse.ArgumentParser(prog="hf-dpssl", description="Distance-preserving self-supervised learning.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    """Run a subcommand; returns the exit status: 0, 1 for a failure, 2 for bad input, 130 when interrupted.
 
-    demo = commands.add_parser("demo", help="the whole chain on embedded digits, on a CPU, in minutes", add_help=False)
-    demo.set_defaults(run=lambda known, rest: _run_script("demo", rest))
+    `--debug` anywhere, or DPSSL_DEBUG=1, shows the traceback of every error.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--debug" in argv:
+        argv.remove("--debug")
+        os.environ["DPSSL_DEBUG"] = "1"  # for the processes of training scripts, too
+    name = _parser().parse_args(argv[:1]).command
+    rest, (module, _, function) = argv[1:], COMMANDS[name].function.partition(":")
 
-    train = commands.add_parser(
-        "train", help="start a training script through accelerate", add_help=False, allow_abbrev=False
+    def run() -> int:  # only this command's libraries are imported
+        return getattr(importlib.import_module(f"hf_dpssl.{module}"), function)(rest)
+
+    try:
+        status = reported(f"hf-dpssl {name}", run)
+    except SystemExit as ended:  # of an argparse that has printed its help
+        status = ended.code
+        if status:
+            raise
+    if {"-h", "--help"} & set(rest) and status == 0:
+        print(f"\nexample:\n  hf-dpssl {name} {COMMANDS[name].example}")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl",
+        description="Distance-preserving self-supervised learning.",
+        epilog="hf-dpssl COMMAND --help lists the flags of a command, with an example. Exit codes: 0, 1 for a failure "
+        "(network, a run that went wrong), 2 for bad input. --debug shows tracebacks.",
     )
-    train.add_argument("script", nargs="?", choices=sorted(set(scripts) - {"demo"}), help="what to train")
-    train.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {sorted(configs)}")
-    train.set_defaults(run=lambda known, rest: _train(known, rest, train))
-
-    evaluate = commands.add_parser("evaluate", help="measure an encoder, autoencoder or generator", add_help=False)
-    evaluate.set_defaults(run=_evaluate)
-
-    report = commands.add_parser("report", help="what autoencoders' latents are worth, side by side", add_help=False)
-    report.set_defaults(run=_report)
-
-    sampler = commands.add_parser("sample", help="many images of a pipeline, for its Frechet distance", add_help=False)
-    sampler.set_defaults(run=_sample)
-
-    picture = commands.add_parser("map", help="2-D map of images: a figure and an interactive page", add_help=False)
-    picture.set_defaults(run=_map)
-
-    embed = commands.add_parser("embed", help="vectors of a folder or data set, as parquet", add_help=False)
-    embed.set_defaults(run=_embed)
-
-    search = commands.add_parser("search", help="nearest neighbours of pictures among embeddings", add_help=False)
-    search.set_defaults(run=_search)
-
-    importer = commands.add_parser("import", help="write another code's checkpoint as an encoder folder")
-    importers.add_arguments(importer)
-    importer.set_defaults(run=lambda known, rest: importers.run(known))
-
-    pusher = commands.add_parser("push", help="publish a finished checkpoint folder on the Hub", add_help=False)
-    pusher.set_defaults(run=_push)
-
-    puller = commands.add_parser("pull", help="download a repository of the Hub into a folder", add_help=False)
-    puller.set_defaults(run=_pull)
-
-    page = commands.add_parser("space", help="a page in the browser to try models on", add_help=False)
-    page.set_defaults(run=_space)
-
-    environment = commands.add_parser("env", help="machine and library versions, for a bug report")
-    environment.add_argument("--json", action="store_true", help="as JSON")
-    environment.set_defaults(run=_print_environment)
-
-    known, rest = parser.parse_known_args(argv)
-    if rest and known.command in ("env", "import"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return known.run(known, rest)
-
-
-def _evaluate(known: argparse.Namespace, rest: list[str]) -> int:
-    from .evaluate_command import evaluate_command
-
-    return evaluate_command(rest)
-
-
-def _report(known: argparse.Namespace, rest: list[str]) -> int:
-    from .report import report
-
-    return report(rest)
-
-
-def _sample(known: argparse.Namespace, rest: list[str]) -> int:
-    from .sampling_command import sample
-
-    return sample(rest)
-
-
-def _map(known: argparse.Namespace, rest: list[str]) -> int:
-    # Not a positional argument of the parser, which would take the value of a flag it does not know for it.
-    named = rest and not rest[0].startswith("-")
-    return _run_script("map", ["--dataset", *rest] if named else rest)
-
-
-def _embed(known: argparse.Namespace, rest: list[str]) -> int:
-    from .embedding_commands import embed
-
-    return embed(rest)
-
-
-def _search(known: argparse.Namespace, rest: list[str]) -> int:
-    from .embedding_commands import search
-
-    return search(rest)
-
-
-def _push(known: argparse.Namespace, rest: list[str]) -> int:
-    from .hub_commands import push_command
-
-    return push_command(rest)
-
-
-def _pull(known: argparse.Namespace, rest: list[str]) -> int:
-    from .hub_commands import pull_command
-
-    return pull_command(rest)
-
-
-def _space(known: argparse.Namespace, rest: list[str]) -> int:
-    from .space_command import space
-
-    return space(rest)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    return parser
 
 
 def _shipped(pattern: str) -> dict[str, Path]:
@@ -132,34 +143,57 @@ def _run_script(name: str, arguments: list[str], launcher: list[str] | None = No
     return subprocess.call([*(launcher or [sys.executable]), str(script), *arguments])
 
 
-def _train(known: argparse.Namespace, rest: list[str], parser: argparse.ArgumentParser) -> int:
+def _demo(argv: list[str]) -> int:
+    return _run_script("demo", argv)
+
+
+def _map(argv: list[str]) -> int:
+    # Not a positional argument of a parser, which would take the value of a flag it does not know for it.
+    named = argv and not argv[0].startswith("-")
+    return _run_script("map", ["--dataset", *argv] if named else argv)
+
+
+def _train(argv: list[str]) -> int:
+    scripts, configs = _shipped("*.py"), _shipped("accelerate/*.yaml")
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl train",
+        description="Start a training script, in one process or as a configuration of accelerate says. "
+        "hf-dpssl train SCRIPT --help lists the flags of a script.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("script", nargs="?", choices=sorted(set(scripts) - {"demo"}), help="what to train")
+    parser.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {sorted(configs)}")
+    known, rest = parser.parse_known_args(argv)
     if known.script is None:
-        parser.print_help()
-        print("\nhf-dpssl train SCRIPT --help lists the flags of a script.")
-        return 0 if set(rest) & {"-h", "--help"} else 2
+        asked = bool({"-h", "--help"} & set(rest))
+        parser.print_help(sys.stdout if asked else sys.stderr)
+        return 0 if asked else BAD_INPUT
     if known.accelerate_config is None:
         return _run_script(known.script, rest)
-    shipped = _shipped("accelerate/*.yaml")
-    config = shipped.get(known.accelerate_config, Path(known.accelerate_config))
-    if not config.exists():
-        print(f"hf-dpssl: no accelerate config {known.accelerate_config!r}: give a file or one of {sorted(shipped)}.")
-        return 2
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    config = configs.get(known.accelerate_config, Path(known.accelerate_config))
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"no accelerate config {known.accelerate_config!r}: give a file or one of {sorted(configs)}."
+        )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     return _run_script(known.script, rest, launcher)
 
 
-def _print_environment(known: argparse.Namespace, rest: list[str]) -> int:
+def _env(argv: list[str]) -> int:
     from .results import environment
 
-    found = environment()
-    if known.json:
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl env", description="Machine and library versions, as a bug report needs them."
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    as_json, found = parser.parse_args(argv).json, environment()
+    if as_json:
         print(json.dumps(found, indent=2))
         return 0
-    for name, value in found.items():
+    for name, value in [*found.items(), *found["libraries"].items()]:
         if name != "libraries":
             print(f"{name:<16}{value}")
-    for name, version in found["libraries"].items():
-        print(f"{name:<16}{version}")
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from .hub import PushReport, push
 
 
 def push_command(argv: list[str]) -> int:
-    """`hf-dpssl push`: returns the exit status."""
+    """`hf-dpssl push`: returns the exit status; raises as `push`."""
     parser = argparse.ArgumentParser(
         prog="hf-dpssl push",
         description="Publish a finished checkpoint folder on the Hub as one commit, pull it back and replay its stored "
@@ -37,10 +36,7 @@ def push_command(argv: list[str]) -> int:
     options = vars(parser.parse_args(argv))
     as_json = options.pop("json")
     options["private"] = options["private"] or None
-    try:
-        report = push(**options)
-    except (OSError, ValueError) as error:
-        return _failed("push", error)
+    report = push(**options)
     print(json.dumps(asdict(report), indent=2) if as_json else _summary(report))
     return 0
 
@@ -64,7 +60,7 @@ def _summary(report: PushReport) -> str:
 
 
 def pull_command(argv: list[str]) -> int:
-    """`hf-dpssl pull`: returns the exit status."""
+    """`hf-dpssl pull`: returns the exit status; raises as `pull`."""
     parser = argparse.ArgumentParser(
         prog="hf-dpssl pull",
         description="Download a repository of the Hub into a folder, and replay its stored input and output.",
@@ -74,10 +70,7 @@ def pull_command(argv: list[str]) -> int:
     parser.add_argument("--revision", help="branch, tag, commit or refs/pr/NUMBER (default: main)")
     parser.add_argument("--output_dir", required=True, help="folder of the result; it must not hold anything yet")
     args = parser.parse_args(argv)
-    try:
-        difference = pull(args.repo_id, args.output_dir, revision=args.revision)
-    except (OSError, ValueError) as error:
-        return _failed("pull", error)
+    difference = pull(args.repo_id, args.output_dir, revision=args.revision)
     print(f"{args.output_dir}: {args.repo_id} at {args.revision or 'main'}")
     if difference is not None:
         print(f"the stored pair is reproduced up to {difference:.2g} (at most {replay.TOLERANCE:g})")
@@ -98,8 +91,22 @@ def pull(repo_id: str, output_dir: str | Path, revision: str | None = None) -> f
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is there already: choose another --output_dir, or remove it first.")
+    snapshot = download(repo_id, revision)
+    with atomic_folder(target) as folder:
+        shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".gitattributes"))
+        if not (folder / replay.FILE_NAME).is_file():
+            return None
+        return replay.replay(folder, folder / replay.FILE_NAME)
+
+
+def download(repo_id: str, revision: str | None = None, **options) -> Path:
+    """The folder of a repository in the cache, fetched if need be; options as of `snapshot_download`.
+
+    Raises:
+        OSError: the repository cannot be read. ValueError: a malformed id.
+    """
     try:
-        snapshot = Path(snapshot_download(repo_id, revision=revision))
+        return Path(snapshot_download(repo_id, revision=revision, **options))
     except HFValidationError:
         raise
     except Exception as error:
@@ -109,13 +116,3 @@ def pull(repo_id: str, output_dir: str | Path, revision: str | None = None) -> f
             f"({type(error).__name__}: {found}). Is the name right? A private repository needs `hf auth login` or "
             "HF_TOKEN."
         ) from error
-    with atomic_folder(target) as folder:
-        shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".gitattributes"))
-        if not (folder / replay.FILE_NAME).is_file():
-            return None
-        return replay.replay(folder, folder / replay.FILE_NAME)
-
-
-def _failed(command: str, error: Exception) -> int:
-    print(f"hf-dpssl {command}: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2

@@ -237,8 +237,12 @@ def _record(report: Imported, path: Path) -> dict:
     return {"code": report.code, "file": path.name, "sha256": digest} | lists
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command line of `hf-dpssl import`."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl import",
+        description="Write an encoder or autoencoder of another code as a folder of ours, and say what was taken over.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "checkpoint",
         help="encoder: file of facebookresearch/moco, t-SimCLR, lightly, solo-learn, a state_dict; autoencoder: file "
@@ -259,10 +263,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inert", nargs="*", default=[], metavar="CLASS", help="unknown pickled classes to leave unread"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Import, print the report; 0, or 1 with the reason when the checkpoint is refused."""
+def import_command(argv: list[str]) -> int:
+    """`hf-dpssl import`: prints the report; raises OSError or ValueError with the reason of a refusal."""
+    arguments = _parser().parse_args(argv)
     try:
         if is_autoencoder_source(arguments.checkpoint):
             report = _import_autoencoder(arguments)
@@ -275,9 +281,9 @@ def run(arguments: argparse.Namespace) -> int:
             what = f"{imported.architecture}, stem {imported.stem}, {imported.method} from {imported.code}"
             report = vars(imported)
     except (OSError, ValueError) as error:
-        named = "" if arguments.checkpoint in str(error) else f"{arguments.checkpoint}: "
-        print(f"hf-dpssl import: {named}{error}")
-        return 1
+        if arguments.checkpoint in str(error):
+            raise
+        raise ValueError(f"{arguments.checkpoint}: {error}") from error
     print(f"{arguments.output}: {what}")
     for title, lines in (("taken", report["taken"]), ("left out", report["left_out"]), ("note", report["notes"])):
         for line in lines:

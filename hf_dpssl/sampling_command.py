@@ -33,14 +33,15 @@ def sample(argv: list[str]) -> int:
     return 0
 
 
-def _json_object(text: str) -> dict:
+def json_object(text: str) -> dict:
+    """An argument that is a JSON object."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(text)
     return value
 
 
-_json_object.__name__ = "JSON object"  # as argparse's message calls it
+json_object.__name__ = "JSON object"  # as argparse's message calls it
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=64, help="images drawn at once")
     add("--dtype", default="float32", choices=list(DTYPES), help="of weights and noise")
     add("--scheduler", help="diffusers scheduler in place of the pipeline's, with its config")
-    add("--scheduler_config", type=_json_object, default={}, help="what to change in the scheduler's config, as JSON")
+    add("--scheduler_config", type=json_object, default={}, help="what to change in the scheduler's config, as JSON")
     add("--guidance_scale", type=float, help="1: no guidance; default: the pipeline's, as of what follows")
     add("--num_inference_steps", type=int, help="denoising steps")
     add("--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="shares of the noise range, 0 to 1")

@@ -193,10 +193,10 @@ def test_command_writes_the_folder_and_says_what_it_took(tmp_path, capsys):
     assert "autoencoder from diffusers AutoencoderKL" in printed and "taken: decoder (" in printed
     found = VQAutoencoder.from_pretrained(output).config
     assert (found.quantizer, found.image_size) == ("kl", 32) and found.dpssl["imported"]["source"] == "pipeline"
-    assert main(["import", str(source), output, "--subfolder", "vae"]) == 1 and "exists" in capsys.readouterr().out
-    assert main(["import", str(source / "vae"), output, "--overwrite", "--stem", "timm"]) == 1
-    assert "--stem is read for encoder files" in capsys.readouterr().out
+    assert main(["import", str(source), output, "--subfolder", "vae"]) == 2 and "exists" in capsys.readouterr().err
+    assert main(["import", str(source / "vae"), output, "--overwrite", "--stem", "timm"]) == 2
+    assert "--stem is read for encoder files" in capsys.readouterr().err
     torch.save({"state_dict": {"conv1.weight": torch.ones(2)}}, tmp_path / "last.pth")
-    assert main(["import", str(tmp_path / "last.pth"), output, "--overwrite", "--level", "2"]) == 1
-    assert "--level is read for autoencoders" in capsys.readouterr().out
+    assert main(["import", str(tmp_path / "last.pth"), output, "--overwrite", "--level", "2"]) == 2
+    assert "--level is read for autoencoders" in capsys.readouterr().err
     assert not is_autoencoder_source(tmp_path / "missing.ckpt") and not is_autoencoder_source(tmp_path / "last.pth")

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 
-from hf_dpssl.cli import main
+from hf_dpssl.cli import COMMANDS, main
+from hf_dpssl.command_errors import reported
 from hf_dpssl.evaluation import MODULES
 from hf_dpssl.recipe import training_folder
 from hf_dpssl.results import environment
@@ -36,8 +40,24 @@ def test_help_names_every_subcommand(capsys):
         main(["--help"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
-    commands = ("demo", "train", "evaluate", "sample", "map", "embed", "search", "import", "env")
-    assert all(f"\n    {command} " in printed for command in commands)
+    assert all(f"\n    {name} " in printed and command.help in printed for name, command in COMMANDS.items())
+    asked_for = "train evaluate report card push pull export import embed map sample space info env".split()
+    assert set(asked_for) <= set(COMMANDS)
+
+
+SCRIPTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "map")]  # whose help is another process's
+
+
+@pytest.mark.parametrize("name", [*sorted(set(COMMANDS) - {"demo", "map"}), *SCRIPTS])
+def test_help_of_a_command_explains_it_and_shows_an_example_of_its_flags(name, capfd):
+    assert main([name, "--help"]) == 0
+    printed = capfd.readouterr().out
+    usage, _, example = printed.partition("\nexample:\n")
+    assert example == f"  hf-dpssl {name} {COMMANDS[name].example}\n"
+    flags = [word for word in example.split() if word.startswith("--")]
+    assert name == "train" or all(flag in usage for flag in flags)
+    sentences = [line for line in usage.partition("\n\n")[2].splitlines() if line[:1].isupper()]
+    assert sentences, "no line says what it does"
 
 
 def test_env_prints_machine_and_versions_also_as_json(capsys):
@@ -47,7 +67,9 @@ def test_env_prints_machine_and_versions_also_as_json(capsys):
     assert json.loads(capsys.readouterr().out) == environment()
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["env", "--nonsense"], ["train", "nonsense"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["env", "--nonsense"], ["train", "nonsense"], ["export"], ["import", "x", "y", "--z"]]
+)
 def test_wrong_command_line_ends_with_status_2(argv, capsys):
     with pytest.raises(SystemExit) as ended:
         main(argv)
@@ -56,9 +78,96 @@ def test_wrong_command_line_ends_with_status_2(argv, capsys):
 
 def test_train_without_script_and_with_unknown_config_say_what_there_is(capsys):
     assert main(["train"]) == 2
-    assert "contrastive" in capsys.readouterr().out
+    assert "contrastive" in capsys.readouterr().err
     assert main(["train", "contrastive", "--accelerate_config", "tpu_512"]) == 2
-    assert "cpu_2_processes" in capsys.readouterr().out
+    assert "cpu_2_processes" in capsys.readouterr().err
+
+
+BAD_INPUT = [
+    ("evaluate {missing}", "missing"),
+    ("report {missing} --output {new}", "missing"),
+    ("sample {missing} --output_dir {new}", "missing"),
+    ("embed {missing} digits --output {new}", "missing"),
+    ("search {missing} picture.png", "missing"),
+    ("import {missing} {new}", "missing"),
+    ("export {missing} --format timm --output_dir {new}", "missing is no folder"),
+    ("export {empty} --format timm --output_dir {new}", "is no finished checkpoint"),
+    ("push {missing} org/name", "missing is no finished checkpoint"),
+    ("push {empty} org/name", "is no finished checkpoint"),
+    ("pull not/an/id --output_dir {new}", "Repo id must be in the form"),
+    ("card {missing}", "missing"),
+    ("info {missing}", "missing"),
+    ("space matching_lab --demo {missing}", "no folder"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_INPUT, ids=[line.partition(" {")[0] for line, _ in BAD_INPUT])
+def test_bad_input_is_one_line_on_stderr_and_status_2(line, words, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    places = {name: tmp_path / name for name in ("missing", "empty", "new")}
+    argv = line.format(**places).split()
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.strip().splitlines()) == 1
+    assert printed.err.startswith(f"hf-dpssl {argv[0]}: ") and words in printed.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_a_failure_of_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for argv in (["pull", "org/model"], ["export", "org/model", "--format", "timm"]):
+        assert main([*argv, "--output_dir", str(tmp_path / "new")]) == 1
+        printed = capsys.readouterr().err.strip().splitlines()[-1]
+        assert printed.startswith(
+            f"hf-dpssl {argv[0]}: cannot pull org/model at revision 'main' from http://127.0.0.1:9"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    argv = ["export", str(tmp_path / "missing"), "--format", "timm", "--output_dir", str(tmp_path / "new")]
+    monkeypatch.setenv("DPSSL_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(argv)
+    monkeypatch.setenv("DPSSL_DEBUG", "0")
+    assert main(argv) == 2
+    with pytest.raises(FileNotFoundError):
+        main([*argv, "--debug"])
+    assert os.environ["DPSSL_DEBUG"] == "1"
+
+
+def raise_it(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("a"), 2), (FileNotFoundError("a"), 2), (ImportError("a"), 2), (SafetensorError("a"), 2),
+        (HTTPError("a"), 1), (TimeoutError("a"), 1), (OfflineModeIsEnabled("a"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)  # fmt: skip
+def test_status_tells_bad_input_from_a_failure(error, status, capsys, monkeypatch):
+    monkeypatch.setenv("DPSSL_DEBUG", "0")
+    assert reported("program", lambda: raise_it(error)) == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), RuntimeError("of another library")])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        reported("program", lambda: raise_it(error))
+
+
+def test_a_training_script_reports_bad_input_in_one_line(tmp_path):
+    argv = ["train", "contrastive", "--dataset", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "hf_dpssl.cli", *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "nowhere" in last
+    assert last.startswith("contrastive.py: ") and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -105,17 +214,18 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_holds_scripts_recipes_and_card_templates_and_no_tests(wheel):
+def test_wheel_holds_scripts_recipes_card_templates_and_spaces_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for folder, packed in (("training", "_training"), ("model_cards", "_model_cards")):
-        tracked = [p for p in (REPOSITORY / folder).rglob("*.*") if p.suffix in (".py", ".yaml", ".md")]
+    for folder in ("training", "model_cards", "spaces"):
+        packed = f"_{folder}"
+        tracked = [p for p in (REPOSITORY / folder).rglob("*.*") if p.suffix in (".py", ".yaml", ".md", ".txt")]
         expected = {f"hf_dpssl/{packed}/{p.relative_to(REPOSITORY / folder).as_posix()}" for p in tracked}
         assert expected and expected <= set(names)
     assert not [name for name in names if "test" in name or "__pycache__" in name]
     assert {"hf_dpssl/py.typed", *(f"hf_dpssl/evaluation/modules/{name}.py" for name in MODULES)} <= set(names)
 
 
-def test_wheel_trains_and_writes_a_card_from_an_empty_folder(wheel, tmp_path):
+def test_wheel_trains_writes_a_card_and_names_its_spaces_from_an_empty_folder(wheel, tmp_path):
     site, empty = tmp_path / "site", tmp_path / "empty"
     zipfile.ZipFile(wheel).extractall(site)
     empty.mkdir()
@@ -127,4 +237,9 @@ def test_wheel_trains_and_writes_a_card_from_an_empty_folder(wheel, tmp_path):
     assert '"torch"' in run("env", "--json", cwd=empty, python_path=site)
     run("train", "contrastive", "--recipe", "digits", *SHORT, "run", cwd=empty, python_path=site)
     assert "t-SimCLR on digits" in (empty / "run/encoder/README.md").read_text(encoding="utf-8")
+    printed = run("space", "--help", cwd=empty, python_path=site)
+    for name in ("matching_lab", "image_generator", "latent_lab", "encoder_explorer"):
+        assert name in printed
+        assert (site / f"hf_dpssl/_spaces/{name}/requirements.txt").is_file()
+    assert "SimCLR" in run("info", "run/encoder", cwd=empty, python_path=site)
     assert [path.name for path in empty.iterdir()] == ["run"]

@@ -260,13 +260,13 @@ def test_folder_with_a_foreign_stem_loads_with_remote_code(tmp_path):
         assert torch.allclose(remote(images).pooler_output, forward_by_names(small_resnet(), padded), atol=1e-4)
 
 
-def test_command_line_imports_prints_the_report_and_refuses_with_status_1(tmp_path, capsys):
+def test_command_line_imports_prints_the_report_and_refuses_with_status_2(tmp_path, capsys):
     state, *_ = moco_state()
     torch.save({"state_dict": copy.deepcopy(state)}, tmp_path / "moco.pth.tar")
     argv = ["import", str(tmp_path / "moco.pth.tar"), str(tmp_path / "encoder")]
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert "resnet18, stem timm, MoCo-v2 from facebookresearch/moco" in printed and "taken: queue of 40 keys" in printed
-    assert main(argv) == 1 and "exists" in capsys.readouterr().out
+    assert main(argv) == 2 and "exists" in capsys.readouterr().err
     assert main([*argv, "--overwrite", "--mean", "0.5", "0.5", "0.5", "--std", "1", "1", "1"]) == 0
     assert ContrastiveEncoder.from_pretrained(tmp_path / "encoder").config.pretrained_cfg["std"] == [1, 1, 1]

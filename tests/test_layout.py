@@ -25,13 +25,13 @@ LEVELS = [
     + "feature_extractors uploads page_pictures live_map demo_outputs sample_stream latent_views".split()
     + ["neighbour_views"],
     "recipe provenance results evaluation_entries evaluate_encoder local_processes embedding_job card_merge".split()
-    + "replay checkpoint_facts card_data model_card".split()
+    + "replay checkpoint_facts card_data model_card card_commands".split()
     + "training_loop latent_run".split()
     + "dit_arguments generation_monitor autoencoder_training adversarial_training autoencoder_arguments".split()
     + "gan_training importers embedding_commands sample_folder bulk_sampling sampling_command".split()
     + ["space_page"]
     + "autoencoder_measures evaluate_autoencoder evaluate_pipeline report_page report checkpoint_files hub".split()
-    + "evaluate_command hub_commands space_command cli".split(),
+    + "evaluate_command hub_commands space_command export_onnx export export_command command_errors cli".split(),
 ]
 
 

@@ -11,6 +11,7 @@ recipe.yaml, curves.png, model card) and checkpoints that `--resume_from_checkpo
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hf_dpssl import evaluation
 from hf_dpssl.batches import ImageSource, evaluation_batches, spread_rows
 from hf_dpssl.blocks import BATCH_NORMS
 from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.command_errors import reported
 from hf_dpssl.data import load_images
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_contrastive import STEMS, ContrastiveConfig, ContrastiveEncoder
@@ -302,4 +304,4 @@ def method_name(args: ContrastiveArguments) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("contrastive.py", main))

@@ -14,6 +14,7 @@ measured on the averaged weights while it trains, and stored in results.json at 
 from __future__ import annotations
 
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers import PreTrainedModel
 from hf_dpssl.autoencoder_measures import generation_quality
 from hf_dpssl.batches import ordered_batches, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.command_errors import reported
 from hf_dpssl.data import ImageData, load_images
 from hf_dpssl.diffusion import dropped_labels
 from hf_dpssl.feature_extractors import load_extractor
@@ -295,4 +297,4 @@ def save(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("dae_ar.py", main))

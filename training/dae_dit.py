@@ -12,6 +12,7 @@ checkpoints that `--resume_from_checkpoint latest` continues.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import dae_vq
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from hf_dpssl.alignment import AlignedTransformer, LatentsWithImages, SpatialFeatures, alignment_loss, default_block
 from hf_dpssl.batches import ImageSource, ordered_batches
 from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.command_errors import reported
 from hf_dpssl.data import ImageData, load_images
 from hf_dpssl.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
 from hf_dpssl.diffusion_losses import objective_loss
@@ -223,4 +225,4 @@ def save(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("dae_dit.py", main))

@@ -12,6 +12,7 @@ in the checkpoints only.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from hf_dpssl import keyed_random
 from hf_dpssl.adversarial_training import Adversary, ReconstructionGuard
 from hf_dpssl.batches import ImageSource
 from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.command_errors import reported
 from hf_dpssl.data import load_images
 from hf_dpssl.embedder import ImageEmbedder
 from hf_dpssl.gan_training import (
@@ -232,4 +234,4 @@ def save(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("dae_gan.py", main))

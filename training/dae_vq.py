@@ -14,6 +14,7 @@ results.json, recipe.yaml, reconstructions.png, curves.png, model card) and chec
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from hf_dpssl.autoencoder_training import (
 )  # fmt: skip
 from hf_dpssl.batches import ImageSource, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
+from hf_dpssl.command_errors import reported
 from hf_dpssl.configuration_vq import VQConfig
 from hf_dpssl.data import load_images
 from hf_dpssl.keyed_random import derive_seed
@@ -312,4 +314,4 @@ def save(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("dae_vq.py", main))

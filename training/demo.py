@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from hf_dpssl import SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline, keyed_random
+from hf_dpssl.command_errors import reported
 from hf_dpssl.data import load_images
 from hf_dpssl.evaluation import class_consistency, copies, diversity, knn, psnr
 from hf_dpssl.image_table import ImageTable
@@ -295,4 +297,4 @@ def print_table(report: dict, targets: dict[str, dict], seconds: dict[str, float
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("demo.py", main))

@@ -13,6 +13,7 @@ stage-1/, stage-2/, NAME/ as training/contrastive.py does.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from hf_dpssl.batches import evaluation_batches, spread_rows
+from hf_dpssl.command_errors import reported
 from hf_dpssl.data import ImageData, load_images
 from hf_dpssl.embedder import best_device
 from hf_dpssl.embeddings_table import write_columns
@@ -209,4 +211,4 @@ def save(args: MapArguments, data: ImageData, maps: dict, parts: dict, how: str,
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("map.py", main))

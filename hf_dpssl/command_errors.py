@@ -1,0 +1,73 @@
+"""Errors of the command line and of the training scripts: one line and an exit code; a traceback on demand."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+
+FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
+_EXPECTED = (ValueError, OSError, ImportError, HTTPError, EntryNotFoundError, SafetensorError)
+_EXPECTED_OF_OURS = (RuntimeError, ArithmeticError)  # of other libraries they are bugs, or memory that ran out
+
+
+def debugging() -> bool:
+    """Whether DPSSL_DEBUG asks for tracebacks; `hf-dpssl --debug` sets it."""
+    return os.environ.get("DPSSL_DEBUG", "0") not in ("", "0")
+
+
+def reported(program: str, command: Callable[[], object]) -> int:
+    """Run a command; its exit status (0 where it returns no number).
+
+    A wrong folder, id, value or file, a Hub that cannot be reached or a missing library is one line on stderr that
+    starts with `program`; other errors, and all of them where `debugging()`, keep their traceback.
+
+    Returns:
+        0; FAILURE of something that may work another time (the network, a busy Hub, what a run computed); BAD_INPUT;
+        INTERRUPTED.
+    """
+    try:
+        result = command()
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        ours = _raised_by_us(error)
+        if debugging() or not (isinstance(error, _EXPECTED) or ours and isinstance(error, _EXPECTED_OF_OURS)):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if ours else f" ({type(error).__name__}; DPSSL_DEBUG=1 shows the traceback)"
+        print(f"{program}: {message}{hint}", file=sys.stderr)
+        return exit_status(error)
+
+
+def exit_status(error: Exception) -> int:
+    """FAILURE where the network, a busy Hub or a computation is behind an expected error, else BAD_INPUT."""
+    if isinstance(error, _EXPECTED_OF_OURS):
+        return FAILURE
+    return FAILURE if any(map(_may_work_later, _chain(error))) else BAD_INPUT
+
+
+def _may_work_later(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, HTTPError | ConnectionError | TimeoutError | OfflineModeIsEnabled)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether the message is one of this package, or of a script of training/."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    name = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    return name.split(".")[0] in ("hf_dpssl", "__main__")
