@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, VQModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -90,18 +90,27 @@ def replay(folder: str | os.PathLike, pair: str | os.PathLike) -> float:
         The largest difference of an output, as a share of the largest value of that output (at least 1).
 
     Raises:
-        ValueError: outputs differ by more than TOLERANCE, have other shapes, or the pair is of another kind of model.
+        ValueError: outputs differ by more than TOLERANCE, or the pair is of another model or damaged.
     """
     kind = checkpoint_kind(folder)
-    with safe_open(pair, "pt") as file:
-        about = json.loads((file.metadata() or {}).get("replay", "{}"))
-        stored = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        with safe_open(pair, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("replay", "{}"))
+            stored = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{pair} is no stored pair, or damaged ({error}): remove it, a push makes a new one."
+        ) from error
     if about.get("kind") != kind or kind not in _KINDS:
         raise ValueError(
             f"{pair} is a pair of a checkpoint of kind {about.get('kind')!r}, {folder} is of kind {kind!r}."
         )
     _, run, model = _open(folder, kind)
-    outputs = run(model, {name.removeprefix("input."): t for name, t in stored.items() if name.startswith("input.")})
+    inputs = {name.removeprefix("input."): tensor for name, tensor in stored.items() if name.startswith("input.")}
+    try:
+        outputs = run(model, inputs)
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} does not take the stored inputs, which are of another model: {error}") from error
     expected = {name.removeprefix("output."): t for name, t in stored.items() if name.startswith("output.")}
     if {n: t.shape for n, t in outputs.items()} != {n: t.shape for n, t in expected.items()}:
         raise ValueError(f"{folder} gives other outputs ({sorted(outputs)}) than the stored pair ({sorted(expected)}).")
