@@ -45,8 +45,7 @@ def run_client(code: str, server: HubServer, home: Path, **env: str) -> dict:
         "HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0", "HTTP_PROXY": server.endpoint, "HTTPS_PROXY": server.endpoint,
         "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY),
-        "ORT_DISABLE_TELEMETRY": "1",  # diffusers imports onnxruntime where it is installed
-        "REPORT": str(home / "report.json"),
+        "ORT_DISABLE_TELEMETRY": "1", "REPORT": str(home / "report.json"),  # diffusers imports onnxruntime
     }  # fmt: skip
     inherited = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|TRANSFORMERS_|.*_PROXY$", k, re.I)}
     command = [sys.executable, "-c", "\n".join([textwrap.dedent(head), textwrap.dedent(code), tail])]
