@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
 
 from .card_data import evaluation_results
 from .card_merge import add_results
@@ -98,24 +97,20 @@ class _Checkpoint(NamedTuple):
 
 
 def evaluate_command(argv: list[str]) -> int:
-    """`hf-dpssl evaluate`: returns the exit status."""
+    """`hf-dpssl evaluate`: returns the exit status; errors are for `command_errors.reported`."""
     given = vars(_parser().parse_args(argv))
     output, push, as_json = (given.pop(name) for name in ("output", "push", "json"))
-    try:
-        checkpoint = _find(given.pop("checkpoint"))
-        if push and checkpoint.repo_id is None:
-            raise ValueError(f"--push is for a Hub id; hf-dpssl push publishes the folder {checkpoint.source}.")
-        entry = _measure(checkpoint, given)
-        path = Path(output) if output else None if checkpoint.repo_id else checkpoint.folder / "results.json"
-        if path is not None:
-            append_entry(path, entry)
-        print(json.dumps(entry, indent=2) if as_json else _summary(entry, path))
-        if push:
-            commit = _push(checkpoint, entry)
-            print(f"{checkpoint.repo_id}: {commit}", file=sys.stderr if as_json else sys.stdout)
-    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
-        print(f"hf-dpssl evaluate: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    checkpoint = _find(given.pop("checkpoint"))
+    if push and checkpoint.repo_id is None:
+        raise ValueError(f"--push is for a Hub id; hf-dpssl push publishes the folder {checkpoint.source}.")
+    entry = _measure(checkpoint, given)
+    path = Path(output) if output else None if checkpoint.repo_id else checkpoint.folder / "results.json"
+    if path is not None:
+        append_entry(path, entry)
+    print(json.dumps(entry, indent=2) if as_json else _summary(entry, path))
+    if push:
+        commit = _push(checkpoint, entry)
+        print(f"{checkpoint.repo_id}: {commit}", file=sys.stderr if as_json else sys.stdout)
     return 0
 
 
@@ -234,7 +229,10 @@ def _summary(entry: dict, path: Path | None) -> str:
 def _push(checkpoint: _Checkpoint, entry: dict) -> str:
     """One commit with the entry in results.json and in the card's model-index; returns its address."""
     target = Target(checkpoint.repo_id, revision=checkpoint.revision)
-    results = json.loads(target.read("results.json") or b"{}")
+    try:
+        results = json.loads(target.read("results.json") or b"{}")
+    except ValueError as error:
+        raise ValueError(f"results.json of {checkpoint.repo_id} is no JSON ({error}): mend it there first.") from None
     card = (target.read("README.md") or b"").decode("utf-8")
     title = checkpoint.repo_id.partition("/")[2]
     contents = {

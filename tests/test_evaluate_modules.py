@@ -10,6 +10,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi, RepoCard, snapshot_download
 from scipy.linalg import sqrtm
 from sklearn.metrics import accuracy_score
 
@@ -141,6 +142,23 @@ def test_modules_are_loaded_by_path_and_combined_by_the_evaluate_library(monkeyp
         "uniformity_raw",
         "effective_rank",
     }
+
+
+def test_a_module_is_pushed_as_a_space_whose_folder_evaluate_loads(hub, tmp_path):
+    from hub_server_write import TOKEN
+
+    folder = evaluation.write_space("class_consistency", tmp_path)
+    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+    api.create_repo("org/class_consistency", repo_type="space", space_sdk="static")
+    api.upload_folder(repo_id="org/class_consistency", folder_path=folder, repo_type="space")
+    options = {"repo_type": "space", "endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+    pulled = tmp_path / "pulled" / "class_consistency"
+    snapshot_download("org/class_consistency", local_dir=pulled, **options)
+    data = RepoCard.load(pulled / "README.md").data.to_dict()
+    assert data["sdk"] == "static" and data["tags"] == ["evaluate", "metric"] and (pulled / "index.html").is_file()
+    module = evaluate.load(str(pulled), keep_in_memory=True)
+    found = module.compute(predictions=np.eye(3, dtype="float32"), references=[0, 1, 1])
+    assert found == {"class_consistency": pytest.approx(200 / 3)}
 
 
 def test_the_frechet_module_equals_the_formula_by_scipy():

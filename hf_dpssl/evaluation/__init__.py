@@ -14,7 +14,7 @@ from .image_quality import image_quality, quality_fingerprint
 from .inception_score import inception_score
 from .kernel_distance import kernel_distance, polynomial_mmd
 from .lipschitz import lipschitz, lipschitz_pair, lipschitz_pair_values, local_lipschitz_values
-from .loading import MODULES, load
+from .loading import MODULES, load, write_space
 from .manifold import manifold_overlap
 from .neighbours import knn, nearest_neighbours
 from .operator_norms import operator_norm, operator_norms
@@ -64,4 +64,5 @@ __all__ = [
     "ssim",
     "trustworthiness",
     "uniformity",
+    "write_space",
 ]
