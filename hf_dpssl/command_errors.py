@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 
 FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -54,8 +54,9 @@ def exit_status(error: Exception) -> int:
 
 
 def _may_work_later(error: BaseException) -> bool:
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    response = getattr(error, "response", None) if isinstance(error, HTTPError) else None
+    if response is not None:  # of the client's error, and of the library's below it
+        return response.status_code in (408, 429) or response.status_code >= 500
     return isinstance(error, HTTPError | ConnectionError | TimeoutError | OfflineModeIsEnabled)
 
 

@@ -56,7 +56,7 @@ class PushReport:
         repo_id, revision: where to.
         files: bytes of every file that the folder gives the repository, by path.
         left_out: what of the folder is not published.
-        removed: weights of an earlier push that no longer belong to the model.
+        removed: weights (and pretraining/) of an earlier push that no longer belong to the model.
         commit, url, pull_request: of the commit; None for a dry run.
         difference: largest difference when the stored pair was replayed on what was pulled back, see replay.py; None
             where there is no pair.
@@ -247,7 +247,7 @@ def push(
     """Publish a finished checkpoint folder as one commit, pull it back into a fresh cache and replay its stored pair.
 
     A README on the Hub keeps what a person wrote outside the generated part. Weights of an earlier push that the
-    folder no longer has are removed in the same commit; other files of the repository stay.
+    folder no longer has, and the pretraining/ of another encoder, are removed in the same commit; other files stay.
 
     Args:
         folder: as the training scripts write it (encoder/, autoencoder/, dit/, ...).
@@ -273,7 +273,7 @@ def push(
     if "README.md" in contents and (existing := target.read("README.md")) is not None:
         generated = files["README.md"].read_text(encoding="utf-8")
         contents["README.md"] = model_card.merge_card(existing.decode("utf-8"), generated).encode()
-    report.removed = _stale_weights(target.present, contents)
+    report.removed = _stale(target.present, contents)
     made = target.commit(contents, message or f"Push {folder.resolve().name}", report.removed)
     report.commit, report.url, report.pull_request = made
     report.files, report.difference = _sizes(contents), _verified(target, made.commit, contents)
@@ -292,11 +292,12 @@ def _sizes(contents: dict[str, Content]) -> dict[str, int]:
     return {path: len(c) if isinstance(c, bytes) else c.stat().st_size for path, c in sorted(contents.items())}
 
 
-def _stale_weights(present: dict[str, str], contents: dict[str, Content]) -> list[str]:
-    """Weights beside new ones that are none of them: a loader might take them."""
+def _stale(present: dict[str, str], contents: dict[str, Content]) -> list[str]:
+    """Weights beside new ones that are none of them, and another encoder's `pretraining/`: a loader might take them."""
     folders = {path.rpartition("/")[0] for path in contents if path.endswith(_WEIGHTS)}
-    beside = (path for path in present if path.endswith(_WEIGHTS) and path.rpartition("/")[0] in folders)
-    return sorted(path for path in beside if path not in contents)
+    others = () if "pretraining" in folders else ("pretraining/",)
+    found = (p for p in present if p.startswith(others) or (p.endswith(_WEIGHTS) and p.rpartition("/")[0] in folders))
+    return sorted(path for path in found if path not in contents)
 
 
 def _verified(target: Target, commit: str, contents: dict[str, Content]) -> float | None:

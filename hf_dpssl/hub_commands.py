@@ -69,8 +69,13 @@ def pull_command(argv: list[str]) -> int:
     parser.add_argument("repo_id", metavar="ID", help="repository on the Hub, ORG/NAME")
     parser.add_argument("--revision", help="branch, tag, commit or refs/pr/NUMBER (default: main)")
     parser.add_argument("--output_dir", required=True, help="folder of the result; it must not hold anything yet")
+    parser.add_argument("--json", action="store_true", help="print what was pulled as JSON")
     args = parser.parse_args(argv)
     difference = pull(args.repo_id, args.output_dir, revision=args.revision)
+    if args.json:
+        about = {"repo_id": args.repo_id, "revision": args.revision or "main", "output_dir": args.output_dir}
+        print(json.dumps(about | {"difference": difference}, indent=2))
+        return 0
     print(f"{args.output_dir}: {args.repo_id} at {args.revision or 'main'}")
     if difference is not None:
         print(f"the stored pair is reproduced up to {difference:.2g} (at most {replay.TOLERANCE:g})")

@@ -23,7 +23,7 @@ from tiny_checkpoints import (
     token_pipeline,
 )
 
-from hf_dpssl import VQAutoencoder, replay
+from hf_dpssl import ContrastiveEncoder, VQAutoencoder, replay
 from hf_dpssl.cli import main
 from hf_dpssl.hub import push
 
@@ -184,6 +184,14 @@ def test_weights_that_the_model_no_longer_has_are_removed_and_other_files_stay(h
     published = hub.files("org/autoencoder")
     assert set(report.removed) == shards and not shards & set(published)
     assert {"LICENSE.md", "model.safetensors"} < set(published) and len(hub.history("org/autoencoder")) == 3
+
+
+def test_an_encoder_alone_takes_away_the_pretraining_model_of_another(hub, folders, tmp_path):
+    push(folders["encoder"], "org/encoder")
+    ContrastiveEncoder.from_pretrained(folders["encoder"]).save_pretrained(tmp_path)
+    report = push(tmp_path, "org/encoder")
+    assert report.removed == sorted(path for path in contents(folders["encoder"]) if path.startswith("pretraining/"))
+    assert report.difference == 0 and not any(path.startswith("pretraining/") for path in hub.files("org/encoder"))
 
 
 def test_large_files_come_in_parts_where_the_hub_wants_it(hub, folders):
