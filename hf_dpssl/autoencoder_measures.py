@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from . import evaluation
-from .batches import evaluation_batches, spread_rows
+from .batches import evaluation_batches, spread_rows, unit_pixels
 from .data import load_images
 from .evaluation.lipschitz import summarise_lipschitz_pair
 from .feature_extractors import FeatureExtractor
@@ -54,9 +54,7 @@ def load_pictures(
     for name, split in (("train", data.train), ("evaluation", data.evaluation)):
         table = ImageTable(data, split.select(spread_rows(len(split), limit)), image_size)
         batches = list(evaluation_batches(table, 256))
-        pixels = torch.cat([batch["images"] for batch in batches]).float() / 127.5 - 1
-        if num_channels == 1:
-            pixels = pixels.mean(1, keepdim=True)
+        pixels = unit_pixels(torch.cat([batch["images"] for batch in batches]), num_channels)
         pictures[name] = Pictures(pixels, torch.cat([batch["labels"] for batch in batches]))
     return pictures
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .batches import evaluation_batches
+from .batches import evaluation_batches, unit_pixels
 from .configuration_vq import VQConfig
 from .evaluation import codebook_usage, psnr, ssim
 from .image_table import ImageTable
@@ -104,7 +104,8 @@ class Validation:
     """
 
     def __init__(self, table: ImageTable, rows: range, num_channels: int):
-        self.batches = [_pixels(batch, num_channels) for batch in evaluation_batches(table, _EVALUATION_BATCH, rows)]
+        loader = evaluation_batches(table, _EVALUATION_BATCH, rows)
+        self.batches = [unit_pixels(batch["images"], num_channels) for batch in loader]
 
     @torch.no_grad()
     def psnr(self, model: VQAutoencoder) -> float:
@@ -222,7 +223,11 @@ def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range) -> Non
     """Store mean and standard deviation of each latent channel over training images in the config."""
     count, total, squares = 0, 0.0, 0.0
     for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
-        latents = model.encode(_pixels(batch, model.config.num_channels).to(model.device)).latents.double().cpu()
+        latents = (
+            model.encode(unit_pixels(batch["images"], model.config.num_channels).to(model.device))
+            .latents.double()
+            .cpu()
+        )
         count += latents.numel() // latents.shape[1]
         total = total + latents.sum((0, 2, 3))
         squares = squares + latents.pow(2).sum((0, 2, 3))
@@ -236,7 +241,7 @@ def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict
     """PSNR, SSIM and code statistics on held-out images, and a picture (16, C, H, W): eight of them, and as decoded."""
     count, totals, codes, pictures = 0, {"psnr": 0.0, "ssim": 0.0}, [], None
     for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
-        pixel_values = _pixels(batch, model.config.num_channels).to(model.device)
+        pixel_values = unit_pixels(batch["images"], model.config.num_channels).to(model.device)
         output = model(pixel_values)
         reconstructions = output.pixel_values.clamp(-1, 1).float()
         count += len(pixel_values)
@@ -251,8 +256,3 @@ def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict
     if codes:
         metrics |= codebook_usage(torch.cat(codes), model.config.num_codes)
     return metrics, pictures
-
-
-def _pixels(batch: dict, num_channels: int) -> Tensor:
-    pixel_values = batch["images"].float() / 127.5 - 1
-    return pixel_values.mean(1, keepdim=True) if num_channels == 1 else pixel_values

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
@@ -281,3 +282,9 @@ def _loader(dataset, num_workers: int, **sampling) -> DataLoader:
 
 def _identity(batch: dict) -> dict:
     return batch
+
+
+def unit_pixels(images: Tensor, num_channels: int = 3) -> Tensor:
+    """uint8 (B, 3, H, W) to float32 (B, num_channels, H, W) in [-1, 1]; one channel is the mean of the three."""
+    pixel_values = images.float() / 127.5 - 1
+    return pixel_values.mean(1, keepdim=True) if num_channels == 1 else pixel_values

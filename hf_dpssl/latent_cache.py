@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import keyed_random
-from .batches import evaluation_batches
+from .batches import evaluation_batches, unit_pixels
 from .checkpoint import atomic_file, write_json
 from .image_table import ImageTable
 from .modeling_vq import VQAutoencoder
@@ -293,7 +293,7 @@ def _write_shard(
     values = np.empty((len(rows), 1 + flipped, *shape), dtype)
     labels: list[int] = []
     for batch in evaluation_batches(table, batch_size, rows):
-        pixel_values = batch["images"].to(autoencoder.device, torch.float32) / 127.5 - 1
+        pixel_values = unit_pixels(batch["images"].to(autoencoder.device), config.num_channels)
         place = slice(len(labels), len(labels) + len(pixel_values))
         for copy in range(1 + flipped):
             encoded = getattr(autoencoder.encode(pixel_values.flip(-1) if copy else pixel_values), content)

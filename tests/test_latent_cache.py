@@ -116,6 +116,14 @@ def test_unreadable_rows_of_a_stream_are_listed_by_their_number_in_it(autoencode
         build(autoencoder, ImageTable(stream, stream.train, 16), tmp_path / "other")
 
 
+def test_autoencoder_of_grey_images_is_shown_the_mean_of_the_channels(table, tmp_path):
+    model = make_autoencoder(num_channels=1)
+    cached = build(model, table, tmp_path / "cache")
+    colours = torch.from_numpy(np.stack([noise(i, 16, 16) for i in range(COUNT)])).permute(0, 3, 1, 2)
+    grey = (colours.double().mean(1, keepdim=True) / 127.5 - 1).float()
+    assert torch.allclose(cached.latents(torch.arange(COUNT)), model.encode(grey).latents, atol=1e-5)
+
+
 def test_latents_of_different_pictures_differ(autoencoder):
     latents = encoded(autoencoder, range(COUNT)).flatten(1)
     assert torch.pdist(latents).min() > 1e-2  # else the comparisons above would show nothing
