@@ -15,6 +15,8 @@ import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
+from dit_report import COMPARED as DIT_COMPARED
+from dit_report import ROWS as DIT_ROWS
 from latents_report import COMPARED
 from latents_report import ROWS as LATENT_ROWS
 
@@ -35,6 +37,8 @@ MODES = EVIDENCE / "results" / "augmentation_modes.json"
 DIMENSIONS = EVIDENCE / "results" / "dimensions.json"
 LATENTS = EVIDENCE / "results" / "latents.json"
 GAN_LATENTS = EVIDENCE / "results" / "gan_latents.json"
+DIT = EVIDENCE / "results" / "dit.json"
+SOLVERS = EVIDENCE / "results" / "solvers.json"
 GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, format
     "fid_resnet56-cifar10": ("FID, resnet56-cifar10", "{:.2f}"),
     "kid_resnet56-cifar10": ("KID", "{:.4f}"),
@@ -163,6 +167,42 @@ def gan_latents_table(report: dict) -> str:
     return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
 
 
+def dit_table(report: dict) -> str:
+    """Quality of the transformers by latent and size, mean over seeds (standard deviation), in Markdown."""
+    metrics, settings, samples = report["metrics"], report["settings"], report["samples"]
+    lines = ["| latent, transformer | parameters | seeds | " + " | ".join(t for t, _ in DIT_ROWS.values()) + " |"]
+    lines.append("|---" * (len(DIT_ROWS) + 3) + "|")
+    for name, cell in metrics["cells"].items():
+        values = " | ".join(_spread(cell[key], form) for key, (_, form) in DIT_ROWS.items())
+        lines.append(f"| {name} | {cell['parameters'] / 1e6:.2f} M | {len(cell['seeds'])} | {values} |")
+    lines += ["", "| paired difference | " + " | ".join(DIT_ROWS[name][0] for name in DIT_COMPARED) + " |"]
+    lines.append("|---" * (len(DIT_COMPARED) + 1) + "|")
+    for pair, values in metrics["differences"].items():
+        lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in DIT_COMPARED) + " |")
+    rates = ", ".join(f"{size} {rate:g}" for size, rate in settings["learning_rates"].items())
+    about = f"{settings['runs']} runs; learning rates: {rates}. "
+    about += "Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
+    return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
+
+
+def solvers_table(report: dict) -> str:
+    """Frechet distance by sampler, mean over sampling seeds (standard deviation), and ratios, in Markdown."""
+    metrics, samples = report["metrics"], report["samples"]
+    found = list(metrics["fid"])
+    lines = ["| FID of images by | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for setting in metrics["fid"][found[0]]:
+        cells = (_spread(metrics["fid"][data].get(setting) or [float("nan")], "{:.3f}") for data in found)
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    lines += ["", "| ratio of means | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for pair in metrics["ratios"][found[0]]:
+        cells = (f"{metrics['ratios'][data].get(pair, float('nan')):.3f}" for data in found)
+        lines.append(f"| {pair} | " + " | ".join(cells) + " |")
+    counts = ", ".join(f"{name} {count:,}" for name, count in samples["generated"].items())
+    seeds = len(report["settings"]["sampling_seeds"])
+    about = f"Images generated for each of {seeds} sampling seeds: {counts}; training images: {samples['reference']:,}."
+    return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
+
+
 def _spread(values: list[float], form: str) -> str:
     text = form.format(mean(values))
     return f"{text} ({form.format(stdev(values))})" if len(values) > 1 else text
@@ -221,6 +261,10 @@ def tables() -> dict[str, str]:
         blocks["latents"] = latents_table(read(LATENTS))
     if GAN_LATENTS.exists():
         blocks["gan_latents"] = gan_latents_table(read(GAN_LATENTS))
+    if DIT.exists():
+        blocks["dit"] = dit_table(read(DIT))
+    if SOLVERS.exists():
+        blocks["solvers"] = solvers_table(read(SOLVERS))
     if DIMENSIONS.exists():
         blocks["dimensions"] = dimensions_table(read(DIMENSIONS))
     return blocks
