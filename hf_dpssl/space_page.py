@@ -28,7 +28,7 @@ _CSS = """
 .upload img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
 .progress { height: 6px; border-radius: 3px; background: var(--border-color-primary); overflow: hidden; }
 .progress div { height: 100%; background: var(--color-accent); }
-.pictures a { display: block; line-height: 0; }
+.pictures a { display: block; padding: 0 !important; line-height: 0; }
 .pictures a:focus-visible img { outline: 3px solid var(--color-accent); }
 .pictures figcaption { font-size: 13px; line-height: 1.3; margin: 3px 0 0 !important;
   color: var(--body-text-color-subdued); overflow-wrap: anywhere; }

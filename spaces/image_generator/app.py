@@ -136,8 +136,7 @@ def build(models: Models | None = None) -> gr.Blocks:
                 file = gr.DownloadButton("Download all as zip", interactive=False)
                 code = gr.Code(language="python", label="Python that draws the same", wrap_lines=True, lines=8)
         controls = [model, label, number, seed, guidance, steps, temperature, top_k]
-        named = [f"four of class {choices[min(i, len(choices) - 1)]}" for i in range(3)]
-        examples = [[first, choices[min(i, len(choices) - 1)], 4, i, 2, 25, 1, 0] for i in range(3)]
+        examples = {f"four of {wanted}": [first, wanted, 4, i, 2, 25, 1, 0] for i, wanted in enumerate(choices[:3])}
 
         @readable_errors
         @on_gpu
@@ -159,8 +158,8 @@ def build(models: Models | None = None) -> gr.Blocks:
             api_visibility="private", show_progress="hidden",
         )  # fmt: skip
         gr.Examples(
-            examples, controls, [grid, state, code], call_example, cache_examples=True, cache_mode="lazy",
-            example_labels=named, label="Examples (kept after their first use)",
+            list(examples.values()), controls, [grid, state, code], call_example, cache_examples=True,
+            cache_mode="lazy", example_labels=list(examples), label="Examples (kept after their first use)",
         )  # fmt: skip
     return page
 

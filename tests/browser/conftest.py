@@ -88,7 +88,7 @@ class Visit:
         self.context = browser.new_context(
             viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
         )
-        self.context.set_default_timeout(60_000)
+        self.context.set_default_timeout(120_000)  # also on a busy machine
         self.page, self.problems, self.url = self.context.new_page(), [], url
         self.page.on("console", lambda message: message.type == "error" and self._note(message.text))
         self.page.on("pageerror", lambda error: self._note(str(error)))

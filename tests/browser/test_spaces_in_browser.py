@@ -153,7 +153,7 @@ def test_image_generator_shows_the_steps_stops_saves_and_prints_the_code(spaces,
     page.get_by_role("button", name="Draw").click()
     page.get_by_text(re.compile(r"step \d+ of 100")).wait_for()
     page.get_by_role("button", name="Stop").click()
-    page.get_by_role("button", name="four of class 1").click()
+    page.get_by_role("button", name="four of 1").click()
     page.get_by_text("1, seed 1").wait_for()
     if page.get_by_role("radio", name="token transformer").count():
         page.get_by_role("radio", name="token transformer").check()
@@ -188,7 +188,8 @@ def test_bad_files_are_refused_with_a_toast_and_good_ones_are_read(spaces, visit
             page.get_by_role("button", name=button, exact=True).click()
         text = tab.toast()
         assert said in text or (file == "heavy.png" and "maximum allowed size of 5" in text), f"{file}: {text}"
-    tab.problems.clear()  # the browser, too, says that it cannot show these files
+    page.wait_for_timeout(2000)
+    tab.problems.clear()  # the browser, too, says that it cannot send or show these files
     for kind in ("PNG", "JPEG", "WEBP"):
         path = tmp_path / f"good.{kind.lower()}"
         path.write_bytes(encoded(noise(0, 40, 30), kind))
