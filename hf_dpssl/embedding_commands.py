@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 
@@ -44,7 +45,9 @@ def embed(argv: list[str]) -> int:
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes of each process")
     parser.add_argument("--num_processes", type=int, default=1, help="processes on this machine")
     parser.add_argument("--overwrite", action="store_true", help="remove embeddings that are in the folder already")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
     options = vars(parser.parse_args(argv))
+    as_json = options.pop("json")
     how = {name: options.pop(name) for name in ("num_processes", "overwrite")}
     options |= {"folder": options.pop("output"), "revision": options.pop("dataset_revision")}
 
@@ -53,6 +56,10 @@ def embed(argv: list[str]) -> int:
         table = embed_images(EmbedJob(**options), **how)
         if table is not None:
             skipped = table.manifest["skipped"]["count"]
+            if as_json:
+                about = {"features": options["features"], "dimension": table.manifest["dimension"], "skipped": skipped}
+                print(json.dumps({"folder": str(table.folder), "pictures": len(table)} | about, indent=2))
+                return
             note = f", {skipped} unreadable pictures skipped (see manifest.json)" if skipped else ""
             print(f"{table.folder}: {len(table)} {options['features']} of {table.manifest['dimension']} numbers{note}")
 
@@ -74,25 +81,34 @@ def search(argv: list[str]) -> int:
     parser.add_argument("--encoder", help="where the encoder is now, if it has moved")
     parser.add_argument("--output", help="JSON file for the result")
     parser.add_argument("--grid", help="PNG file: a row for each picture, itself and its neighbours")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     args = parser.parse_args(argv)
 
     def run() -> None:
         table = EmbeddingsTable(args.embeddings)
         options = {"k": args.k, "metric": args.metric, "encoder": args.encoder}
         found = search_images(table, args.pictures, **options)
-        for query, neighbours in zip(args.pictures, found, strict=True):
-            print(query)
-            for row in neighbours:
-                where = f"{row['split']} row {row['row']}"
-                print(f"  {row['similarity']:>9.4f}  {where:<22}{row['label'] or '':<16}{row['file'] or ''}")
+        queries = [{"query": q, "neighbours": rows} for q, rows in zip(args.pictures, found, strict=True)]
+        settings = {"embeddings": args.embeddings, "metric": args.metric, "k": args.k}
+        result = settings | {"queries": queries, "command": command_line()}
+        if args.json:
+            print(json.dumps(result, indent=2))
+        else:
+            _print_neighbours(queries)
         if args.output:
-            queries = [{"query": q, "neighbours": rows} for q, rows in zip(args.pictures, found, strict=True)]
-            settings = {"embeddings": args.embeddings, "metric": args.metric, "k": args.k}
-            write_json(args.output, settings | {"queries": queries, "command": command_line()})
+            write_json(args.output, result)
         if args.grid:
             _save_neighbours(table, args.pictures, found, args.grid)
 
     return _with_short_errors("search", run)
+
+
+def _print_neighbours(queries: list[dict]) -> None:
+    for entry in queries:
+        print(entry["query"])
+        for row in entry["neighbours"]:
+            where = f"{row['split']} row {row['row']}"
+            print(f"  {row['similarity']:>9.4f}  {where:<22}{row['label'] or '':<16}{row['file'] or ''}")
 
 
 def _save_neighbours(table: EmbeddingsTable, queries: list[str], found: list[list[dict]], path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def report(argv: list[str]) -> int:
         return 2
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    options = {name: value for name, value in vars(args).items() if name not in ("output", "dataset", "seed")}
+    options = {name: value for name, value in vars(args).items() if name not in ("output", "dataset", "seed", "json")}
     metrics = {name: entry["metrics"] for name, entry in entries.items()}
     about = {name: entry["about"] for name, entry in entries.items()}
     more = {"dataset": args.dataset, "seed": args.seed, "samples": samples, "options": options, "autoencoders": about}
@@ -43,6 +44,9 @@ def report(argv: list[str]) -> int:
         draw_page(
             entries, file, title=f"{', '.join(entries)} on {args.dataset}, {samples['evaluation']} held-out images"
         )
+    if args.json:
+        print(json.dumps(metrics, indent=2))
+        return 0
     names = dict.fromkeys(name for entry in metrics.values() for name in entry)
     width = max(len(name) for name in names) + 2
     print(" " * width + "".join(f"{name[:16]:>18}" for name in metrics))
@@ -79,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--distance_images", type=int, default=200, help="of which distances of spaces are taken")
     parser.add_argument("--seed", type=int, default=0, help="of probes, starts and subsets")
     parser.add_argument("--output", default="outputs/report", help="folder of report.json and report.png")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     return parser
 
 

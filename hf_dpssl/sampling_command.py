@@ -13,7 +13,7 @@ from .training_loop import check_launch
 def sample(argv: list[str]) -> int:
     """`hf-dpssl sample`: returns the exit status."""
     options = vars(_parser().parse_args(argv))
-    how = {name: options.pop(name) for name in ("num_processes", "overwrite")}
+    how, as_json = {name: options.pop(name) for name in ("num_processes", "overwrite")}, options.pop("json")
     call = {name: value for name in OPTIONS if (value := options.pop(name)) is not None}
     if "guidance_interval" in call:
         call["guidance_interval"] = tuple(call["guidance_interval"])
@@ -27,7 +27,9 @@ def sample(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("hf-dpssl sample: interrupted; the same command goes on.", file=sys.stderr)
         return 130
-    if manifest is not None:
+    if manifest is not None and as_json:
+        print(json.dumps(manifest, indent=2))
+    elif manifest is not None:
         where = "samples.npz" if job.format == "npz" else "images"
         print(f"{job.folder}/{where}: {manifest['images']} images, fingerprint {manifest['fingerprint'][:12]}")
     return 0
@@ -79,4 +81,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, help="of a token model")
     add("--num_processes", type=int, default=1, help="processes on this machine")
     add("--overwrite", action="store_true", help="remove images that are in the folder already")
+    add("--json", action="store_true", help="print the manifest as JSON")
     return parser

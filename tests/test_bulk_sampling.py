@@ -171,6 +171,8 @@ def test_finished_run_is_not_repeated(folder, whole, capsys):
     assert sample(argv(folder, whole, *STEP_FLAGS)) == 0
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     assert f"{COUNT} images" in capsys.readouterr().out
+    assert sample(argv(folder, whole, *STEP_FLAGS, "--json")) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((whole / "manifest.json").read_text())
 
 
 def test_npz_holds_all_images_and_labels_as_its_readers_expect(token_folder, tmp_path):

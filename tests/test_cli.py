@@ -13,10 +13,12 @@ import yaml
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
+from tiny_checkpoints import save_checkpoints
 
 from hf_dpssl.cli import COMMANDS, main
 from hf_dpssl.command_errors import reported
 from hf_dpssl.evaluation import MODULES
+from hf_dpssl.hub import push
 from hf_dpssl.recipe import training_folder
 from hf_dpssl.results import environment
 
@@ -123,6 +125,16 @@ def test_a_hub_that_cannot_be_reached_is_a_failure_of_one_line(tmp_path, capsys,
             f"hf-dpssl {argv[0]}: cannot pull org/model at revision 'main' from http://127.0.0.1:9"
         )
     assert not (tmp_path / "new").exists()
+
+
+def test_pull_tells_what_it_did_as_json(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    push(save_checkpoints(tmp_path, ("gan",))["gan"], "org/gan")
+    target = str(tmp_path / "pulled")
+    capsys.readouterr()
+    assert main(["pull", "org/gan", "--output_dir", target, "--json"]) == 0
+    about = {"repo_id": "org/gan", "revision": "main", "output_dir": target, "difference": 0}
+    assert json.loads(capsys.readouterr().out) == about and (tmp_path / "pulled/model.safetensors").is_file()
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):

@@ -147,6 +147,10 @@ def test_finished_run_is_not_repeated_and_another_one_is_refused(encoder, whole,
     assert embed(argv) == 0
     first = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert embed(argv) == 0 and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == first
+    capsys.readouterr()
+    assert embed([*argv, "--json"]) == 0
+    about = {"features": "features", "dimension": 16, "skipped": 0}
+    assert json.loads(capsys.readouterr().out) == {"folder": str(folder), "pictures": 5} | about
     save_ours(tmp_path / "other", projection_dim=5, model_args={"channels": [8, 8, 16, 24]})
     cases = [
         ([str(tmp_path / "other"), *argv[1:]], "was begun with encoder .*, not .*other"),

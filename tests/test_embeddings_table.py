@@ -68,6 +68,8 @@ def test_command_prints_rows_and_writes_json_and_grid(made, tmp_path, capsys):
     assert all(query in printed for query in queries) and "cat/000.png" in printed
     written = json.loads((tmp_path / "found.json").read_text())
     assert [len(entry["neighbours"]) for entry in written["queries"]] == [3, 3] and written["metric"] == "cosine"
+    assert search([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["queries"] == written["queries"]
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 65 + 1, 4 * 65 + 1, 3)
     assert (grid[1:65, 1:65] == grid[1:65, 66:130]).all()  # a query, and itself as its nearest neighbour

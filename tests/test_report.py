@@ -65,12 +65,13 @@ def test_report_of_two_autoencoders_writes_every_part_and_a_page(folders, tmp_pa
     assert "codes" in capsys.readouterr().out
 
 
-def test_same_report_twice_is_the_same(folders, tmp_path):
+def test_same_report_twice_is_the_same_and_printed_as_json(folders, tmp_path, capsys):
     flags = ["--images", "60", "--lipschitz_images", "4", "--parts", "reconstruction", "lipschitz", "collapse"]
     for run in ("a", "b"):
-        main(["report", str(folders / "codes"), *flags, "--output", str(tmp_path / run)])
+        main(["report", str(folders / "codes"), *flags, "--output", str(tmp_path / run), "--json"])
+        printed = json.loads(capsys.readouterr().out)
     first, second = (json.loads((tmp_path / run / "report.json").read_text())["metrics"] for run in "ab")
-    assert first == second
+    assert first == second == printed
 
 
 def test_latents_that_are_the_classes_are_fully_informative_and_constant_ones_are_not():
