@@ -21,7 +21,7 @@ def generator():
 
 def test_tables_equal_those_made_from_the_json_files(generator):
     blocks = generator.tables()
-    assert set(blocks) == {"demo", "speed", "modes", "dimensions", "latents"}
+    assert set(blocks) == {"demo", "speed", "modes", "dimensions", "latents", "gan_latents", "dit", "solvers"}
     assert generator.fill(README, blocks) == README, "run python training/evidence/readme.py"
 
 

@@ -145,9 +145,9 @@ def write_report(folder: Path) -> None:
     samples = rows["noise"]["samples"] | {"validation": VALIDATION_IMAGES}
     write_results(here / "results" / "gan_latents.json", table, dataset="cifar10-jpeg", seed=0, samples=samples,
                   settings=settings)  # fmt: skip
-    side_by_side({title: folder / name / "gan" / "samples.png" for name, title in LATENTS.items()}).save(
-        here / "gan_latents.png", optimize=True
-    )
+    sheet = side_by_side({title: folder / name / "gan" / "samples.png" for name, title in LATENTS.items()})
+    # 128 colours keep the file small.
+    sheet.quantize(128, dither=Image.Dither.NONE).save(here / "gan_latents.png", optimize=True)
 
 
 def side_by_side(pictures: dict[str, Path], rows: int = 5, columns: int = 8) -> Image.Image:

@@ -72,6 +72,7 @@ PAIRS = [  # a setting and what it is judged beside
 ]
 IMAGES = {"mnist": 1_000, "tiny-imagenet-20c": 200}
 SAMPLING_SEEDS = (0, 1, 2)
+PICTURES = {"tiny-imagenet-20c": "tiny_imagenet.png", "orl-faces": "faces.png"}
 
 
 def train(dataset: str, source: Path, folder: Path) -> dict:
@@ -117,6 +118,8 @@ def write_report(folder: Path) -> None:
             if path.exists():
                 found = json.loads(path.read_text(encoding="utf-8"))
                 cells.setdefault(setting, []).append(float(f"{next(iter(found.values())):.5g}"))
+        if not cells:
+            continue
         table[dataset] = cells
         differences[dataset] = {
             f"{first} / {second}": float(f"{np.mean(cells[first]) / np.mean(cells[second]):.4g}")
@@ -125,10 +128,14 @@ def write_report(folder: Path) -> None:
     here = Path(__file__).parent
     settings = {"transformers": TRANSFORMERS, "autoencoders": AUTOENCODERS, "sampling_seeds": list(SAMPLING_SEEDS)}
     metrics = {"fid": table, "ratios": differences}
-    write_results(here / "results" / "solvers.json", metrics, dataset=" and ".join(IMAGES), seed=0,
-                  samples={"generated": IMAGES, "reference": 10_000}, settings=settings)  # fmt: skip
-    first_images(folder / "tiny-imagenet-20c" / "dit", here / "tiny_imagenet.png", classes=10, guidance=2.0)
-    first_images(folder / "orl-faces" / "dit", here / "faces.png", classes=10, guidance=1.5)
+    samples = {"generated": {dataset: IMAGES[dataset] for dataset in table}, "reference": 10_000}
+    write_results(
+        here / "results" / "solvers.json", metrics, dataset=" and ".join(table), seed=0, samples=samples,
+        settings=settings,
+    )  # fmt: skip
+    for dataset, name in PICTURES.items():
+        if (folder / f"train-{dataset}.json").exists():
+            first_images(folder / dataset / "dit", here / name, classes=10, guidance=1.5)
 
 
 def first_images(source: Path, path: Path, *, classes: int, guidance: float, each: int = 5) -> None:
