@@ -146,9 +146,10 @@ def latents_table(report: dict) -> str:
     lines += ["", "| paired difference | " + " | ".join(LATENT_ROWS[name][0] for name in COMPARED) + " |"]
     lines.append("|---" * (len(COMPARED) + 1) + "|")
     for pair, values in differences.items():
-        lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in COMPARED) + " |")
+        if pair.endswith((" - joint, total", " - joint, encoder")):  # the others are in the JSON file
+            lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in COMPARED) + " |")
     samples, settings = report["samples"], report["settings"]
-    about = f"{settings['runs']} runs. Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
+    about = f"{settings['runs']} runs; more pairs in results/latents.json. Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
     return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
 
 
