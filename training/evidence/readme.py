@@ -149,7 +149,8 @@ def latents_table(report: dict) -> str:
         if pair.endswith((" - joint, total", " - joint, encoder")):  # the others are in the JSON file
             lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in COMPARED) + " |")
     samples, settings = report["samples"], report["settings"]
-    about = f"{settings['runs']} runs; more pairs in results/latents.json. Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
+    counts = ", ".join(f"{name} {count:,}" for name, count in samples.items())
+    about = f"{settings['runs']} runs; more pairs in results/latents.json. Images: {counts}"
     return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
 
 
