@@ -20,7 +20,7 @@ import psutil
 from gradio_client import Client, handle_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import RunningSpace, demo_outputs
+from running_spaces import RunningSpace, demo_outputs
 
 from hf_dpssl.checkpoint import write_json
 from hf_dpssl.demo_outputs import example_pictures

@@ -17,6 +17,7 @@ from pictures import encoded, noise
 from test_uploads import BAD
 
 pytestmark = pytest.mark.browser
+pytest_plugins = ["running_spaces"]  # no conftest.py: tests import that of the folder above by its name
 NAMES = ["matching_lab", "image_generator", "latent_lab", "encoder_explorer"]
 STEP = "() => +document.querySelector('.numbers b').innerText"
 # Boxes of what can be clicked or typed into, and what has no name that a screen reader could read.
