@@ -270,9 +270,10 @@ def push(
     options = {"private": private, "revision": revision, "create_pr": create_pr}
     target = Target(repo_id, **options, token=token, endpoint=endpoint)
     _set_pair(contents, folder, target.read(replay.FILE_NAME))
-    if "README.md" in contents and (existing := target.read("README.md")) is not None:
-        generated = files["README.md"].read_text(encoding="utf-8")
-        contents["README.md"] = model_card.merge_card(existing.decode("utf-8"), generated).encode()
+    if "README.md" in contents:
+        generated = files["README.md"].read_text(encoding="utf-8").replace("REPO_OR_FOLDER", repo_id)
+        existing = (target.read("README.md") or b"").decode("utf-8")
+        contents["README.md"] = model_card.merge_card(existing, generated).encode()
     report.removed = _stale(target.present, contents)
     made = target.commit(contents, message or f"Push {folder.resolve().name}", report.removed)
     report.commit, report.url, report.pull_request = made

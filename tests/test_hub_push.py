@@ -132,6 +132,7 @@ def test_what_a_person_wrote_into_the_card_stays(hub, folders, tmp_path):
     folder = shutil.copytree(folders["gan"], tmp_path / "gan")
     push(folder, "org/gan")
     card = hub.files("org/gan")["README.md"].decode()
+    assert "It is org/gan." in card and "REPO_OR_FOLDER" not in card
     (tmp_path / "edit").mkdir()
     (tmp_path / "edit" / "README.md").write_text(card.replace("Not trained.", "Typo.") + "\nWrite to me.\n")
     edited = {path: content for path, content in hub.files("org/gan").items() if path != "README.md"}
