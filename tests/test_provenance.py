@@ -57,7 +57,7 @@ def test_an_ancestor_that_is_gone_is_named_and_no_more(tmp_path, monkeypatch):
     ("text", "expected"),
     [
         ("dae_dit.py --autoencoder /home/me/run/autoencoder --seed 1", "dae_dit.py --autoencoder autoencoder --seed 1"),
-        ("x --output_dir=/tmp/run", "x --output_dir=run"),
+        ("x --output_dir=/scratch/run", "x --output_dir=run"),
         ("x --output_dir ../../runs/a/b", "x --output_dir b"),
         ("x --dataset ~/pictures", "x --dataset pictures"),
         (r"x --dataset C:\Users\me\pictures", "x --dataset pictures"),
