@@ -40,7 +40,8 @@ def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encode
     name = next(key for key in metrics if key.startswith("fid_"))
     assert metrics[f"ceiling_{name}"] < metrics[name], output
     assert set(densities) == {"diagonal", "full", "held_out"} and all(name in found for found in densities.values())
-    assert "| held_out | copies |" in (tmp_path / "gan" / "README.md").read_text()
+    card = (tmp_path / "gan" / "README.md").read_text()
+    assert "| held_out | images suspiciously close to a training image, % |" in card
     embedder, data = ImageEmbedder(str(encoder)), load_images("digits")
     features = embedder.embed_pictures([decode_image(row["image"]) for row in data.train])
     latents = model.standardize(features)
@@ -65,7 +66,7 @@ def test_every_latent_leaves_a_folder_that_generates(latent, more, sampled_from,
     assert model.generate(3, torch.Generator().manual_seed(0)).shape == (3, 3, 16, 16)
     results = json.loads((folder / "results.json").read_text())
     assert results["sampled_from"] == sampled_from and 0 <= results["metrics"]["copies"] <= 100
-    assert f"latent\n`{latent}`" in (folder / "README.md").read_text()
+    assert f"with latents of kind `{latent}`" in (folder / "README.md").read_text()
 
 
 def test_run_in_bfloat16_leaves_a_float32_model(launch, tmp_path):

@@ -43,7 +43,7 @@ def test_vqgan_on_grey_images_logs_its_terms_and_its_plateau(launch, tmp_path):
     assert len(results["validation_psnr"]) == results["stages"]["joint"]
     assert set(results["plateau"]["joint"]) == {"gain_in_last_fifth", "converged"}
     card = (tmp_path / "autoencoder" / "README.md").read_text()
-    assert "dead codes" in card and "hinge" in card
+    assert "| codes never used | " in card and "hinge" in card
 
 
 def test_gaussian_latents_train_decoupled_and_stay_frozen(launch, tmp_path):
