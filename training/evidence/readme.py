@@ -200,8 +200,8 @@ def solvers_table(report: dict) -> str:
         cells = (f"{metrics['ratios'][data].get(pair, float('nan')):.3f}" for data in found)
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
     counts = ", ".join(f"{name} {count:,}" for name, count in samples["generated"].items())
-    seeds = len(report["settings"]["sampling_seeds"])
-    about = f"Images generated for each of {seeds} sampling seeds: {counts}; training images: {samples['reference']:,}."
+    seeds = ", ".join(f"{name} {len(next(iter(cells.values())))}" for name, cells in metrics["fid"].items())
+    about = f"Images of a sampling seed: {counts}; sampling seeds: {seeds}; training images: {samples['reference']:,}."
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
 
 
