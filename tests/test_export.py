@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
 FOREIGN_ENCODER = """
 import timm, torch
 from transformers import AutoImageProcessor, AutoModel
-images = torch.load("images.pt")
+images = torch.load("images.pt", weights_only=True)
 model = AutoModel.from_pretrained("out", trust_remote_code=True).eval()
 assert type(model).__name__ == "TimmWrapperModel", type(model)
 assert AutoImageProcessor.from_pretrained("out").data_config["input_size"][-1] == 16
