@@ -216,8 +216,7 @@ def _short(error: Exception) -> str:
 
 def _retried(call: Callable[[], Result], attempts: int | None = None) -> Result:
     """call(), again while the Hub is busy (429, 5xx) or the connection fails; waits as long as the Hub says."""
-    waits = [*_WAITS, None][len(_WAITS) + 1 - attempts :] if attempts else [*_WAITS, None]
-    for wait in waits:
+    for wait in [*_WAITS, None][-(attempts or len(_WAITS) + 1) :]:
         try:
             return call()
         except HTTPError as error:
@@ -261,19 +260,20 @@ def push(
     """
     start, folder = time.perf_counter(), Path(folder)
     files, left_out = publishable_files(folder)
-    contents: dict[str, Content] = dict(files)
+    contents, card = dict[str, Content](files), files.get("README.md")
+    if card:
+        contents["README.md"] = card.read_text(encoding="utf-8").replace("REPO_OR_FOLDER", repo_id).encode()
     report = PushReport(repo_id, revision or "main", {}, left_out)
     if dry_run:
         _set_pair(contents, folder, None)
         report.files = _sizes(contents)
         return report
-    options = {"private": private, "revision": revision, "create_pr": create_pr}
-    target = Target(repo_id, **options, token=token, endpoint=endpoint)
+    where = {"private": private, "revision": revision, "create_pr": create_pr, "token": token, "endpoint": endpoint}
+    target = Target(repo_id, **where)
     _set_pair(contents, folder, target.read(replay.FILE_NAME))
-    if "README.md" in contents:
-        generated = files["README.md"].read_text(encoding="utf-8").replace("REPO_OR_FOLDER", repo_id)
-        existing = (target.read("README.md") or b"").decode("utf-8")
-        contents["README.md"] = model_card.merge_card(existing, generated).encode()
+    if card:
+        existing, generated = target.read("README.md") or b"", contents["README.md"]
+        contents["README.md"] = model_card.merge_card(existing.decode("utf-8"), generated.decode("utf-8")).encode()
     report.removed = _stale(target.present, contents)
     made = target.commit(contents, message or f"Push {folder.resolve().name}", report.removed)
     report.commit, report.url, report.pull_request = made

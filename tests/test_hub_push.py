@@ -128,11 +128,19 @@ def test_a_pair_that_another_machine_rounded_otherwise_stays(hub, folders, tmp_p
     assert hub.files("org/gan")[replay.FILE_NAME] == rounded and len(hub.history("org/gan")) == 2
 
 
+def test_a_pushed_card_names_its_repository(hub, folders, tmp_path):
+    folder = shutil.copytree(folders["gan"], tmp_path / "gan")
+    card = (folder / "README.md").read_text().replace("Not trained.", 'Load it: from_pretrained("REPO_OR_FOLDER")')
+    (folder / "README.md").write_text(card)
+    listed = push(folder, "org/gan", dry_run=True)
+    assert push(folder, "org/gan").files == listed.files
+    assert hub.files("org/gan")["README.md"].decode() == card.replace("REPO_OR_FOLDER", "org/gan")
+
+
 def test_what_a_person_wrote_into_the_card_stays(hub, folders, tmp_path):
     folder = shutil.copytree(folders["gan"], tmp_path / "gan")
     push(folder, "org/gan")
     card = hub.files("org/gan")["README.md"].decode()
-    assert "It is org/gan." in card and "REPO_OR_FOLDER" not in card
     (tmp_path / "edit").mkdir()
     (tmp_path / "edit" / "README.md").write_text(card.replace("Not trained.", "Typo.") + "\nWrite to me.\n")
     edited = {path: content for path, content in hub.files("org/gan").items() if path != "README.md"}

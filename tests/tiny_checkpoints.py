@@ -73,7 +73,7 @@ def finish(folder: Path, kind: str) -> None:
     """Add what a run leaves beside the weights: results, recipe, card and a picture; and what is nobody's business."""
     write_json(folder / "results.json", {"metrics": {"knn_top1": 50.0}, "dataset": "digits", "seed": 0})
     (folder / "recipe.yaml").write_text("dataset: digits\nseed: 0\n")
-    text = f"# A tiny {kind}\n\nNot trained. It is REPO_OR_FOLDER."
+    text = f"# A tiny {kind}\n\nNot trained."
     (folder / "README.md").write_text(marked_card({"tags": [kind]}, text))
     Image.new("RGB", (4, 4), "red").save(folder / "curves.png")
     private = "checkpoints/step-00000002/state.pt checkpoints/step-00000002/meta.json optimizer.pt train.log .token"
