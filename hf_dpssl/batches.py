@@ -8,6 +8,7 @@ a batch holds follows from its epoch and index, so a resumed run simply starts t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -16,12 +17,18 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from . import keyed_random
-from .data import ImageData
+from .data import ImageData, load_images
 from .image_table import BadImageError, ImageTable, decode_row, stack
 from .transforms import TwoViews
 
 _SHUFFLE_BUFFER = 4096
 _STREAMED_EVALUATION_IMAGES = 10_000
+
+
+def load_images_for(args: Any) -> ImageData:
+    """The data set that the arguments of a training script name; errors as `load_images`."""
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    return load_images(args.dataset, **columns, streaming=args.streaming, revision=args.dataset_revision)
 
 
 class _EpochOrder(Sampler):

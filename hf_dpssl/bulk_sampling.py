@@ -12,7 +12,6 @@ import difflib
 import inspect
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .embedder import best_device
 from .keyed_random import derive_seed
-from .local_processes import more_processes, stop_without_parent
+from .local_processes import divide_work, stop_without_parent
 from .pipeline_classes import ClassConditionalPipeline
 from .pipeline_vq_dit import VQDiTPipeline
 from .pipeline_vq_token import VQTokenPipeline
@@ -115,19 +114,9 @@ def sample_images(job: SampleJob, *, num_processes: int = 1, overwrite: bool = F
             drawn by another pipeline or otherwise; says which.
         RuntimeError: a process started here ended with an error.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes < 1 or (world > 1 and (num_processes not in (1, world) or overwrite)):
-        raise ValueError(
-            f"num_processes={num_processes} and overwrite={overwrite} do not go with {world} launched process(es): "
-            "give at least 1, and under a launcher the launcher's number and an empty folder."
-        )
-    folder = Path(job.folder)
-    if overwrite and (folder / "plan.json").exists():
-        shutil.rmtree(folder)
-    with more_processes(_sample_in_process, (job,), 1 if world > 1 else num_processes) as start:
-        _sample_share(job, rank, max(world, num_processes), start)
-    finish(folder)
-    path = folder / "manifest.json"
+    divide_work(_sample_share, job, num_processes=num_processes, overwrite=overwrite)
+    finish(Path(job.folder))
+    path = Path(job.folder, "manifest.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -195,10 +184,6 @@ def draw_images(
     labels = None if class_ids is None else [class_ids[number % len(class_ids)] for number in numbers]
     count = {"num_images": len(numbers)} if labels is None else {}
     return pipeline(labels, generator=generators, output_type="pt", **count, **options).images.float().cpu()
-
-
-def _sample_in_process(job: SampleJob, rank: int, world: int) -> None:
-    _sample_share(job, rank, world, lambda: None)
 
 
 def _sample_share(job: SampleJob, rank: int, world: int, start_others: Callable[[], None]) -> None:

@@ -11,9 +11,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import timm
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from .images import to_square_tensor
@@ -167,6 +168,16 @@ def _load_with_head(name: str, revision: str | None) -> PreTrainedModel:
     if architecture not in _PRETRAINING:
         raise ValueError(f"the head in {name!r} is of a {architecture}; known are {sorted(_PRETRAINING)}.")
     return _PRETRAINING[architecture].from_pretrained(name, **place)
+
+
+def timm_model(name: str) -> nn.Module:
+    """The pretrained timm model that "timm:<model>" names; ValueError for one that cannot be had."""
+    try:
+        return timm.create_model(name.removeprefix("timm:"), pretrained=True)
+    except Exception as error:  # timm and the Hub raise many kinds
+        raise ValueError(
+            f"cannot load {name!r}: {error}. timm's weights come from the Hub at first use; offline, name a folder."
+        ) from error
 
 
 def best_device(rank: int = 0) -> torch.device:

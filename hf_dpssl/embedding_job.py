@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from .data import ImageData
 from .embedder import ImageEmbedder, Preprocessor, best_device
 from .embeddings_table import EmbeddingsTable, dataset_fingerprint, load_splits, write_columns
 from .image_table import BadImageError, decode_row
-from .local_processes import more_processes, stop_without_parent
+from .local_processes import divide_work, stop_without_parent
 from .results import command_line, environment
 
 SPLITS = ("train", "evaluation")
@@ -94,23 +93,10 @@ def embed_images(job: EmbedJob, *, num_processes: int = 1, overwrite: bool = Fal
         BadImageError: an unreadable picture, with on_bad_image="error".
         RuntimeError: a process started here ended with an error.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if num_processes < 1 or (world > 1 and (num_processes not in (1, world) or overwrite)):
-        raise ValueError(
-            f"num_processes={num_processes} and overwrite={overwrite} do not go with {world} launched process(es): "
-            "give at least 1, and under a launcher the launcher's number and an empty folder."
-        )
+    divide_work(_embed_share, job, num_processes=num_processes, overwrite=overwrite)
     folder = Path(job.folder)
-    if overwrite and (folder / "plan.json").exists():
-        shutil.rmtree(folder)
-    with more_processes(_embed_in_process, (job,), 1 if world > 1 else num_processes) as start:
-        _embed_share(job, rank, max(world, num_processes), start)
     _finish(folder)
     return EmbeddingsTable(folder) if (folder / "manifest.json").exists() else None
-
-
-def _embed_in_process(job: EmbedJob, rank: int, world: int) -> None:
-    _embed_share(job, rank, world, lambda: None)
 
 
 def _embed_share(job: EmbedJob, rank: int, world: int, start_others: Callable[[], None]) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .embedder import ImageEmbedder, best_device
+from .embedder import ImageEmbedder, best_device, timm_model
 from .weights import combined_sha256, tensor_sha256
 
 _CIFAR_NAME = re.compile(r"resnet(20|32|44|56|110)-cifar10")
@@ -112,12 +112,7 @@ def load_extractor(name: str, *, device: torch.device | str | None = None) -> Fe
     if match := _CIFAR_NAME.fullmatch(name):
         return _cifar(name, int(match[1]), device)
     if name.startswith("timm:"):
-        try:
-            model = timm.create_model(name.removeprefix("timm:"), pretrained=True)
-        except Exception as error:  # timm and the Hub raise many kinds
-            raise ValueError(
-                f"cannot load {name!r}: {error}. timm's weights come from the Hub at first use; offline, name a folder."
-            ) from error
+        model = timm_model(name)
         folder = Path(name.removeprefix("timm:local-dir:"))
         return timm_extractor(model, f"timm:{folder.name}" if folder.is_dir() else name, device=device)
     return _encoder(name, device)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +43,35 @@ def more_processes(work: Callable[..., None], arguments: tuple, count: int) -> I
         for process in others:
             if process.is_alive():
                 process.terminate()
+
+
+def divide_work(share: Callable[..., None], job: Any, *, num_processes: int, overwrite: bool) -> None:
+    """Run share(job, rank, world, start_others) in every process: those of a launcher, or `num_processes` started here.
+
+    Args:
+        share: of a module; does part `rank` of `world` and calls start_others() once what can be refused is checked.
+        job: what can be pickled, with its `folder`.
+        num_processes: to use on this machine; 1 under a launcher.
+        overwrite: remove what an earlier job left in the folder.
+
+    Raises:
+        ValueError: numbers that do not go together.
+        RuntimeError: a process started here ended with an error.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes < 1 or (world > 1 and (num_processes not in (1, world) or overwrite)):
+        raise ValueError(
+            f"num_processes={num_processes} and overwrite={overwrite} do not go with {world} launched process(es): "
+            "give at least 1, and under a launcher the launcher's number and an empty folder."
+        )
+    if overwrite and Path(job.folder, "plan.json").exists():
+        shutil.rmtree(job.folder)
+    with more_processes(_other_share, (share, job), 1 if world > 1 else num_processes) as start:
+        share(job, rank, max(world, num_processes), start)
+
+
+def _other_share(share: Callable[..., None], job: Any, rank: int, world: int) -> None:
+    share(job, rank, world, lambda: None)
 
 
 def stop_without_parent() -> None:

@@ -6,12 +6,11 @@ are divided by their norm, squared differences are summed over channels, average
 
 from __future__ import annotations
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embedder import ImageEmbedder
+from .embedder import ImageEmbedder, timm_model
 
 
 class PerceptualDistance(nn.Module):
@@ -104,13 +103,7 @@ def load_perceptual(name: str) -> nn.Module:
     if name == "lpips":
         return LpipsDistance()
     if name.startswith("timm:"):
-        try:
-            model = timm.create_model(name.removeprefix("timm:"), pretrained=True)
-        except Exception as error:  # timm and the Hub raise many kinds
-            raise ValueError(
-                f"cannot load {name!r}: {error}. timm's weights come from the Hub at first use; offline, name a folder."
-            ) from error
-        return PerceptualDistance(*_arguments(model))
+        return PerceptualDistance(*_arguments(timm_model(name)))
     encoder = ImageEmbedder(name).model
     if not hasattr(encoder, "timm_model"):
         raise ValueError(

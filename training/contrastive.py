@@ -20,11 +20,10 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
 from hf_dpssl import evaluation
-from hf_dpssl.batches import ImageSource, evaluation_batches, spread_rows
+from hf_dpssl.batches import ImageSource, evaluation_batches, load_images_for, spread_rows
 from hf_dpssl.blocks import BATCH_NORMS
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.command_errors import reported
-from hf_dpssl.data import load_images
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_contrastive import STEMS, ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
@@ -105,13 +104,7 @@ def main(argv: list[str] | None = None) -> Path:
     set_seed(args.seed)
 
     # Data
-    data = load_images(
-        args.dataset,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        streaming=args.streaming,
-        revision=args.dataset_revision,
-    )
+    data = load_images_for(args)
     image_size = args.image_size or data.entry.image_size
     mean, std = data.entry.statistics
     augmentation = PRESETS[args.augmentation or data.entry.augmentation]

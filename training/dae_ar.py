@@ -28,10 +28,10 @@ from diffusers.training_utils import EMAModel
 from transformers import PreTrainedModel
 
 from hf_dpssl.autoencoder_measures import generation_quality
-from hf_dpssl.batches import ordered_batches, spread_rows
+from hf_dpssl.batches import load_images_for, ordered_batches, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.command_errors import reported
-from hf_dpssl.data import ImageData, load_images
+from hf_dpssl.data import ImageData
 from hf_dpssl.diffusion import dropped_labels
 from hf_dpssl.feature_extractors import load_extractor
 from hf_dpssl.latent_cache import CodeTable
@@ -101,13 +101,7 @@ def main(argv: list[str] | None = None) -> Path:
     set_seed(args.seed)
 
     # Data: codes of the images, encoded once
-    data = load_images(
-        args.dataset,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        streaming=args.streaming,
-        revision=args.dataset_revision,
-    )
+    data = load_images_for(args)
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
     codes, held_out, skipped = cached_training_images(args, autoencoder, data, accelerator, "codes")
     class_names = [] if args.unconditional else data.class_names or []

@@ -25,10 +25,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from hf_dpssl.alignment import AlignedTransformer, LatentsWithImages, SpatialFeatures, alignment_loss, default_block
-from hf_dpssl.batches import ImageSource, ordered_batches
+from hf_dpssl.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.command_errors import reported
-from hf_dpssl.data import ImageData, load_images
+from hf_dpssl.data import ImageData
 from hf_dpssl.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
 from hf_dpssl.diffusion_losses import objective_loss
 from hf_dpssl.dit_arguments import DiTArguments
@@ -54,13 +54,7 @@ def main(argv: list[str] | None = None) -> Path:
     set_seed(args.seed)
 
     # Data: latents of the training images, encoded once; the images themselves where something looks at them
-    data = load_images(
-        args.dataset,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        streaming=args.streaming,
-        revision=args.dataset_revision,
-    )
+    data = load_images_for(args)
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
     latents, _, skipped = cached_training_images(args, autoencoder, data, accelerator, "latents")
     images = None

@@ -23,10 +23,9 @@ from diffusers.training_utils import EMAModel
 
 from hf_dpssl import keyed_random
 from hf_dpssl.adversarial_training import Adversary, ReconstructionGuard
-from hf_dpssl.batches import ImageSource
+from hf_dpssl.batches import ImageSource, load_images_for
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.command_errors import reported
-from hf_dpssl.data import load_images
 from hf_dpssl.embedder import ImageEmbedder
 from hf_dpssl.gan_training import (
     FeatureBank,
@@ -56,13 +55,7 @@ def main(argv: list[str] | None = None) -> Path:
     set_seed(args.seed)
 
     # Data
-    data = load_images(
-        args.dataset,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        streaming=args.streaming,
-        revision=args.dataset_revision,
-    )
+    data = load_images_for(args)
     source = ImageSource.from_arguments(data, args, accelerator, args.image_size or data.entry.image_size)
     training, held_out = source.training_table(), source.evaluation_table()
     bank = None

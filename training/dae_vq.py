@@ -40,11 +40,10 @@ from hf_dpssl.autoencoder_training import (
     step_flops,
     warn_of_low_usage,
 )  # fmt: skip
-from hf_dpssl.batches import ImageSource, spread_rows
+from hf_dpssl.batches import ImageSource, load_images_for, spread_rows
 from hf_dpssl.checkpoint import atomic_folder
 from hf_dpssl.command_errors import reported
 from hf_dpssl.configuration_vq import VQConfig
-from hf_dpssl.data import load_images
 from hf_dpssl.keyed_random import derive_seed
 from hf_dpssl.model_card import write_card
 from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
@@ -65,13 +64,7 @@ def main(argv: list[str] | None = None) -> Path:
     set_seed(args.seed)
 
     # Data
-    data = load_images(
-        args.dataset,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        streaming=args.streaming,
-        revision=args.dataset_revision,
-    )
+    data = load_images_for(args)
     source = ImageSource.from_arguments(data, args, accelerator, args.image_size or data.entry.image_size)
 
     validation = validation_of(args, source)

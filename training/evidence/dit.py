@@ -44,7 +44,7 @@ SIZES = {
     "96x4": "--width 96 --num_layers 4 --num_heads 4",
     "128x6": "--width 128 --num_layers 6 --num_heads 4",
 }
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 STEPS, TUNING_STEPS, GENERATED = 1_500, 800, 2_000
 FLAGS = (
     "--objective flow --patch_size 1 --batch_size 64 --sampling_steps 25 --ema_decay 0.998 --grid_images_per_class 5"
