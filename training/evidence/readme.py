@@ -244,10 +244,9 @@ def _titled(name: str) -> str:
 def circumstances(report: dict) -> str:
     """Command, data, seed, machine and versions behind a table."""
     machine = report["environment"]
-    libraries = ", ".join(f"{n} {machine['libraries'][n]}" for n in ("torch", "transformers", "diffusers", "timm"))
     return (
         f"Command `{report['command']}`, data: {report['dataset']}, random seed {report['seed']}; "
-        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}, {libraries}."
+        f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['libraries']['torch']}."
     )
 
 
