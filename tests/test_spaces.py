@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,18 @@ def test_an_error_of_a_function_becomes_a_toast_that_says_the_same():
     assert next(parts) == 1
     with pytest.raises(gradio.Error, match="no sense"):
         next(parts)
+
+
+def test_zero_gpu_decorates_what_computes_where_its_package_is_and_nothing_elsewhere(monkeypatch):
+    from hf_dpssl.space_page import on_gpu
+
+    monkeypatch.setitem(sys.modules, "spaces", None)  # as if it were not installed
+    assert on_gpu(load_app) is load_app
+    granted = []
+    package = types.ModuleType("spaces")
+    package.GPU = lambda duration: lambda function: granted.append((duration, function)) or function
+    monkeypatch.setitem(sys.modules, "spaces", package)
+    assert on_gpu(load_app, 30) is load_app and granted == [(30, load_app)]
 
 
 def test_models_come_from_the_variable_then_from_the_demo_and_else_the_message_says_how(tmp_path, monkeypatch):
