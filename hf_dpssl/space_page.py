@@ -104,7 +104,11 @@ def picture_upload(value: str, label: str, alternative: str) -> gr.Image:
 
 
 def on_gpu(function: Callable, seconds: int = 60) -> Callable:
-    """The function with ZeroGPU's decorator where its package `spaces` is installed, else as it is."""
+    """The function, or generator function, with ZeroGPU's decorator where its package `spaces` is, else as it is.
+
+    There it runs in a process of its own, which hands back by pickle what it returns or yields, and of errors
+    gradio's alone: `on_gpu(readable_errors(...))`.
+    """
     try:
         from spaces import GPU
     except ImportError:

@@ -8,6 +8,11 @@ from __future__ import annotations
 import html
 import os
 
+try:
+    import spaces  # noqa: F401  of ZeroGPU: before anything asks torch for a GPU
+except ImportError:
+    pass
+
 from hf_dpssl.demo_outputs import example_pictures, find_models
 from hf_dpssl.neighbour_views import EncoderView, PictureBank
 from hf_dpssl.page_pictures import picture_grid
@@ -78,8 +83,8 @@ def build(models: Models | None = None) -> gr.Blocks:
     models = models or Models()
     examples = example_pictures(8)
 
-    @readable_errors
     @on_gpu
+    @readable_errors
     def call(path, count):
         return explore(models, path, count)
 

@@ -13,6 +13,11 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+try:
+    import spaces  # noqa: F401  of ZeroGPU: before anything asks torch for a GPU
+except ImportError:
+    pass
+
 from hf_dpssl import VQDiTPipeline, VQTokenPipeline
 from hf_dpssl.demo_outputs import find_models, source_arguments
 from hf_dpssl.embedder import best_device
@@ -41,6 +46,10 @@ class Models:
             name: KINDS[name].from_pretrained(**source_arguments(source)).to(best_device())
             for name, source in self.sources.items()
         }
+        self.frames = on_gpu(self._frames)  # all else needs no GPU, and has to be where the page is
+
+    def _frames(self, name: str, request: SampleRequest) -> Iterator[tuple]:
+        yield from stream(self.pipelines[name], request, frame_seconds=FRAME_SECONDS)
 
     def class_choices(self, name: str) -> list[str]:
         """What can be asked of a model."""
@@ -71,7 +80,7 @@ def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
     captions = [f"{label}, seed {request.seed + i}" for i, label in enumerate(wanted)]
     unit = "step" if name == "dit" else "code"
     start = time.monotonic()
-    for done, total, pictures in stream(models.pipelines[name], request, frame_seconds=FRAME_SECONDS):
+    for done, total, pictures in models.frames(name, request):
         finished = done > total
         side = 90 if request.number > 4 else 160
         state = (
@@ -139,7 +148,6 @@ def build(models: Models | None = None) -> gr.Blocks:
         examples = {f"four of {wanted}": [first, wanted, 4, i, 2, 25, 1, 0] for i, wanted in enumerate(choices[:3])}
 
         @readable_errors
-        @on_gpu
         def call(*values):
             yield from draw(models, *values)
 

@@ -5,6 +5,11 @@ hf-dpssl space latent_lab      # on the demo's models, or: DPSSL_DAE=org/dae DPS
 
 from __future__ import annotations
 
+try:
+    import spaces  # noqa: F401  of ZeroGPU: before anything asks torch for a GPU
+except ImportError:
+    pass
+
 from hf_dpssl import VQAutoencoder
 from hf_dpssl.demo_outputs import example_pictures, find_models, source_arguments
 from hf_dpssl.embedder import best_device
@@ -69,7 +74,7 @@ def between(models: Models, first: str | None, second: str | None, quantize: boo
     if not first or not second:
         raise ValueError("A morph needs two pictures: choose the second one, too.")
     pictures, parts = [read_upload(first), read_upload(second)], []
-    captions = [f"{100 * i / (STEPS - 1):.0f} %" for i in range(STEPS)]
+    captions = [f"{i / (STEPS - 1):.0%}" for i in range(STEPS)]
     for name, autoencoder in models.autoencoders.items():
         grid = picture_grid(morph(*pictures, autoencoder, STEPS, quantize=quantize), captions, side=80)
         parts.append(f"<section><h3>{WAYS[name]}</h3>{grid}</section>")
@@ -82,13 +87,13 @@ def build(models: Models | None = None) -> gr.Blocks:
     models = models or Models()
     examples = example_pictures(6)
 
-    @readable_errors
     @on_gpu
+    @readable_errors
     def call_compare(path):
         return compare(models, path)
 
-    @readable_errors
     @on_gpu
+    @readable_errors
     def call_between(first, second, quantize):
         return between(models, first, second, quantize)
 

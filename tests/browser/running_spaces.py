@@ -28,6 +28,9 @@ def demo_outputs() -> Path:
     return Path(os.environ.get("DPSSL_DEMO") or REPOSITORY / "outputs" / "demo").absolute()
 
 
+_PROGRESS = "/upload_progress"  # gradio asks for it of uploads, too, that have ended
+
+
 class RunningSpace:
     """A Space in a process of its own: `url`, seconds of its `cold_start`, and its `log`."""
 
@@ -90,9 +93,10 @@ class Visit:
         )
         self.context.set_default_timeout(120_000)  # also on a busy machine
         self.page, self.problems, self.url = self.context.new_page(), [], url
-        self.page.on("console", lambda message: message.type == "error" and self._note(message.text))
+        self.page.on("console", self._said)
         self.page.on("pageerror", lambda error: self._note(str(error)))
         self.page.on("requestfailed", self._failed)
+        self.page.on("response", self._answered)
         self.page.on("request", self._requested)
         self.page.goto(f"{url}/?__theme={scheme}")
         self.page.wait_for_selector("button")
@@ -100,8 +104,16 @@ class Visit:
     def _note(self, problem: str) -> None:
         self.problems.append(problem)
 
+    def _said(self, message) -> None:
+        if message.type == "error" and message.text != "Response" and _PROGRESS not in message.location["url"]:
+            self._note(message.text)  # "Response" is one that `_answered` has noted
+
+    def _answered(self, response) -> None:
+        if response.status >= 400 and _PROGRESS not in response.url:
+            self._note(f"{response.url}: {response.status}")
+
     def _failed(self, request) -> None:
-        if "/queue/data" not in request.url:  # gradio closes the stream of an event that has ended
+        if "/queue/data" not in request.url and _PROGRESS not in request.url:  # streams of events that have ended
             self._note(f"{request.url}: {request.failure}")
 
     def _requested(self, request) -> None:
@@ -114,6 +126,7 @@ class Visit:
         toast.wait_for()
         text = toast.inner_text()
         self.page.get_by_test_id("toast-close").first.click()
+        toast.wait_for(state="detached")  # the next one is another
         return text
 
     def finish(self) -> None:

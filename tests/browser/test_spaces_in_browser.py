@@ -19,7 +19,7 @@ from test_uploads import BAD
 pytestmark = pytest.mark.browser
 pytest_plugins = ["running_spaces"]  # no conftest.py: tests import that of the folder above by its name
 NAMES = ["matching_lab", "image_generator", "latent_lab", "encoder_explorer"]
-STEP = "() => +document.querySelector('.numbers b').innerText"
+STEP = "() => +(document.querySelector('.numbers b')?.innerText ?? 0)"
 # Boxes of what can be clicked or typed into, and what has no name that a screen reader could read.
 CONTROLS = """() => [...document.querySelectorAll('main button, main input, main textarea, main select')]
   .filter(e => e.checkVisibility() && e.type !== 'file' && e.offsetWidth > 1)
@@ -172,6 +172,7 @@ def put(page, path: Path, number: int = 0) -> None:
     place = page.locator(".upload").nth(number)
     if place.get_by_label("Remove Image").or_(place.get_by_label("Clear")).count():
         place.get_by_label("Remove Image").or_(place.get_by_label("Clear")).first.click()
+        place.locator("img").wait_for(state="detached")
     place.locator("input[type=file]").set_input_files(path)
 
 
