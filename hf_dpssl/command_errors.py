@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from urllib.error import URLError
 
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
@@ -57,7 +58,7 @@ def _may_work_later(error: BaseException) -> bool:
     response = getattr(error, "response", None) if isinstance(error, HTTPError) else None
     if response is not None:  # of the client's error, and of the library's below it
         return response.status_code in (408, 429) or response.status_code >= 500
-    return isinstance(error, HTTPError | ConnectionError | TimeoutError | OfflineModeIsEnabled)
+    return isinstance(error, HTTPError | URLError | ConnectionError | TimeoutError | OfflineModeIsEnabled)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -21,9 +21,6 @@ def sample(argv: list[str]) -> int:
         check_launch()
         job = SampleJob(folder=options.pop("output_dir"), options=call, **options)
         manifest = sample_images(job, **how)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"hf-dpssl sample: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("hf-dpssl sample: interrupted; the same command goes on.", file=sys.stderr)
         return 130

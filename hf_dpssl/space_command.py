@@ -74,10 +74,7 @@ def _push(options: argparse.Namespace) -> int:
         return _refuse(
             "--push takes no --port, --demo or --model: set the variables that the README names in the Space."
         )
-    try:
-        url = push_space(options.name, options.push, private=options.private or None)
-    except (OSError, ValueError) as error:
-        return _refuse(str(error))
+    url = push_space(options.name, options.push, private=options.private or None)
     print(f"{options.name} is published: {url}")
     return 0
 

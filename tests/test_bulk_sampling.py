@@ -19,6 +19,7 @@ from test_pipeline_vq_token import make_pipeline as make_token
 
 from hf_dpssl import VQDiTPipeline
 from hf_dpssl.bulk_sampling import SampleJob, draw_images, load_pipeline, sample_images
+from hf_dpssl.cli import main
 from hf_dpssl.data import load_images
 from hf_dpssl.keyed_random import derive_seed
 from hf_dpssl.recipe import training_folder
@@ -259,13 +260,12 @@ def test_folder_of_another_pipeline_or_of_other_options_is_not_mixed(folder, who
     ]
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     for arguments, message in cases:
-        assert sample(arguments) == 2
+        assert main(["sample", *arguments]) == 2
         assert re.search(message, capsys.readouterr().err)
     plan = json.loads((whole / "plan.json").read_text())
-    (tmp_path / "old").mkdir()
-    plan["versions"]["torch"] = "1.0"
+    (tmp_path / "old").mkdir(), plan["versions"].update(torch="1.0")
     (tmp_path / "old" / "plan.json").write_text(json.dumps(plan))
-    assert sample(argv(folder, tmp_path / "old", *STEP_FLAGS)) == 2
+    assert main(["sample", *argv(folder, tmp_path / "old", *STEP_FLAGS)]) == 2
     assert "versions torch 1.0, not" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     assert sample(argv(folder, tmp_path / "old", *STEP_FLAGS, "--overwrite", count=2)) == 0
@@ -292,7 +292,7 @@ def test_bad_input_says_which_value_and_what_is_allowed(folder, token_folder, tm
         (argv(tmp_path, out), "holds no pipeline (model_index.json)"),
     ]
     for arguments, message in cases:
-        assert sample(arguments) == 2, arguments
+        assert main(["sample", *arguments]) == 2, arguments
         assert message in capsys.readouterr().err
     assert not out.exists() and (tmp_path / "full" / "notes.txt").exists()
     with pytest.raises(SystemExit):

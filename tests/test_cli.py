@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def raise_it(error: Exception):
     ("error", "status"),
     [
         (ValueError("a"), 2), (FileNotFoundError("a"), 2), (ImportError("a"), 2), (SafetensorError("a"), 2),
-        (HTTPError("a"), 1), (TimeoutError("a"), 1), (OfflineModeIsEnabled("a"), 1),
+        (HTTPError("a"), 1), (TimeoutError("a"), 1), (OfflineModeIsEnabled("a"), 1), (URLError("a"), 1),
         (KeyboardInterrupt(), 130),
     ],
 )  # fmt: skip
