@@ -98,7 +98,7 @@ def _sprite_sheet(images: Tensor) -> tuple[str, int, int]:
         sheet[top : top + side, left : left + side] = picture
     kind = "png" if sheet.shape[0] * sheet.shape[1] <= _LOSSLESS_PIXELS else "jpeg"
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, kind, **({"quality": 85} if kind == "jpeg" else {"optimize": True}))
+    Image.fromarray(sheet).save(buffer, kind, **({"quality": 85} if kind == "jpeg" else {"compress_level": 3}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", side, columns
 
 

@@ -5,6 +5,7 @@
 
 import os
 import re
+import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pictures import encoded, noise
+from PIL import Image
 from test_uploads import BAD
 
 pytestmark = pytest.mark.browser
@@ -27,6 +29,13 @@ CONTROLS = """() => [...document.querySelectorAll('main button, main input, main
     const name = e.ariaLabel || e.innerText || e.title || [...(e.labels || [])].map(l => l.innerText).join(' ')
       || (e.getAttribute('aria-labelledby') || '') || e.closest('fieldset, .block')?.innerText || '';
     return {name: name.trim(), box: [b.left, b.top, b.right, b.bottom], kind: e.tagName + ' ' + e.type}; })"""
+
+# What the focus is on, by its place among all controls; and what it has to reach: of a group of radios, the chosen one.
+ALL = "[...document.querySelectorAll('main button, main input, main textarea, main select, main a[href]')]"
+FOCUSED = f"() => {ALL}.indexOf(document.activeElement)"
+STOPS = f"""() => {{ const all = {ALL};
+  return all.filter(e => e.checkVisibility() && e.offsetWidth > 1 && !e.disabled && e.tabIndex >= 0
+    && e.type !== 'file' && (e.type !== 'radio' || e.checked)).map(e => all.indexOf(e)); }}"""
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +139,13 @@ def test_every_control_of_the_matching_lab_does_what_it_says(spaces, visit):
     page.wait_for_function(f"({STEP})() >= 8")
 
 
+def pictures_of(code: str, folder: Path) -> list[Image.Image]:
+    """What the lines shown on a page draw, run in a fresh process in a folder of its own."""
+    folder.mkdir()
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=300)
+    return [Image.open(path) for path in sorted(folder.iterdir())]
+
+
 def test_image_generator_shows_the_steps_stops_saves_and_prints_the_code(spaces, visit, tmp_path):
     tab = visit(spaces("image_generator"))
     page = tab.page
@@ -149,7 +165,9 @@ def test_image_generator_shows_the_steps_stops_saves_and_prints_the_code(spaces,
     with page.expect_download() as saved:
         page.get_by_role("button", name="Download all as zip").click()
     saved.value.save_as(tmp_path / "all.zip")
-    assert zipfile.ZipFile(tmp_path / "all.zip").namelist() == ["7-11.png", "7-12.png", "7-13.png"]
+    zipfile.ZipFile(tmp_path / "all.zip").extractall(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["7-11.png", "7-12.png", "7-13.png"]
+    assert pictures_of(code, tmp_path / "again") == [Image.open(path) for path in sorted(tmp_path.glob("*.png"))]
     page.get_by_role("spinbutton", name=re.compile("steps")).fill("100")
     page.get_by_role("button", name="Draw").click()
     page.get_by_text(re.compile(r"step \d+ of 100")).wait_for()
@@ -161,7 +179,14 @@ def test_image_generator_shows_the_steps_stops_saves_and_prints_the_code(spaces,
     page.get_by_role("button", name="Draw").click()
     page.get_by_text(re.compile(r"code \d+ of \d+")).wait_for()
     page.get_by_text(re.compile("pictures in")).wait_for()
-    assert "VQTokenPipeline" in page.locator(".cm-content").inner_text()
+    code = page.locator(".cm-content").inner_text()
+    assert "VQTokenPipeline" in code
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Download all as zip").click()
+    saved.value.save_as(tmp_path / "tokens.zip")
+    zipfile.ZipFile(tmp_path / "tokens.zip").extractall(tmp_path / "tokens")
+    drawn = sorted((tmp_path / "tokens").iterdir(), key=lambda path: int(path.stem.split("-")[-1]))
+    assert pictures_of(code, tmp_path / "tokens_again") == [Image.open(path) for path in drawn]
     page.get_by_label("seed of the first").fill("")
     page.get_by_role("button", name="Draw").click()
     assert "seed" in tab.toast()
@@ -225,6 +250,22 @@ def test_map_of_the_encoder_explorer_shows_a_thumbnail_under_the_pointer(spaces,
     assert inner.locator("#tip").is_visible() and inner.locator("#tip b").inner_text()
     inner.get_by_role("button", name="3", exact=True).click()
     assert inner.get_by_role("button", name="3", exact=True).get_attribute("aria-pressed") == "false"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_control_is_reached_with_the_tab_key_and_a_button_pressed_with_enter(spaces, visit, name):
+    page = visit(spaces(name)).page
+    stops = set()
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        stops.add(page.evaluate(FOCUSED))
+    missing = [place for place in page.evaluate(STOPS) if place not in stops]
+    assert not missing, f"not reached: {missing}"
+    button = page.get_by_role("button", name=re.compile("^(Start again|Draw|Compare|Find neighbours)$"))
+    button.focus()
+    page.keyboard.press("Enter")
+    results = {"image_generator": "pictures in", "latent_lab": "reconstruction,", "encoder_explorer": "with cosine"}
+    page.get_by_text(re.compile(results.get(name, r"step"))).first.wait_for()
 
 
 def test_twenty_users_at_once_get_their_own_results(spaces):
