@@ -165,20 +165,3 @@ def test_an_uploaded_file_is_handed_on_unread(latents, models, tmp_path):
     payload = image.data_model(path=str(tmp_path / "bad.png"))
     assert image.preprocess(payload) == str(tmp_path / "bad.png") and image.preprocess(None) is None
     assert Image.open(image.value["path"]).size == (8, 8) and np.asarray(Image.open(image.value["path"])).max() > 200
-
-
-def test_an_example_is_computed_once_and_then_comes_from_the_cache(latents, models, monkeypatch):
-    from gradio_client import Client
-
-    from hf_dpssl.space_page import launch
-
-    calls, compare = [], latents.compare
-    monkeypatch.setattr(latents, "compare", lambda *arguments: calls.append(1) or compare(*arguments))
-    page = latents.build(models(latents))
-    _, url, _ = launch(page, prevent_thread_lock=True, quiet=True)
-    try:
-        client = Client(url, verbose=False)
-        shown = [str(client.predict(1, api_name="/load_example")) for _ in range(2)]
-    finally:
-        page.close()
-    assert len(calls) == 1 and all("reconstruction" in text for text in shown)

@@ -20,13 +20,21 @@ import psutil
 from gradio_client import Client, handle_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from running_spaces import RunningSpace, demo_outputs
+from running_spaces import CHROMIUM, RunningSpace, chromium, demo_outputs
 
 from hf_dpssl.checkpoint import write_json
 from hf_dpssl.demo_outputs import example_pictures
 from hf_dpssl.results import environment
 
 USERS = (1, 20)
+# Milliseconds at which the map that is shown changes.
+UPDATES = """count => new Promise(done => {
+  const times = [], step = () => document.querySelector(".numbers b")?.innerText;
+  let last = step();
+  new MutationObserver(() => {
+    if (step() && step() !== last) { last = step(); times.push(performance.now()); }
+    if (times.length > count) done(times);
+  }).observe(document.body, {childList: true, subtree: true, characterData: true}); })"""
 SETTINGS = ["neighbours", 20, "student_t", "joint", 1, 1, "kl", 0.5]
 
 
@@ -64,12 +72,25 @@ def seconds_of_user(url: str, name: str, arguments: list, endpoint: str, rounds:
     return seconds
 
 
+def seconds_between_updates(url: str, count: int = 50) -> dict:
+    """Of the live map as one visitor sees it in Chromium."""
+    with chromium() as browser:
+        page = browser.new_page()
+        page.goto(url)
+        page.wait_for_function("document.querySelector('.numbers b')?.innerText > 40")
+        times = page.evaluate(UPDATES, count)
+    median, p95 = np.percentile(np.diff(times) / 1000, [50, 95])
+    return {"median": round(float(median), 3), "p95": round(float(p95), 3), "updates": count}
+
+
 def measure(name: str, rounds: int) -> dict:
     """Cold start and latencies of a Space."""
     with tempfile.TemporaryDirectory() as folder:
         space = RunningSpace(name, Path(folder), {})
         found: dict = {"cold_start": round(space.cold_start, 1), "actions": {}}
         try:
+            if name == "matching_lab" and CHROMIUM:
+                found["between_two_updates_in_chromium"] = seconds_between_updates(space.url)
             for action, (arguments, endpoint) in actions(name).items():
                 seconds_of_user(space.url, name, arguments, endpoint, 1)  # the first of all does not count
                 for users in USERS:

@@ -284,3 +284,18 @@ def test_twenty_users_at_once_get_their_own_results(spaces):
     with ThreadPoolExecutor(20) as pool:
         maps = list(pool.map(user, range(20)))
     assert len(set(maps)) == 2 and maps[0] == maps[2] and maps[1] == maps[3] != maps[0]
+
+
+def test_twenty_users_of_the_generator_get_the_pictures_of_their_own_seeds(spaces):
+    from gradio_client import Client
+
+    url = spaces("image_generator").url
+
+    def user(seed: int) -> list[str]:
+        grid = Client(url, verbose=False).predict("dit", "7", 1, seed, 2, 4, 1, 0, api_name="/draw")[0]
+        return re.findall(r'<img src="([^"]+)" alt="([^"]+)"', grid)
+
+    with ThreadPoolExecutor(20) as pool:
+        drawn = list(pool.map(user, [number % 10 for number in range(20)]))
+    assert [shown[0][1] for shown in drawn] == [f"7, seed {number % 10}" for number in range(20)]
+    assert drawn[:10] == drawn[10:] and len({shown[0][0] for shown in drawn}) == 10
