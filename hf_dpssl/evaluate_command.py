@@ -223,7 +223,11 @@ def _summary(entry: dict, path: Path | None) -> str:
     lines = [f"{name:<{width}}{value:.4g}" for name, value in entry["metrics"].items()]
     lines += [f"note: {note}" for note in entry["notes"]]
     lines.append(f"{entry['kind']} on {entry['dataset']}, fingerprint {entry['fingerprint']['sha256'][:16]}")
-    return "\n".join(lines + ([f"written to {path}"] if path else []))
+    if path is not None:
+        lines.append(f"written to {path}")
+        if path.name == "results.json" and (path.parent / "README.md").is_file():
+            lines.append(f"hf-dpssl card {path.parent} puts it into the card.")
+    return "\n".join(lines)
 
 
 def _push(checkpoint: _Checkpoint, entry: dict) -> str:
