@@ -285,6 +285,7 @@ data.classes.forEach((name, label) => {
   made.prepend(dot);
 });
 find("#only").addEventListener("change", draw);
+find("#only").parentElement.hidden = data.heldOut.every((flag, i) => flag || i === data.marked);
 find("#reset").addEventListener("click", () => { fit(); draw(); });
 window.addEventListener("resize", draw);
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import queue
 import threading
@@ -91,8 +92,11 @@ def stream(
     """(steps done, steps in all, pictures so far) after each step; last, with done = all + 1, the finished pictures.
 
     Steps that end less than `frame_seconds` after the last one shown are left out, and not decoded.
-    One after the other on a pipeline: its callback belongs to one run. Closing the iterator stops the run.
+    Several may run on one pipeline at a time. Closing the iterator stops the run.
     """
+    pipeline = copy.copy(pipeline)  # the weights are shared, not what a run changes: schedulers count its steps
+    if isinstance(pipeline, VQDiTPipeline):
+        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.number)]
     options = request.options(type(pipeline)) | {"generator": generators}
     labels = list(request.labels) or None

@@ -119,3 +119,17 @@ def test_unknown_class_is_refused_with_the_known_ones(pipeline):
 def test_requests_out_of_range_are_refused(values, said):
     with pytest.raises(ValueError, match=said):
         SampleRequest(**values)
+
+
+def test_two_runs_at_once_on_one_pipeline_do_not_disturb_each_other(pipeline):
+    other = SampleRequest(("horse",), 1, seed=9, guidance=1.5, steps=7)
+    expected = [arrays(list(stream(pipeline, request))[-1][2]) for request in (REQUEST, other)]
+    last, runs = {}, {0: stream(pipeline, REQUEST), 1: stream(pipeline, other)}
+    while runs:
+        for number in list(runs):
+            part = next(runs[number], None)
+            if part is None:
+                del runs[number]
+            else:
+                last[number] = arrays(part[2])
+    assert all(np.array_equal(last[number], expected[number]) for number in (0, 1))

@@ -102,7 +102,7 @@ def build(models: Models | None = None) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 first = picture_upload(examples[0], "picture", "the picture to encode")
-                second = picture_upload(examples[1], "second picture, to morph to", "the other end")
+                second = picture_upload(examples[1], "second picture", "the picture to morph to")
                 quantize = gr.Checkbox(True, label="snap to codes on the way")
                 with gr.Row():
                     look = gr.Button("Compare", variant="primary", min_width=120)
