@@ -121,15 +121,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="requests of the single user; of 20, a fifth each")
     parser.add_argument("--spaces", nargs="+", default=names, choices=names, help="which ones")
     options = parser.parse_args(argv)
-    load = [round(value, 1) for value in os.getloadavg()]
+    busy = psutil.cpu_percent(interval=2)
     found = {name: measure(name, options.rounds) for name in options.spaces}
     path = Path(options.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
-    note = "seconds; other processes ran on the machine where the load at the start exceeds the cores"
-    write_json(
-        path, {"spaces": found, "note": note, "load_at_start": load, "cores": cores, "environment": environment()}
-    )
+    note = "seconds, by clients on the same cores; of these, so many percent were busy before the first Space started"
+    facts = {"note": note, "busy_percent_at_start": busy, "cores": cores, "environment": environment()}
+    write_json(path, {"spaces": found} | facts)
 
 
 if __name__ == "__main__":
