@@ -9,15 +9,10 @@ from dataclasses import replace
 
 import torch
 
-try:
-    import spaces  # noqa: F401  of ZeroGPU: before anything asks torch for a GPU
-except ImportError:
-    pass
-
 from hf_dpssl import matching
 from hf_dpssl.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, class_gap, map_data
 from hf_dpssl.page_pictures import curves_svg, map_svg
-from hf_dpssl.space_page import CACHE, gr, main, on_gpu, readable_errors
+from hf_dpssl.space_page import CACHE, gr, main, readable_errors
 
 POINTS = 256
 STEPS = 4  # of both maps, in an update
@@ -177,5 +172,4 @@ CSS = """
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # matrices of 256 rows: more threads take longer
-    on_gpu(restart)  # needs none, but ZeroGPU starts no page without a function for it
     main(build, CSS)
