@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -43,12 +43,10 @@ def space(argv: list[str]) -> int:
         variables[MODELS[name][0]] = source
     if importlib.util.find_spec("gradio") is None:
         return _refuse("gradio is not installed: pip install 'hf_dpssl[demo]'.")
-    try:
-        return subprocess.call(
-            [sys.executable, str(spaces_folder() / options.name / "app.py")], env=os.environ | variables
-        )
-    except KeyboardInterrupt:
-        return 130
+    os.environ.update(variables)
+    sys.argv = [str(spaces_folder() / options.name / "app.py")]
+    runpy.run_path(sys.argv[0], run_name="__main__")  # here: another process would import every library once more
+    return 0
 
 
 def push_space(name: str, repo_id: str, *, private: bool | None = None) -> str:
