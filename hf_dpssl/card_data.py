@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -84,14 +85,17 @@ _LABELS = {  # pattern of the key: type, label
 }
 
 
-def figures(kind: str, metrics: dict) -> list[Figure]:
-    """Lines of the table of results: what is expected of the kind, then all else that was measured."""
+def figures(kind: str, metrics: dict, elsewhere: Iterable[str] = ()) -> list[Figure]:
+    """Lines of the table of results: what is expected of the kind, then all else that was measured.
+
+    What is among the keys `elsewhere` (of later evaluations) does not count as not measured.
+    """
     expected = _EXPECTED.get(kind, "").split()
 
     def stands_for(key: str, name: str) -> bool:  # a Frechet distance does in whatever features it was measured
         return key == name or (name == "fid" and key.startswith("fid_"))
 
-    lacking = [name for name in expected if not any(stands_for(key, name) for key in metrics)]
+    lacking = [name for name in expected if not any(stands_for(key, name) for key in [*metrics, *elsewhere])]
     order = sorted(
         metrics, key=lambda key: next((i for i, n in enumerate(expected) if stands_for(key, n)), len(expected))
     )

@@ -86,12 +86,13 @@ def render_card(folder: Path, *, title: str | None = None, license_of_data: str 
         facts["licence_of_data"] = license_of_data
     title = title or _title(facts, results)
     licences = licences_of(facts)
+    later = [name for entry in results.get("evaluations") or [] for name in entry["metrics"]]
     context = {
         "title": title,
         "facts": facts,
         "results": results,
         "recipe": recipe,
-        "figures": figures(kind, facts["metrics"]),
+        "figures": figures(kind, facts["metrics"], later),
         "figures_of": partial(figures, ""),
         "licences": licences,
         "restricted": any(map(is_restricted, licences.values())),

@@ -116,6 +116,16 @@ def test_what_was_not_measured_says_so(kind, finished):
     assert card.text.count("| not measured |") == expected + 2, "time and energy of the training too"
 
 
+def test_what_an_evaluation_measured_later_is_not_called_not_measured(finished):
+    folder = finished("dit", metrics={})
+    results = json.loads((folder / "results.json").read_text())
+    entry = {"kind": "dit", "metrics": {"fid_encoder": 8.5}, "dataset": "digits", "seed": 0, "samples": {}}
+    results["evaluations"] = [entry | {"options": {}, "fingerprint": {"sha256": "a" * 64}}]
+    write_json(folder / "results.json", results)
+    first, later = (part.split("\n\n") for part in card_of(folder).text.split("## Results")[1].split("Measured later"))
+    assert "Fréchet" not in first[1] and first[1].count("| not measured |") == 1 and "| 8.5 |" in later[1]
+
+
 def test_time_hardware_and_energy_are_those_of_the_run(finished):
     training = {"seconds": 7200.0, "processes": 2, "device": "cpu", "precision": "no"}
     folder = finished("encoder", training=training)
