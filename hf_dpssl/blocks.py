@@ -1,7 +1,8 @@
-"""The two parts of a contrastive model that timm does not have: projection head and small-image stem."""
+"""The parts of a contrastive model that timm does not have: projection head, small-image stem, a guard of precision."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -68,6 +69,28 @@ def use_small_image_stem_(resnet: nn.Module, stem: str = "small_image") -> None:
     resnet.conv1, resnet.maxpool = replacement.to(conv.weight.device, conv.weight.dtype), nn.Identity()
     if not options["activation"]:
         resnet.act1 = nn.Identity()
+
+
+class OnePixelConv2d(nn.Conv2d):
+    """A convolution that autocast leaves in float32 where it is given single pixels on a CPU.
+
+    There a bfloat16 one of stride 2 has NaN among the gradients of its weight now and then (torch 2.14, processors with
+    bfloat16 instructions), and a ResNet's last stage is such a one for images of 16 px.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As nn.Conv2d."""
+        if inputs.shape[-2:] != (1, 1) or inputs.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(inputs)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(inputs.float())
+
+
+def guard_one_pixel_convolutions_(model: nn.Module) -> None:
+    """Make every plain strided convolution an `OnePixelConv2d`, in place; names and weights stay."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and max(module.stride) > 1 and max(module.kernel_size) > 1:
+            module.__class__ = OnePixelConv2d
 
 
 def check_batch_norm(batch_norm: str, num_splits: int) -> None:

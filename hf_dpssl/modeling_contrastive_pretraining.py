@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .batch_norm import batch_norms, set_batch_norm_
-from .blocks import ProjectionHead
+from .blocks import ProjectionHead, guard_one_pixel_convolutions_
 from .calibration import KernelScale
 from .gather import deal_out, gather_dealt, gather_with_gradient, gather_without_gradient, in_turns, own_rows
 from .losses import info_nce, moco, t_simclr
@@ -46,6 +46,7 @@ class ContrastivePreTrainedModel(PreTrainedModel):
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
         self.encoder = ContrastiveEncoder(config)
+        guard_one_pixel_convolutions_(self.encoder)
         self.head = self._make_head()
         options = {name: getattr(config, name) for name in "kernel temperature perplexity dof learnable_dof".split()}
         free_scale = config.kernel == "student_t" and config.feature_norm == "none"

@@ -5,13 +5,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from kills import die_at_rename
 from PIL import Image
 from test_pipeline_vq_dit import NAMES
 from test_pipeline_vq_dit import make_pipeline as make_dit
@@ -104,17 +104,19 @@ def test_pictures_are_what_the_pipeline_draws_and_classes_take_turns(folder, who
     assert not list(whole.rglob(".*"))
 
 
-def _sample_in_child(arguments, environment):
+def _sample_in_child(arguments, environment, dies_at):
     os.environ.update(environment)
+    if dies_at:
+        die_at_rename(dies_at, "*/0*.png")
     torch.set_num_threads(1)
     os._exit(sample(arguments))
 
 
-def start(context, arguments, world=1):
+def start(context, arguments, world=1, dies_at=None):
     processes = []
     for rank in range(world):
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
-        processes.append(context.Process(target=_sample_in_child, args=(arguments, ranks)))
+        processes.append(context.Process(target=_sample_in_child, args=(arguments, ranks, dies_at)))
         processes[-1].start()
     return processes
 
@@ -128,15 +130,13 @@ def assert_same_pictures(found, expected):
 @pytest.mark.parametrize("world", [1, 2])
 def test_killed_run_goes_on_to_the_same_pictures_with_other_batches(world, fork_server, folder, whole, tmp_path):
     out = tmp_path / "out"
-    processes = start(fork_server, argv(folder, out, *STEP_FLAGS, "--batch_size", 1), world)
-    while any(process.is_alive() for process in processes) and len(list(out.rglob("0*.png"))) < 4:
-        time.sleep(0.001)
-    assert not (out / "manifest.json").exists()
+    processes = start(fork_server, argv(folder, out, *STEP_FLAGS, "--batch_size", 1), world, dies_at=5)
     for process in processes:
-        process.kill(), process.join()
-        assert process.exitcode == -9, "the kill came too late"
+        process.join()
+        assert process.exitcode == -9
+    assert not (out / "manifest.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in out.rglob("0*.png")}
-    assert 4 <= len(kept) < COUNT
+    assert len(kept) == 4 * world
     for process in start(fork_server, argv(folder, out, *STEP_FLAGS, "--batch_size", 5), world):
         process.join()
         assert process.exitcode == 0

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import time
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from kills import die_at_rename
 from pictures import noise
 from PIL import Image
 from test_embedder import save_ours
@@ -96,35 +96,34 @@ def test_labelled_splits_of_a_data_set_and_one_split_alone(encoder, tmp_path):
     assert alone.embeddings.equal(table.embeddings[1437:]) and alone.labels.equal(table.labels[1437:])
 
 
-def _embed_in_child(argv: list[str], environment: dict[str, str]) -> None:
+def _embed_in_child(argv: list[str], environment: dict[str, str], dies_at: int | None) -> None:
     os.environ.update(environment)
+    if dies_at:
+        die_at_rename(dies_at, "*/data/*.parquet")
     os._exit(embed(argv))
 
 
-def start(context, encoder, pictures, folder, world: int = 1) -> list:
+def start(context, encoder, pictures, folder, world: int = 1, dies_at: int | None = None) -> list:
+    """The first process is killed as it finishes its shard number `dies_at` of this run."""
     argv = [str(encoder), str(pictures), "--output", str(folder), "--rows_per_shard", "2"]
     started = []
     for rank in range(world):
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
-        started.append(context.Process(target=_embed_in_child, args=(argv, ranks)))
+        started.append(context.Process(target=_embed_in_child, args=(argv, ranks, None if rank else dies_at)))
         started[-1].start()
     return started
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_run_goes_on_to_the_same_bytes(world, fork_server, encoder, pictures, whole, tmp_path):
-    folder, struck = tmp_path / "killed", []
-    for wanted in (1, 6):
-        processes = start(fork_server, encoder, pictures, folder, world)
-        while any(process.is_alive() for process in processes):
-            if len(list(folder.glob("data/*.parquet"))) >= wanted:
-                break
-            time.sleep(0.001)
-        struck.append(any(process.is_alive() for process in processes) and not (folder / "manifest.json").exists())
-        for process in processes:
+    folder = tmp_path / "killed"
+    for dies_at in (2, 3):  # of the first process's 12 shards, or 6 where there are two
+        first, *others = start(fork_server, encoder, pictures, folder, world, dies_at)
+        first.join()
+        for process in others:
             process.kill(), process.join()
-    assert struck[0], "the first kill came too late"
-    assert not (folder / "manifest.json").exists() or not all(struck)
+        assert first.exitcode == -9 and not (folder / "manifest.json").exists()
+    assert 3 <= len(shards(folder)) < 12
     for process in start(fork_server, encoder, pictures, folder, world):
         process.join()
         assert process.exitcode == 0

@@ -80,8 +80,7 @@ def test_bf16_on_the_cpu_trains_and_keeps_weights_and_codebook_float32(launch, t
 
 
 def test_bf16_on_the_cpu_trains_an_encoder(launch, tmp_path):
-    # At 16 px the last stage sees 1 x 1 cells: torch 2.14 has NaN gradients of bfloat16 convolutions of stride 2 there.
-    flags = ["--mixed_precision", "bf16", "--output_dir", tmp_path, "--image_size", 32]
+    flags = ["--mixed_precision", "bf16", "--output_dir", tmp_path]
     launch("contrastive", [*flags, "--max_train_steps", 3, "--batch_size", 32]).wait()
     losses = read(tmp_path / "checkpoints" / "encoder" / "step-00000003" / "meta.json")["history"]
     assert math.isfinite(losses[-1]["loss"])
