@@ -154,7 +154,11 @@ def _table(facts: dict) -> str:
     kept = {name: value or "not known" for name, value in rows.items() if value or name not in may_lack}
     lines = [f"{name:<15}{value}" for name, value in kept.items()]
     lines += [f"{'ancestor':<15}{part['part']}: {part['name']}" for part in facts["lineage"]]
-    for figure in figures(facts["kind"], facts["metrics"]):
+    later = [name for entry in facts["evaluations"] for name in entry["metrics"]]
+    for figure in figures(facts["kind"], facts["metrics"], later):
         value = "not measured" if figure.value is None else f"{figure.value:.4g}"
         lines.append(f"{'result':<15}{figure.label}: {value}")
+    for entry in facts["evaluations"]:
+        found = [f"{f.label} {f.value:.4g}" for f in figures("", entry["metrics"]) if f.value is not None]
+        lines.append(f"{'evaluated on':<15}{entry['dataset']}, seed {entry['seed']}: {'; '.join(found)}")
     return "\n".join(lines)

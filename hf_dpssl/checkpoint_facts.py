@@ -26,8 +26,8 @@ def facts_of(folder: Path) -> dict:
     Returns:
         {"kind" (see `checkpoint_kind`), "class", "method", "size" (of the network), "image_size", "num_channels",
         "latents", "classes" (names), "parameters" ({part: number of stored values}), "fingerprint", "dataset",
-        "licence_of_data", "hub_datasets", "seed", "samples", "metrics", "lineage", "training", "environment",
-        "command"}.
+        "licence_of_data", "hub_datasets", "seed", "samples", "metrics", "evaluations" (later ones: see
+        `evaluation_entry`), "lineage", "training", "environment", "command"}.
 
     Raises:
         FileNotFoundError: no checkpoint. ValueError: a file that is damaged, named.
@@ -57,6 +57,7 @@ def facts_of(folder: Path) -> dict:
         "dataset": None if dataset is None else without_folders(dataset),
         "licence_of_data": _licence(results, notes, parts["vae"]),
         "hub_datasets": results.get("hub_datasets") or [],
+        "evaluations": results.get("evaluations") or [],
         "lineage": results.get("lineage") or [],
         "command": without_folders(results["command"]) if results.get("command") else None,
     }

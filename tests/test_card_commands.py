@@ -12,6 +12,7 @@ from tiny_checkpoints import save_checkpoints
 
 from hf_dpssl import ContrastiveEncoder, MoCoForPreTraining, VQDiTPipeline
 from hf_dpssl.cli import main
+from hf_dpssl.evaluation_entries import Measured, evaluation_entry
 from hf_dpssl.provenance import fingerprint_of
 from hf_dpssl.recipe import save_recipe
 
@@ -100,6 +101,20 @@ def test_info_counts_what_the_weights_hold_and_reads_no_weights(checkpoints, cap
     assert (
         "latents        4 x 8 x 8 (vq, 16 codes)\n" in printed and "Fréchet distance, lower is better: not" in printed
     )
+
+
+def test_info_lists_later_evaluations_and_does_not_call_them_not_measured(checkpoints, capsys):
+    made = Measured({"knn_top1": 81.25}, {"evaluation": 360}, model="0", data="1", resize="none")
+    entry = evaluation_entry("encoder", made, dataset="mnist", seed=3, options={})
+    results = {"dataset": "digits", "metrics": {}, "evaluations": [entry]}
+    (checkpoints["encoder"] / "results.json").write_text(json.dumps(results))
+    assert info(capsys, checkpoints["encoder"])["evaluations"] == [entry]
+    assert main(["info", str(checkpoints["encoder"])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in lines if line.startswith("evaluated on"))
+    assert "mnist, seed 3: " in line and line.endswith(" 81.25")
+    label = line.partition("seed 3: ")[2].removesuffix(" 81.25")
+    assert not any(label in other for other in lines if other.startswith("result"))
 
 
 @pytest.mark.parametrize("kind", ["encoder", "dit"])
