@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import time
@@ -18,6 +19,25 @@ sys.path.insert(0, str(REPOSITORY / "training"))
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are several times slower
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def _seed() -> None:
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module():
+    """What a module's fixtures draw does not depend on the modules before."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded_test(seeded_module):
+    """Draws without a seed of their own are the same in every run, so that a test does not fail by chance."""
+    _seed()
 
 
 def _run_script(script: str, argv: list[str], environment: dict[str, str], log: str) -> None:

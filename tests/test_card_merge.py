@@ -3,7 +3,7 @@
 import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_dpssl.card_merge import marked_card
@@ -115,7 +115,7 @@ VALUES = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(PLAIN, PLAIN, st.dictionaries(KEYS, VALUES), st.dictionaries(KEYS, VALUES), st.dictionaries(KEYS, VALUES))
 def test_merging_twice_is_merging_once_and_loses_no_word(above, below, old, theirs, new):
     generated = marked_card(old, "Old figures.")
