@@ -153,8 +153,8 @@ def saved(folder, state: dict, **rest):
 @torch.no_grad()
 def test_latents_codes_and_images_equal_the_architecture_as_functions(tmp_path, layout):
     state, levels = random_state(layout), len(layout["ch_mult"])
-    model = convert_autoencoder(saved(tmp_path, state), image_size=SIZE)
-    oracle, x = Functional(state), images()
+    model = convert_autoencoder(saved(tmp_path, state), image_size=SIZE).double()  # the oracle's precision
+    oracle, x = Functional(state), images().double()
     encoded, expected = model.encode(x), oracle.encode(x, levels)[:, : layout["embed"]]
     assert (encoded.latents - expected).abs().max() < 1e-5
     if layout["codes"]:
