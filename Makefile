@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 
 # Two files at a time: the tests use one thread each.
 test: $(PEERS)
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test-slow: $(PEERS)
 	$(BIN)/python -m pytest -q -m slow

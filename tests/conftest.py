@@ -21,15 +21,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-# The longest files, whose tests wait for processes of their own: begun last, one would run on alone.
-LONGEST = "test_resume test_cli test_training test_card_snippets test_demo test_ar_script test_vq_script".split()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; the order within a file stays."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
 def _seed() -> None:
     import numpy as np
     import torch
