@@ -74,8 +74,8 @@ def use_small_image_stem_(resnet: nn.Module, stem: str = "small_image") -> None:
 class OnePixelConv2d(nn.Conv2d):
     """A convolution that autocast leaves in float32 where it is given single pixels on a CPU.
 
-    There a bfloat16 one of stride 2 has NaN among the gradients of its weight now and then (torch 2.14, processors with
-    bfloat16 instructions), and a ResNet's last stage is such a one for images of 16 px.
+    There a bfloat16 one of stride 2 has NaN among the gradients of its weight now and then (torch 2.14, seen on one of
+    two processors), and a ResNet's last stage is such a one for images of 16 px.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
