@@ -114,7 +114,7 @@ class Launched:
 def fork_server():
     """A multiprocessing context whose children start with the libraries imported but nothing run."""
     context = multiprocessing.get_context("forkserver")
-    ours = ["hf_dpssl", "hf_dpssl.training_loop", "hf_dpssl.plots", "hf_dpssl.embedding_commands"]
+    ours = ["hf_dpssl", "hf_dpssl.runs.training_loop", "hf_dpssl.runs.plots", "hf_dpssl.cli.embed"]
     context.set_forkserver_preload(["torch", "torchvision", *ours])
     return context
 

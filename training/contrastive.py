@@ -20,21 +20,21 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
 from hf_dpssl import evaluation
-from hf_dpssl.batches import ImageSource, evaluation_batches, load_images_for, spread_rows
-from hf_dpssl.blocks import BATCH_NORMS
-from hf_dpssl.checkpoint import atomic_folder
-from hf_dpssl.command_errors import reported
-from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_contrastive import STEMS, ContrastiveConfig, ContrastiveEncoder
-from hf_dpssl.modeling_contrastive_pretraining import MoCoForPreTraining, SimCLRForPreTraining
-from hf_dpssl.momentum import MOMENTUM_SCHEDULES, choose_queue_size, momentum_at
-from hf_dpssl.plots import plot_curves
-from hf_dpssl.provenance import provenance
-from hf_dpssl.recipe import RunArguments, option, parse, save_recipe
-from hf_dpssl.results import write_results
-from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
-from hf_dpssl.transforms import MODES, PRESETS, TwoViews, normalize
-from hf_dpssl.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl.contrastive.momentum import MOMENTUM_SCHEDULES, choose_queue_size, momentum_at
+from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
+from hf_dpssl.data.batches import ImageSource, evaluation_batches, load_images_for, spread_rows
+from hf_dpssl.data.views import MODES, PRESETS, TwoViews, normalize
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.models.contrastive_options import BATCH_NORMS, STEMS
+from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from hf_dpssl.runs.atomic_files import atomic_folder
+from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.plots import plot_curves
+from hf_dpssl.runs.recipe import RunArguments, option, parse, save_recipe
+from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
 @dataclass

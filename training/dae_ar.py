@@ -27,23 +27,23 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from transformers import PreTrainedModel
 
-from hf_dpssl.autoencoder_measures import generation_quality
-from hf_dpssl.batches import load_images_for, ordered_batches, spread_rows
-from hf_dpssl.checkpoint import atomic_folder
-from hf_dpssl.command_errors import reported
-from hf_dpssl.data import ImageData
-from hf_dpssl.diffusion import dropped_labels
-from hf_dpssl.feature_extractors import load_extractor
-from hf_dpssl.latent_cache import CodeTable
-from hf_dpssl.latent_run import LatentRunArguments, autoencoder_of_run, cached_training_images
-from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_vq import VQAutoencoder
-from hf_dpssl.pipeline_vq_token import ARCHITECTURES, VQTokenPipeline, code_nats, make_language_model
-from hf_dpssl.plots import plot_curves, save_grid
-from hf_dpssl.provenance import provenance
-from hf_dpssl.recipe import option, parse, save_recipe
-from hf_dpssl.results import write_results
-from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
+from hf_dpssl.autoencoder.measures import generation_quality
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.data.batches import load_images_for, ordered_batches, spread_rows
+from hf_dpssl.data.image_data import ImageData
+from hf_dpssl.embedding.feature_extractors import load_extractor
+from hf_dpssl.generation.diffusion import dropped_labels
+from hf_dpssl.generation.latent_cache import CodeTable
+from hf_dpssl.generation.latent_run import LatentRunArguments, autoencoder_of_run, cached_training_images
+from hf_dpssl.generation.pipeline_vq_token import ARCHITECTURES, VQTokenPipeline, code_nats, make_language_model
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.models.modeling_vq import VQAutoencoder
+from hf_dpssl.runs.atomic_files import atomic_folder
+from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.plots import plot_curves, save_grid
+from hf_dpssl.runs.recipe import option, parse, save_recipe
+from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
 @dataclass

@@ -24,26 +24,32 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from hf_dpssl.alignment import AlignedTransformer, LatentsWithImages, SpatialFeatures, alignment_loss, default_block
-from hf_dpssl.batches import ImageSource, load_images_for, ordered_batches
-from hf_dpssl.checkpoint import atomic_folder
-from hf_dpssl.command_errors import reported
-from hf_dpssl.data import ImageData
-from hf_dpssl.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
-from hf_dpssl.diffusion_losses import objective_loss
-from hf_dpssl.dit_arguments import DiTArguments
-from hf_dpssl.generation_monitor import GenerationMonitor, sample_grid
-from hf_dpssl.latent_run import autoencoder_of_run, cached_training_images
-from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_contrastive import ContrastiveEncoder
-from hf_dpssl.modeling_vq import VQAutoencoder
-from hf_dpssl.pipeline_vq_dit import VQDiTPipeline
-from hf_dpssl.plots import plot_curves, save_grid
-from hf_dpssl.provenance import provenance
-from hf_dpssl.recipe import parse, save_recipe
-from hf_dpssl.results import write_results
-from hf_dpssl.sharding import copy_whole_
-from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
+from hf_dpssl.data.image_data import ImageData
+from hf_dpssl.generation.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
+from hf_dpssl.generation.diffusion_losses import objective_loss
+from hf_dpssl.generation.dit_arguments import DiTArguments
+from hf_dpssl.generation.generation_monitor import GenerationMonitor, sample_grid
+from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images
+from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
+from hf_dpssl.generation.token_alignment import (
+    AlignedTransformer,
+    LatentsWithImages,
+    SpatialFeatures,
+    alignment_loss,
+    default_block,
+)
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.models.modeling_contrastive import ContrastiveEncoder
+from hf_dpssl.models.modeling_vq import VQAutoencoder
+from hf_dpssl.runs.atomic_files import atomic_folder
+from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.plots import plot_curves, save_grid
+from hf_dpssl.runs.recipe import parse, save_recipe
+from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.sharding import copy_whole_
+from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
 def main(argv: list[str] | None = None) -> Path:

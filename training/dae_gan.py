@@ -21,13 +21,14 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from hf_dpssl import keyed_random
-from hf_dpssl.adversarial_training import Adversary, ReconstructionGuard
-from hf_dpssl.batches import ImageSource, load_images_for
-from hf_dpssl.checkpoint import atomic_folder
-from hf_dpssl.command_errors import reported
-from hf_dpssl.embedder import ImageEmbedder
-from hf_dpssl.gan_training import (
+from hf_dpssl.autoencoder.adversarial_term import Adversary, ReconstructionGuard
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.data import keyed_random
+from hf_dpssl.data.batches import ImageSource, load_images_for
+from hf_dpssl.data.keyed_random import derive_seed
+from hf_dpssl.data.views import PRESETS, to_model_range
+from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.generation.gan_training import (
     FeatureBank,
     GANArguments,
     Judge,
@@ -35,17 +36,16 @@ from hf_dpssl.gan_training import (
     fit_density_,
     pictures,
 )  # fmt: skip
-from hf_dpssl.keyed_random import derive_seed
-from hf_dpssl.latent_density import LatentDensity
-from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
-from hf_dpssl.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
-from hf_dpssl.plots import plot_curves, save_grid
-from hf_dpssl.provenance import provenance
-from hf_dpssl.recipe import parse, save_recipe
-from hf_dpssl.results import write_results
-from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
-from hf_dpssl.transforms import PRESETS, to_model_range
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.models.latent_density import LatentDensity
+from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from hf_dpssl.models.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
+from hf_dpssl.runs.atomic_files import atomic_folder
+from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.plots import plot_curves, save_grid
+from hf_dpssl.runs.recipe import parse, save_recipe
+from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
 def main(argv: list[str] | None = None) -> Path:

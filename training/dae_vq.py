@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
-from hf_dpssl.adversarial_training import Adversary, ReconstructionGuard
-from hf_dpssl.autoencoder_arguments import CONFIG_FLAGS, VQArguments
-from hf_dpssl.autoencoder_importers import convert_autoencoder
-from hf_dpssl.autoencoder_training import (
+from hf_dpssl.autoencoder.adversarial_term import Adversary, ReconstructionGuard
+from hf_dpssl.autoencoder.arguments import CONFIG_FLAGS, VQArguments
+from hf_dpssl.autoencoder.perceptual import load_perceptual
+from hf_dpssl.autoencoder.training import (
     ARMS,
     BestDecoder,
     Stage,
@@ -40,21 +40,21 @@ from hf_dpssl.autoencoder_training import (
     step_flops,
     warn_of_low_usage,
 )  # fmt: skip
-from hf_dpssl.batches import ImageSource, load_images_for, spread_rows
-from hf_dpssl.checkpoint import atomic_folder
-from hf_dpssl.command_errors import reported
-from hf_dpssl.configuration_vq import VQConfig
-from hf_dpssl.keyed_random import derive_seed
-from hf_dpssl.model_card import write_card
-from hf_dpssl.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
-from hf_dpssl.modeling_vq import VQAutoencoder, VQAutoencoderOutput
-from hf_dpssl.perceptual import load_perceptual
-from hf_dpssl.plots import plot_curves, save_grid
-from hf_dpssl.provenance import provenance
-from hf_dpssl.recipe import parse, save_recipe
-from hf_dpssl.results import write_results
-from hf_dpssl.training_loop import TrainingLoop, finish, start_accelerator
-from hf_dpssl.transforms import PRESETS, to_model_range
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
+from hf_dpssl.data.batches import ImageSource, load_images_for, spread_rows
+from hf_dpssl.data.keyed_random import derive_seed
+from hf_dpssl.data.views import PRESETS, to_model_range
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.models.configuration_vq import VQConfig
+from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from hf_dpssl.models.modeling_vq import VQAutoencoder, VQAutoencoderOutput
+from hf_dpssl.runs.atomic_files import atomic_folder
+from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.plots import plot_curves, save_grid
+from hf_dpssl.runs.recipe import parse, save_recipe
+from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
 def main(argv: list[str] | None = None) -> Path:

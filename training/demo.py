@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from hf_dpssl import SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline, keyed_random
-from hf_dpssl.command_errors import reported
-from hf_dpssl.data import load_images
+from hf_dpssl import SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.data import keyed_random, load_images
+from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.evaluation import class_consistency, copies, diversity, knn, psnr
-from hf_dpssl.image_table import ImageTable
-from hf_dpssl.plots import plot_map, save_grid
-from hf_dpssl.recipe import find_recipe
-from hf_dpssl.results import write_results
+from hf_dpssl.runs.plots import plot_map, save_grid
+from hf_dpssl.runs.recipe import find_recipe
+from hf_dpssl.runs.results import write_results
 
 IMAGE_SIZE = 16
 NUM_SAMPLES = 300

@@ -27,19 +27,19 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from hf_dpssl.batches import evaluation_batches, spread_rows
-from hf_dpssl.command_errors import reported
-from hf_dpssl.data import ImageData, load_images
-from hf_dpssl.embedder import best_device
-from hf_dpssl.embeddings_table import write_columns
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
+from hf_dpssl.data.batches import evaluation_batches, spread_rows
+from hf_dpssl.data.image_data import ImageData, load_images
+from hf_dpssl.data.image_table import ImageTable
+from hf_dpssl.data.views import normalize
+from hf_dpssl.embedding.embedder import best_device
+from hf_dpssl.embedding.embeddings_table import write_columns
 from hf_dpssl.evaluation import knn
-from hf_dpssl.image_table import ImageTable
-from hf_dpssl.map_page import write_map_page
-from hf_dpssl.modeling_contrastive_pretraining import SimCLRForPreTraining
-from hf_dpssl.plots import plot_map
-from hf_dpssl.recipe import option, parse, save_recipe
-from hf_dpssl.results import write_results
-from hf_dpssl.transforms import normalize
+from hf_dpssl.pages.map_page import write_map_page
+from hf_dpssl.runs.plots import plot_map
+from hf_dpssl.runs.recipe import option, parse, save_recipe
+from hf_dpssl.runs.results import write_results
 
 _PERPLEXITY = 30.0
 _TSNE_INPUTS = 50  # principal components of pixels or features, as in van der Maaten & Hinton 2008

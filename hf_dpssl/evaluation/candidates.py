@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..products import PRODUCT_ERROR, ROUNDING, product
+from ..models.matrix_products import PRODUCT_ERROR, ROUNDING, product
 
 _TILE_BYTES = 2**24  # of the bank, prepared at once
 _CHUNK_BYTES = 2**25  # of approximate similarities, held at once

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..gather import is_distributed
+from ..models.gather import is_distributed
 
 
 class FeatureStatistics:

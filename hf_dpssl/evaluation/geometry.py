@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import losses
-from ..tiles import log_partition
+from ..contrastive import losses
+from ..contrastive.tiles import log_partition
 from .candidates import finite_norms
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from ..checkpoint import atomic_folder
+from ..runs.atomic_files import atomic_folder
 
 _FOLDER = Path(__file__).parent / "modules"
 MODULES = tuple(sorted(path.stem for path in _FOLDER.glob("*.py")))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..products import has_fast_bfloat16
+from ..models.matrix_products import has_fast_bfloat16
 from .candidates import Search, inverse
 
 METRICS = ("cosine", "euclidean")

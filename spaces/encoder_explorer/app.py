@@ -13,11 +13,11 @@ try:
 except ImportError:
     pass
 
-from hf_dpssl.demo_outputs import example_pictures, find_models
-from hf_dpssl.neighbour_views import EncoderView, PictureBank
-from hf_dpssl.page_pictures import picture_grid
-from hf_dpssl.space_page import CACHE, gr, main, on_gpu, picture_upload, readable_errors
-from hf_dpssl.uploads import FORMATS, MAX_BYTES, MAX_PIXELS, read_upload
+from hf_dpssl.pages.demo_outputs import example_pictures, find_models
+from hf_dpssl.pages.neighbour_views import EncoderView, PictureBank
+from hf_dpssl.pages.page_pictures import picture_grid
+from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, picture_upload, readable_errors
+from hf_dpssl.pages.uploads import FORMATS, MAX_BYTES, MAX_PIXELS, read_upload
 
 MAX_NEIGHBOURS = 20
 INTRODUCTION = f"""# Encoder explorer

@@ -19,11 +19,11 @@ except ImportError:
     pass
 
 from hf_dpssl import VQDiTPipeline, VQTokenPipeline
-from hf_dpssl.demo_outputs import find_models, source_arguments
-from hf_dpssl.embedder import best_device
-from hf_dpssl.page_pictures import picture_grid, progress_bar
-from hf_dpssl.sample_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SampleRequest, snippet, stream
-from hf_dpssl.space_page import CACHE, gr, main, on_gpu, readable_errors
+from hf_dpssl.embedding.embedder import best_device
+from hf_dpssl.pages.demo_outputs import find_models, source_arguments
+from hf_dpssl.pages.page_pictures import picture_grid, progress_bar
+from hf_dpssl.pages.picture_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SampleRequest, snippet, stream
+from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, readable_errors
 
 KINDS = {"dit": VQDiTPipeline, "token transformer": VQTokenPipeline}
 TITLES = {"dit": "diffusion transformer (DiT)", "token transformer": "token transformer"}

@@ -11,12 +11,12 @@ except ImportError:
     pass
 
 from hf_dpssl import VQAutoencoder
-from hf_dpssl.demo_outputs import example_pictures, find_models, source_arguments
-from hf_dpssl.embedder import best_device
-from hf_dpssl.latent_views import LARGEST_ERROR, cross_fade, morph, view
-from hf_dpssl.page_pictures import picture_grid
-from hf_dpssl.space_page import CACHE, gr, main, on_gpu, picture_upload, readable_errors
-from hf_dpssl.uploads import FORMATS, MAX_BYTES, MAX_PIXELS, read_upload
+from hf_dpssl.embedding.embedder import best_device
+from hf_dpssl.pages.demo_outputs import example_pictures, find_models, source_arguments
+from hf_dpssl.pages.latent_views import LARGEST_ERROR, cross_fade, morph, view
+from hf_dpssl.pages.page_pictures import picture_grid
+from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, picture_upload, readable_errors
+from hf_dpssl.pages.uploads import FORMATS, MAX_BYTES, MAX_PIXELS, read_upload
 
 TITLES = {
     "dae": "decoupled (DAE): the encoder learnt against a weak decoder, then the decoder",

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from hf_dpssl import matching
-from hf_dpssl.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, class_gap, map_data
-from hf_dpssl.page_pictures import curves_svg, map_svg
-from hf_dpssl.space_page import CACHE, gr, main, readable_errors
+from hf_dpssl.pages.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, class_gap, map_data
+from hf_dpssl.pages.page_pictures import curves_svg, map_svg
+from hf_dpssl.pages.space_page import CACHE, gr, main, readable_errors
 
 POINTS = 256
 STEPS = 4  # of both maps, in an update

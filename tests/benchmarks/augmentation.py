@@ -25,12 +25,12 @@ from lightly.transforms import SimCLRTransform
 from PIL import Image
 from timing import Comparison, compare
 
-from hf_dpssl.batches import ImageSource
-from hf_dpssl.data import load_images
-from hf_dpssl.modeling_contrastive import ContrastiveConfig
-from hf_dpssl.modeling_contrastive_pretraining import SimCLRForPreTraining
-from hf_dpssl.results import write_results
-from hf_dpssl.transforms import MODES, NATURAL, TwoViews
+from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
+from hf_dpssl.data.batches import ImageSource
+from hf_dpssl.data.image_data import load_images
+from hf_dpssl.data.views import MODES, NATURAL, TwoViews
+from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
+from hf_dpssl.runs.results import write_results
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pictures import photograph_patches

@@ -27,8 +27,8 @@ from timing import Comparison, compare
 from vector_quantize_pytorch import VectorQuantize
 
 from hf_dpssl import VectorQuantizer, VQAutoencoder, VQConfig
-from hf_dpssl.nearest_codes import nearest_codes
-from hf_dpssl.results import write_results
+from hf_dpssl.models.codebook_search import nearest_codes
+from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "autoencoder.json"
 FORWARD_AIMS = {1024: 0.7, 16384: 0.4}

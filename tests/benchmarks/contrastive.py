@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from timing import Comparison, compare
 from torch import Tensor
 
-from hf_dpssl.losses import info_nce, moco, t_simclr
-from hf_dpssl.momentum import enqueue_
-from hf_dpssl.results import write_results
+from hf_dpssl.contrastive.losses import info_nce, moco, t_simclr
+from hf_dpssl.contrastive.momentum import enqueue_
+from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "contrastive.json"
 DIMENSION, DOF = 128, 5.0

@@ -33,15 +33,15 @@ from diffusers.training_utils import EMAModel
 from timing import Comparison, compare
 
 from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline
-from hf_dpssl.batches import ordered_batches
-from hf_dpssl.data import load_images
-from hf_dpssl.diffusion import make_scheduler, make_transformer, training_example
-from hf_dpssl.image_table import ImageTable
-from hf_dpssl.latent_cache import build_latent_cache
-from hf_dpssl.products import has_fast_bfloat16
-from hf_dpssl.recipe import training_folder
-from hf_dpssl.results import write_results
-from hf_dpssl.training_loop import TrainingLoop
+from hf_dpssl.data.batches import ordered_batches
+from hf_dpssl.data.image_data import load_images
+from hf_dpssl.data.image_table import ImageTable
+from hf_dpssl.generation.diffusion import make_scheduler, make_transformer, training_example
+from hf_dpssl.generation.latent_cache import build_latent_cache
+from hf_dpssl.models.matrix_products import has_fast_bfloat16
+from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.shipped_folders import shipped_folder
+from hf_dpssl.runs.training_loop import TrainingLoop
 
 RESULTS = Path(__file__).parent / "results" / "dit.json"
 SIZE = dict(num_layers=12, width=384, num_heads=6, patch_size=2)
@@ -183,7 +183,7 @@ class Script:
     """training/dae_dit.py, timed from its first batch to its last: data, step, log and progress, no start and end."""
 
     def __init__(self, folder: Path):
-        sys.path.insert(0, str(training_folder()))
+        sys.path.insert(0, str(shipped_folder("training")))
         make_autoencoder(16, [16, 16]).save_pretrained(folder / "autoencoder")
         flags = {f"--{name}": value for name, value in TRAINED.items()}
         flags |= {"--autoencoder": folder / "autoencoder", "--output_dir": folder / "run", "--dataset": "digits"}

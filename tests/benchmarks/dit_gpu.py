@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 
-from hf_dpssl.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
-from hf_dpssl.diffusion_losses import objective_loss
-from hf_dpssl.dit_sizes import DiTSize, multiplications, preset
-from hf_dpssl.results import write_results
+from hf_dpssl.generation.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
+from hf_dpssl.generation.diffusion_losses import objective_loss
+from hf_dpssl.generation.dit_sizes import DiTSize, multiplications, preset
+from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "dit_gpu.json"
 NUM_CLASSES, CHANNELS, OBJECTIVE = 1000, 4, "epsilon"

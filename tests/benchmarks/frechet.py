@@ -29,7 +29,7 @@ from timing import Comparison, compare
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from hf_dpssl.evaluation import frechet_distance, frechet_distance_of_features
-from hf_dpssl.results import write_results
+from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "frechet.json"
 COLUMNS, MANY, FEW = 2048, 8000, 1500

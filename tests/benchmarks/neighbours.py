@@ -23,8 +23,8 @@ from lightly.utils.benchmarking import knn_predict
 from timing import Comparison, compare
 
 from hf_dpssl.evaluation import knn
-from hf_dpssl.products import has_fast_bfloat16
-from hf_dpssl.results import write_results
+from hf_dpssl.models.matrix_products import has_fast_bfloat16
+from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "neighbours.json"
 QUERIES, ROWS, COLUMNS, K, CLASSES, TEMPERATURE = 1000, 50_000, 512, 200, 10, 0.1

@@ -18,8 +18,8 @@ import torch
 from timing import Comparison, compare
 from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from hf_dpssl.pipeline_vq_token import CodeSampler, make_language_model
-from hf_dpssl.results import write_results
+from hf_dpssl.generation.pipeline_vq_token import CodeSampler, make_language_model
+from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "token_guidance.json"
 CODES, CLASSES, TOKENS, IMAGES, SCALE = 1024, 10, 256, 4, 2.0

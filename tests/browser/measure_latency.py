@@ -22,9 +22,9 @@ from gradio_client import Client, handle_file
 sys.path.insert(0, str(Path(__file__).parent))
 from running_spaces import CHROMIUM, RunningSpace, chromium, demo_outputs
 
-from hf_dpssl.checkpoint import write_json
-from hf_dpssl.demo_outputs import example_pictures
-from hf_dpssl.results import environment
+from hf_dpssl.pages.demo_outputs import example_pictures
+from hf_dpssl.runs.atomic_files import write_json
+from hf_dpssl.runs.results import environment
 
 USERS = (1, 20)
 # Milliseconds at which the map that is shown changes.

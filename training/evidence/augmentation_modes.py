@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import contrastive
 
-from hf_dpssl.results import write_results
-from hf_dpssl.transforms import MODES
+from hf_dpssl.data.views import MODES
+from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "augmentation_modes.json"
 DATASET = "cifar10-jpeg-small"

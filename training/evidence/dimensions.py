@@ -32,17 +32,16 @@ from dimensions_report import MARGIN, area, automatic, best_metric, comparisons,
 from runs import claimed
 from torch import Tensor
 
-from hf_dpssl import keyed_random
-from hf_dpssl.calibration import mean_perplexity
-from hf_dpssl.checkpoint import atomic_file, write_json
-from hf_dpssl.data import load_images
+from hf_dpssl.contrastive.calibration import mean_perplexity
+from hf_dpssl.contrastive.kernels import log_cosine, log_student_t
+from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
+from hf_dpssl.data import keyed_random, load_images
+from hf_dpssl.data.decoding import decode_image
+from hf_dpssl.data.views import DIGITS, TwoViews, normalize
 from hf_dpssl.evaluation import knn
-from hf_dpssl.images import decode_image
-from hf_dpssl.kernels import log_cosine, log_student_t
-from hf_dpssl.modeling_contrastive import ContrastiveConfig
-from hf_dpssl.modeling_contrastive_pretraining import SimCLRForPreTraining
-from hf_dpssl.results import write_results
-from hf_dpssl.transforms import DIGITS, TwoViews, normalize
+from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
+from hf_dpssl.runs.atomic_files import atomic_file, write_json
+from hf_dpssl.runs.results import write_results
 
 TRAIN_IMAGES, VALIDATION_IMAGES, BATCH_SIZE, WEIGHT_DECAY = 10_000, 6_000, 512, 1e-4
 TUNING_EPOCHS, EPOCHS, SEEDS = 4, 15, (0, 1, 2)

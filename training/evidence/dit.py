@@ -31,10 +31,11 @@ import torch
 from dit_report import write_report
 from runs import claimed
 
-from hf_dpssl import VQAutoencoder, VQDiTPipeline, evaluation, keyed_random
-from hf_dpssl.autoencoder_measures import encode_and_decode
-from hf_dpssl.checkpoint import write_json
-from hf_dpssl.feature_extractors import load_extractor
+from hf_dpssl import VQAutoencoder, VQDiTPipeline, evaluation
+from hf_dpssl.autoencoder.measures import encode_and_decode
+from hf_dpssl.data import keyed_random
+from hf_dpssl.embedding.feature_extractors import load_extractor
+from hf_dpssl.runs.atomic_files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
 

@@ -11,7 +11,7 @@ from latents_report import find
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from hf_dpssl.results import write_results
+from hf_dpssl.runs.results import write_results
 
 # Metric (an extractor's name is filled in): title, format.
 ROWS = {

@@ -26,10 +26,9 @@ import torch
 from PIL import Image, ImageDraw
 from runs import alone, claimed
 
-from hf_dpssl import keyed_random
-from hf_dpssl.checkpoint import write_json
-from hf_dpssl.data import load_images
-from hf_dpssl.results import write_results
+from hf_dpssl.data import keyed_random, load_images
+from hf_dpssl.runs.atomic_files import write_json
+from hf_dpssl.runs.results import write_results
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
 

@@ -31,13 +31,13 @@ from latents_report import write_report
 from runs import alone, claimed
 from sklearn.linear_model import LogisticRegression
 
-from hf_dpssl import VQAutoencoder, VQTokenPipeline, evaluation, keyed_random
-from hf_dpssl.autoencoder_measures import Pictures, encode_and_decode, load_pictures, measure_autoencoder
-from hf_dpssl.batches import spread_rows
-from hf_dpssl.checkpoint import write_json
-from hf_dpssl.data import load_images
-from hf_dpssl.feature_extractors import load_extractor
-from hf_dpssl.image_table import ImageTable
+from hf_dpssl import VQAutoencoder, VQTokenPipeline, evaluation
+from hf_dpssl.autoencoder.measures import Pictures, encode_and_decode, load_pictures, measure_autoencoder
+from hf_dpssl.data import keyed_random, load_images
+from hf_dpssl.data.batches import spread_rows
+from hf_dpssl.data.image_table import ImageTable
+from hf_dpssl.embedding.feature_extractors import load_extractor
+from hf_dpssl.runs.atomic_files import write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
 

@@ -5,7 +5,7 @@
 P_x has five modes on a ring. Three latents P_z of two dimensions: a Gaussian; a mixture of five Gaussians elsewhere;
 an encoder of the data, trained with a weaker decoder and dropout (DAE). For each of them small generators are
 trained adversarially and their samples are told from held-out data by fresh critics
-(`hf_dpssl.evaluation.generator_complexity`). Encoded latents of the fresh samples are those of held-out data.
+(`hf_dpssl.autoencoder.complexity_curve`). Encoded latents of the fresh samples are those of held-out data.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_dpssl.evaluation.generator_complexity import Budget, critic_gap, generator_gaps, rows_of, train_generator
-from hf_dpssl.keyed_random import derive_seed
-from hf_dpssl.results import write_results
+from hf_dpssl.autoencoder.complexity_curve import Budget, critic_gap, generator_gaps, rows_of, train_generator
+from hf_dpssl.data.keyed_random import derive_seed
+from hf_dpssl.runs.results import write_results
 
 LATENTS = {"gaussian": "Gaussian", "mixture": "mixture of five", "encoded": "encoded (DAE)"}
 MODES = 5

@@ -9,7 +9,7 @@ import numpy as np
 from dimensions_report import bootstrap
 from matplotlib.figure import Figure
 
-from hf_dpssl.results import write_results
+from hf_dpssl.runs.results import write_results
 
 # Metric (an extractor's name is filled in): title, format, whether higher is better (None: neither).
 ROWS = {

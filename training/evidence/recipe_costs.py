@@ -36,13 +36,13 @@ sys.path.insert(0, str(EVIDENCE.parent))
 import dae_vq  # noqa: E402
 from contrastive import ContrastiveArguments, make_model  # noqa: E402
 
-from hf_dpssl.autoencoder_training import step_flops  # noqa: E402
-from hf_dpssl.checkpoint import atomic_file  # noqa: E402
-from hf_dpssl.data import TABLE  # noqa: E402
-from hf_dpssl.diffusion import make_transformer  # noqa: E402
-from hf_dpssl.dit_arguments import DiTArguments  # noqa: E402
-from hf_dpssl.recipe import find_recipe, parse  # noqa: E402
-from hf_dpssl.results import write_results  # noqa: E402
+from hf_dpssl.autoencoder.training import step_flops  # noqa: E402
+from hf_dpssl.data.image_data import TABLE  # noqa: E402
+from hf_dpssl.generation.diffusion import make_transformer  # noqa: E402
+from hf_dpssl.generation.dit_arguments import DiTArguments  # noqa: E402
+from hf_dpssl.runs.recipe import find_recipe, parse  # noqa: E402
+from hf_dpssl.runs.results import write_results  # noqa: E402
+from hf_dpssl.runs.training_checkpoints import atomic_file  # noqa: E402
 
 RECIPES = (
     "simclr-resnet50-cifar10",

@@ -30,12 +30,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from PIL import Image
 from runs import claimed
 
-from hf_dpssl import VQDiTPipeline, evaluation, keyed_random
-from hf_dpssl.autoencoder_measures import load_pictures
-from hf_dpssl.checkpoint import write_json
-from hf_dpssl.feature_extractors import load_extractor
-from hf_dpssl.plots import save_grid
-from hf_dpssl.results import write_results
+from hf_dpssl import VQDiTPipeline, evaluation
+from hf_dpssl.autoencoder.measures import load_pictures
+from hf_dpssl.data import keyed_random
+from hf_dpssl.embedding.feature_extractors import load_extractor
+from hf_dpssl.runs.atomic_files import write_json
+from hf_dpssl.runs.plots import save_grid
+from hf_dpssl.runs.results import write_results
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
 

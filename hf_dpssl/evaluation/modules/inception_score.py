@@ -1,4 +1,4 @@
-"""`evaluate` module: how sure and how varied a classifier finds images: `hf_dpssl.evaluation.inception_score`."""
+"""`evaluate` module: how sure and how varied a classifier finds images: `hf_dpssl.evaluation.classifier_scores`."""
 
 import evaluate
 import torch

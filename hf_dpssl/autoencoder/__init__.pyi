@@ -1,0 +1,8 @@
+from .adversarial_losses import adaptive_weight as adaptive_weight
+from .adversarial_losses import hinge_discriminator as hinge_discriminator
+from .adversarial_losses import hinge_generator as hinge_generator
+from .adversarial_losses import non_saturating_discriminator as non_saturating_discriminator
+from .adversarial_losses import non_saturating_generator as non_saturating_generator
+from .complexity_curve import generator_complexity as generator_complexity
+from .measures import measure_autoencoder as measure_autoencoder
+from .perceptual import load_perceptual as load_perceptual

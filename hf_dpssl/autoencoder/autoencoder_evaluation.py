@@ -1,0 +1,108 @@
+"""What `hf-dpssl evaluate` measures of an autoencoder, ours or diffusers': PSNR, SSIM, rFID, by `evaluate` modules.
+
+`hf-dpssl report` measures more of our autoencoders: what their latents are worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor
+
+from .. import evaluation
+from ..embedding.embedder import best_device
+from ..embedding.evaluation_entries import Measured
+from ..embedding.feature_extractors import FeatureExtractor, load_extractor
+from ..evaluation.image_measures import metric_key, warn_about_few
+from ..models.modeling_vq import VQAutoencoder
+from ..models.weight_hashes import combined_sha256, tensor_sha256
+from . import latent_codec
+from .measures import encode_and_decode, load_pictures
+
+CROPPED = "shorter side to {} pixels (bicubic), centre crop"
+
+
+def measure_autoencoder_files(folder: Path, args: argparse.Namespace) -> Measured:
+    """Reconstructions of held-out images beside them.
+
+    Args:
+        folder: of a VQAutoencoder, or of diffusers' VQModel or AutoencoderKL.
+        args: flags of `hf-dpssl evaluate`.
+
+    Raises:
+        ValueError: weights, data or an extractor that cannot be had.
+    """
+    extractor = load_extractor(args.extractor) if args.extractor else None
+    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    model_class = {c.__name__: c for c in (VQModel, AutoencoderKL)}.get(class_name, VQAutoencoder)
+    try:
+        model = model_class.from_pretrained(folder).eval().float()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load the autoencoder {folder.name!r}: {error}") from error
+    side = getattr(model.config, "image_size", None) or model.config.sample_size
+    channels = getattr(model.config, "num_channels", None) or model.config.in_channels
+    given = {"image_column": args.image_column, "label_column": args.label_column, "revision": args.dataset_revision}
+    pictures = load_pictures(args.dataset, side, args.evaluation_images, num_channels=channels, **given)
+    images = pictures["evaluation"].pixel_values
+    decoded = reconstructions(model.to(best_device()), images, args.batch_size)
+    faithful = evaluation.load("reconstruction")
+    for batch, original in zip(decoded.split(args.batch_size), images.split(args.batch_size), strict=True):
+        faithful.add_batch(predictions=batch, references=original)
+    metrics, notes = faithful.compute(), []
+    if extractor is None:
+        notes.append("rFID was not measured: it needs --extractor.")
+    else:
+        real, generated = (extract(extractor, part, args.batch_size) for part in (images, decoded))
+        metrics |= frechet(extractor, real, generated, "r", notes)
+    return Measured(
+        metrics, {"evaluation": len(images)}, weights_sha256(model), images_sha256(images), CROPPED.format(side),
+        {"extractor": extractor} if extractor else {}, notes,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def reconstructions(model: latent_codec.Autoencoder, images: Tensor, batch_size: int) -> Tensor:
+    """(N, C, H, W) in [-1, 1] on the CPU, of images in [-1, 1]; of AutoencoderKL those of the latents' mode."""
+    if isinstance(model, VQAutoencoder):
+        return encode_and_decode(model, images, batch_size).reconstructions
+    parts = (
+        latent_codec.decode(model, latent_codec.encode(model, b.to(model.device))) for b in images.split(batch_size)
+    )
+    return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts])
+
+
+def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int) -> Tensor:
+    """Features (N, D) of images (N, C, H, W) in [-1, 1]."""
+    return torch.cat([extractor.features(batch) for batch in images.split(batch_size)])
+
+
+def frechet(
+    extractor: FeatureExtractor, real: Tensor, generated: Tensor, prefix: str, notes: list[str]
+) -> dict[str, float]:
+    """{"<prefix>fid_<extractor>"} of features (M, D) and (N, D); adds a note where there are too few for a figure."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_about_few(min(len(real), len(generated)), real.shape[1])
+    notes += [str(warning.message) for warning in caught]
+    module = evaluation.load("frechet_distance")
+    module.add_batch(predictions=generated)
+    return {metric_key(prefix, "fid", extractor.name): module.compute(real=real)["frechet_distance"]}
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """One hash of a model's weights and config."""
+    config = dict(model.config) if isinstance(model.config, dict) else model.config.to_dict()
+    elsewhere = ("transformers_version", "architectures", "auto_map", "dtype", "torch_dtype", "dpssl")
+    settings = {name: value for name, value in config.items() if name[0] != "_" and name not in elsewhere}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return combined_sha256(tensor_sha256(model.state_dict()) | {"config": text})
+
+
+def images_sha256(images: Tensor) -> str:
+    """One hash of images."""
+    return tensor_sha256({"images": images})["images"]

@@ -1,0 +1,143 @@
+"""One face for the autoencoders a latent pipeline may hold: ours, and diffusers' AutoencoderKL and VQModel.
+
+Latents are normalised: ours by the statistics in the config, diffusers' by (latents - shift) * scaling_factor. Also
+here: pictures and masks that a user gives, checked against the autoencoder.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, VQModel
+from PIL import Image
+from torch import Tensor, nn
+
+from ..models.modeling_vq import VQAutoencoder
+from ..models.weight_hashes import combined_sha256, tensor_sha256
+
+Autoencoder = VQAutoencoder | AutoencoderKL | VQModel
+Pictures = Image.Image | np.ndarray | Tensor | list
+
+
+def fingerprint(vae: Autoencoder) -> str:
+    """One hash of all that decides the latents."""
+    if isinstance(vae, VQAutoencoder):
+        return vae.fingerprint()
+    parts = ("encoder", "quant_conv", "quantize")
+    return combined_sha256(tensor_sha256({n: t for n, t in vae.state_dict().items() if n.split(".")[0] in parts}))
+
+
+def latent_channels(vae: Autoencoder) -> int:
+    """Channels of the latents."""
+    return getattr(vae.config, "vq_embed_dim", None) or vae.config.latent_channels
+
+
+def downsampling_factor(vae: Autoencoder) -> int:
+    """Pixels per latent cell and side."""
+    if isinstance(vae, VQAutoencoder):
+        return vae.config.downsampling_factor
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def awaken(module: nn.Module) -> None:
+    """Bring an offloaded module to its device: accelerate's hook does so before `forward` alone."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+
+
+def encode(vae: Autoencoder, pixel_values: Tensor) -> Tensor:
+    """Normalised latents (B, C, h, w), float32, of images (B, C, H, W) in [-1, 1]; of AutoencoderKL the mode."""
+    awaken(vae)
+    pixel_values = pixel_values.to(vae.dtype)
+    if isinstance(vae, VQAutoencoder):
+        return vae.normalize_latents(vae.encode_latents(pixel_values).float())
+    if isinstance(vae, VQModel):
+        return vae.encode(pixel_values).latents.float() * vae.config.scaling_factor
+    latents = vae.encode(pixel_values).latent_dist.mode().float()
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def decode(vae: Autoencoder, latents: Tensor, quantize: bool = True) -> Tensor:
+    """Images (B, C, H, W) in about [-1, 1] of normalised latents (B, C, h, w).
+
+    quantize: snap to the nearest codes first, where the autoencoder has any.
+    """
+    awaken(vae)
+    if isinstance(vae, VQAutoencoder):
+        latents = vae.denormalize_latents(latents)
+        if quantize and vae.quantizer is not None:
+            latents = vae.quantize(latents).quantized
+        return vae.decode(latents).pixel_values
+    latents = latents / vae.config.scaling_factor
+    if isinstance(vae, VQModel):
+        return vae.decode(latents.to(vae.dtype), force_not_quantize=not quantize).sample
+    return vae.decode((latents + (vae.config.shift_factor or 0.0)).to(vae.dtype)).sample
+
+
+def read_pictures(pictures: Pictures, channels: int, side: int, name: str = "image") -> Tensor:
+    """Pictures given by a user as (N, channels, side, side) float32 in [0, 1].
+
+    Args:
+        pictures: a PIL image or a list of them, an array ([N,] H, W, C) or a tensor ([N,] C, H, W), values in [0, 1].
+        channels: 1 or 3.
+        side: height and width.
+        name: of the argument, for the messages.
+
+    Raises:
+        ValueError: another kind, mode, size or range.
+    """
+    if isinstance(pictures, Image.Image):
+        pictures = [pictures]
+    if isinstance(pictures, list | tuple) and pictures:
+        if all(isinstance(picture, Image.Image) for picture in pictures):
+            pictures = np.stack([_from_pil(picture, channels, side, name) for picture in pictures])
+        elif all(isinstance(picture, Tensor) for picture in pictures):
+            pictures = torch.stack(tuple(pictures))
+        elif all(isinstance(picture, np.ndarray) for picture in pictures):
+            pictures = np.stack(pictures)
+    if isinstance(pictures, np.ndarray):
+        if np.issubdtype(pictures.dtype, np.integer):
+            raise ValueError(f"{name} is an array of {pictures.dtype}: give floats in [0, 1], or PIL images.")
+        pictures = pictures[None] if pictures.ndim == 3 else pictures
+        pictures = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pictures, -1, 1), dtype=np.float32))
+    if not isinstance(pictures, Tensor):
+        raise ValueError(f"{name} must be PIL images, an array or a tensor, got {type(pictures).__name__}.")
+    pictures = pictures[None] if pictures.ndim == 3 else pictures
+    if tuple(pictures.shape[1:]) != (channels, side, side):
+        raise ValueError(
+            f"{name} must have {channels} channels and {side} x {side} pixels, got shape {tuple(pictures.shape)}: "
+            "resize and convert it first."
+        )
+    pictures = pictures.float()
+    if not (pictures.min() >= 0 and pictures.max() <= 1):
+        raise ValueError(f"{name} must lie in [0, 1], got [{pictures.min():.3g}, {pictures.max():.3g}].")
+    return pictures
+
+
+def _from_pil(picture: Image.Image, channels: int, side: int, name: str) -> np.ndarray:
+    mode = {1: "L", 3: "RGB"}.get(channels)
+    if picture.mode != mode or picture.size != (side, side):
+        raise ValueError(
+            f"{name} must be of mode {mode} and {side} x {side} pixels, got mode {picture.mode} and "
+            f"{picture.width} x {picture.height}: `image.convert({mode!r}).resize(({side}, {side}))`."
+        )
+    return np.asarray(picture, dtype=np.float32).reshape(side, side, channels) / 255
+
+
+def read_mask(mask: Pictures, side: int, factor: int) -> tuple[Tensor, Tensor]:
+    """A mask given by a user (white or 1 = paint anew) as (N, 1, side, side) pixels and (N, 1, h, w) latent cells.
+
+    A cell is painted anew when any of its pixels is. Raises ValueError as `read_pictures`, and for an empty mask.
+    """
+    if isinstance(mask, Image.Image) and mask.mode == "1":
+        mask = mask.convert("L")
+    if isinstance(mask, np.ndarray | Tensor) and mask.ndim == 2:
+        mask = mask[..., None] if isinstance(mask, np.ndarray) else mask[None]
+    if isinstance(mask, np.ndarray | Tensor) and mask.dtype in (np.bool_, torch.bool):
+        mask = mask.astype(np.float32) if isinstance(mask, np.ndarray) else mask.float()
+    pixels = (read_pictures(mask, 1, side, "mask_image") >= 0.5).float()
+    if not pixels.flatten(1).any(dim=1).all():
+        raise ValueError("mask_image is black (nothing would be painted anew): white pixels are painted anew.")
+    return pixels, F.max_pool2d(pixels, factor)

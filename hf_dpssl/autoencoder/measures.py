@@ -1,0 +1,277 @@
+"""What an autoencoder's latent is worth: the measures of evaluation/ on two sets of images, numbers and curves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from .. import evaluation
+from ..data.batches import evaluation_batches, spread_rows, unit_pixels
+from ..data.image_data import load_images
+from ..data.image_table import ImageTable
+from ..embedding.feature_extractors import FeatureExtractor
+from ..evaluation.lipschitz_constants import summarise_lipschitz_pair
+from ..models.modeling_vq import VQAutoencoder
+from .complexity_curve import generator_complexity
+
+PARTS = ("reconstruction", "informativeness", "prior", "collapse", "lipschitz", "distances")
+GENERATOR = "generator"  # a part of its own, minutes long: generators of growing width are trained
+GENERATOR_WIDTHS = (4, 8, 16)
+_GENERATED_SIDE = 16
+
+
+@dataclass
+class Pictures:
+    """pixel_values: float32 (N, C, H, W) in [-1, 1]; labels: (N,) int64, -1 where there are none."""
+
+    pixel_values: Tensor
+    labels: Tensor
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every picture has a class, and there are two classes at least."""
+        return len(self.labels) > 0 and int(self.labels.min()) >= 0 and len(self.labels.unique()) > 1
+
+    def first(self, number: int) -> Tensor:
+        """At most `number` pictures."""
+        return self.pixel_values[:number]
+
+
+def load_pictures(
+    dataset: str, image_size: int, limit: int, *, num_channels: int = 3, **columns
+) -> dict[str, Pictures]:
+    """{"train", "evaluation"}: at most `limit` pictures of each split, evenly spread over it.
+
+    Raises:
+        ValueError: a data set without held-out images, or an unreadable picture.
+    """
+    data = load_images(dataset, **columns)
+    if data.evaluation is None:
+        raise ValueError(f"{dataset!r} has no held-out images to measure on.")
+    pictures = {}
+    for name, split in (("train", data.train), ("evaluation", data.evaluation)):
+        table = ImageTable(data, split.select(spread_rows(len(split), limit)), image_size)
+        batches = list(evaluation_batches(table, 256))
+        pixels = unit_pixels(torch.cat([batch["images"] for batch in batches]), num_channels)
+        pictures[name] = Pictures(pixels, torch.cat([batch["labels"] for batch in batches]))
+    return pictures
+
+
+def held_out_sources(dataset: str, image_size: int, limit: int, **options) -> dict[str, Tensor]:
+    """{name of a part: its held-out images}: the parts of a union a+b, or the data set itself.
+
+    Arguments as `load_pictures`; the name is the end of an id.
+    """
+    parts = [name.strip() for name in dataset.split("+")]
+    return {
+        part.split("/")[-1]: load_pictures(part, image_size, limit, **options)["evaluation"].pixel_values
+        for part in parts
+    }
+
+
+def generation_quality(
+    generated: Tensor, dataset: str, extractor: FeatureExtractor, *, limit: int, seed: int, **columns
+) -> dict[str, float]:
+    """Quality of generated images (N, C, S, S) in [-1, 1] beside held-out ones of a data set, and of each source.
+
+    Returns:
+        What `evaluation.image_quality` gives, with the prefix "g"; for a union a+b also "gfid_<extractor>_<part>".
+    """
+    options = columns | {"num_channels": generated.shape[1]}
+    sources = held_out_sources(dataset, generated.shape[-1], limit, **options)
+    whole = torch.cat(list(sources.values()))
+    metrics = evaluation.image_quality(whole, generated, extractor, prefix="g", seed=seed)
+    for part, pictures in sources.items() if len(sources) > 1 else ():
+        found = evaluation.image_quality(pictures, generated, extractor, measures=("fid",), prefix="g", seed=seed)
+        metrics |= {f"{name}_{part}": value for name, value in found.items()}
+    return metrics
+
+
+@dataclass
+class Encoded:
+    """latents (N, C, h, w), codes (N, h, w) or None, reconstructions (N, C, H, W) of some pictures, on the CPU."""
+
+    latents: Tensor
+    codes: Tensor | None
+    reconstructions: Tensor
+
+
+@torch.no_grad()
+def encode_and_decode(model: VQAutoencoder, pictures: Tensor, batch_size: int = 256) -> Encoded:
+    """All that the measures need of an autoencoder in eval mode."""
+    latents, codes, images = [], [], []
+    for batch in pictures.split(batch_size):
+        output = model(batch.to(model.device))
+        latents.append(output.latents.float().cpu())
+        images.append(output.pixel_values.float().clamp(-1, 1).cpu())
+        codes += [] if output.codes is None else [output.codes.cpu()]
+    return Encoded(torch.cat(latents), torch.cat(codes) if codes else None, torch.cat(images))
+
+
+def code_histograms(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each code occurs in each image: (N, num_codes) float32, rows sum to 1."""
+    flat = codes.flatten(1)
+    return torch.zeros(len(flat), num_codes).scatter_add_(1, flat, torch.full(flat.shape, 1 / flat.shape[1]))
+
+
+def measure_autoencoder(
+    model: VQAutoencoder,
+    train: Pictures,
+    test: Pictures,
+    *,
+    extractor: FeatureExtractor | None = None,
+    parts: tuple[str, ...] = PARTS,
+    seed: int = 0,
+    lipschitz_images: int = 128,
+    distance_images: int = 200,
+) -> tuple[dict[str, float], dict[str, list]]:
+    """Every measure of the chosen parts; keys are those of evaluation/, lower-case with units in its docstrings.
+
+    Args:
+        model: in eval mode.
+        train, test: the probes are trained on `train`; everything is measured on `test`.
+        extractor: of the Frechet distances; None leaves them out.
+        parts: of PARTS and GENERATOR; informativeness needs labels, the prior codes: left out without.
+        seed: of subsets, starts and probes.
+        lipschitz_images, distance_images: test pictures used by these two (slow) parts.
+
+    Returns:
+        metrics {name: number} and curves {name: list of numbers} for plots.
+    """
+    unknown = sorted(set(parts) - {*PARTS, GENERATOR})
+    if unknown:
+        raise ValueError(f"parts must be among {(*PARTS, GENERATOR)}, got {unknown}.")
+    encoded_train, encoded = (encode_and_decode(model, p.pixel_values) for p in (train, test))
+    metrics: dict[str, float] = {}
+    curves: dict[str, list] = {}
+    if "reconstruction" in parts:
+        metrics |= reconstruction(test, encoded, extractor, seed)
+    if "informativeness" in parts and train.labelled and test.labelled:
+        metrics |= informativeness(model, train, test, encoded_train, encoded, seed)
+    if "prior" in parts and encoded.codes is not None:
+        metrics |= evaluation.code_prior(encoded_train.codes, encoded.codes, model.config.num_codes, seed=seed)
+    if "collapse" in parts:
+        found, curves = collapse(model, test, encoded)
+        metrics |= found
+    if "lipschitz" in parts:
+        found, more = lipschitz(model, test.first(lipschitz_images), seed)
+        metrics, curves = metrics | found, curves | more
+    if "distances" in parts:
+        metrics |= distances(test.first(distance_images), encoded.latents[:distance_images], seed)
+    if GENERATOR in parts:
+        found, more = generator_capacity(train, test, encoded_train.latents, encoded.latents, seed)
+        metrics, curves = metrics | found, curves | more
+    return metrics, curves
+
+
+def reconstruction(test: Pictures, encoded: Encoded, extractor: FeatureExtractor | None, seed: int) -> dict[str, float]:
+    """PSNR, SSIM and, with an extractor, the Frechet and kernel distances of reconstructions (`rfid_...`)."""
+    metrics = evaluation.psnr(test.pixel_values, encoded.reconstructions)
+    metrics |= evaluation.ssim(test.pixel_values, encoded.reconstructions)
+    if extractor is not None:
+        quality = evaluation.image_quality(test.pixel_values, encoded.reconstructions, extractor, seed=seed)
+        metrics |= {f"r{name}": value for name, value in quality.items()}
+    return metrics
+
+
+def informativeness(
+    model: VQAutoencoder, train: Pictures, test: Pictures, encoded_train: Encoded, encoded: Encoded, seed: int
+) -> dict[str, float]:
+    """Accuracy of a linear probe and of 20 nearest neighbours on latents, and on histograms of codes, in percent."""
+    pairs = {"latent": (encoded_train.latents.flatten(1), encoded.latents.flatten(1))}
+    if encoded.codes is not None:
+        histograms = (code_histograms(part.codes, model.config.num_codes) for part in (encoded_train, encoded))
+        pairs["histogram"] = tuple(histograms)
+    metrics = {}
+    for name, (bank, queries) in pairs.items():
+        given = (bank, train.labels, queries, test.labels)
+        metrics[f"{name}_linear_top1"] = evaluation.linear_probe(*given, seed=seed)["linear_top1"]
+        k = min(20, len(bank))
+        metrics[f"{name}_knn_top1"] = evaluation.knn(*given, k=k, metric="euclidean")["knn_top1"]
+    return metrics
+
+
+def collapse(model: VQAutoencoder, test: Pictures, encoded: Encoded) -> tuple[dict[str, float], dict[str, list]]:
+    """Effective rank and spectrum of the latents, use of the codebook, and how well neighbours are kept."""
+    flat = encoded.latents.flatten(1)
+    metrics = evaluation.effective_rank(flat, centre=True)
+    curves = {"spectrum": evaluation.spectrum(flat).tolist()}
+    kept = slice(0, 2000)
+    pictures, latents = test.pixel_values[kept].flatten(1), flat[kept]
+    metrics |= evaluation.trustworthiness(pictures, latents, k=12) | evaluation.continuity(pictures, latents, k=12)
+    if encoded.codes is not None:
+        metrics |= evaluation.codebook_usage(encoded.codes, model.config.num_codes)
+        counts = torch.bincount(encoded.codes.flatten(), minlength=model.config.num_codes).double()
+        curves["code_shares"] = (counts / counts.sum()).sort(descending=True).values.tolist()
+    return metrics, curves
+
+
+def lipschitz(model: VQAutoencoder, images: Tensor, seed: int) -> tuple[dict[str, float], dict[str, list]]:
+    """How much encoder and decoder stretch, at a fixed scale of the latent; the decoder at what it is really given."""
+    images = images.to(model.device)
+    with torch.no_grad():
+        latents = model.encode(images).latents
+        inputs = latents if model.quantizer is None else model.quantize(latents).quantized
+    values = evaluation.lipschitz_pair_values(
+        lambda x: model.encode_latents(x),
+        lambda z: model.decode(z).pixel_values,
+        images,
+        decoder_inputs=inputs,
+        seed=seed,
+    )
+    curves = {name: value.flatten().sort().values.cpu().tolist() for name, value in values.items()}
+    return summarise_lipschitz_pair(values), curves
+
+
+def distances(images: Tensor, latents: Tensor, seed: int) -> dict[str, float]:
+    """Gromov-Wasserstein and Cai-Lim distance of images and latents.
+
+    Cai-Lim compares principal components, so that the points are many more than the dimensions: up to 16 of the
+    images and 8 of the latents, both scaled to unit total variance.
+    """
+    x, z = images.flatten(1).cpu(), latents.flatten(1).cpu()
+    metrics = evaluation.gromov_wasserstein(x, z, seed=seed)
+    size = min(16, x.shape[1], len(x) - 1)
+    pictures, codes = principal_components(x, size), principal_components(z, min(8, size, z.shape[1]))
+    return metrics | evaluation.cai_lim(pictures, codes, seed=seed)
+
+
+def principal_components(points: Tensor, number: int) -> Tensor:
+    """The first coordinates (N, number) of points (N, D) along their principal axes, scaled to unit total variance."""
+    centred = points.double() - points.double().mean(0)
+    left, values, _ = torch.linalg.svd(centred, full_matrices=False)
+    coordinates = left[:, :number] * values[:number]
+    return (coordinates / coordinates.var(0, correction=0).sum().sqrt()).float()
+
+
+def generator_capacity(
+    train: Pictures, test: Pictures, train_latents: Tensor, test_latents: Tensor, seed: int, **options
+) -> tuple[dict[str, float], dict[str, list]]:
+    """D^G of the encoded latents and of as many independent Gaussians, against the width of the generator.
+
+    Pictures are averaged down to 16 pixels a side, and each latent component has unit variance. `options` go to
+    `generator_complexity`.
+    """
+    options = {"widths": GENERATOR_WIDTHS, "seed": seed} | options
+    pictures = [_small(part.pixel_values) for part in (train, test)]
+    flat = [part.flatten(1) for part in (train_latents, test_latents)]
+    centre, scale = flat[0].mean(0), flat[0].std(0).clamp_min(1e-6)
+    encoded = [(part - centre) / scale for part in flat]
+
+    def gaussian(count: int, random: torch.Generator) -> Tensor:
+        return torch.randn(count, flat[0].shape[1], generator=random)
+
+    latents = {"encoded": (encoded[0], encoded[1]), "gaussian": (gaussian, None)}
+    metrics, curves = {}, {"generator_widths": list(options["widths"])}
+    for name, (drawn, fresh) in latents.items():
+        found = generator_complexity(drawn, *pictures, held_out_latents=fresh, **options)
+        metrics |= {f"{key}_{name}": value for key, value in found.items()}
+        curves[f"generator_{name}"] = [found[f"complexity_w{width}"] for width in options["widths"]]
+    return metrics, curves
+
+
+def _small(pictures: Tensor) -> Tensor:
+    return pictures if pictures.shape[-1] <= _GENERATED_SIDE else adaptive_avg_pool2d(pictures, _GENERATED_SIDE)

@@ -1,0 +1,258 @@
+"""What training an autoencoder consists of besides its loop: arms, budgets, stages, validation and final measures.
+
+Source: Hu et al. 2023 (DAE): an encoder learns against a weak decoder, is frozen, and then the real decoder learns. The
+paper leaves open how the decoder is weakened and how steps are compared; both are options here.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data.batches import evaluation_batches, unit_pixels
+from ..data.image_table import ImageTable
+from ..evaluation import codebook_usage, psnr, ssim
+from ..models.configuration_vq import VQConfig
+from ..models.modeling_vq import VQAutoencoder
+
+logger = logging.getLogger(__name__)
+
+# arm: (decoupled, stage 1's decoder is narrow, stage 1's decoder has dropout)
+ARMS = {
+    "dae": (True, True, True),
+    "weak_dropout": (True, False, True),
+    "weak_width": (True, True, False),
+    "decoupled": (True, False, False),
+    "joint": (False, False, False),
+    "joint_dropout": (False, False, True),
+}
+BUDGETS = ("total", "encoder", "flops")
+LOW_USAGE = 50.0  # percent of the codes
+FLAT_DECIBELS = 0.5  # gained in the last fifth of the steps by a curve that counts as converged
+_EVALUATION_BATCH = 256
+
+
+@dataclass
+class Stage:
+    """One optimisation: its name, its steps, whether encoder and codebook learn, and which decoder does.
+
+    decoder: "first" (the one the model starts with), "keep" (go on with it), or "fresh".
+    """
+
+    name: str
+    steps: int
+    train_encoder: bool
+    decoder: str = "first"
+    flops_per_image: float = 0.0  # of a training step; this and what follows are known when it has run
+    kept_decoder: dict[str, float] | None = None  # `BestDecoder.summary`
+    seconds: float | None = None  # `TrainingLoop.seconds`
+
+
+def stages_of(arm: str, budget: str, stage_1_steps: int, stage_2_steps: int, flops: dict[str, float]) -> list[Stage]:
+    """The stages of an arm under a budget.
+
+    Args:
+        arm: of ARMS.
+        budget: of a joint arm: "total" (the sum of both stages' steps), "encoder" (stage 1's steps, then stage 2's for
+            the decoder alone) or "flops" (as many steps as cost what both stages of a decoupled run cost).
+        stage_1_steps, stage_2_steps: optimiser steps of the two stages.
+        flops: operations of a step, {"joint", "stage_1", "stage_2"}; read for "flops" only.
+    """
+    if ARMS[arm][0]:
+        return [Stage("stage-1", stage_1_steps, True), Stage("stage-2", stage_2_steps, False, "fresh")]
+    if budget == "encoder":
+        return [Stage("joint", stage_1_steps, True), Stage("decoder", stage_2_steps, False, "keep")]
+    if budget == "flops":
+        cost = stage_1_steps * flops["stage_1"] + stage_2_steps * flops["stage_2"]
+        return [Stage("joint", max(1, round(cost / flops["joint"])), True)]
+    return [Stage("joint", stage_1_steps + stage_2_steps, True)]
+
+
+def step_flops(model: VQAutoencoder, image_size: int, *, train_encoder: bool) -> float:
+    """Floating-point operations of forward and backward for one image: convolutions, attention, linear layers.
+
+    Counted by shapes, on the meta device; the quantiser and the losses' own networks are left out. The model is left
+    as it was.
+    """
+    model = copy.deepcopy(model).to("meta")
+    model.quantizer, model.config.encoder_frozen = None, not train_encoder
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False  # what is recomputed is not counted again
+    images = torch.zeros(1, model.config.num_channels, image_size, image_size, device="meta")
+    state = torch.random.get_rng_state()
+    # Fused attention of a CPU is not counted, products are.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.train()(images).loss.backward()
+    torch.random.set_rng_state(state)
+    return float(counter.get_total_flops())
+
+
+class Validation:
+    """Reconstruction quality on fixed held-out images while training.
+
+    Args:
+        table: held-out images.
+        rows: of the table that are used.
+        num_channels: of the model.
+    """
+
+    def __init__(self, table: ImageTable, rows: range, num_channels: int):
+        loader = evaluation_batches(table, _EVALUATION_BATCH, rows)
+        self.batches = [unit_pixels(batch["images"], num_channels) for batch in loader]
+
+    @torch.no_grad()
+    def psnr(self, model: VQAutoencoder) -> float:
+        """Mean PSNR, dB, in eval mode; the model is left in the mode it was in."""
+        was_training = model.training
+        model.eval()
+        total = count = 0
+        for batch in self.batches:
+            pixel_values = batch.to(model.device)
+            reconstructions = model(pixel_values).pixel_values.clamp(-1, 1).float()
+            total += len(batch) * psnr(pixel_values, reconstructions)["psnr"]
+            count += len(batch)
+        model.train(was_training)
+        return total / count
+
+
+class BestDecoder:
+    """A decoder whose validation PSNR is not below that at the start of its stage, which so never ends below it.
+
+    Args:
+        latest: keep the latest such decoder, where other terms than the reconstruction's make it better, instead of
+            that of the highest PSNR.
+    """
+
+    def __init__(self, latest: bool = False):
+        self.latest, self.start = latest, None
+        self.psnr, self.step, self.tensors = float("-inf"), -1, {}
+
+    def offer(self, model: VQAutoencoder, psnr: float, step: int) -> None:
+        """Keep a copy of the decoder if it is the best so far, or with `latest` good enough; first comes the start."""
+        self.start = psnr if self.start is None else self.start
+        if psnr >= self.start if self.latest else psnr > self.psnr:
+            self.psnr, self.step = psnr, step
+            self.tensors = {name: value.detach().cpu().clone() for name, value in _decoder_state(model).items()}
+
+    def summary(self) -> dict[str, float | int]:
+        """For results.json: validation PSNR at the start and of the decoder that was kept, and the step it is from."""
+        return {"psnr_at_start": self.start, "psnr_kept": self.psnr, "step_kept": self.step}
+
+    def restore(self, model: VQAutoencoder) -> None:
+        """Put the best decoder back."""
+        model.load_state_dict(self.tensors, strict=False)
+
+    def state_dict(self) -> dict:
+        """For a checkpoint."""
+        return {"psnr": self.psnr, "step": self.step, "tensors": self.tensors, "start": self.start}
+
+    def load_state_dict(self, state: dict) -> None:
+        """From a checkpoint."""
+        self.psnr, self.step, self.tensors, self.start = (state[key] for key in ("psnr", "step", "tensors", "start"))
+
+
+def _decoder_state(model: VQAutoencoder) -> dict[str, Tensor]:
+    return {n: t for n, t in model.state_dict().items() if n.startswith(("decoder.", "post_quant_conv."))}
+
+
+def check_codebook_size(config: VQConfig, num_images: int) -> None:
+    """ValueError when the codebook has more codes than all training images together have latent vectors."""
+    vectors = num_images * config.latent_size**2
+    if config.quantizer == "vq" and config.num_codes > vectors:
+        raise ValueError(
+            f"a codebook of {config.num_codes} codes is larger than the data: {num_images} training images of "
+            f"{config.latent_size} x {config.latent_size} cells have {vectors} latent vectors. Use a smaller "
+            "--num_codes, fewer levels, or more images."
+        )
+
+
+def batch_usage(codes: Tensor, num_codes: int) -> Tensor:
+    """Percent of the codebook that a batch's codes (B, h, w) use, as a tensor: nothing waits for a GPU."""
+    return torch.zeros(num_codes, device=codes.device).index_fill_(0, codes.flatten(), 100.0).mean()
+
+
+def warn_of_low_usage(usage: dict[str, float], when: str) -> None:
+    """Log a warning when less than half of the codebook is in use; `usage` holds "code_usage" and "dead_codes"."""
+    if usage["code_usage"] < LOW_USAGE:
+        logger.warning(
+            "%s: only %.0f %% of the codes are in use (%d dead): try fewer codes, a higher --revival_threshold, "
+            "--code_distance cosine, or --entropy_weight.", when, usage["code_usage"], usage["dead_codes"],
+        )  # fmt: skip
+
+
+def curve_summary(history: list[dict], stages: list[Stage]) -> dict:
+    """What results.json says of the validation curves: {"plateau", "validation_psnr", "guard_lowered_weight"}."""
+    validated = [entry for entry in history if "validation_psnr" in entry]
+    return {
+        "plateau": {stage.name: plateau(history, stage.name) for stage in stages},
+        "validation_psnr": [[entry["step"], round(entry["validation_psnr"], 3)] for entry in validated],
+        "guard_lowered_weight": [entry["step"] for entry in history if entry.get("guard")],
+    }
+
+
+def say_plateau(found: dict[str, dict | None]) -> None:
+    """Print for each stage of `curve_summary`'s "plateau" whether its curve was flat at the end."""
+    for name, curve in found.items():
+        if curve is None:
+            print(f"{name}: too few validations to say whether it converged")
+        else:
+            state = "converged" if curve["converged"] else "not converged: give it more steps"
+            print(f"{name}: {curve['gain_in_last_fifth']:+.2f} dB of validation PSNR in the last fifth, {state}")
+
+
+def plateau(history: list[dict], stage: str) -> dict[str, float | bool] | None:
+    """Whether a stage's validation curve is flat: {"gain_in_last_fifth": dB, "converged"}; None with too few points."""
+    points = [(e["step"], e["validation_psnr"]) for e in history if e.get("stage") == stage and "validation_psnr" in e]
+    if len(points) < 3:
+        return None
+    first, last = points[0][0], points[-1][0]
+    before = [value for step, value in points if step <= first + 0.8 * (last - first)]
+    gain = points[-1][1] - before[-1]
+    return {"gain_in_last_fifth": round(gain, 3), "converged": gain < FLAT_DECIBELS}
+
+
+@torch.no_grad()
+def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range) -> None:
+    """Store mean and standard deviation of each latent channel over training images in the config."""
+    count, total, squares = 0, 0.0, 0.0
+    for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
+        latents = (
+            model.encode(unit_pixels(batch["images"], model.config.num_channels).to(model.device))
+            .latents.double()
+            .cpu()
+        )
+        count += latents.numel() // latents.shape[1]
+        total = total + latents.sum((0, 2, 3))
+        squares = squares + latents.pow(2).sum((0, 2, 3))
+    mean = total / count
+    model.config.latent_mean = mean.tolist()
+    model.config.latent_std = (squares / count - mean.pow(2)).clamp_min(1e-12).sqrt().tolist()
+
+
+@torch.no_grad()
+def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict[str, float], Tensor]:
+    """PSNR, SSIM and code statistics on held-out images, and a picture (16, C, H, W): eight of them, and as decoded."""
+    count, totals, codes, pictures = 0, {"psnr": 0.0, "ssim": 0.0}, [], None
+    for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
+        pixel_values = unit_pixels(batch["images"], model.config.num_channels).to(model.device)
+        output = model(pixel_values)
+        reconstructions = output.pixel_values.clamp(-1, 1).float()
+        count += len(pixel_values)
+        for measure in (psnr, ssim):
+            for name, value in measure(pixel_values, reconstructions).items():
+                totals[name] += len(pixel_values) * value
+        if pictures is None:
+            pictures = torch.cat([pixel_values[:8], reconstructions[:8]]).cpu()
+        if output.codes is not None:
+            codes.append(output.codes.cpu())
+    metrics = {name: total / count for name, total in totals.items()}
+    if codes:
+        metrics |= codebook_usage(torch.cat(codes), model.config.num_codes)
+    return metrics, pictures

@@ -1,0 +1,48 @@
+"""The subcommand `hf-dpssl export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+
+from ..convert.exports import FORMATS, export
+from .sample import json_object
+
+
+def export_command(argv: list[str]) -> int:
+    """`hf-dpssl export`: returns the exit status; raises as `export`."""
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl export",
+        description="Write a checkpoint for other libraries' own classes (timm and stock transformers, diffusers) or "
+        "for onnxruntime. What was written is compared with our model on random inputs, and kept only if it agrees.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="FOLDER_OR_ID", help="finished checkpoint, or Hub id (id@revision)")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=list(FORMATS),
+        help="timm: of an encoder; vqmodel: of an autoencoder; dit-pipeline: of a latent DiT; onnx: of an encoder, or "
+        "of an autoencoder's two halves (needs hf_dpssl[onnx])",
+    )
+    parser.add_argument("--output_dir", required=True, help="folder of the result")
+    parser.add_argument(
+        "--scheduler", help="dit-pipeline: diffusers scheduler in place of the model's, with its config"
+    )
+    parser.add_argument(
+        "--scheduler_config", type=json_object, help="dit-pipeline: what to change in the scheduler's config, as JSON"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = vars(parser.parse_args(argv))
+    as_json = options.pop("json")
+    report = export(**options)
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+        return 0
+    size = sum(report.files.values())
+    print(f"{report.output_dir}: {report.written}, {size:,} bytes in {len(report.files)} files")
+    for name, value in report.differences.items():
+        print(f"  {name} differs by {value:.2g} (at most {report.tolerance:g})")
+    return 0

@@ -1,0 +1,106 @@
+"""The subcommand `hf-dpssl space`: start one of the packaged Gradio Spaces on this machine, or publish it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import runpy
+import sys
+from pathlib import Path
+
+from ..pages.demo_outputs import MODELS
+from ..runs.shipped_folders import shipped_folder
+
+
+def space_names() -> list[str]:
+    """Names of the Spaces."""
+    return sorted(path.parent.name for path in shipped_folder("spaces").glob("*/app.py"))
+
+
+def space(argv: list[str]) -> int:
+    """`hf-dpssl space`: returns the exit status."""
+    options = _parser().parse_args(argv)
+    if options.push is not None:
+        return _push(options)
+    variables = {"GRADIO_SERVER_NAME": options.host, "GRADIO_ANALYTICS_ENABLED": "False"}
+    if options.port is not None:
+        variables["GRADIO_SERVER_PORT"] = str(options.port)
+    if options.demo is not None:
+        if not Path(options.demo).is_dir():
+            return _refuse(f"no folder {options.demo!r}: give the --output_dir of `hf-dpssl demo`.")
+        variables["DPSSL_DEMO"] = options.demo
+    for given in options.model:
+        name, sign, source = given.partition("=")
+        if name not in MODELS or not source:
+            return _refuse(f"--model is NAME=FOLDER_OR_ID with a name of {sorted(MODELS)}, got {given!r}.")
+        variables[MODELS[name][0]] = source
+    if importlib.util.find_spec("gradio") is None:
+        return _refuse("gradio is not installed: pip install 'hf_dpssl[demo]'.")
+    os.environ.update(variables)
+    sys.argv = [str(shipped_folder("spaces") / options.name / "app.py")]
+    runpy.run_path(sys.argv[0], run_name="__main__")  # here: another process would import every library once more
+    return 0
+
+
+def push_space(name: str, repo_id: str, *, private: bool | None = None) -> str:
+    """Publish a Space's folder as one commit; returns the commit's address. Other files of the repository stay.
+
+    Args:
+        name: one of `space_names()`.
+        repo_id: ORG/NAME; made when missing.
+        private: of a Space that is made; None: as the organisation's default.
+
+    Raises:
+        hub.PushError: the Hub refuses or cannot be reached.
+    """
+    from ..hub.publishing import Target
+
+    target = Target(repo_id, repo_type="space", space_sdk="gradio", private=private)
+    files = {path.name: path for path in sorted((shipped_folder("spaces") / name).iterdir()) if path.is_file()}
+    return target.commit(files, f"Push {name}").url
+
+
+def _push(options: argparse.Namespace) -> int:
+    if options.model or options.demo or options.port:
+        return _refuse(
+            "--push takes no --port, --demo or --model: set the variables that the README names in the Space."
+        )
+    url = push_space(options.name, options.push, private=options.private or None)
+    print(f"{options.name} is published: {url}")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"hf-dpssl space: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hf-dpssl space",
+        description="Start a Gradio page on this machine, on the models that `hf-dpssl demo` wrote or on others; or "
+        "publish it as a Space with --push, with the token of `hf auth login` or HF_TOKEN.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=space_names(), help="which page")
+    parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: this machine)"
+    )
+    parser.add_argument("--demo", metavar="FOLDER", help="outputs of `hf-dpssl demo` (default: outputs/demo)")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER_OR_ID",
+                        help=f"use this one; names: {', '.join(MODELS)}")  # fmt: skip
+    parser.add_argument("--push", metavar="ORG/NAME", help="publish the page as this Space instead of starting it")
+    parser.add_argument("--private", action="store_true", help="a Space that is made is private")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise ValueError(text)
+    return port
+
+
+_port.__name__ = "port (1 to 65535)"  # as argparse's message calls it

@@ -1,0 +1,349 @@
+"""Contrastive and neighbour-embedding losses as pure functions on tensors.
+
+They see the GLOBAL batch: models gather over processes before calling them (gather.py). Conventions: the positive
+pair is in the denominator, only a point itself is left out; `temperature` divides (the cosine, or the squared
+distance); temperature and dof are numbers or 0-dim tensors, which get their gradient; dof = math.inf is the
+Gaussian kernel of twice the temperature. Values and gradients are exact, in float32 also for half-precision input;
+those without a similarity matrix as argument need O(N D) memory (tiles.py). What each of them matches: matching.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models.contrastive_options import NORMALIZATIONS
+from .bank_tiles import log_bank_partition
+from .kernels import (
+    check_kernel,
+    check_positive,
+    distance_kernel,
+    in_float32,
+    log_of_distances,
+    log_of_pairs,
+    scaled_points,
+    squared_distances,
+)
+from .tiles import log_cross_partition, log_partition
+
+
+def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, weights: Tensor | None = None) -> Tensor:
+    """InfoNCE / NT-Xent over both views of a batch.
+
+    loss = 1/(2N) sum_i w_i [ l(x_i, x_i') + l(x_i', x_i) ],
+    l(x, x') = -log exp(cos(x, x')/temperature) / sum over the other 2N - 1 points.
+
+    Args:
+        view_1: (N, D) embeddings of one view, N >= 2; normalised here.
+        view_2: (N, D) embeddings of the other view, same order.
+        temperature: > 0, divides the cosine.
+        weights: (N,) weight of each pair, used relative to its mean; None weighs all alike.
+
+    Returns:
+        Scalar; log(2N - 1) when all embeddings coincide.
+
+    Raises:
+        ValueError: on unequal shapes, fewer than two pairs, embeddings that are not finite or a bad temperature.
+
+    Source: Chen et al. 2020 (SimCLR); as SNE: Hu et al., ICLR 2023, section 3.
+    Relations: the Student-t form is `t_simclr`; with a queue of negatives see `moco`; over two modalities `clip`.
+    """
+    _check_views(view_1, view_2)
+    return _pair_loss(view_1, view_2, "cosine", temperature, 1.0, "anchor", weights)
+
+
+def t_simclr(
+    view_1: Tensor,
+    view_2: Tensor,
+    *,
+    temperature: float | Tensor,
+    dof: float | Tensor,
+    normalization: str = "joint",
+    weights: Tensor | None = None,
+) -> Tensor:
+    """t-SimCLR: InfoNCE with a Student-t kernel on unnormalised embeddings.
+
+    k(x, y) = (1 + |x - y|^2 / (temperature * dof))^(-(dof + 1)/2)
+    joint:  loss = -1/N sum_i w_i log k(x_i, x_i') + log sum over ordered pairs j != k of k(x_j, x_k)
+    anchor: as `info_nce`, one denominator per anchor.
+
+    Args:
+        view_1: (N, D) raw projector outputs, N >= 2.
+        view_2: (N, D), same order.
+        temperature: > 0, divides the squared distance.
+        dof: degrees of freedom, > 0; 1 is Cauchy, math.inf Gaussian.
+        normalization: "joint" (the paper) or "anchor" (the t-MoCo-v2 code, t-SimCNE).
+        weights: (N,) weight of each pair, used relative to its mean.
+
+    Returns:
+        Scalar; at coinciding embeddings log(2N(2N - 1)) (joint) or log(2N - 1) (anchor).
+
+    Raises:
+        ValueError: on unequal shapes, fewer than two pairs, embeddings that are not finite, or an option out of range.
+
+    Source: Hu et al., ICLR 2023, section 4.
+    """
+    _check_views(view_1, view_2)
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
+    return _pair_loss(view_1, view_2, "student_t", temperature, dof, normalization, weights)
+
+
+def moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    kernel: str = "cosine",
+    temperature: float | Tensor = 0.2,
+    dof: float | Tensor = 10.0,
+) -> Tensor:
+    """MoCo's InfoNCE over one positive key and a queue of negatives, with either kernel.
+
+    loss = -1/B sum_b log k(q_b, k_b) / ( k(q_b, k_b) + sum_j k(q_b, queue_j) )
+
+    Args:
+        query: (B, D) embeddings with gradient.
+        key: (B, D) momentum embeddings of the other view (their gradient, if any, is not cut here).
+        queue: (K, D) earlier keys, K >= 1: constants. It may be overwritten as soon as the function has returned.
+        kernel: "cosine" (MoCo-v2) or "student_t" (t-MoCo-v2, on batch-normalised embeddings).
+        temperature: > 0; MoCo-v2 uses 0.2, t-MoCo-v2 5.
+        dof: degrees of freedom of the Student-t kernel; not read for "cosine".
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: on shapes that do not fit, a queue that asks for a gradient, or an option out of range.
+
+    Source: He et al. 2020; Chen et al. 2020 (MoCo-v2); Hu et al., ICLR 2023 (t-MoCo-v2).
+    """
+    if query.ndim != 2 or query.shape != key.shape or queue.ndim != 2 or queue.shape[1] != query.shape[1]:
+        raise ValueError(
+            "query and key must be (B, D) and queue (K, D), got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(queue.shape)}."
+        )
+    if len(queue) == 0:
+        raise ValueError("queue holds no key: MoCo needs at least one negative.")
+    if queue.requires_grad:
+        raise ValueError("queue must not ask for a gradient: its keys are constants. Pass queue.detach().")
+    check_kernel(kernel, temperature, dof)
+    query, key = in_float32(query, key)
+    if kernel == "cosine":
+        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        scale, form, exponent = 1 / temperature, "cosine", 1.0
+        positive = (query * key).sum(1) / temperature  # (B,)
+    else:
+        scale, form, exponent = distance_kernel(temperature, dof)
+        positive = log_of_distances((query - key).pow(2).sum(1) * scale, form, exponent)
+    negatives = log_bank_partition(query, queue, kernel=form, scale=scale, exponent=exponent)  # (B,)
+    return (torch.logaddexp(positive, negatives) - positive).mean()
+
+
+def clip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor,
+    kernel: str = "cosine",
+    dof: float | Tensor = 5.0,
+) -> Tensor:
+    """CLIP's symmetric InfoNCE between two modalities, with either kernel.
+
+    loss = 1/(2N) sum_i [ -log k(x_i, y_i) / sum_j k(x_i, y_j)  -  log k(x_i, y_i) / sum_j k(x_j, y_i) ]
+
+    Args:
+        image: (N, D) embeddings of one modality, N >= 2; normalised here for "cosine".
+        text: (N, D) embeddings of the other, same order.
+        temperature: > 0, divides; CLIP learns exp(-log_temperature), so a tensor is welcome.
+        kernel: "cosine" or "student_t".
+        dof: degrees of freedom of the Student-t kernel; not read for "cosine".
+
+    Returns:
+        Scalar; log N when all embeddings coincide. Raises ValueError as `info_nce`, or for an unknown kernel.
+
+    Source: Radford et al. 2021, figure 3. Negatives are of the other modality only, unlike `info_nce`.
+    """
+    _check_views(image, text)
+    check_kernel(kernel, temperature, dof)
+    (points, others), form, exponent = scaled_points([image, text], kernel, temperature, dof)
+    weights = points.new_full((len(points),), 0.5 / len(points))
+    partition = log_cross_partition(
+        points, others, kernel=form, exponent=exponent, weights=weights, right_weights=weights
+    )
+    return partition - log_of_pairs(points, others, form, exponent).mean()
+
+
+def sup_con(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor,
+    kernel: str = "cosine",
+    dof: float | Tensor = 5.0,
+) -> Tensor:
+    """Supervised contrastive loss: the positives of an anchor are all other points of its class.
+
+    loss = mean over anchors i that have a positive of
+           -1/|P(i)| sum over p in P(i) of log k(x_i, x_p) / sum over a != i of k(x_i, x_a)
+
+    Args:
+        embeddings: (N, D), N >= 2, e.g. both views of a batch; normalised here for "cosine".
+        labels: (N,) integers.
+        temperature, kernel, dof: as `clip`.
+
+    Returns:
+        Scalar; log(N - 1) when all embeddings coincide.
+
+    Raises:
+        ValueError: on shapes that do not fit, no two points of one class, or an option out of range.
+
+    Source: Khosla et al. 2020, L_out (equation 2), without its constant temperature / base_temperature.
+    The positives' term holds an (N, N) matrix.
+    """
+    if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or len(labels) < 2:
+        raise ValueError(
+            f"embeddings must be (N, D) with N >= 2 and labels (N,), got {tuple(embeddings.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
+    same = (labels[:, None] == labels).fill_diagonal_(False)
+    counts = same.sum(1)
+    if not bool(counts.any()):
+        raise ValueError("labels holds no class twice: there is no positive pair.")
+    check_kernel(kernel, temperature, dof)
+    (points,), form, exponent = scaled_points([embeddings], kernel, temperature, dof)
+    with torch.autocast(points.device.type, enabled=False):
+        if form == "cosine":
+            log_k = points @ points.T
+        else:
+            log_k = log_of_distances(squared_distances(points, points), form, exponent)
+    weights = (counts > 0).to(points) / (counts > 0).sum()
+    partition = log_partition(points, kernel=form, exponent=exponent, joint=False, weights=weights)
+    return partition - (log_k * same * (weights / counts.clamp(min=1))[:, None]).sum()
+
+
+def sne(similarities: Tensor, embeddings: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """Stochastic neighbour embedding: mean over i of KL(P_i || Q_i) with a Gaussian Q.
+
+    q_{j|i} = exp(-|y_i - y_j|^2 / temperature) / sum over k != i
+
+    Args:
+        similarities: (N, N) p_{j|i}, rows that sum to 1, diagonal 0 (`kernels`: rows of a given perplexity).
+        embeddings: (N, D).
+        temperature: > 0, divides the squared distance.
+
+    Returns:
+        Scalar >= 0, in nats (the paper sums over i).
+
+    Raises:
+        ValueError: on shapes that do not fit or similarities that are not such a matrix.
+
+    Source: Hinton and Roweis 2002.
+    """
+    similarities, embeddings = _check_similarities(similarities, embeddings, rows=True)
+    check_kernel("student_t", temperature, math.inf)
+    (points,), form, _ = scaled_points([embeddings], "student_t", temperature / 2, math.inf)
+    negative_log_k = squared_distances(points, points)
+    negative_entropy = torch.special.xlogy(similarities, similarities).sum()
+    partition = log_partition(points, kernel=form, joint=False)
+    return (negative_entropy + (similarities * negative_log_k).sum()) / len(similarities) + partition
+
+
+def t_sne(similarities: Tensor, embeddings: Tensor, *, dof: float | Tensor = 1.0) -> Tensor:
+    """t-SNE: KL(P || Q) of joint similarities with a Student-t Q.
+
+    q_ij = (1 + |y_i - y_j|^2 / dof)^(-(dof + 1)/2) / sum over k != l
+
+    Args:
+        similarities: (N, N) joint p_ij that sum to 1, diagonal 0.
+        embeddings: (N, D).
+        dof: degrees of freedom, > 0.
+
+    Returns:
+        Scalar >= 0, in nats.
+
+    Raises:
+        ValueError: on shapes that do not fit or similarities that are not such a matrix.
+
+    Source: van der Maaten and Hinton 2008; degrees of freedom: van der Maaten 2009.
+    """
+    similarities, embeddings = _check_similarities(similarities, embeddings, rows=False)
+    check_kernel("student_t", 1.0, dof)
+    (points,), form, exponent = scaled_points([embeddings], "student_t", 1.0, dof)
+    log_k = log_of_distances(squared_distances(points, points), form, exponent)
+    partition = log_partition(points, kernel=form, exponent=exponent, joint=True)
+    return torch.special.xlogy(similarities, similarities).sum() - (similarities * log_k).sum() + partition
+
+
+def alignment(view_1: Tensor, view_2: Tensor, *, alpha: float = 2.0) -> Tensor:
+    """mean |x - y|^alpha of positive pairs of L2-normalised embeddings (N, D); in [0, 2^alpha], 0 is best.
+
+    Source: Wang and Isola 2020. Raises ValueError on unequal shapes or alpha <= 0.
+    """
+    _check_views(view_1, view_2)
+    check_positive(alpha=alpha)
+    view_1, view_2 = (F.normalize(view, dim=1) for view in in_float32(view_1, view_2))
+    return (view_1 - view_2).norm(dim=1).pow(alpha).mean()
+
+
+def uniformity(embeddings: Tensor, *, t: float = 2.0) -> Tensor:
+    """log mean over pairs of exp(-t |x_i - x_j|^2), L2-normalised embeddings (N, D); in [-4t, 0], lower is better.
+
+    Source: Wang and Isola 2020. Raises ValueError for fewer than two points or t <= 0.
+    """
+    if embeddings.ndim != 2 or len(embeddings) < 2:
+        raise ValueError(f"embeddings must be (N, D) with N >= 2, got {tuple(embeddings.shape)}.")
+    check_positive(t=t)
+    points = F.normalize(in_float32(embeddings)[0], dim=1) * t**0.5
+    count = len(points)
+    return log_partition(points, kernel="gaussian", joint=True) - math.log(count * (count - 1))
+
+
+def _pair_loss(view_1, view_2, kernel, temperature, dof, normalization, weights) -> Tensor:
+    """Log-partition (joint, or mean over 2N anchors) minus the mean positive."""
+    check_kernel(kernel, temperature, dof)
+    (points,), form, exponent = scaled_points([torch.cat([view_1, view_2])], kernel, temperature, dof)  # (2N, D)
+    positives = log_of_pairs(*points.chunk(2), form, exponent)  # (N,)
+    share = _shares(weights, positives)  # (N,), sums to 1
+    joint = normalization == "joint"
+    partition = log_partition(points, kernel=form, exponent=exponent, joint=joint, weights=share.repeat(2) / 2)
+    return partition - (positives * share).sum()
+
+
+def _check_views(view_1: Tensor, view_2: Tensor) -> None:
+    if view_1.ndim != 2 or view_1.shape != view_2.shape:
+        raise ValueError(
+            f"both views must be (N, D) and of equal shape, got {tuple(view_1.shape)} and {tuple(view_2.shape)}."
+        )
+    if len(view_1) < 2:
+        raise ValueError(f"a contrastive loss needs at least 2 pairs, got {len(view_1)}.")
+
+
+def _shares(weights: Tensor | None, like: Tensor) -> Tensor:
+    """Weights of pairs as shares that sum to 1."""
+    if weights is None:
+        return like.new_full(like.shape, 1 / len(like))
+    if weights.shape != like.shape:
+        raise ValueError(f"weights must have shape {tuple(like.shape)}, got {tuple(weights.shape)}.")
+    if bool((weights < 0).any()) or not bool(weights.sum() > 0):
+        raise ValueError("weights must be non-negative with a positive sum.")
+    return weights.to(like) / weights.to(like).sum()
+
+
+def _check_similarities(similarities: Tensor, embeddings: Tensor, *, rows: bool) -> tuple[Tensor, Tensor]:
+    (embeddings,) = in_float32(embeddings)
+    similarities, count = similarities.to(embeddings), len(embeddings)
+    if embeddings.ndim != 2 or count < 2 or similarities.shape != (count, count):
+        raise ValueError(
+            "similarities must be (N, N) and embeddings (N, D) with N >= 2, got "
+            f"{tuple(similarities.shape)} and {tuple(embeddings.shape)}."
+        )
+    sums = similarities.sum(1) if rows else similarities.sum()
+    if not bool((similarities >= 0).all()) or bool(similarities.diagonal().any()):
+        raise ValueError("similarities must be non-negative with a diagonal of 0.")
+    if not bool(((sums - 1).abs() < 1e-3).all()):
+        raise ValueError(f"similarities must sum to 1 {'in every row' if rows else 'over all pairs'}.")
+    return similarities, embeddings

@@ -1,0 +1,216 @@
+"""Models that pretrain a contrastive encoder: SimCLR, t-SimCLR, MoCo-v2 and t-MoCo-v2.
+
+The four methods are a table, not four classes: kernel {cosine, student_t} x negatives {batch, queue}.
+
+Source: Chen et al. 2020 (SimCLR, MoCo-v2), He et al. 2020 (MoCo), Hu et al., ICLR 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..models.blocks import ProjectionHead, guard_one_pixel_convolutions_
+from ..models.complete_loading import load_complete
+from ..models.gather import deal_out, gather_dealt, gather_with_gradient, gather_without_gradient, in_turns, own_rows
+from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from ..models.registration import push_to_hub
+from .batch_norm import batch_norms, set_batch_norm_
+from .calibration import KernelScale
+from .losses import info_nce, moco, t_simclr
+from .momentum import ema_update_, enqueue_
+
+
+@dataclass
+class ContrastiveOutput(ModelOutput):
+    """loss: scalar or None; embeddings, paired_embeddings: (B, projection_dim); features: (B, num_features), pooled."""
+
+    loss: Tensor | None = None
+    embeddings: Tensor | None = None
+    paired_embeddings: Tensor | None = None
+    features: Tensor | None = None
+
+
+class ContrastivePreTrainedModel(PreTrainedModel):
+    """What both pretraining classes share: config, `encoder` as base model, and a head."""
+
+    config_class = ContrastiveConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    _supports_sdpa = True  # as the encoder
+    push_to_hub = push_to_hub
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+
+    def __init__(self, config: ContrastiveConfig):
+        super().__init__(config)
+        self.encoder = ContrastiveEncoder(config)
+        guard_one_pixel_convolutions_(self.encoder)
+        self.head = self._make_head()
+        options = {name: getattr(config, name) for name in "kernel temperature perplexity dof learnable_dof".split()}
+        free_scale = config.kernel == "student_t" and config.feature_norm == "none"
+        self.kernel_scale = KernelScale(**options, free_scale=free_scale)
+
+    def _make_head(self) -> ProjectionHead:
+        config, width = self.config, self.encoder.num_features
+        sizes = (width, config.projection_hidden_dim or width, config.projection_dim, config.projection_layers)
+        return ProjectionHead(*sizes, batch_norm=config.projection_batch_norm, feature_norm=config.feature_norm)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Reached for the heads only, the encoder has its own: torch's defaults, as in the papers' code.
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        loaded = any(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
+        if isinstance(module, nn.Linear | nn.BatchNorm1d) and not loaded:
+            module.reset_parameters()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> ContrastivePreTrainedModel:
+        """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
+        return load_complete(super().from_pretrained, *args, **kwargs)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters of encoder and head, for the optimiser."""
+        return [*self.encoder.parameters(), *self.head.parameters()]
+
+    def undecayed_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the kernel, for the optimiser too, without weight decay: learned dof, or none."""
+        return [*self.kernel_scale.parameters()]
+
+    def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.encoder(pixel_values).pooler_output
+        return features, self.head(features)
+
+
+class SimCLRForPreTraining(ContrastivePreTrainedModel):
+    """SimCLR (kernel="cosine") and t-SimCLR (kernel="student_t"): negatives are the rest of the global batch."""
+
+    def __init__(self, config: ContrastiveConfig):
+        super().__init__(config)
+        set_batch_norm_(self, config.batch_norm, config.batch_norm_splits)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        paired_pixel_values: Tensor | None = None,
+        weights: Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> ContrastiveOutput:
+        """Embed one view, and with `paired_pixel_values` (the other view, same order) compute the loss.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised with the config's mean and std.
+            paired_pixel_values: (B, C, H, W), second view of the same images.
+            weights: (B,) weight of each pair.
+            return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
+        """
+        if paired_pixel_values is None or not return_loss:
+            features, embeddings = self._embed(pixel_values)
+            return ContrastiveOutput(embeddings=embeddings, features=features)
+        # One pass over both views: batch norm sees 2B images, as in the papers' code.
+        features, embeddings = self._embed(torch.cat([pixel_values, paired_pixel_values]))
+        embeddings, paired = embeddings.chunk(2)
+        view_1, view_2 = gather_with_gradient(embeddings), gather_with_gradient(paired)
+        weights = None if weights is None else gather_without_gradient(weights)
+        config, scale = self.config, self.kernel_scale
+        scale.calibrate(view_1, view_2)
+        if config.kernel == "cosine":
+            loss = info_nce(view_1, view_2, temperature=scale.temperature, weights=weights)
+        else:
+            options = {"temperature": scale.temperature, "dof": scale.dof, "normalization": config.normalization}
+            loss = t_simclr(view_1, view_2, **options, weights=weights)
+        return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
+
+
+class MoCoForPreTraining(ContrastivePreTrainedModel):
+    """MoCo-v2 (kernel="cosine") and t-MoCo-v2 (kernel="student_t"): negatives are a queue of earlier keys.
+
+    In training mode each forward with two views moves the key encoder and, after the loss, puts the
+    keys of all processes into the queue. Only rows that hold a key are used while it fills; the very
+    first step takes the keys of its own batch as negatives.
+    """
+
+    def __init__(self, config: ContrastiveConfig):
+        super().__init__(config)
+        if config.normalization == "joint":
+            raise ValueError("normalization='joint' needs all pairs of a batch; MoCo's queue takes 'anchor'.")
+        self.key_encoder = ContrastiveEncoder(config)
+        self.key_head = self._make_head()
+        self.register_buffer("queue", torch.zeros(config.queue_size, config.projection_dim))
+        self.register_buffer("queue_cursor", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
+        set_batch_norm_(self, config.batch_norm, config.batch_norm_splits)
+        self.post_init()
+        self._copy_query_to_key()
+
+    def _copy_query_to_key(self) -> None:
+        # After post_init, which may draw weights: before it, queries and keys would start apart.
+        if self.head[0].weight.device.type != "meta":
+            self.key_encoder.load_state_dict(self.encoder.state_dict())
+            self.key_head.load_state_dict(self.head.state_dict())
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> MoCoForPreTraining:
+        """As `nn.Module.train`; the key branch stays without gradient, also after `from_pretrained`."""
+        super().train(mode)
+        self.key_encoder.requires_grad_(False)
+        self.key_head.requires_grad_(False)
+        return self
+
+    @torch.no_grad()
+    def _keys(self, pixel_values: Tensor, momentum: float | None) -> Tensor:
+        """Keys (world_size * B, projection_dim) of the images of all processes, after moving the key branch."""
+        config = self.config
+        if self.training:
+            key_parameters = [*self.key_encoder.parameters(), *self.key_head.parameters()]
+            ema_update_(key_parameters, self.trainable_parameters(), config.momentum if momentum is None else momentum)
+        if not self.training or config.batch_norm == "global" or not batch_norms(self):
+            return gather_without_gradient(self.key_head(self.key_encoder(pixel_values).pooler_output))
+        splits = config.batch_norm_splits
+        images = in_turns(deal_out(pixel_values), splits)  # neighbours, which the queries' parts keep apart, together
+        keys = self.key_head(self.key_encoder(images).pooler_output)
+        return gather_dealt(in_turns(keys, len(keys) // splits))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        paired_pixel_values: Tensor | None = None,
+        momentum: float | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> ContrastiveOutput:
+        """Queries of `pixel_values` (B, C, H, W); with `paired_pixel_values` also keys and the loss.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised with the config's mean and std.
+            paired_pixel_values: (B, C, H, W), second view of the same images.
+            momentum: of this step instead of the config's, e.g. from `momentum_at`.
+            return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
+
+        Raises:
+            ValueError: in training, when the queue is smaller than the batch of all processes.
+        """
+        features, queries = self._embed(pixel_values)
+        if paired_pixel_values is None or not return_loss:
+            return ContrastiveOutput(embeddings=queries, features=features)
+        all_keys = self._keys(paired_pixel_values, momentum)
+        keys = own_rows(all_keys)
+        if self.training and len(all_keys) > len(self.queue):
+            raise ValueError(
+                f"queue_size {len(self.queue)} is smaller than the batch of {len(all_keys)} keys of all processes: it "
+                "could not hold one batch. Give a larger queue_size or a smaller batch."
+            )
+        filled = int(self.queue_filled)
+        negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
+        scale = self.kernel_scale
+        scale.calibrate_queue(gather_without_gradient(queries), all_keys, negatives)
+        options = {"kernel": self.config.kernel, "temperature": scale.temperature, "dof": scale.dof}
+        loss = moco(queries, keys, negatives, **options)
+        if self.training:
+            enqueue_(self.queue, self.queue_cursor, self.queue_filled, all_keys)
+        return ContrastiveOutput(loss, queries, keys, features)

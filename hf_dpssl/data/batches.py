@@ -1,0 +1,297 @@
+"""From splits to batches of uint8 tensors, in an order that is a function of (seed, epoch) alone.
+
+Images that fit into memory are decoded once, so that every bad one is found before training starts;
+larger sets are decoded by loader workers as they come. Workers hold no random state: which samples
+a batch holds follows from its epoch and index, so a resumed run simply starts the loader there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from . import keyed_random
+from .image_data import ImageData, load_images
+from .image_table import BadImageError, ImageTable, decode_row, stack
+from .views import TwoViews
+
+_SHUFFLE_BUFFER = 4096
+_STREAMED_EVALUATION_IMAGES = 10_000
+
+
+def load_images_for(args: Any) -> ImageData:
+    """The data set that the arguments of a training script name; errors as `load_images`."""
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    return load_images(args.dataset, **columns, streaming=args.streaming, revision=args.dataset_revision)
+
+
+class _EpochOrder(Sampler):
+    """Batches of (epoch, row) from a given point on, endlessly: this process's slice of each global batch."""
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: tuple[int, int],
+        process: tuple[int, int],
+        accumulate: int = 1,
+    ):
+        if size < batch_size * process[1]:
+            raise ValueError(
+                f"{size} samples are fewer than one batch of all processes ({batch_size} x {process[1]}): "
+                "lower --batch_size."
+            )
+        self.size, self.batch_size, self.seed, self.start, self.process = size, batch_size, seed, start, process
+        whole_steps = size // (batch_size * process[1] * accumulate) * accumulate  # those of an epoch, in batches
+        self.num_batches = whole_steps or size // (batch_size * process[1])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        index, count = self.process
+        global_batch = self.batch_size * count
+        epoch, batch = self.start
+        while True:
+            order = keyed_random.permutation(self.size, seed=self.seed, epoch=epoch).tolist()
+            for first in range(batch * global_batch, self.num_batches * global_batch, global_batch):
+                mine = order[first + index * self.batch_size : first + (index + 1) * self.batch_size]
+                yield [(epoch, row) for row in mine]
+            epoch, batch = epoch + 1, 0
+
+
+class _StreamBatches(TorchIterableDataset):
+    """Batches of a stream: every process and worker reads it, and decodes only what is its own.
+
+    A sample's id is its place in the epoch's (shuffled) stream. Worker w of n makes every n-th
+    batch, which the DataLoader puts back in order, so the number of workers changes nothing.
+    """
+
+    def __init__(self, source: ImageSource, start: tuple[int, int]):
+        self.source, self.start = source, start
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        epoch, first_batch = self.start
+        number = 0  # of the batch since the start, over epochs
+        while True:
+            yielded = 0
+            for batch, rows in enumerate(self._global_batches(epoch)):
+                if batch >= first_batch:
+                    yielded += 1
+                    if number % num_workers == worker_id:
+                        yield self._make(rows, batch, epoch)
+                    number += 1
+            if not yielded and first_batch == 0:
+                raise ValueError(
+                    f"the stream of {self.source.data.name!r} holds fewer images than one batch of all processes "
+                    f"({self.source.batch_size * self.source.process[1]}): lower --batch_size."
+                )
+            epoch, first_batch = epoch + 1, 0
+
+    def _global_batches(self, epoch: int) -> Iterator[list[dict]]:
+        seed = keyed_random.derive_seed(self.source.seed, "stream", epoch)
+        size = self.source.batch_size * self.source.process[1]
+        stream = self.source.data.train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        # In a loader worker iter(stream) would leave out the shards of other workers; stream.iter reads them all.
+        for columns in stream.iter(size, drop_last_batch=True):
+            yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    def _make(self, rows: list[dict], batch: int, epoch: int) -> dict:
+        index = self.source.process[0]
+        first = batch * len(rows) + index * self.source.batch_size
+        mine = rows[index * self.source.batch_size : (index + 1) * self.source.batch_size]
+        ids = torch.arange(first, first + len(mine))
+        skipped, decoded = {}, []
+        for place, values in enumerate(mine):
+            try:
+                decoded.append(decode_row(self.source.data, values, f"image {first + place} of epoch {epoch}"))
+            except BadImageError as error:
+                if self.source.on_bad_image == "error":
+                    raise
+                skipped[first + place] = str(error)
+        if not decoded:
+            raise BadImageError(
+                f"a whole batch of {self.source.data.name!r} cannot be read: {next(iter(skipped.values()))}"
+            )
+        decoded = (decoded * len(mine))[: len(mine)]  # repeats fill the places of bad images
+        pictures, labels = zip(*decoded, strict=True)
+        images = stack(pictures, self.source.image_size, self.source.views, ids, epoch)
+        return dict(images=images, labels=torch.tensor(labels), sample_ids=ids, epoch=epoch, skipped=skipped)
+
+
+class ImageSource:
+    """The images of a run: endless training batches of this process, and the held-out table.
+
+    Args:
+        data: from `load_images`.
+        image_size: side of the square images.
+        batch_size: images per process and batch.
+        seed: random seed of the run; decides the order.
+        process: (index, count) of this process.
+        num_workers: loader processes; they change nothing but the speed.
+        on_bad_image: "error" or "skip".
+        preload_bytes: decode a split once when its images fit into this.
+        views: crop each image twice while loading (contrastive learning on large images).
+
+    Raises:
+        ValueError: fewer images than one batch of all processes. BadImageError: an unreadable picture.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        process: tuple[int, int] = (0, 1),
+        num_workers: int = 0,
+        on_bad_image: str = "error",
+        preload_bytes: int = 2**30,
+        views: TwoViews | None = None,
+    ):
+        self.data, self.image_size, self.batch_size = data, image_size, batch_size
+        self.seed, self.process, self.num_workers = seed, process, num_workers
+        self.on_bad_image, self.preload_bytes, self.views = on_bad_image, preload_bytes, views
+        self.skipped: dict[str, str] = {}
+        self.table = None if isinstance(data.train, IterableDataset) else self._table(data.train, "train", views)
+        if self.table is not None and len(self.table) < batch_size * process[1]:
+            raise ValueError(
+                f"the training split of {data.name!r} holds {len(self.table)} images, fewer than one batch of all "
+                f"processes ({batch_size} x {process[1]}): lower --batch_size."
+            )
+
+    @classmethod
+    def from_arguments(cls, data: ImageData, args, accelerator, image_size: int, views: TwoViews | None = None):
+        """From a script's `RunArguments` and Accelerator; `views` crop while loading when the images are larger."""
+        options = dict(
+            image_size=image_size,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            process=(accelerator.process_index, accelerator.num_processes),
+            num_workers=args.num_workers,
+            on_bad_image=args.on_bad_image,
+            preload_bytes=int(args.preload_gb * 2**30),
+        )
+        if views is not None and min(_first_size(data, args.on_bad_image)) > image_size:
+            views.crop = False
+            options["views"] = views
+        return cls(data, **options)
+
+    def _table(self, split: Dataset, label: str, views: TwoViews | None = None) -> ImageTable:
+        table = ImageTable(self.data, split, self.image_size, self.on_bad_image, views)
+        table.skipped = self.skipped
+        bad = table.preload(self.preload_bytes, show_progress=self.process[0] == 0)
+        self.skipped |= {f"{label} row {row}": reason for row, reason in bad.items()}
+        return table
+
+    @property
+    def num_images(self) -> int | None:
+        """Training images; None for a stream, whose length is not known."""
+        return None if self.table is None else len(self.table)
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Whole global batches in an epoch; None for a stream."""
+        return None if self.table is None else len(self.table) // (self.batch_size * self.process[1])
+
+    def loader(self, start: tuple[int, int] = (0, 0)) -> DataLoader:
+        """Endless batches from epoch `start[0]`, batch `start[1]` on; an epoch's incomplete last one is dropped.
+
+        Each is a dict: images uint8 (B, 3, S, S), or (B, 2, 3, S, S) when cropped while loading; labels
+        (B,) int64, -1 where there are none; sample_ids (B,) int64; epoch; skipped {row: reason}.
+        """
+        if self.table is not None:
+            return ordered_batches(self.table, self.batch_size, self.seed, start, self.process, self.num_workers)
+        return _loader(_StreamBatches(self, start), self.num_workers, batch_size=None)
+
+    def training_table(self) -> ImageTable:
+        """The training images uncropped, in order, to evaluate and measure; of a stream the first 10,000."""
+        split = self.data.train
+        if isinstance(split, IterableDataset):
+            return self._table(_materialize(split), "train")
+        return self.table if self.views is None else self._table(split, "train")
+
+    def whole_training_table(self) -> ImageTable:
+        """As `training_table`, but of a stream all of it: a table to be read once, from start to end."""
+        split = self.data.train
+        if not isinstance(split, IterableDataset):
+            return self.training_table()
+        table = ImageTable(self.data, split, self.image_size, self.on_bad_image)
+        table.skipped = self.skipped
+        return table
+
+    def evaluation_table(self) -> ImageTable | None:
+        """The held-out images, or None; of a stream the first 10,000."""
+        split = self.data.evaluation
+        if split is None:
+            return None
+        return self._table(_materialize(split) if isinstance(split, IterableDataset) else split, "evaluation")
+
+
+def _first_size(data: ImageData, on_bad_image: str) -> tuple[int, int]:
+    for row, values in enumerate(data.train):
+        try:
+            return decode_row(data, values, f"row {row}")[0].size
+        except BadImageError:
+            if on_bad_image == "error":
+                raise
+    raise BadImageError(f"no image of {data.name!r} can be read.")
+
+
+def _materialize(stream: IterableDataset) -> Dataset:
+    rows = list(stream.take(_STREAMED_EVALUATION_IMAGES))
+    return Dataset.from_list(rows, features=stream.features)
+
+
+def evaluation_batches(table: ImageTable, batch_size: int, rows: range | None = None) -> Iterator[dict]:
+    """All readable images of a table (or of some rows) in order, once; bad ones are left out under "skip"."""
+    rows = range(len(table)) if rows is None else rows
+    for first in range(0, len(rows), batch_size):
+        if batch := table.readable_batch(rows[first : first + batch_size]):
+            yield batch
+
+
+def spread_rows(size: int, limit: int) -> range:
+    """At most `limit` rows of a table of `size`, evenly spread."""
+    return range(0, size, max(1, -(-size // limit)))
+
+
+def ordered_batches(
+    table: torch.utils.data.Dataset,
+    batch_size: int,
+    seed: int,
+    start: tuple[int, int] = (0, 0),
+    process: tuple[int, int] = (0, 1),
+    num_workers: int = 0,
+    accumulate: int = 1,
+) -> DataLoader:
+    """Endless batches of a map-style table with `__getitems__`, as `ImageSource.loader`; arguments as there.
+
+    With `accumulate` an epoch ends after a multiple of so many batches, so that `accumulate` batches hold the images of
+    one that is so many times as large, in every epoch.
+    """
+    order = _EpochOrder(len(table), batch_size, seed, start, process, accumulate)
+    return _loader(table, num_workers, batch_sampler=order, collate_fn=_identity)
+
+
+def _loader(dataset, num_workers: int, **sampling) -> DataLoader:
+    cuda = torch.cuda.is_available()
+    context = "spawn" if num_workers and cuda else None  # CUDA does not survive a fork
+    return DataLoader(dataset, num_workers=num_workers, pin_memory=cuda, multiprocessing_context=context, **sampling)
+
+
+def _identity(batch: dict) -> dict:
+    return batch
+
+
+def unit_pixels(images: Tensor, num_channels: int = 3) -> Tensor:
+    """uint8 (B, 3, H, W) to float32 (B, num_channels, H, W) in [-1, 1]; one channel is the mean of the three."""
+    pixel_values = images.float() / 127.5 - 1
+    return pixel_values.mean(1, keepdim=True) if num_channels == 1 else pixel_values

@@ -1,0 +1,145 @@
+"""One split of a data set as uint8 tensors: decoded once when it fits into memory, otherwise row by row."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .decoding import crop_to_tensor, decode_image, to_square_tensor
+from .image_data import ImageData
+from .views import TwoViews
+
+
+class BadImageError(ValueError):
+    """A row whose picture cannot be read; the message names the data set, the row and the file."""
+
+
+class ImageTable(torch.utils.data.Dataset):
+    """Map-style images of one split; items are (epoch, row) pairs, batches are dicts (`__getitems__`).
+
+    Args:
+        data: where the split comes from.
+        split: data.train or data.evaluation.
+        image_size: side of the square uint8 images that come out.
+        on_bad_image: "error", or "skip": a bad row's place is taken by the next readable row.
+        views: random-resized-crop each image twice from its full resolution while loading, for
+            contrastive learning on images larger than `image_size`.
+        first_row: number of the split's first row in the whole data set, for messages.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        split: Dataset,
+        image_size: int,
+        on_bad_image: str = "error",
+        views: TwoViews | None = None,
+        first_row: int = 0,
+    ):
+        if on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}.")
+        self.data, self.split, self.image_size = data, split, image_size
+        self.on_bad_image, self.views, self.first_row = on_bad_image, views, first_row
+        self.skipped: dict[str, str] = {}  # unreadable rows met by `preload` and `evaluation_batches`
+        self.images: Tensor | None = None
+        self.labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def preload(self, max_bytes: int, show_progress: bool = True) -> dict[int, str]:
+        """Decode everything once if it fits into `max_bytes`; returns {row: reason} of rows dropped by "skip"."""
+        if self.views is not None or len(self.split) * 3 * self.image_size**2 > max_bytes:
+            return {}
+        bad: dict[int, str] = {}
+        images, labels = [], []
+        silent = {} if show_progress else {"disable": True}  # else TQDM_DISABLE decides
+        rows = tqdm(range(len(self.split)), "reading images", unit="img", leave=False, **silent)
+        for row in rows:
+            try:
+                image, label = self._row(row)
+            except BadImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                bad[row] = str(error)
+                continue
+            images.append(to_square_tensor(image, self.image_size))
+            labels.append(label)
+        if not images:
+            raise BadImageError(f"none of the {len(bad)} images of {self.data.name!r} can be read: {bad.get(0)}")
+        if bad:
+            self.split = self.split.select([row for row in range(len(self.split)) if row not in bad])
+        self.images, self.labels = torch.stack(images), torch.tensor(labels)
+        return bad
+
+    def _row(self, row: int):
+        """(RGB picture, label or -1) of a row; BadImageError when it cannot be decoded."""
+        values = self.split[row]
+        return decode_row(self.data, values, f"row {self.first_row + row}")
+
+    def _readable(self, row: int, skipped: dict[int, str]):
+        for step in range(len(self.split)):
+            try:
+                return self._row((row + step) % len(self.split))
+            except BadImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                skipped[(row + step) % len(self.split)] = str(error)
+        raise BadImageError(f"no image of {self.data.name!r} can be read: {next(iter(skipped.values()))}")
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> dict:
+        """The batch of these (epoch, row) pairs; keys as in `ImageSource.loader`."""
+        epoch, rows = items[0][0], torch.tensor([row for _, row in items])
+        if self.images is not None:
+            return dict(images=self.images[rows], labels=self.labels[rows], sample_ids=rows, epoch=epoch, skipped={})
+        skipped: dict[int, str] = {}
+        pictures, labels = zip(*(self._readable(row, skipped) for _, row in items), strict=True)
+        images = stack(pictures, self.image_size, self.views, rows, epoch)
+        return dict(images=images, labels=torch.tensor(labels), sample_ids=rows, epoch=epoch, skipped=skipped)
+
+    def readable_batch(self, rows: range) -> dict | None:
+        """Those of the rows that can be read, none twice; keys as in `__getitems__`, None when none can be read."""
+        if self.images is not None:
+            return self.__getitems__([(0, row) for row in rows])
+        kept, pictures, labels = [], [], []
+        for row in rows:
+            try:
+                picture, label = self._row(row)
+            except BadImageError as error:
+                if self.on_bad_image == "error":
+                    raise
+                self.skipped[f"row {self.first_row + row}"] = str(error)
+                continue
+            kept.append(row), pictures.append(picture), labels.append(label)
+        if not kept:
+            return None
+        images = stack(pictures, self.image_size, None, torch.tensor(kept), 0)
+        return dict(images=images, labels=torch.tensor(labels), sample_ids=torch.tensor(kept), epoch=0, skipped={})
+
+
+def decode_row(data: ImageData, values: dict, place: str) -> tuple[Image.Image, int]:
+    """(RGB picture, label or -1) of one row; BadImageError, naming `place`, when it cannot be decoded."""
+    value = values[data.image_column]
+    label = values[data.label_column] if data.label_column is not None else -1
+    try:
+        return decode_image(value), -1 if label is None else int(label)
+    except ValueError as error:
+        file = value.get("path") if isinstance(value, dict) else None
+        raise BadImageError(
+            f"{place} of data set {data.name!r}{f' ({file})' if file else ''} is not a readable picture: {error}. "
+            "Repair or remove it, or pass --on_bad_image skip."
+        ) from error
+
+
+def stack(pictures, size: int, views: TwoViews | None, sample_ids: Tensor, epoch: int) -> Tensor:
+    """Pictures as uint8 (B, 3, S, S); with `views` as (B, 2, 3, S, S), each cropped twice at its full resolution."""
+    if views is None:
+        return torch.stack([to_square_tensor(picture, size) for picture in pictures])
+    widths, heights = torch.tensor([picture.size for picture in pictures]).unbind(1)
+    boxes = [views.parameters(sample_ids, epoch, view, heights, widths).boxes.tolist() for view in (1, 2)]
+    return torch.stack(
+        [torch.stack([crop_to_tensor(picture, box[i], size) for box in boxes]) for i, picture in enumerate(pictures)]
+    )

@@ -1,0 +1,187 @@
+"""From pictures to vectors, with any image encoder: ours, timm's, or a stock one of transformers.
+
+Each encoder sees pictures as its own image processor prepares them. `features` are the pooled output
+of the backbone, `embeddings` that of the head in a folder's `pretraining/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+
+from ..contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
+from ..data.decoding import to_square_tensor
+from ..data.views import normalize
+from ..models.modeling_contrastive import ContrastiveConfig
+from ..models.weight_hashes import combined_sha256, tensor_sha256
+
+KINDS = ("features", "embeddings")
+_PRETRAINING = {cls.__name__: cls for cls in (SimCLRForPreTraining, MoCoForPreTraining)}
+
+
+class Preprocessor:
+    """RGB pictures to normalised pixel_values (B, 3, H, W), as the encoder's own image processor does.
+
+    Args:
+        encoder: folder or Hub id.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: an encoder that says nothing about its input.
+    """
+
+    def __init__(self, encoder: str, revision: str | None = None):
+        try:
+            config = AutoConfig.from_pretrained(encoder, revision=revision)
+            self.small_image = isinstance(config, ContrastiveConfig)  # a stem that only our class can express
+            if self.small_image:
+                self.settings = {name: config.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
+                return
+            self.processor = AutoImageProcessor.from_pretrained(encoder, revision=revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{encoder!r} holds no image processor (preprocessor_config.json, or pretrained_cfg in timm's "
+                f"config.json): {error}"
+            ) from error
+        self.settings = self.processor.to_dict()
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """pixel_values (B, 3, H, W) float32 of B pictures of any size."""
+        if not self.small_image:
+            return self.processor(list(pictures), return_tensors="pt")["pixel_values"]
+        images = torch.stack([to_square_tensor(picture, self.settings["input_size"][-1]) for picture in pictures])
+        statistics = (torch.tensor(self.settings[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+        return normalize(images.float() / 255, *statistics)
+
+
+class ImageEmbedder:
+    """An image encoder in eval mode as a function of pictures; `fingerprint` decides its numbers, `dimension` is D.
+
+    Args:
+        encoder: folder or Hub id of a ContrastiveEncoder, a timm model or an image model of transformers;
+            `id@revision` on the Hub.
+        kind: "features" (pooled output of the backbone; of a CLIP-like model its image features) or
+            "embeddings" (after the head; needs the subfolder `pretraining`).
+        device: where it runs; default: the accelerator, or the CPU.
+
+    Raises:
+        ValueError: no such encoder, no image encoder, an unknown kind, no head, weights that lack, or an
+            encoder that gives other numbers for the same picture each time.
+    """
+
+    def __init__(self, encoder: str, *, kind: str = "features", device: torch.device | str | None = None):
+        if kind not in KINDS:
+            raise ValueError(f"features must be one of {KINDS}, got {kind!r}.")
+        name, revision = str(encoder), None
+        if not Path(name).exists() and "@" in name:
+            name, _, revision = name.partition("@")
+        self.name, self.kind = str(encoder), kind
+        self.preprocess = Preprocessor(name, revision)
+        self.first_token = False
+        load = _load_with_head if kind == "embeddings" else self._load
+        self.model = load(name, revision).eval().requires_grad_(False)
+        self.device = torch.device(device or best_device())
+        hashes = tensor_sha256(self.model.state_dict())
+        settings = json.dumps(self.preprocess.settings, sort_keys=True, default=str)
+        self.fingerprint = combined_sha256(
+            hashes | {"kind": kind, "input": hashlib.sha256(settings.encode()).hexdigest()}
+        )
+        self.model.to(self.device)
+        self.dimension = self._check()
+
+    def _load(self, name: str, revision: str | None) -> PreTrainedModel:
+        try:
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            if getattr(config, "model_args", None):  # as timm writes them, which transformers then passes twice
+                config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+            options = {"config": config, "revision": revision, "output_loading_info": True}
+            model, info = AutoModel.from_pretrained(name, **options)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"cannot load the encoder {name!r}: {error}") from error
+        if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
+            raise ValueError(f"{name!r} is a {type(model).__name__}, which takes {model.main_input_name}, not images.")
+        # The checkpoint of a classifier holds no pooler, which AutoModel would draw at random.
+        missing = sorted(info["missing_keys"])
+        self.first_token = bool(missing) and all(key.startswith("pooler.") for key in missing)
+        if missing and not self.first_token:
+            raise ValueError(
+                f"{name!r} lacks {len(missing)} weights of {type(model).__name__}: {', '.join(missing[:3])}."
+            )
+        return model
+
+    @torch.no_grad()
+    def _check(self) -> int:
+        pixel_values = self.preprocess([Image.linear_gradient("L").convert("RGB")] * 8)
+        first, second = self(pixel_values), self(pixel_values)
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-5):
+            raise ValueError(
+                f"{self.name!r} gives other numbers for the same picture each time ({type(self.model).__name__} masks "
+                "or samples in eval mode): use a model without that."
+            )
+        return first.shape[1]
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """float32 (B, D) on the CPU, of pixel_values (B, 3, H, W)."""
+        pixel_values = pixel_values.to(self.device)
+        if self.kind == "embeddings":
+            return self.model(pixel_values).embeddings.float().cpu()
+        if hasattr(self.model, "get_image_features"):
+            output = self.model.get_image_features(pixel_values=pixel_values)
+        else:
+            output = self.model(pixel_values)
+        return self._pool(output).float().cpu()
+
+    def _pool(self, output) -> Tensor:
+        if torch.is_tensor(output):  # get_image_features before transformers 5
+            return output
+        pooled = None if self.first_token else getattr(output, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        hidden = output.last_hidden_state  # (B, T, C) tokens or (B, C, H, W)
+        return hidden[:, 0] if self.first_token else hidden.mean(1) if hidden.ndim == 3 else hidden.mean((2, 3))
+
+    def embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """float32 (B, D) on the CPU, of B RGB pictures."""
+        return self(self.preprocess(pictures))
+
+
+def _load_with_head(name: str, revision: str | None) -> PreTrainedModel:
+    place = {"subfolder": "pretraining", "revision": revision}
+    try:
+        if Path(name).exists() and not (Path(name) / "pretraining" / "config.json").exists():
+            raise FileNotFoundError(f"{name}/pretraining/config.json")
+        config = ContrastiveConfig.from_pretrained(name, **place)
+    except OSError as error:
+        raise ValueError(
+            f"{name!r} has no folder pretraining/ with a head: use --features features, the backbone's output."
+        ) from error
+    architecture = (config.architectures or ["none"])[0]
+    if architecture not in _PRETRAINING:
+        raise ValueError(f"the head in {name!r} is of a {architecture}; known are {sorted(_PRETRAINING)}.")
+    return _PRETRAINING[architecture].from_pretrained(name, **place)
+
+
+def timm_model(name: str) -> nn.Module:
+    """The pretrained timm model that "timm:<model>" names; ValueError for one that cannot be had."""
+    try:
+        return timm.create_model(name.removeprefix("timm:"), pretrained=True)
+    except Exception as error:  # timm and the Hub raise many kinds
+        raise ValueError(
+            f"cannot load {name!r}: {error}. timm's weights come from the Hub at first use; offline, name a folder."
+        ) from error
+
+
+def best_device(rank: int = 0) -> torch.device:
+    """The accelerator of process `rank` on this machine, or the CPU."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, rank % torch.accelerator.device_count())

@@ -1,0 +1,155 @@
+"""What `hf-dpssl evaluate` measures of an image encoder: protocols on frozen features, through `evaluate` modules."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+
+import torch
+from datasets import IterableDataset
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import evaluation
+from ..data.batches import spread_rows
+from ..data.image_data import ImageData, load_images
+from ..data.image_table import BadImageError, decode_row, stack
+from ..data.views import NATURAL, TwoViews
+from .embedder import ImageEmbedder
+from .evaluation_entries import Measured
+
+PROTOCOLS = ("knn", "linear", "few_shot", "shape", "views")
+_LABELLED = ("knn", "linear", "few_shot")
+
+
+def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
+    """The chosen protocols on the held-out images, with the training images as the bank.
+
+    Args:
+        encoder: folder or Hub id (id@revision).
+        args: flags of `hf-dpssl evaluate`.
+
+    Raises:
+        ValueError: no such encoder or data, no classes where a protocol needs them, or a number out of range.
+    """
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    data = load_images(args.dataset, **columns, revision=args.dataset_revision)
+    labelled = [name for name in args.protocol if name in _LABELLED]
+    if labelled and data.class_names is None:
+        raise ValueError(
+            f"{args.dataset!r} has no classes, which {', '.join(labelled)} need: use --protocol shape views."
+        )
+    if data.evaluation is None:
+        raise ValueError(f"{args.dataset!r} has no held-out images to evaluate on.")
+    embedder, digest = ImageEmbedder(encoder, kind=args.features), hashlib.sha256()
+    rows = spread_rows(len(data.evaluation), args.evaluation_images)
+    reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
+    query, labels = extract_features(embedder, data, data.evaluation, rows, **reading, digest=digest)
+    metrics, samples = {}, {"evaluation": len(query)}
+    if labelled:
+        bank_rows = spread_rows(len(data.train), args.evaluation_images)
+        bank, bank_labels = extract_features(embedder, data, data.train, bank_rows, **reading, digest=digest)
+        samples["bank"] = len(bank)
+        given = {"predictions": query, "references": labels, "bank": bank, "bank_labels": bank_labels}
+        for name, (module, options) in _protocols(args).items():
+            if name in labelled:
+                metrics |= evaluation.load(module).compute(**given, **options)
+    if "shape" in args.protocol:
+        for module in ("uniformity", "effective_rank"):
+            metrics |= evaluation.load(module).compute(predictions=query)
+    if "views" in args.protocol:
+        first, second = extract_views(embedder, data, data.evaluation, rows, seed=args.seed, **reading)
+        metrics |= evaluation.load("alignment").compute(predictions=first, references=second)
+    return Measured(metrics, samples, embedder.fingerprint, digest.hexdigest(), "the encoder's own image processor")
+
+
+def _protocols(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
+    k = args.knn_k[0] if len(args.knn_k) == 1 else args.knn_k
+    weights = {"weighting": args.knn_weighting, "temperature": args.knn_temperature}
+    few_shot = {"shots": args.shots, "trials": args.trials, "classifier": args.few_shot_classifier, "seed": args.seed}
+    return {
+        "knn": ("knn", {"k": k, "metric": args.knn_metric, **weights}),
+        "linear": ("linear_probe", {"solver": args.linear_solver, "seed": args.seed}),
+        "few_shot": ("few_shot", few_shot),
+    }
+
+
+def extract_features(
+    embedder: ImageEmbedder,
+    data: ImageData,
+    split,
+    rows: range,
+    batch_size: int = 64,
+    on_bad_image: str = "error",
+    digest=None,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) float32 on the CPU and labels (N,) int64, -1 where there are none, of rows of a split.
+
+    Args:
+        embedder: prepares the pictures as the encoder wants them, and embeds them.
+        data: where the split comes from.
+        split: data.train or data.evaluation, not a stream.
+        rows: of the split.
+        batch_size: pictures embedded at once.
+        on_bad_image: "error", or "skip" to leave unreadable pictures out.
+        digest: of hashlib, updated with the pictures and labels that were read.
+
+    Raises:
+        BadImageError: an unreadable picture, or none that can be read. ValueError: a stream.
+    """
+    features, labels = [], []
+    for pictures, classes, _ in _readable(data, split, rows, batch_size, on_bad_image):
+        features.append(embedder.embed_pictures(pictures))
+        labels += classes
+        for picture, label in zip(pictures, classes, strict=True) if digest else ():
+            digest.update(f"{picture.size} {label}".encode() + picture.tobytes())
+    return torch.cat(features), torch.tensor(labels)
+
+
+def extract_views(
+    embedder: ImageEmbedder,
+    data: ImageData,
+    split,
+    rows: range,
+    *,
+    seed: int,
+    batch_size: int = 64,
+    on_bad_image="error",
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) of two random views of each picture: crop, mirror and colour as `transforms.NATURAL` says.
+
+    Arguments and errors as `extract_features`; seed: of the views, which depend on it and the row alone.
+    """
+    side = embedder.preprocess([Image.new("RGB", (64, 64))]).shape[-1]
+    views = TwoViews(NATURAL, [0.0] * 3, [1.0] * 3, seed, crop=False)
+    found = ([], [])
+    for pictures, _, numbers in _readable(data, split, rows, batch_size, on_bad_image):
+        sample_ids = torch.tensor(numbers)
+        pair = views(stack(pictures, side, views, sample_ids, 0), sample_ids, 0)  # in [0, 1]
+        for features, images in zip(found, pair, strict=True):
+            arrays = (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            features.append(embedder.embed_pictures([Image.fromarray(array) for array in arrays]))
+    return torch.cat(found[0]), torch.cat(found[1])
+
+
+def _readable(data: ImageData, split, rows: range, batch_size: int, on_bad_image: str):
+    """Batches of (pictures, labels, row numbers) of the rows that can be read."""
+    if isinstance(split, IterableDataset):
+        raise ValueError("features of a stream are not extracted: its length is not known.")
+    batch, count = [], 0
+    for row in tqdm(rows, "features", unit="img", leave=False):
+        try:
+            batch.append((*decode_row(data, split[row], f"row {row}"), row))
+        except BadImageError:
+            if on_bad_image == "error":
+                raise
+            continue
+        count += 1
+        if len(batch) == batch_size:
+            yield tuple(map(list, zip(*batch, strict=True)))
+            batch = []
+    if batch:
+        yield tuple(map(list, zip(*batch, strict=True)))
+    if not count:
+        raise BadImageError(f"none of the {len(rows)} images of {data.name!r} can be read.")

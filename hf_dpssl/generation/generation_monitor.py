@@ -1,0 +1,220 @@
+"""Validation of a generator while it trains: samples of the averaged weights, FID, class consistency, the best.
+
+Every validation draws the same noise: image i has its own generator, a function of (seed, i), whatever the number of
+processes. The best value so far is part of the run's checkpoints, so that a resumed run keeps the same pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+
+from ..data import keyed_random
+from ..data.batches import evaluation_batches, spread_rows
+from ..data.image_table import ImageTable
+from ..embedding.feature_extractors import FeatureExtractor, load_extractor
+from ..evaluation.generated_images import class_consistency
+from ..evaluation.image_measures import image_quality
+from ..runs.atomic_files import atomic_folder
+from ..runs.plots import save_grid
+from ..runs.recipe import save_recipe
+from ..runs.results import write_results
+from ..runs.sharding import copy_whole_
+from .dit_arguments import DiTArguments
+from .pipeline_vq_dit import VQDiTPipeline
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel, module: torch.nn.Module) -> Iterator[None]:
+    """Inside the block the module holds the averaged weights, whole, in eval mode."""
+    training = module.training
+    ema.store(module.parameters())
+    copy_whole_(module.parameters(), ema.shadow_params)
+    module.eval()
+    try:
+        yield
+    finally:
+        ema.restore(module.parameters())
+        module.train(training)
+
+
+class GenerationMonitor:
+    """Samples, measures and keeps the best of a run's generator.
+
+    Args:
+        args: of the run.
+        accelerator: its processes share the images of a validation.
+        pipeline: of the transformer in training, or of a copy where that one is sharded.
+        images: training images, of which at most `evaluation_images` are compared with; None without extractor.
+
+    Raises:
+        ValueError: an extractor without logits, or with other classes, as the classifier.
+    """
+
+    def __init__(
+        self, args: DiTArguments, accelerator: Accelerator, pipeline: VQDiTPipeline, images: ImageTable | None
+    ):
+        self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.metrics: dict[str, float] = {}
+        pipeline.set_progress_bar_config(disable=True)
+        device = accelerator.device
+        self.extractor = load_extractor(args.validation_extractor, device=device) if args.validation_extractor else None
+        self.classifier = None
+        if args.validation_classifier:
+            self.classifier = load_extractor(args.validation_classifier, device=device)
+            check_classifier(self.classifier, len(pipeline.class_names), pipeline.vae.config.image_size)
+        self.real = None if self.extractor is None else self._real_features(images)
+
+    @property
+    def metric(self) -> str | None:
+        """Key by which the best is kept."""
+        names = ["fid"] if self.extractor else []
+        names += ["class_consistency"] if self.classifier else []
+        return self.args.best_metric or (names[0] if names else None)
+
+    def state_dict(self) -> dict:
+        """The best value and its step."""
+        return {"best": self.best, "best_step": self.best_step, "metrics": self.metrics}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a checkpoint."""
+        self.best, self.best_step, self.metrics = state["best"], state["best_step"], state["metrics"]
+
+    def is_due(self, step: int) -> bool:
+        """Whether the weights after that many steps are validated: every `validation_steps`, and the last."""
+        every = self.args.validation_steps
+        return bool(every) and (step % every == 0 or step == self.args.max_train_steps)
+
+    def validate(self, step: int, ema: EMAModel) -> dict[str, float]:
+        """Measure the averaged weights after `step` steps; all processes call it. {} where nothing measures."""
+        with averaged_weights(ema, self.pipeline.transformer):
+            generated, labels, logits = self._generate()
+            self.metrics = self._measure(generated, labels, logits)
+            if self.accelerator.is_main_process:
+                self._write_grid(step)
+                self._keep_best(step)
+        self.accelerator.wait_for_everyone()
+        return dict(self.metrics)
+
+    @torch.no_grad()
+    def _generate(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Features, classes and logits of all processes' images, None where nothing needs them."""
+        args, index, count = self.args, self.accelerator.process_index, self.accelerator.num_processes
+        if self.extractor is None and self.classifier is None:
+            return None, torch.empty(0, dtype=torch.int64), None
+        mine = range(index, args.validation_images, count)
+        features, logits, classes = [], [], []
+        for first in range(0, len(mine), args.batch_size):
+            ids = list(mine[first : first + args.batch_size])
+            labels = [i % len(self.pipeline.class_names) for i in ids] if self.pipeline.class_names else None
+            images = self._sample(ids, labels)
+            classes += labels or []
+            if self.extractor is not None:
+                features.append(self.extractor.features(images))
+            if self.classifier is not None:
+                logits.append(self.classifier.logits(images))
+        parts = gather_object([(features, classes, logits)])
+        features, classes, logits = ([value for part in parts for value in part[i]] for i in range(3))
+        found = [torch.cat(values) if values else None for values in (features, logits)]
+        return found[0], torch.tensor(classes, dtype=torch.int64), found[1]
+
+    def _sample(self, ids: list[int], labels: list[int] | None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of these numbers."""
+        seeds = [keyed_random.derive_seed(self.args.seed, "validation", i) for i in ids]
+        with self.accelerator.autocast():
+            images = self.pipeline(
+                labels,
+                num_images=None if labels else len(ids),
+                guidance_scale=self.args.validation_guidance_scale if labels else 1.0,
+                num_inference_steps=self.args.sampling_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type="pt",
+            ).images
+        return images.float() * 2 - 1
+
+    def _real_features(self, images: ImageTable) -> Tensor:
+        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        rows = spread_rows(len(images), self.args.evaluation_images)[index::count]
+        batches = evaluation_batches(images, self.args.batch_size, rows)
+        features = [self.extractor.features(batch["images"].float() / 127.5 - 1) for batch in batches]
+        return torch.cat([value for part in gather_object([features]) for value in part])
+
+    def _measure(self, generated: Tensor | None, labels: Tensor, logits: Tensor | None) -> dict[str, float]:
+        metrics = {}
+        if generated is not None:
+            metrics |= image_quality(self.real, generated, self.extractor.name, measures=("fid",))
+        if logits is not None:
+            metrics |= class_consistency(logits, labels)
+        return metrics
+
+    def _keep_best(self, step: int) -> None:
+        key = next((name for name in self.metrics if self.metric and name.startswith(self.metric)), None)
+        if key is None or not math.isfinite(value := self.metrics[key]):
+            return
+        better = self.best is None or (value < self.best if self.metric == "fid" else value > self.best)
+        if not better:
+            return
+        self.best, self.best_step = value, step
+        with atomic_folder(Path(self.args.output_dir) / f"{self.args.name}-best") as folder:
+            self.pipeline.save_pretrained(folder)
+            save_recipe(self.args, folder / "recipe.yaml")
+            samples = {
+                "generated": self.args.validation_images,
+                "reference": 0 if self.real is None else len(self.real),
+            }
+            about = {"dataset": self.args.dataset, "seed": self.args.seed, "samples": samples, "step": step}
+            write_results(folder / "results.json", self.metrics, **about)
+
+    def _write_grid(self, step: int) -> None:
+        """The fixed-noise grid of this step, as a file and in the trackers that take pictures."""
+        name = f"{self.args.name}-progress/step-{step:08d}.png"
+        images = sample_grid(self.pipeline, self.args, self.args.guidance_scale)
+        path = Path(self.args.output_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}")
+        save_grid(images, unfinished, columns=self.args.grid_images_per_class, min_side=64)
+        unfinished.replace(path)
+        pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({f"{self.args.name}/samples": pixels}, step=step, **options)
+
+
+def check_classifier(classifier: FeatureExtractor, num_classes: int, image_size: int) -> None:
+    """ValueError unless it gives one logit for each class of the generator."""
+    if classifier.logits is None:
+        raise ValueError(
+            f"the extractor {classifier.name!r} has no classifier: name one with a head, such as resnet56-cifar10 "
+            "or timm:<model>."
+        )
+    found = classifier.logits(torch.zeros(1, classifier.num_channels, image_size, image_size)).shape[1]
+    if found != num_classes:
+        raise ValueError(f"the classifier {classifier.name!r} knows {found} classes, the data set has {num_classes}.")
+
+
+def sample_grid(pipeline: VQDiTPipeline, args: DiTArguments, guidance_scale: float) -> Tensor:
+    """The first samples of seed `args.seed`, in [-1, 1]: one row per class (of at most 10), or one grid without."""
+    per_class = args.grid_images_per_class
+    class_ids = [class_id for class_id in range(len(pipeline.class_names))[:10] for _ in range(per_class)]
+    images = pipeline(
+        class_ids or None,
+        num_images=None if class_ids else per_class**2,
+        guidance_scale=guidance_scale,
+        num_inference_steps=args.sampling_steps,
+        generator=torch.Generator().manual_seed(args.seed),
+        output_type="pt",
+    ).images
+    return images.float().cpu() * 2 - 1

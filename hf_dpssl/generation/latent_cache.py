@@ -1,0 +1,323 @@
+"""Latents or codes of a data set on disk: encoded once, in shards, recognised by what they were made from.
+
+    FOLDER/plan.json             what is encoded by what; decides whether an interrupted build goes on
+    FOLDER/latents-00000.npy     (or codes-...) (n, C, h, w), memory-mapped when read; (n, 2, C, h, w) if mirrored too
+    FOLDER/latents-00000.json    labels, unreadable rows and check sum of that shard; written after it
+    FOLDER/labels.npy            of all rows
+    FOLDER/index.json            written last
+
+Without a matching index the cache is not trusted: whole shards of an interrupted build with the same plan are kept,
+those that are truncated or of another build are encoded again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data import keyed_random
+from ..data.batches import evaluation_batches, unit_pixels
+from ..data.image_table import ImageTable
+from ..models.modeling_vq import VQAutoencoder
+from ..models.weight_hashes import combined_sha256
+from ..runs.atomic_files import atomic_file, write_json
+
+logger = logging.getLogger(__name__)
+_BLOCK, _BLOCKS = 4096, 16  # of a shard's check sum
+
+
+class _CachedTable(torch.utils.data.Dataset):
+    """Map-style rows of a finished cache; items are (epoch, row) pairs, batches are dicts."""
+
+    content = ""
+
+    def __init__(self, folder: str | Path, flip_seed: int | None = None):
+        self.folder, self.flip_seed = Path(folder), flip_seed
+        index = _read(self.folder / "index.json")
+        if index is None:
+            raise FileNotFoundError(f"{folder} holds no finished cache: build it with build_latent_cache.")
+        held = index.get("content", "latents")
+        if held != self.content:
+            raise ValueError(f"{folder} is a cache of {held}, not of {self.content}: build one in another folder.")
+        self.fingerprint, self.flipped = index["fingerprint"], index["flipped"]
+        if flip_seed is not None and not self.flipped:
+            raise ValueError(f"{folder} holds no mirrored copies to draw from: build it with flipped=True.")
+        self.labels = torch.from_numpy(np.load(self.folder / "labels.npy"))
+        self.shards = [_open_shard(self.folder / shard["name"], shard["rows"]) for shard in index["shards"]]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def mirrored(self, rows: Tensor, epoch: int) -> Tensor:
+        """Whether an epoch shows the mirrored copy of rows (B,): bool (B,), a function of (flip_seed, epoch, row)."""
+        if self.flip_seed is None:
+            return torch.zeros(len(rows), dtype=torch.bool)
+        return keyed_random.uniform(rows, 1, seed=self.flip_seed, stream="cached flip", epoch=epoch)[:, 0] < 0.5
+
+    def _rows(self, rows: Tensor, mirrored: Tensor | None) -> Tensor:
+        if mirrored is not None and not self.flipped:
+            raise ValueError(f"{self.folder} holds no mirrored copies: build it with flipped=True.")
+        shard_of = np.searchsorted(self.ends, rows.numpy(), side="right")
+        places = (rows.numpy() - np.concatenate([[0], self.ends])[shard_of]).tolist()
+        copies = [0] * len(places) if mirrored is None else mirrored.tolist()
+        if not self.flipped:
+            picked = [self.shards[shard][place] for shard, place in zip(shard_of, places, strict=True)]
+        else:
+            both = zip(shard_of, places, copies, strict=True)
+            picked = [self.shards[shard][place, int(copy)] for shard, place, copy in both]
+        return torch.from_numpy(np.stack(picked))
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> dict:
+        epoch, rows = items[0][0], torch.tensor([row for _, row in items])
+        batch = dict(labels=self.labels[rows], sample_ids=rows, epoch=epoch)
+        if self.flip_seed is not None:
+            batch["mirrored"] = self.mirrored(rows, epoch)
+        return batch | {self.content: getattr(self, self.content)(rows, batch.get("mirrored"))}
+
+
+class LatentTable(_CachedTable):
+    """Cached latents. Keys of a batch: latents float32 (B, C, h, w), labels (B,) int64, sample_ids (B,) int64, epoch.
+
+    Args:
+        folder: of the cache.
+        flip_seed: random seed by which each epoch shows half of the images mirrored (bool (B,) under "mirrored"
+            in the batch); None: never. The cache must hold mirrored copies.
+
+    Raises:
+        FileNotFoundError: no finished cache there.
+        ValueError: the folder is a cache of codes, holds no mirrored copies, or a shard is damaged.
+    """
+
+    content = "latents"
+
+    def latents(self, rows: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Latents (B, C, h, w) of rows (B,), where `mirrored` (bool, (B,)) says so of the mirrored images."""
+        return self._rows(rows, mirrored)
+
+
+class CodeTable(_CachedTable):
+    """Cached code ids. Keys of a batch: codes int64 (B, h, w), labels (B,) int64, sample_ids (B,) int64, epoch.
+
+    On disk an id takes two bytes where the codebook has at most 32,768 codes, and four otherwise.
+    Args and Raises as of `LatentTable`.
+    """
+
+    content = "codes"
+
+    def codes(self, rows: Tensor | None = None, mirrored: Tensor | None = None) -> Tensor:
+        """Code ids (B, h, w) int64 of rows (B,), mirrored or not; by default of all rows."""
+        if rows is None:
+            shards = [shard[:, 0] if self.flipped else shard for shard in self.shards]
+            return torch.cat([torch.from_numpy(np.array(shard)) for shard in shards]).long()
+        return self._rows(rows, mirrored).long()
+
+
+_TABLES = {"latents": LatentTable, "codes": CodeTable}
+
+
+def cache_fingerprint(
+    autoencoder: VQAutoencoder, table: ImageTable, content: str = "latents", flipped: bool = False
+) -> str:
+    """Hash of what decides the cached numbers: autoencoder with its codebook, data set and split, image size."""
+    return combined_sha256(_sources(autoencoder, table, content, flipped))
+
+
+def _sources(autoencoder: VQAutoencoder, table: ImageTable, content: str, flipped: bool) -> dict[str, str]:
+    rows = "stream" if isinstance(table.split, IterableDataset) else str(len(table))
+    return {
+        "autoencoder": autoencoder.fingerprint(),
+        "data set": table.data.fingerprint,
+        "split": "evaluation" if table.split is table.data.evaluation else "train",
+        "image size": str(table.image_size),
+        "content": content,
+        "mirrored copies": "yes" if flipped else "no",
+        "number of images": rows,
+    }
+
+
+@torch.no_grad()
+def build_latent_cache(
+    autoencoder: VQAutoencoder,
+    table: ImageTable,
+    folder: str | Path,
+    *,
+    content: str = "latents",
+    flipped: bool = False,
+    batch_size: int = 256,
+    rows_per_shard: int = 4096,
+    process: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
+) -> LatentTable | CodeTable:
+    """Encode all images of a table into `folder`, or reuse what is there when its fingerprint matches.
+
+    Args:
+        autoencoder: in eval mode.
+        table: images in order, without augmentation; its split may be a stream, which each process reads once.
+        folder: of the cache; one of another fingerprint is removed first, and a warning says what has changed.
+        content: "latents" before quantisation (gives a LatentTable), or "codes" (gives a CodeTable).
+        flipped: encode each image's mirror image too.
+        batch_size: images encoded at once.
+        rows_per_shard: at most so many latents (mirrored ones count), and rows of a stream, are held in memory.
+        process: (index, count) of this process; of several each calls this, and encodes every count-th shard.
+        wait: returns when all processes have called it, as `Accelerator.wait_for_everyone`.
+
+    Raises:
+        ValueError: an unknown content, codes of an autoencoder that has none, or a folder of something else.
+    """
+    if content not in _TABLES:
+        raise ValueError(f"content must be one of {tuple(_TABLES)}, got {content!r}.")
+    if content == "codes" and autoencoder.quantizer is None:
+        raise ValueError(
+            f"this autoencoder (quantizer={autoencoder.config.quantizer!r}) has no codes to cache: "
+            "take one with a codebook, or cache its latents."
+        )
+    folder, sources = Path(folder), _sources(autoencoder, table, content, flipped)
+    fingerprint, (index, count) = combined_sha256(sources), process
+    if index == 0:
+        _claim(folder, {"fingerprint": fingerprint, "sources": sources, "rows_per_shard": rows_per_shard})
+    wait()
+    if not (folder / "index.json").exists():  # the same for all: nobody writes it before all have built their shards
+        parts = _parts(table, max(1, rows_per_shard // (2 if flipped else 1)))
+        silent = {} if index == 0 else {"disable": True}  # else TQDM_DISABLE decides
+        paths = []
+        for number, (part, rows) in enumerate(tqdm(parts, f"caching {content}", leave=False, **silent)):
+            paths.append(folder / f"{content}-{number:05d}.npy")
+            if number % count == index and _record_of_whole(paths[-1], fingerprint) is None:
+                _write_shard(autoencoder, part, paths[-1], rows, batch_size, content, flipped, fingerprint)
+        wait()
+        if index == 0:
+            _finish(folder, paths, {"fingerprint": fingerprint, "sources": sources, "content": content})
+        wait()
+    table.skipped |= _read(folder / "index.json")["skipped"]
+    return _TABLES[content](folder)
+
+
+def _claim(folder: Path, plan: dict) -> None:
+    """Leave what goes on with this plan, and say what does not; afterwards there is an index only of a whole cache."""
+    index, then = _read(folder / "index.json"), _read(folder / "plan.json")
+    if index is None and then is None and folder.exists():
+        if foreign := [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]:
+            raise ValueError(f"{folder} holds {foreign[:3]} and no cache: choose another folder for the latents.")
+    if index is not None and index["fingerprint"] == plan["fingerprint"]:
+        shards = [folder / shard["name"] for shard in index.get("shards", ())]
+        if (folder / "labels.npy").exists() and all(_record_of_whole(s, plan["fingerprint"]) for s in shards):
+            return
+        (folder / "index.json").unlink()
+    elif index is not None or then is not None:
+        old, new = (index or then).get("sources", {}), plan["sources"]
+        changed = [f"{k} ...{old[k][-24:]}, now ...{new[k][-24:]}" for k in new if k in old and old[k] != new[k]]
+        if (index or then)["fingerprint"] != plan["fingerprint"]:
+            reason = "; ".join(changed) or "by an older version"
+            logger.warning("%s was made from something else (%s): encoding anew", folder, reason)
+    if then != plan:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_json(folder / "plan.json", plan)
+
+
+def _read(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _open_shard(path: Path, rows: int) -> np.ndarray:
+    try:
+        shard = np.load(path, mmap_mode="r")
+        if len(shard) != rows:
+            raise ValueError(f"{len(shard)} rows instead of {rows}")
+        return shard
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): start the run again, which encodes it anew.") from error
+
+
+def _check_sum(path: Path) -> str:
+    """Of the size and of blocks spread over the file: tells a truncated or foreign shard, at no cost."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for i in range(_BLOCKS):
+            file.seek(max(0, size - _BLOCK) * i // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _record_of_whole(path: Path, fingerprint: str) -> dict | None:
+    """What was noted of a shard when it was written; None if it is not whole, or not of this cache."""
+    record = _read(path.with_suffix(".json"))
+    if record is None and not path.exists():
+        return None
+    if record and path.exists() and record["fingerprint"] == fingerprint and record["sha256"] == _check_sum(path):
+        return record
+    logger.warning("%s is truncated, or not what this run would write: encoding it again", path)
+    return None
+
+
+def _parts(table: ImageTable, size: int) -> Iterator[tuple[ImageTable, range]]:
+    """Tables and rows that together are the whole table, `size` rows at a time."""
+    if not isinstance(table.split, IterableDataset):
+        yield from ((table, range(first, min(first + size, len(table)))) for first in range(0, len(table), size))
+        return
+    rows, first = iter(table.split), 0
+    while chunk := list(itertools.islice(rows, size)):
+        split = Dataset.from_list(chunk, features=table.split.features)
+        part = ImageTable(table.data, split, table.image_size, table.on_bad_image, first_row=first)
+        part.skipped, first = table.skipped, first + len(chunk)
+        yield part, range(len(chunk))
+
+
+def _write_shard(
+    autoencoder: VQAutoencoder,
+    table: ImageTable,
+    path: Path,
+    rows: range,
+    batch_size: int,
+    content: str,
+    flipped: bool,
+    fingerprint: str,
+) -> None:
+    config = autoencoder.config
+    side = table.image_size * config.latent_size // config.image_size
+    shape, dtype = (config.latent_channels, side, side), np.float32
+    if content == "codes":
+        shape, dtype = (side, side), np.int16 if config.num_codes <= 2**15 else np.int32
+    values = np.empty((len(rows), 1 + flipped, *shape), dtype)
+    labels: list[int] = []
+    for batch in evaluation_batches(table, batch_size, rows):
+        pixel_values = unit_pixels(batch["images"].to(autoencoder.device), config.num_channels)
+        place = slice(len(labels), len(labels) + len(pixel_values))
+        for copy in range(1 + flipped):
+            encoded = getattr(autoencoder.encode(pixel_values.flip(-1) if copy else pixel_values), content)
+            values[place, copy] = (encoded.float() if content == "latents" else encoded).cpu().numpy()
+        labels += batch["labels"].tolist()
+    values = values[: len(labels)] if flipped else values[: len(labels), 0]
+    path.with_suffix(".json").unlink(missing_ok=True)
+    with atomic_file(path, "wb") as file:
+        np.save(file, values)
+    places = (f"row {table.first_row + row}" for row in rows)
+    skipped = {place: table.skipped[place] for place in places if place in table.skipped}
+    record = {"fingerprint": fingerprint, "sha256": _check_sum(path), "labels": labels, "skipped": skipped}
+    write_json(path.with_suffix(".json"), record)
+
+
+def _finish(folder: Path, paths: list[Path], index: dict) -> None:
+    """Write labels and index of a cache whose shards are there."""
+    records = [_read(path.with_suffix(".json")) for path in paths]
+    labels = np.concatenate([np.array(record["labels"], np.int64) for record in records] or [np.empty(0, np.int64)])
+    with atomic_file(folder / "labels.npy", "wb") as file:
+        np.save(file, labels)
+    shards = [{"name": p.name, "rows": len(r["labels"])} for p, r in zip(paths, records, strict=True)]
+    skipped = {row: reason for record in records for row, reason in record["skipped"].items()}
+    flipped = index["sources"]["mirrored copies"] == "yes"
+    write_json(folder / "index.json", index | {"flipped": flipped, "shards": shards, "skipped": skipped})
+    for leftover in folder.glob(".*.tmp"):  # of killed processes
+        leftover.unlink(missing_ok=True)

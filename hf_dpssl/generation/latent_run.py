@@ -1,0 +1,94 @@
+"""What the generators in a latent share: arguments, their autoencoder, the cache of its latents or codes."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..data.batches import ImageSource
+from ..data.image_data import ImageData
+from ..data.image_table import ImageTable
+from ..models.modeling_vq import VQAutoencoder
+from ..runs.recipe import RunArguments, option
+from .latent_cache import CodeTable, LatentTable, build_latent_cache
+
+# Flags that a run passes on to the training of its autoencoder.
+_SHARED = (
+    "dataset dataset_revision image_column label_column streaming on_bad_image image_size output_dir seed "
+    "mixed_precision num_processes num_workers preload_gb resume_from_checkpoint overwrite"
+).split()
+
+
+@dataclass
+class LatentRunArguments(RunArguments):
+    """The autoencoder of a generator, and dropped classes."""
+
+    autoencoder: str | None = option(None, "folder or Hub id of a VQAutoencoder; default: train or reuse our own")
+    autoencoder_recipe: str | None = option(None, "recipe of training/dae_vq.py when it has to be trained")
+    autoencoder_args: str = option("", "flags of training/dae_vq.py when it has to be trained, in one string")
+    flip_cache: bool = option(False, "cache mirrored images too; each epoch shows a random half of the images mirrored")
+    class_dropout: float = option(0.1, "share of images whose label is dropped, for classifier-free guidance")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.class_dropout < 1:
+            raise ValueError(f"--class_dropout lies in [0, 1), got {self.class_dropout}.")
+
+
+def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Path]) -> str | Path:
+    """`--autoencoder`, or OUTPUT_DIR/autoencoder, which `train(argv)` makes with the run's data, seed and processes."""
+    folder = Path(args.output_dir) / "autoencoder"
+    if args.autoencoder:
+        return args.autoencoder
+    if (folder / "config.json").exists() and not args.overwrite:
+        return folder
+    argv = ["--recipe", args.autoencoder_recipe] if args.autoencoder_recipe else []
+    for name in _SHARED:
+        if getattr(args, name) is not None:
+            argv += [f"--{name}", str(getattr(args, name))]
+    return train(argv + shlex.split(args.autoencoder_args))
+
+
+def cached_training_images(
+    args: LatentRunArguments, autoencoder: VQAutoencoder, data: ImageData, accelerator: Accelerator, content: str
+) -> tuple[LatentTable | CodeTable, LatentTable | CodeTable | None, dict[str, str]]:
+    """Latents or codes under OUTPUT_DIR, which the processes encode together, each every n-th shard.
+
+    Args:
+        args, autoencoder, data, accelerator: of the run.
+        content: "latents", or "codes", which are cached of the held-out images too.
+
+    Returns:
+        The training images' table (with `--flip_cache` a random half of it mirrored in each epoch), that of the
+        held-out images (None for latents, or where the data set has none), and {row: reason} of unreadable images.
+
+    Raises:
+        ValueError: fewer training images than one batch of all processes.
+    """
+    # Each image is decoded once: nothing is gained by decoding all of them into memory first.
+    source = ImageSource.from_arguments(data, replace(args, preload_gb=0.0), accelerator, autoencoder.config.image_size)
+    process = (accelerator.process_index, accelerator.num_processes)
+    options = dict(content=content, process=process, wait=accelerator.wait_for_everyone)
+    folder, held_out, skipped = Path(args.output_dir) / content, None, {}
+
+    def build(images: ImageTable, folder: Path, split: str, flipped: bool = False) -> LatentTable | CodeTable:
+        images.skipped = {}
+        table = build_latent_cache(autoencoder, images, folder, flipped=flipped, **options)
+        skipped.update({f"{split} {row}": reason for row, reason in images.skipped.items()})
+        return table
+
+    table = build(source.whole_training_table(), folder, "train", args.flip_cache)
+    if args.flip_cache:
+        table.flip_seed = args.seed
+    if content == "codes" and (images := source.evaluation_table()) is not None:
+        held_out = build(images, folder / "held-out", "evaluation")
+    if len(table) < args.batch_size * accelerator.num_processes:
+        raise ValueError(
+            f"{len(table)} {content} are fewer than one batch of all processes "
+            f"({args.batch_size} x {accelerator.num_processes}): lower --batch_size."
+        )
+    return table, held_out, skipped

@@ -1,0 +1,167 @@
+"""What the image pipelines share: names of classes, download from the Hub, decoded pictures."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from PIL import Image
+from torch import Tensor
+
+from ..autoencoder import latent_codec
+from ..models.registration import push_to_hub
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+def joined(parts: list) -> Tensor | np.ndarray | list[Image.Image]:
+    """Images of several batches, of any output type, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """A pipeline around a `vae` whose config holds `id2label` and `vae_fingerprint`; not used by itself.
+
+    model_index.json names our components by their public names (["hf_dpssl", "VQAutoencoder"]), never by a module.
+    """
+
+    push_to_hub = push_to_hub
+
+    def register_to_config(self, **entries) -> None:
+        """As diffusers', which would write a component's module path into every published folder."""
+        for name, value in entries.items():
+            if isinstance(value, tuple) and str(value[0]).startswith("hf_dpssl."):
+                entries[name] = ("hf_dpssl", value[1])
+        super().register_to_config(**entries)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """Fetch a pipeline of the Hub, which `from_pretrained` then loads; returns its folder.
+
+        diffusers' own refuses components whose class is of a package that it does not know, like our autoencoder.
+        """
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        return snapshot_download(pretrained_model_name, allow_patterns=["*.json", "*.safetensors"], **options)
+
+    def _register(
+        self,
+        id2label: dict | None,
+        vae: latent_codec.Autoencoder,
+        vae_fingerprint: str | None,
+        generator: str,
+        **modules,
+    ) -> None:
+        """Register modules and config.
+
+        Raises:
+            ValueError: the autoencoder is not the one of `vae_fingerprint`, or the ids are not 0, 1, 2, ...
+        """
+        found = vae_fingerprint and latent_codec.fingerprint(vae)
+        if vae_fingerprint != found:
+            raise ValueError(
+                f"this autoencoder (fingerprint {found[:12]}) is not the one the {generator} was trained "
+                f"on ({vae_fingerprint[:12]}): its latents mean something else. Load the one saved with it."
+            )
+        self.register_modules(vae=vae, **modules)
+        id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
+        if missing := [i for i in range(len(id2label)) if str(i) not in id2label]:
+            raise ValueError(f"id2label must have the ids 0 to {len(id2label) - 1}, but {missing[0]} is missing.")
+        self.register_to_config(id2label=id2label, vae_fingerprint=vae_fingerprint)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names by class id; empty for a model without classes."""
+        names = self.config.id2label
+        return [names[str(class_id)] for class_id in range(len(names))]
+
+    def class_ids(self, class_labels: int | str | list[int | str]) -> list[int]:
+        """Ids of classes given by id or name; of a name with commas ("tench, Tinca tinca") each part is one, too.
+
+        Raises:
+            ValueError: an id out of range, an unknown name (with the closest known ones), or a part of several names.
+        """
+        class_labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
+        labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
+        return [self._class_of_name(label) if isinstance(label, str) else self._class_of_id(label) for label in labels]
+
+    def class_mixtures(
+        self, class_labels: int | str | list[int | str | tuple], null_class: int
+    ) -> list[tuple[int, int, float]]:
+        """(id, other id, share of the other) of each label: an id or name, or a tuple (a, b, share) between two.
+
+        Raises:
+            ValueError: as `class_ids`; a tuple of another form, or a share outside [0, 1].
+        """
+        labels = class_labels if isinstance(class_labels, list) else [class_labels]
+        if not any(isinstance(label, tuple) for label in labels) or not isinstance(class_labels, list):
+            return [(class_id, class_id, 0.0) for class_id in self.class_ids(class_labels)]
+        rows = []
+        for label in labels:
+            first, second, share = label if isinstance(label, tuple) and len(label) == 3 else (label, label, 0.0)
+            if isinstance(first, tuple) or not 0 <= share <= 1:
+                raise ValueError(f"a class between two is (one, other, share of the other in [0, 1]), got {label}.")
+            pair = [null_class if one is None else self.class_ids([one])[0] for one in (first, second)]
+            rows.append((*pair, float(share)))
+        return rows
+
+    def _class_of_name(self, label: str) -> int:
+        names = self.class_names
+        if label in names:
+            return names.index(label)
+        parts = [[part.strip() for part in name.split(",")] for name in names]
+        found = [class_id for class_id, of_class in enumerate(parts) if label in of_class]
+        if len(found) > 1:
+            raise ValueError(f"{label!r} is a name of classes {found}: give the id.")
+        if not found:
+            known = list(dict.fromkeys([*names, *(part for of_class in parts for part in of_class)]))
+            close = difflib.get_close_matches(label, known, 3) or names[:10]
+            raise ValueError(f"unknown class {label!r}; known are for example {close} ({len(names)} in all).")
+        return found[0]
+
+    def _class_of_id(self, label: int) -> int:
+        count = len(self.class_names)
+        try:
+            class_id = operator.index(label)
+        except TypeError:
+            raise ValueError(f"a class is an id (integer) or a name, got {label!r}.") from None
+        if not 0 <= class_id < count:
+            raise ValueError(f"class ids lie in [0, {count - 1}], got {label}; for no class pass None.")
+        return class_id
+
+    @staticmethod
+    def _check_counts(**counts: int | None) -> None:
+        """ValueError naming a count that is given and is no integer of at least 1."""
+        for name, value in counts.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    def _check_request(self, ids, class_labels, num_images, guidance_scale, generator, output_type, raw: str) -> None:
+        """ValueError for a request that no image can answer; `raw` is the output type that skips the decoder."""
+        if len(ids) == 0:
+            raise ValueError("class_labels is empty: give at least one class, or None for images without class.")
+        if class_labels is not None and num_images is not None:
+            raise ValueError("num_images is for images without class; repeat class_labels for more images.")
+        if not guidance_scale >= 1:
+            raise ValueError(f"guidance_scale must be at least 1 (1 = no guidance), got {guidance_scale}.")
+        if output_type not in (*OUTPUT_TYPES, raw):
+            allowed = ", ".join(repr(name) for name in OUTPUT_TYPES)
+            raise ValueError(f"output_type must be {allowed} or {raw!r}, got {output_type!r}.")
+        if isinstance(generator, list | tuple) and len(generator) != len(ids):
+            raise ValueError(f"{len(ids)} images need one generator or {len(ids)}, got {len(generator)}.")
+
+    def _pictures(self, pixel_values: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
+        """Decoded images (N, C, H, W) in about [-1, 1] as `output_type` says."""
+        images = (pixel_values / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        arrays = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays

@@ -1,0 +1,235 @@
+"""The front matter of a model card, its figures and its estimates, from what `facts_of` read.
+
+Front matter: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. Energy is an estimate by nameplate: the
+thermal design power that the makers state for accelerators, and _WATTS_PER_THREAD for processors, whose design power
+lies between 2 and 6 W per thread in servers of the last ten years. Nothing is metered.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from huggingface_hub import EvalResult, ModelCardData
+
+_RESTRICTIONS = re.compile(r"research|commercial|unknown|owner|\bnc\b|terms", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_LIBRARIES = {"encoder": "timm", "autoencoder": "transformers", "dit": "diffusers", "token": "diffusers"}
+_TASKS = {"encoder": "image-feature-extraction", "autoencoder": "image-to-image"}
+_GENERATION = (
+    "unconditional-image-generation"  # the Hub's task of generators that read no text, with classes or without
+)
+_TAGS = {
+    "encoder": "image-feature-extraction timm transformers self-supervised contrastive-learning",
+    "autoencoder": "vq-vae autoencoder decoupled-autoencoder",
+    "dit": "image-generation dit latent-diffusion",
+    "token": "image-generation autoregressive vq",
+    "gan": "gan image-generation",
+}
+# What a card of a kind always lists, "not measured" where it was not.
+_EXPECTED = {
+    "encoder": "knn_top1 knn_top1_embeddings",
+    "autoencoder": "psnr ssim",
+    "dit": "fid class_consistency",
+    "token": "nats_per_image fid",
+    "gan": "fid copies",
+}
+_WATTS = {  # the first fragment that the accelerator's name contains
+    "H100 PCIe": 350, "H100": 700, "H200": 700, "B200": 1000, "A100": 400, "V100": 300, "L40S": 350, "L40": 300,
+    "L4": 72, "T4": 70, "A10": 150, "4090": 450, "3090": 350,
+}  # fmt: skip
+_WATTS_PER_THREAD = 5
+
+
+class Figure(NamedTuple):
+    """A line of the table of results: key in results.json, type of the Hub, words for readers, value (None: none)."""
+
+    name: str
+    type: str
+    label: str
+    value: float | None
+
+
+_ACCURACY = "accuracy"
+_LABELS = {  # pattern of the key: type, label
+    r"knn_top1": (_ACCURACY, "kNN accuracy of {of}, %"),
+    r"linear_top1": (_ACCURACY, "accuracy of a linear probe on {of}, %"),
+    r"uniformity": ("uniformity", "uniformity of {of} on the sphere, lower is more even"),
+    r"uniformity_raw": ("uniformity", "uniformity of {of} as they are, lower is more even"),
+    r"alignment": ("alignment", "alignment of two views' {of} on the sphere, 0 is best"),
+    r"alignment_raw": ("alignment", "alignment of two views' {of} as they are, 0 is best"),
+    r"effective_rank": ("effective_rank", "effective rank of {of}"),
+    r"psnr": ("psnr", "reconstruction PSNR, dB"),
+    r"ssim": ("ssim", "reconstruction SSIM"),
+    r"code_usage": ("code_usage", "codes in use, %"),
+    r"code_perplexity": ("perplexity", "perplexity of the codes"),
+    r"dead_codes": ("dead_codes", "codes never used"),
+    r"nats_per_image": ("nll", "nats per held-out image"),
+    r"nats_per_image_train": ("nll", "nats per training image"),
+    r"nats_per_image_uniform": ("nll", "nats per image of codes drawn at random"),
+    r"inception_score(_(?!std)(?P<by>.+))?": ("inception_score", "inception score by {judge}, higher is better"),
+    r"copies": ("copies", "images suspiciously close to a training image, %"),
+    r"copy_distance": ("copy_distance", "distance below which an image counts as a copy"),
+    r"class_consistency": (_ACCURACY, "images that a classifier takes for their class, %"),
+    r"(?P<ceiling>ceiling_)?(?P<re>r?)fid(_(?P<by>.+))?": ("fid", "{ceiling}{re}Fréchet distance{by}, lower is better"),
+    r"(?P<ceiling>ceiling_)?(?P<re>r?)kid(_(?!std)(?P<by>.+))?": (
+        "kid",
+        "{ceiling}{re}kernel distance{by}, lower is better",
+    ),
+    r"(?P<ceiling>ceiling_)?(?P<re>r?)(?P<what>precision|recall|density|coverage)(_(?P<by>.+))?": (
+        "{what}",
+        "{ceiling}{re}{what}{by}",
+    ),
+}
+
+
+def figures(kind: str, metrics: dict, elsewhere: Iterable[str] = ()) -> list[Figure]:
+    """Lines of the table of results: what is expected of the kind, then all else that was measured.
+
+    What is among the keys `elsewhere` (of later evaluations) does not count as not measured.
+    """
+    expected = _EXPECTED.get(kind, "").split()
+
+    def stands_for(key: str, name: str) -> bool:  # a Frechet distance does in whatever features it was measured
+        return key == name or (name == "fid" and key.startswith("fid_"))
+
+    lacking = [name for name in expected if not any(stands_for(key, name) for key in [*metrics, *elsewhere])]
+    order = sorted(
+        metrics, key=lambda key: next((i for i, n in enumerate(expected) if stands_for(key, n)), len(expected))
+    )
+    found = [Figure(name, *_described(name), _finite(metrics[name])) for name in order]
+    return found + [Figure(name, *_described(name), None) for name in lacking]
+
+
+def _finite(value) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _described(name: str) -> tuple[str, str]:
+    of = "embeddings" if name.endswith("_embeddings") else "features"
+    key = name.removesuffix("_embeddings")
+    for pattern, (metric_type, label) in _LABELS.items():
+        if match := re.fullmatch(pattern, key):
+            groups = match.groupdict()
+            words = {"of": of, "by": f" in features of {groups['by']}" if groups.get("by") else ""}
+            words["what"], words["judge"] = groups.get("what"), groups.get("by") or "Inception"
+            words["ceiling"] = "real training images: " if groups.get("ceiling") else ""
+            words["re"] = "reconstruction " if groups.get("re") else ""
+            return metric_type.format(**words), label.format(**words)
+    return name, name.replace("_", " ")
+
+
+def eval_results(facts: dict, results: dict) -> list[EvalResult]:
+    """The measured figures as huggingface_hub's objects, for the front matter's model-index.
+
+    First those of the training run, then those of `hf-dpssl evaluate`.
+    """
+    dataset, kind = facts["dataset"] or "unknown", facts["kind"]
+    slug = re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-")
+    arguments = {key: value for key, value in (results.get("knn") or {}).items() if value is not None}
+    found = []
+    for figure in figures(kind, facts["metrics"]):
+        if figure.value is None or figure.name.startswith("ceiling_") or figure.name.endswith("_uniform"):
+            continue  # not measured, or of something else than this model
+        classifies = kind == "encoder" and figure.type == _ACCURACY
+        found.append(
+            EvalResult(
+                task_type="image-classification" if classifies else _TASKS.get(kind, _GENERATION),
+                dataset_type=(facts["hub_datasets"] or [hub_dataset(dataset) or slug])[0],
+                dataset_name=dataset,
+                dataset_split="train" if figure.name.endswith("_train") else "evaluation",
+                metric_type=figure.type,
+                metric_value=figure.value,
+                metric_name=figure.label,
+                metric_args=arguments if "knn" in figure.name and arguments else None,
+            )
+        )
+    return found + [result for entry in results.get("evaluations") or [] for result in evaluation_results(entry)]
+
+
+def evaluation_results(entry: dict) -> list[EvalResult]:
+    """The figures of an entry of results.json's "evaluations", with what they depend on as their arguments."""
+    kind, name, fingerprint = entry["kind"], entry["dataset"], entry["fingerprint"]
+    slug = re.sub(r"[^\w.-]+", "-", name.lower()).strip("-")
+    arguments = {"seed": entry["seed"], "samples": entry["samples"], "fingerprint": fingerprint["sha256"][:16]}
+    judges = {part: fingerprint[part]["name"] for part in ("extractor", "classifier") if part in fingerprint}
+    classification = "image-classification" if kind == "encoder" else _GENERATION
+    return [
+        EvalResult(
+            task_type=classification if f.type == _ACCURACY else _TASKS.get(kind, _GENERATION),
+            dataset_type=hub_dataset(name) or slug,
+            dataset_name=name,
+            dataset_split=entry["options"].get("reference", "evaluation"),
+            metric_type=f.type,
+            metric_value=f.value,
+            metric_name=f.label,
+            metric_args=arguments | judges,
+        )
+        for f in figures("", entry["metrics"])
+        if f.value is not None
+    ]
+
+
+def front_matter(facts: dict, results: dict, title: str) -> ModelCardData:
+    """Metadata of the card; see the top of this file."""
+    kind, licences = facts["kind"], licences_of(facts)
+    restricted = any(map(is_restricted, licences.values()))
+    named = re.sub(r"[^a-z0-9]+", "-", "; ".join(licences.values()).lower()).strip("-")[:60]
+    datasets = {*facts["hub_datasets"], *(hub_dataset(name) for whole in licences for name in whole.split("+"))}
+    found = eval_results(facts, results)
+    return ModelCardData(
+        license="other" if restricted else "apache-2.0",
+        license_name=named or "unknown" if restricted else None,
+        library_name=_LIBRARIES.get(kind, "transformers"),
+        pipeline_tag={"autoencoder": None}.get(kind, _TASKS.get(kind, _GENERATION)),
+        tags=[*_TAGS.get(kind, "").split(), "hf_dpssl"],
+        datasets=sorted(datasets - {None}) or None,
+        base_model=[part["name"] for part in facts["lineage"] if _HUB_ID.fullmatch(part["name"])] or None,
+        **({"model_name": title, "eval_results": found} if found else {}),
+    )
+
+
+def licences_of(facts: dict) -> dict[str, str]:
+    """Licence of each data set that the checkpoint or an ancestor was trained on, by name."""
+
+    def visit(part: dict) -> dict[str, str]:
+        own = {part["dataset"]: part.get("licence_of_data") or "unknown"} if part.get("dataset") else {}
+        for other in part.get("lineage") or []:
+            own = visit(other) | own
+        return own
+
+    name = facts["dataset"] or "unnamed data"
+    return visit({"lineage": facts["lineage"]}) | {name: facts["licence_of_data"] or "unknown"}
+
+
+def is_restricted(licence: str) -> bool:
+    """Whether a licence of images allows research or non-commercial use only, or is not known."""
+    return bool(_RESTRICTIONS.search(licence))
+
+
+def hub_dataset(name: str) -> str | None:
+    """Hub id of a data set of the table in data.py; None for any other name."""
+    from ..data.image_data import TABLE  # imports datasets
+
+    entry = TABLE.get(name.strip().partition("@")[0])
+    return None if entry is None else entry.hub_id
+
+
+def energy(facts: dict) -> dict | None:
+    """{"kwh", "watts" (of all processes), "assumption"} of the training; None where time or power is not known."""
+    training, machine = facts["training"] or {}, facts["environment"] or {}
+    if training.get("seconds") is None or not machine:
+        return None
+    processes = training["processes"]
+    if training["device"] == "cpu":
+        watts = _WATTS_PER_THREAD * (machine.get("threads") or 1)
+        assumption = f"{_WATTS_PER_THREAD} W per processor thread"
+    else:
+        watts = next((watts for part, watts in _WATTS.items() if part in str(machine.get("accelerator"))), None)
+        if watts is None:
+            return None
+        assumption = f"{watts} W, the nameplate power of a {machine['accelerator']}, for each process"
+    kwh = watts * processes * training["seconds"] / 3.6e6
+    return {"kwh": kwh, "watts": watts * processes, "assumption": assumption}

@@ -1,0 +1,12 @@
+from .codebook_search import nearest_codes as nearest_codes
+from .configuration_vq import VQConfig as VQConfig
+from .latent_density import LatentDensity as LatentDensity
+from .modeling_contrastive import ContrastiveConfig as ContrastiveConfig
+from .modeling_contrastive import ContrastiveEncoder as ContrastiveEncoder
+from .modeling_discriminator import PatchDiscriminator as PatchDiscriminator
+from .modeling_discriminator import PatchDiscriminatorConfig as PatchDiscriminatorConfig
+from .modeling_vaegan import VAEGAN as VAEGAN
+from .modeling_vaegan import VAEGANConfig as VAEGANConfig
+from .modeling_vq import VQAutoencoder as VQAutoencoder
+from .modeling_vq import latent_fingerprint as latent_fingerprint
+from .quantizer import VectorQuantizer as VectorQuantizer

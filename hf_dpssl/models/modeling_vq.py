@@ -1,0 +1,318 @@
+"""VQ autoencoder for decoupled training (DAE): encoder, quantiser, and a decoder that can be exchanged.
+
+Blocks are diffusers', the quantiser is ours. DAE (Hu et al., NeurIPS 2023): after training with a weakened
+decoder, encoder, pre-quantiser convolution and codebook are frozen and the real decoder learns.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .autoencoder_blocks import build_decoder, build_encoder
+from .backbone_encoder import BackboneEncoder  # noqa: F401  transformers < 5.13 copies only the direct siblings ...
+from .blocks import use_small_image_stem_  # noqa: F401  ... of this file, so that it names theirs too
+from .codebook_search import nearest_codes  # noqa: F401
+from .complete_loading import load_complete
+from .configuration_vq import VQConfig
+from .gather import is_distributed  # noqa: F401
+from .matrix_products import product  # noqa: F401
+from .quantizer import QuantizerOutput, VectorQuantizer
+from .weight_hashes import combined_sha256, tensor_sha256
+
+FROZEN_MODULES = ("encoder", "quant_conv", "quantizer")
+
+
+@dataclass
+class VQEncoderOutput(ModelOutput):
+    """latents: (B, C, h, w), before quantisation (with KL the mean); codes: (B, h, w) int64, or None."""
+
+    latents: Tensor | None = None
+    codes: Tensor | None = None
+
+
+@dataclass
+class VQDecoderOutput(ModelOutput):
+    """pixel_values: (B, num_channels, H, W), about [-1, 1], not clamped."""
+
+    pixel_values: Tensor | None = None
+
+
+@dataclass
+class VQAutoencoderOutput(ModelOutput):
+    """loss = recon + commitment_weight * commit + codebook + entropy_weight * entropy + kl_weight * kl (scalars).
+
+    pixel_values: reconstruction (B, C, H, W). kl: nats, summed over an image's latents, per pixel value.
+    perplexity: exp of the entropy of this batch's code usage, in [1, num_codes].
+    """
+
+    loss: Tensor | None = None
+    recon: Tensor | None = None
+    commit: Tensor | None = None
+    codebook: Tensor | None = None
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+    perplexity: Tensor | None = None
+    pixel_values: Tensor | None = None
+    latents: Tensor | None = None
+    codes: Tensor | None = None
+
+
+class VQAutoencoder(PreTrainedModel):
+    """Encoder, 1x1 convolution, quantiser, 1x1 convolution, decoder; images in [-1, 1]."""
+
+    config_class = VQConfig
+    base_model_prefix = "vq_autoencoder"
+    main_input_name = "pixel_values"
+    _keep_in_fp32_modules_strict = ["quantizer"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
+
+    def __init__(self, config: VQConfig):
+        super().__init__(config)
+        self.encoder = build_encoder(config)
+        factor = 2 if config.quantizer == "kl" else 1  # mean and log variance
+        self.quant_conv: nn.Module = nn.Identity()  # a backbone's features are the latents as they are
+        if config.backbone is None:
+            self.quant_conv = nn.Conv2d(factor * config.encoder_out_channels, factor * config.latent_channels, 1)
+        self.quantizer = None
+        if config.quantizer == "vq":
+            self.quantizer = VectorQuantizer(
+                config.num_codes,
+                config.latent_channels,
+                decay=config.codebook_decay,
+                revival_threshold=config.revival_threshold,
+                update=config.codebook_update,
+                distance=config.code_distance,
+                gradient=config.quantizer_gradient,
+                entropy_temperature=config.entropy_temperature if config.entropy_weight else None,
+            )
+        self._build_decoder()
+        self.post_init()
+
+    def _build_decoder(self) -> None:
+        self.post_quant_conv = nn.Conv2d(self.config.latent_channels, self.config.encoder_out_channels, 1)
+        self.decoder = build_decoder(self.config)
+
+    @property
+    def last_decoder_layer(self) -> Tensor:
+        """The weight at which the adaptive weight of an adversarial term compares gradients (Esser et al. 2021)."""
+        return self.decoder.conv_out.weight
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every block keeps the initialisation of the library it comes from."""
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> VQAutoencoder:
+        """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
+        return load_complete(super().from_pretrained, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`; records the encoder's hashes, or checks those of a frozen one."""
+        if self.dtype == torch.float32:
+            if self.config.encoder_frozen:
+                self.check_encoder_unchanged()
+            self.config.encoder_sha256 = self.hash_encoder()
+        super().save_pretrained(save_directory, **kwargs)
+
+    def train(self, mode: bool = True) -> VQAutoencoder:
+        """As `nn.Module.train`; a frozen encoder stays in eval mode and without gradient, also after loading."""
+        super().train(mode)
+        if self.config.encoder_frozen:
+            for name in self.frozen_modules:
+                if (module := getattr(self, name)) is not None:
+                    module.eval().requires_grad_(False)
+        return self
+
+    @property
+    def frozen_modules(self) -> tuple[str, ...]:
+        """What `freeze_encoder` freezes: all that decides the codes, or all but the codebook."""
+        return FROZEN_MODULES if self.config.codebook_frozen else FROZEN_MODULES[:2]
+
+    def encode(self, pixel_values: Tensor) -> VQEncoderOutput:
+        """Latents (B, C, h, w) before quantisation and codes (B, h, w) of images (B, num_channels, H, W) in [-1, 1]."""
+        latents = self.encode_latents(pixel_values)
+        codes = None if self.quantizer is None else self.quantize(latents).codes
+        return VQEncoderOutput(latents=latents, codes=codes)
+
+    def encode_latents(self, pixel_values: Tensor) -> Tensor:
+        """The latents of `encode` alone: a differentiable map."""
+        return self._moments(pixel_values)[0]
+
+    def quantize(self, latents: Tensor) -> QuantizerOutput:
+        """Nearest codes of latents (B, C, h, w); ValueError for a model without quantiser."""
+        if self.quantizer is None:
+            raise ValueError("this autoencoder has no codebook (config.quantizer is not 'vq'); decode the latents.")
+        return self.quantizer(latents)
+
+    def decode(self, latents: Tensor) -> VQDecoderOutput:
+        """Images of latents or quantised latents (B, C, h, w); nothing is quantised here.
+
+        Raises:
+            ValueError: latents of other channels.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents must be (B, {self.config.latent_channels}, h, w), got {tuple(latents.shape)}.")
+        hidden = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
+        return VQDecoderOutput(pixel_values=self.decoder(hidden))
+
+    def decode_codes(self, codes: Tensor) -> VQDecoderOutput:
+        """Images of codes (B, h, w); IndexError on an id outside the codebook, ValueError on another shape."""
+        if self.quantizer is None:
+            raise ValueError("this autoencoder has no codebook (config.quantizer is not 'vq'), so it has no codes.")
+        if codes.ndim != 3 or codes.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"codes must be (B, h, w) of int64 or int32, got {tuple(codes.shape)} of {codes.dtype}: reshape "
+                "sequences, and convert, first."
+            )
+        return self.decode(self.quantizer.lookup(codes))
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> VQAutoencoderOutput:
+        """Reconstruct images (B, num_channels, H, W) in [-1, 1]; `loss` makes transformers.Trainer work as is.
+
+        Further keyword arguments (labels and the like, which a data collator may pass) are not used.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder_frozen):
+            latents, log_variance = self._moments(pixel_values)
+        config, zero = self.config, latents.new_zeros((), dtype=torch.float32)
+        quantized, codes, perplexity = latents, None, None
+        commit = codebook = entropy = kl = zero
+        if self.quantizer is not None:
+            output = self.quantizer(latents)
+            quantized, codes, perplexity = output.quantized, output.codes, output.perplexity
+            commit, codebook, entropy = output.commitment, output.codebook_loss, output.entropy
+        elif log_variance is not None:
+            quantized, kl = self._sample(latents, log_variance, pixel_values[0].numel())
+        reconstruction = self.decode(quantized).pixel_values
+        distance = F.mse_loss if config.reconstruction_loss == "l2" else F.l1_loss
+        recon = distance(reconstruction.float(), pixel_values.float())
+        loss = recon + config.commitment_weight * commit + codebook
+        loss = loss + config.entropy_weight * entropy + config.kl_weight * kl
+        return VQAutoencoderOutput(
+            loss, recon, commit, codebook, entropy, kl, perplexity, reconstruction, latents, codes
+        )
+
+    def _moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents, or with KL their mean and log variance."""
+        channels, factor = self.config.num_channels, self.config.downsampling_factor
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(f"pixel_values must be (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
+        if any(side % factor or side < factor for side in pixel_values.shape[2:]):
+            raise ValueError(
+                f"height and width must be multiples of {factor}, the side of a latent cell, "
+                f"got {tuple(pixel_values.shape[2:])}: resize or pad the images."
+            )
+        moments = self.quant_conv(self.encoder(pixel_values.to(self.post_quant_conv.weight.dtype)))
+        if self.config.quantizer != "kl":
+            return moments, None
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)  # diffusers' bounds
+
+    def _sample(self, mean: Tensor, log_variance: Tensor, pixel_count: int) -> tuple[Tensor, Tensor]:
+        """Latents drawn in training mode (the mean otherwise), and the KL to the standard normal per pixel value."""
+        mu, log_variance = mean.float(), log_variance.float()
+        kl = 0.5 * (mu.pow(2) + log_variance.exp() - 1 - log_variance).sum() / (len(mu) * pixel_count)
+        if self.training and not self.config.encoder_frozen:
+            return (mu + (log_variance / 2).exp() * torch.randn_like(mu)).to(mean.dtype), kl
+        return mean, kl
+
+    def freeze_encoder(self) -> dict[str, str]:
+        """Freeze encoder, quant_conv and, unless `config.codebook_frozen` is False, codebook.
+
+        Returns the hashes that `config.encoder_sha256` now holds.
+        """
+        self.config.encoder_frozen = True
+        self.config.encoder_sha256 = self.hash_encoder()
+        self.train(self.training)
+        return self.config.encoder_sha256
+
+    def check_encoder_unchanged(self) -> None:
+        """Raise RuntimeError naming every frozen tensor whose hash is no longer `config.encoder_sha256`'s."""
+        expected, found = self.config.encoder_sha256 or {}, self.hash_encoder()
+        frozen = (name for name in expected.keys() | found.keys() if name.split(".")[0] in self.frozen_modules)
+        changed = sorted(name for name in frozen if expected.get(name) != found.get(name))
+        if changed:
+            raise RuntimeError(f"{len(changed)} frozen tensors have changed since stage 1: {changed[:5]}.")
+
+    def replace_decoder(
+        self, block_out_channels: list[int], layers_per_block: int, dropout: float = 0.0, dropout_kind: str = "element"
+    ) -> None:
+        """Put a freshly initialised decoder (and post_quant_conv) in place of the present one.
+
+        Device, precision, memory format and gradient checkpointing are those of the present one.
+        """
+        config = copy.copy(self.config)
+        config.decoder_block_out_channels = list(block_out_channels)
+        config.decoder_layers_per_block = layers_per_block
+        config.decoder_dropout, config.decoder_dropout_kind = dropout, dropout_kind
+        config._check()
+        self.config = config
+        old, reference = self.decoder, self.last_decoder_layer
+        self._build_decoder()
+        channels_last = reference.is_contiguous(memory_format=torch.channels_last) and not reference.is_contiguous()
+        for module in (self.post_quant_conv, self.decoder):
+            module.to(reference.device, reference.dtype).train(self.training)
+            if channels_last:
+                module.to(memory_format=torch.channels_last)
+        if old.gradient_checkpointing:
+            for module in self.decoder.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = True
+                    module._gradient_checkpointing_func = old._gradient_checkpointing_func
+
+    def hash_encoder(self) -> dict[str, str]:
+        """SHA-256 of every tensor of encoder, quant_conv and codebook, by name."""
+        state = self.state_dict()
+        return tensor_sha256({name: t for name, t in state.items() if name.split(".")[0] in FROZEN_MODULES})
+
+    def fingerprint(self) -> str:
+        """One hash of everything that decides latents and codes; a generator stores that of its autoencoder.
+
+        These are encoder, quant_conv and codebook, and of the config what their shapes do not show. In lower precision
+        than float32 it is that of the weights as they were saved.
+        """
+        stored = self.config.encoder_sha256
+        return latent_fingerprint(
+            self.config, stored if stored and self.dtype != torch.float32 else self.hash_encoder()
+        )
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """(latents - mean) / std with the config's statistics: about zero mean and unit variance."""
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) / std
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """Inverse of `normalize_latents`."""
+        mean, std = self._latent_statistics(latents)
+        return latents * std + mean
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.latent_mean is None or self.config.latent_std is None:
+            raise ValueError(
+                "this autoencoder's config has no latent_mean and latent_std; training/dae_vq.py measures "
+                "them when training ends. Set both (one number per latent channel) before generating."
+            )
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (self.config.latent_mean, self.config.latent_std))
+        return mean, std
+
+
+def latent_fingerprint(config: VQConfig, hashes: dict[str, str]) -> str:
+    """`VQAutoencoder.fingerprint` of a config and the hashes of encoder, quant_conv and codebook."""
+    default = VQConfig()
+    settings = {name: getattr(config, name) for name in ("code_distance", "norm_num_groups", "backbone")}
+    changed = {name: json.dumps(v, sort_keys=True) for name, v in settings.items() if v != getattr(default, name)}
+    return combined_sha256(hashes | changed)
+
+
+if __name__.startswith("hf_dpssl."):  # not in the copy beside published weights
+    from .registration import register
+
+    register(VQConfig, VQAutoencoder)

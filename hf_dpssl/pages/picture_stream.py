@@ -1,0 +1,199 @@
+"""Pictures of a pipeline while they are made, and the Python lines that make them again."""
+
+from __future__ import annotations
+
+import copy
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from ..autoencoder import latent_codec
+from ..generation.pipeline_vq_dit import VQDiTPipeline
+from ..generation.pipeline_vq_token import VQTokenPipeline
+from .demo_outputs import source_arguments
+from .page_pictures import to_pictures
+
+MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE = 16, 100, 10.0
+_GREY = 0.0  # of what has not been drawn yet, in [-1, 1]
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to draw: one seed per image, so that image i is the same alone and among others.
+
+    labels: a class name per image; empty: `number` images without class.
+    steps is read for a DiT, temperature and top_k (0: all codes) for a token transformer.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    labels: tuple[str, ...] = ()
+    number: int = 1
+    seed: int = 0
+    guidance: float = 1.5
+    steps: int = 25
+    temperature: float = 1.0
+    top_k: int = 0
+
+    def __post_init__(self):
+        if not 1 <= self.number <= MAX_IMAGES or len(self.labels) not in (0, self.number):
+            raise ValueError(f"The number of pictures must lie in 1 to {MAX_IMAGES}, got {self.number}.")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"Steps must lie in 1 to {MAX_STEPS}, got {self.steps}.")
+        if not 1 <= self.guidance <= MAX_GUIDANCE:
+            raise ValueError(f"Guidance must lie in 1 (none) to {MAX_GUIDANCE:g}, got {self.guidance}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {self.seed}.")
+
+    def options(self, kind: type) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call, all but the generators."""
+        options: dict[str, Any] = {"guidance_scale": self.guidance} if self.labels else {"num_images": self.number}
+        if kind is VQDiTPipeline:
+            return options | {"num_inference_steps": self.steps}
+        return options | {"temperature": self.temperature} | ({"top_k": self.top_k} if self.top_k else {})
+
+
+def snippet(kind: type, source: str, request: SampleRequest) -> str:
+    """Python that draws the request's pictures again with `kind` (VQDiTPipeline or VQTokenPipeline) from `source`."""
+    place = source_arguments(source)
+    arguments = [repr(place.pop("pretrained_model_name_or_path")), *(f"{k}={v!r}" for k, v in place.items())]
+    labels = list(request.labels)
+    if not labels:
+        shown = "None"
+    elif len(set(labels)) == 1 and len(labels) > 1:
+        shown = f"[{labels[0]!r}] * {len(labels)}"
+    else:
+        shown = repr(labels)
+    options = "".join(f"    {name}={value!r},\n" for name, value in request.options(kind).items())
+    return (
+        f"import torch\nfrom hf_dpssl import {kind.__name__}\n\n"
+        f"pipeline = {kind.__name__}.from_pretrained({', '.join(arguments)})\n"
+        f"seeds = range({request.seed}, {request.seed + request.number})\n"
+        f"images = pipeline(\n    {shown},\n{options}"
+        "    generator=[torch.Generator().manual_seed(seed) for seed in seeds],\n"
+        ").images\n"
+        'for seed, image in zip(seeds, images):\n    image.save(f"{seed}.png")\n'
+    )
+
+
+def stream(
+    pipeline: VQDiTPipeline | VQTokenPipeline, request: SampleRequest, *, frame_seconds: float = 0.0
+) -> Iterator[tuple[int, int, list[Image.Image]]]:
+    """(steps done, steps in all, pictures so far) after each step; last, with done = all + 1, the finished pictures.
+
+    Steps that end less than `frame_seconds` after the last one shown are left out, and not decoded.
+    Several may run on one pipeline at a time. Closing the iterator stops the run.
+    """
+    pipeline = copy.copy(pipeline)  # the weights are shared, not what a run changes: schedulers count its steps
+    if isinstance(pipeline, VQDiTPipeline):
+        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+    generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.number)]
+    options = request.options(type(pipeline)) | {"generator": generators}
+    labels = list(request.labels) or None
+    total = request.steps if isinstance(pipeline, VQDiTPipeline) else pipeline.num_tokens
+
+    shown = [-math.inf]
+
+    def is_due() -> bool:
+        due = time.monotonic() - shown[0] >= frame_seconds
+        shown[0] = time.monotonic() if due else shown[0]
+        return due
+
+    def run(emit: Callable) -> None:
+        if isinstance(pipeline, VQDiTPipeline):
+
+            def show(pipe, step, timestep, tensors):
+                if is_due():
+                    emit((step + 1, total, to_pictures(latent_codec.decode(pipe.vae, tensors["latents"]))))
+                return {}
+
+            images = pipeline(labels, callback_on_step_end=show, **options).images
+        else:
+            images = pipeline(
+                labels, streamer=_PartsOfPictures(pipeline, request.number, is_due, emit), **options
+            ).images
+        emit((total + 1, total, images))
+
+    pipeline.set_progress_bar_config(disable=True)
+    yield from emitted(run)
+
+
+class _PartsOfPictures(BaseStreamer):
+    """Decodes the codes drawn so far; cells to come are grey."""
+
+    def __init__(self, pipeline: VQTokenPipeline, number: int, is_due: Callable, emit: Callable):
+        self.pipeline, self.number, self.is_due, self.emit = pipeline, number, is_due, emit
+        self.codes: list[Tensor] = []
+
+    def put(self, value: Tensor) -> None:
+        if value.ndim != 1:  # the tokens that the images start with
+            return
+        self.codes.append(value[: self.number])
+        vae, total, done = self.pipeline.vae, self.pipeline.num_tokens, len(self.codes)
+        if done > total or not self.is_due():
+            return
+        codes = torch.stack(self.codes, dim=1)  # (N, drawn)
+        codes = torch.cat([codes, codes[:, -1:].expand(-1, total - done)], dim=1)
+        side = vae.config.latent_size
+        pixel_values = vae.decode_codes(codes.unflatten(1, (side, side)).to(vae.device)).pixel_values
+        drawn = (torch.arange(total, device=vae.device) < done).view(1, 1, side, side).float()
+        drawn = torch.nn.functional.interpolate(drawn, size=pixel_values.shape[2:], mode="nearest")
+        self.emit((done, total, to_pictures(torch.where(drawn > 0, pixel_values, _GREY))))
+
+    def end(self) -> None:
+        """Nothing: the finished pictures come from the pipeline."""
+
+
+class _Closed(Exception):
+    """Nobody waits for more."""
+
+
+def emitted(run: Callable[[Callable[[Any], None]], None]) -> Iterator:
+    """What `run(emit)` passes to `emit`, as soon as it does; its exception, if any, is raised here.
+
+    `run` works in a thread of its own, at most one item ahead; closing the iterator ends it at its next `emit`.
+    """
+    items: queue.Queue = queue.Queue(maxsize=1)
+    closed, finished, failure = threading.Event(), object(), []
+
+    def emit(item) -> None:
+        while not closed.is_set():
+            try:
+                return items.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        raise _Closed
+
+    @torch.no_grad()
+    def work() -> None:
+        try:
+            run(emit)
+        except _Closed:
+            return
+        except BaseException as error:  # raised again by the reader
+            failure.append(error)
+        try:
+            emit(finished)
+        except _Closed:
+            return
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := items.get()) is not finished:
+            yield item
+        if failure:
+            raise failure[0]
+    finally:
+        closed.set()
+        thread.join()

@@ -1,0 +1,7 @@
+"""What every run has: flags and recipes, the training loop, checkpoints, processes, results, curves.
+
+Read training_loop.py first, then recipe.py. May import models, contrastive, data and evaluation."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

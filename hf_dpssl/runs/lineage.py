@@ -1,0 +1,124 @@
+"""What a results file says of a checkpoint's making: licence of the data, time and processes, and its ancestors.
+
+An ancestor is named by its Hub id, or by the name of its folder and its fingerprint: a machine's folders mean nothing
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import hf_hub_download
+
+from ..models.configuration_vq import VQConfig
+from ..models.modeling_vq import latent_fingerprint
+
+if TYPE_CHECKING:  # not needed to read a card's files
+    from accelerate import Accelerator
+
+    from ..data.image_data import ImageData
+
+_FOLDERS = re.compile(r"""(?<![^\s"'=(,\[])(?:~|[A-Za-z]:|\.{1,2})?[/\\]+(?:[^\s"'/\\,]+[/\\]+)*""")
+
+
+def provenance(
+    accelerator: Accelerator,
+    data: ImageData,
+    seconds: Iterable[float | None],
+    ancestors: Mapping[str, str | os.PathLike | None],
+) -> dict:
+    """For `write_results`: {"licence_of_data", "hub_datasets", "training", "lineage"}.
+
+    Args:
+        accelerator: of the run.
+        data: of the run.
+        seconds: `TrainingLoop.seconds` of each loop; None in it: the time is not known.
+        ancestors: folder or Hub id of each checkpoint that this one was made with, by the part it plays; None: none.
+    """
+    seconds = list(seconds)
+    training = {
+        "seconds": None if None in seconds else round(sum(seconds), 3),
+        "processes": accelerator.num_processes,
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
+    }
+    lineage = [{"part": part, **describe(source)} for part, source in ancestors.items() if source is not None]
+    of_union = "+" in data.name  # whose entry is that of its first part
+    hub_ids = [data.entry.hub_id] if data.entry.hub_id and not of_union else []
+    about = {"licence_of_data": data.entry.licence, "hub_datasets": hub_ids}
+    return about | {"training": training, "lineage": lineage}
+
+
+def describe(source: str | os.PathLike) -> dict:
+    """What can be said of a checkpoint in a folder or on the Hub without loading its weights.
+
+    Returns:
+        {"name", and where they are known "revision" (commit), "fingerprint", "dataset", "licence_of_data", "lineage"}.
+    """
+    folder = Path(source)
+    about = {"name": folder.resolve().name} if folder.exists() else {"name": str(source)}
+    if not folder.exists():
+        folder = _cached(str(source))
+        about |= {"revision": folder.name} if folder else {}
+    if folder is None or not folder.is_dir():
+        return about
+    config, results = (read_json(folder / name) or {} for name in ("config.json", "results.json"))
+    notes = config.get("dpssl") or {}
+    about["fingerprint"] = fingerprint_of(folder)
+    for name in ("dataset", "licence_of_data", "lineage"):
+        about[name] = results.get(name) or notes.get(name)
+    if about["dataset"]:
+        about["dataset"] = without_folders(about["dataset"])
+    return {name: value for name, value in about.items() if value}
+
+
+def _cached(source: str) -> Path | None:
+    """The snapshot folder of a Hub id, with its small files; None where it cannot be had."""
+    repo_id, _, revision = source.partition("@")
+    if repo_id.count("/") != 1:
+        return None
+    try:
+        folder = Path(hf_hub_download(repo_id, "config.json", revision=revision or None)).parent
+        hf_hub_download(repo_id, "results.json", revision=folder.name)
+    except Exception:  # no results.json, no network: what the model was loaded from is enough
+        return folder if "folder" in locals() else None
+    return folder
+
+
+def fingerprint_of(folder: Path) -> str | None:
+    """One hash: of a VQAutoencoder its `fingerprint()`, of a pipeline that of its autoencoder, else the SHA-256 of the
+    weights' file; None where there is none."""
+    index, config = (read_json(folder / name) or {} for name in ("model_index.json", "config.json"))
+    if index.get("vae_fingerprint"):
+        return index["vae_fingerprint"]
+    if config.get("model_type") == VQConfig.model_type and config.get("encoder_sha256"):
+        return latent_fingerprint(VQConfig.from_dict(config), config["encoder_sha256"])
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        return None
+    with open(weights, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a JSON file; None where there is no file. ValueError, naming it, for anything else."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}): it is damaged, write it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}: it is damaged.")
+    return content
+
+
+def without_folders(text: str) -> str:
+    """Text with every absolute or dotted path cut down to its last part: "--output_dir /home/me/run" -> "... run"."""
+    return _FOLDERS.sub("", text)

@@ -1,0 +1,156 @@
+"""Command-line arguments and YAML recipes: the file gives defaults, flags override, unknown keys are errors.
+
+Every script has its own dataclass that extends `RunArguments`; `parse` makes the parser from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from .atomic_files import atomic_file
+from .shipped_folders import shipped_folder
+
+Arguments = TypeVar("Arguments", bound="RunArguments")
+
+
+def option(default, text: str, **metadata):
+    """A dataclass field with help text for the command line."""
+    metadata = {"help": text, **metadata}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunArguments:
+    """What all training scripts share."""
+
+    dataset: str = option("digits", "name of the table in data.py, Hub id, folder, parquet file, or a union a+b")
+    dataset_revision: str | None = option(None, "branch, tag or commit of a Hub data set")
+    image_column: str | None = option(None, "column of pictures; found by its type when not given")
+    label_column: str | None = option(None, "column of classes; found by its type when not given")
+    streaming: bool = option(False, "read the data set as a stream instead of downloading it first")
+    on_bad_image: str = option("error", "what to do with an unreadable picture", choices=["error", "skip"])
+    image_size: int | None = option(None, "side of the square images in pixels; default: the data set's")
+    preload_gb: float = option(1.0, "decode the images into memory once when they fit into this many GiB")
+    num_workers: int = option(0, "loader processes for images that are not preloaded")
+
+    output_dir: str = option("outputs/run", "folder of the run; results go into subfolders")
+    overwrite: bool = option(False, "discard checkpoints of an earlier run in output_dir")
+    seed: int = option(0, "random seed")
+    batch_size: int = option(64, "images per process and step")
+    gradient_accumulation_steps: int = option(1, "batches per optimiser step")
+    max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0 does not clip")
+    warmup_steps: int = option(0, "steps of linear warm-up of the learning rate")
+    lr_scheduler: str = option("cosine", "learning-rate schedule of diffusers.optimization.get_scheduler")
+    mixed_precision: str | None = option(None, "precision; default: what accelerate is configured for",
+                                         choices=["no", "bf16", "fp16"])  # fmt: skip
+    num_processes: int | None = option(None, "processes this run expects; another number is an error")
+
+    evaluation_images: int = option(10_000, "at most so many images of each split are used to evaluate and measure")
+    logging_steps: int = option(10, "steps between two log entries")
+    log_with: list[str] = option([], "trackers: tensorboard, wandb, trackio, ...")
+    checkpointing_steps: int = option(500, "optimiser steps between checkpoints")
+    checkpoints_total_limit: int = option(2, "checkpoints kept")
+    resume_from_checkpoint: str | None = option(
+        None, "'latest' (starts afresh when there is none) or a checkpoint folder"
+    )
+
+    def __post_init__(self):
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "checkpointing_steps",
+            "evaluation_images",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.checkpoints_total_limit < 1:
+            raise ValueError(f"--checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}.")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}.")
+
+
+def parse(arguments_class: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
+    """Arguments from the command line; `--recipe FILE` (or the name of a shipped recipe) gives defaults.
+
+    Raises:
+        SystemExit: like argparse, on an unknown flag or key, or a value that does not fit; the
+            message names it and the closest known one.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe")
+    parser = HfArgumentParser(
+        arguments_class,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--recipe", help="YAML file, or name of a shipped recipe, with defaults for all flags below")
+    known, _ = early.parse_known_args(argv)
+    if known.recipe is not None:
+        defaults = _read_recipe(known.recipe, arguments_class, parser)
+        # Through the parser, which converts: YAML reads 1e-4 as a string.
+        argv = [item for key, value in defaults.items() for item in _as_flags(key, value)] + argv
+    try:
+        namespace = parser.parse_args(argv)
+        values = vars(namespace)
+        values.pop("recipe")
+        return arguments_class(**{f.name: values[f.name] for f in fields(arguments_class)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a recipe file, or of a shipped one by name; FileNotFoundError lists what there is."""
+    path = Path(name)
+    if path.exists():
+        return path
+    folder = shipped_folder("training") / "recipes"
+    shipped = folder / f"{path.name.removesuffix('.yaml')}.yaml"
+    if shipped.exists():
+        return shipped
+    names = sorted(file.stem for file in folder.glob("*.yaml"))
+    raise FileNotFoundError(f"no recipe {name!r}: give a YAML file or one of {names}.")
+
+
+def save_recipe(arguments: RunArguments, path: str | os.PathLike) -> None:
+    """Write the resolved arguments as YAML that `--recipe` reads again."""
+    with atomic_file(path) as file:
+        yaml.safe_dump(asdict(arguments), file, sort_keys=False)
+
+
+def _read_recipe(name: str, arguments_class: type, parser: argparse.ArgumentParser) -> dict:
+    try:
+        content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")) or {}
+    except (FileNotFoundError, yaml.YAMLError) as error:
+        parser.error(str(error))
+    if not isinstance(content, dict):
+        parser.error(f"recipe {name!r} must be a mapping of flags to values, not a {type(content).__name__}.")
+    known = [f.name for f in fields(arguments_class)]
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            parser.error(
+                f"recipe {name!r} has the unknown key {key!r}." + (f" Did you mean {close[0]}?" if close else "")
+            )
+    return content
+
+
+def _as_flags(key: str, value) -> list[str]:
+    if value is None or value == []:
+        return []
+    if isinstance(value, bool):
+        return [f"--{key}", str(value)]
+    return [f"--{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]

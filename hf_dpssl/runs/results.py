@@ -1,0 +1,56 @@
+"""Numbers with their circumstances: every results file says how, on what and where it was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .atomic_files import write_json
+
+_LIBRARIES = (
+    "hf_dpssl torch torchvision transformers diffusers accelerate datasets huggingface-hub timm evaluate safetensors "
+    "scikit-learn numpy pillow"
+).split()
+
+
+def environment() -> dict:
+    """Machine and library versions: {"python", "platform", "processor", "cpu_count", "threads", "accelerator", ...}."""
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            versions[library] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "libraries": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def command_line() -> str:
+    """The command that started this process, without folders of the machine."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def write_results(path: str | os.PathLike, metrics: dict, *, dataset: str, seed: int, samples: dict, **more) -> None:
+    """Write metrics with command, data set, seed, sample counts, machine and versions beside them."""
+    content = {"metrics": metrics, "dataset": dataset, "seed": seed, "samples": samples, **more}
+    write_json(path, content | {"command": command_line(), "environment": environment()})

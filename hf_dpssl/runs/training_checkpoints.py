@@ -1,0 +1,73 @@
+"""Training checkpoints with rotation, from which a run resumes.
+
+A checkpoint is a folder `step-<number>` with `state.pt` (tensors and plain values, read with
+weights_only) and `meta.json`. It is written under a temporary name and renamed; older ones are
+removed only after that. So a kill at any moment leaves the previous checkpoint or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from .atomic_files import atomic_file, atomic_folder, write_json
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class CheckpointFolder:
+    """The checkpoints of one training loop.
+
+    Args:
+        path: folder that holds the `step-<number>` folders.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, path: str | os.PathLike, keep: int = 2):
+        self.path, self.keep = Path(path), keep
+
+    def steps(self) -> list[int]:
+        """Steps of all whole checkpoints, ascending."""
+        if not self.path.exists():
+            return []
+        found = (_STEP_FOLDER.fullmatch(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def save(self, step: int, state: dict, meta: dict) -> Path:
+        """Write a checkpoint, then remove all but the newest `keep`."""
+        target = self.path / f"step-{step:08d}"
+        with atomic_folder(target) as folder:
+            with atomic_file(folder / "state.pt", "wb") as file:
+                torch.save(state, file)
+            write_json(folder / "meta.json", meta)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path / f"step-{old:08d}")
+        return target
+
+    def load(self, which: str) -> tuple[dict, dict] | None:
+        """(state, meta) of "latest" or of a checkpoint folder; None when "latest" finds none.
+
+        Raises:
+            FileNotFoundError: a named folder that is no checkpoint.
+        """
+        if which == "latest":
+            if not self.steps():
+                return None
+            folder = self.path / f"step-{self.steps()[-1]:08d}"
+        else:
+            folder = Path(which)
+        if not (folder / "state.pt").exists():
+            raise FileNotFoundError(
+                f"{folder} is no checkpoint: give 'latest' or a folder like {self.path}/step-00000500."
+            )
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True), meta
+
+    def clear(self) -> None:
+        """Remove all checkpoints and what a killed process left half-written."""
+        shutil.rmtree(self.path, ignore_errors=True)

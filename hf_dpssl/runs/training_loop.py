@@ -1,0 +1,341 @@
+"""The part of training that all scripts share: processes, trackers, progress, checkpoints, exact resume.
+
+    accelerator = start_accelerator(args)
+    loop = TrainingLoop(args, accelerator, "encoder", total_steps, make_loader, skipped={})
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
+    for batch in loop:
+        with accelerator.accumulate(model):
+            ...
+        loop.log(loss=loss)
+
+A resumed run gives the same weights bit for bit, because nothing random has a history: order,
+augmentation, noise and dropout are functions of (seed, epoch, sample) or (seed, step).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, gather_object
+from tqdm.auto import tqdm
+
+from ..data import keyed_random
+from .atomic_files import write_json
+from .recipe import RunArguments
+from .sharding import gathered, load_gathered_
+from .training_checkpoints import CheckpointFolder
+
+logger = logging.getLogger(__name__)
+# What may differ between a run and its continuation without changing the weights.
+_FREE_TO_CHANGE = set(
+    "output_dir overwrite num_workers logging_steps log_with checkpointing_steps checkpoints_total_limit "
+    "resume_from_checkpoint num_processes preload_gb".split()
+)
+
+
+def start_accelerator(args: RunArguments) -> Accelerator:
+    """Accelerator with the asked-for processes, precision, accumulation and trackers.
+
+    Raises:
+        RuntimeError: fewer or more processes than asked for.
+        ImportError: a tracker that is not installed. ValueError: an unknown one.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "timm", "accelerate", "datasets", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    _check_trackers(args.log_with)
+    asked_for = args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        # Without this, processes of a machine without GPU do not find each other, and each trains alone.
+        cpu=asked_for > 1 and not torch.accelerator.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.log_with or None,
+        project_dir=str(Path(args.output_dir) / "logs"),
+        # Buffers are equal by construction (queue, codebook) or each process's own (batch norm).
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        step_scheduler_with_optimizer=False,
+    )
+    _check_processes(asked_for, accelerator.num_processes)
+    if args.log_with:
+        settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(args).items()}
+        accelerator.init_trackers(Path(args.output_dir).name, config=settings)
+    if torch.distributed.is_initialized():
+        atexit.register(_leave_process_group)
+    return accelerator
+
+
+def finish(accelerator: Accelerator, args: RunArguments, skipped: dict[str, str]) -> None:
+    """Wait for all processes, list the skipped images of all of them in OUTPUT_DIR/skipped_images.json, close trackers.
+
+    The process group stays, for a script that goes on.
+    """
+    accelerator.wait_for_everyone()
+    everywhere = {row: reason for part in gather_object([skipped]) for row, reason in part.items()}
+    if everywhere and accelerator.is_main_process:
+        path = Path(args.output_dir) / "skipped_images.json"
+        write_json(path, {"count": len(everywhere), "images": everywhere})
+        accelerator.print(f"{len(everywhere)} unreadable images were skipped, see {path}")
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _check_trackers(names: list[str]) -> None:
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    known = available | {
+        "tensorboard",
+        "wandb",
+        "trackio",
+        "aim",
+        "comet_ml",
+        "mlflow",
+        "dvclive",
+        "swanlab",
+        "clearml",
+    }
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--log_with {name!r} is no tracker; choose among {sorted(known)}.")
+        if name not in available:
+            raise ImportError(f"--log_with {name} was asked for, but {name} is not installed: pip install {name}.")
+
+
+def _check_processes(asked_for: int, found: int) -> None:
+    if asked_for != found:
+        raise RuntimeError(f"{asked_for} processes were asked for, but this run has {found}. {_LAUNCH_HINT}")
+    check_launch()
+
+
+def check_launch() -> None:
+    """RuntimeError where accelerate was to start several processes and, without a word, has started one."""
+    launched_for_several = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if launched_for_several and "WORLD_SIZE" not in os.environ:
+        raise RuntimeError(f"accelerate was asked for several processes and started one. {_LAUNCH_HINT}")
+
+
+_LAUNCH_HINT = (
+    "Start several CPU processes with accelerate launch --config_file training/accelerate/cpu_2_processes.yaml SCRIPT "
+    "(on a machine with a GPU prefix ACCELERATE_USE_CPU=true); --cpu --num_processes N starts one."
+)
+
+
+def _listed(sample_ids: torch.Tensor | None) -> str:
+    return "" if sample_ids is None else f", images {sample_ids.tolist()}"
+
+
+class TrainingLoop:
+    """Yields batches from where the run stands, and after each does progress bar, log and checkpoint.
+
+    Args:
+        args: the script's arguments.
+        accelerator: from `start_accelerator`.
+        name: of the checkpoints' folder and of the progress bar, e.g. "encoder".
+        total_steps: optimiser steps of the whole loop.
+        make_loader: makes an endless iterable of batches from `start=(epoch, batch)`.
+        skipped: {row: reason} of unreadable images, extended while training.
+    """
+
+    def __init__(
+        self,
+        args: RunArguments,
+        accelerator: Accelerator,
+        name: str,
+        total_steps: int,
+        make_loader: Callable[..., Iterable[dict]],
+        skipped: dict[str, str],
+    ):
+        self.args, self.accelerator, self.name = args, accelerator, name
+        self.total_steps, self.make_loader = total_steps, make_loader
+        self.step, self.epoch, self.batch = 0, 0, 0
+        self.history: list[dict] = []
+        # Wall-clock up to the last checkpoint, all processes at once; None: continued from one that did not note it.
+        self.seconds: float | None = 0.0
+        self._clock = time.perf_counter()
+        self.skipped = skipped
+        self._pending: dict[str, float | torch.Tensor] = {}
+        self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
+        self._last_ids: torch.Tensor | None = None
+        self._kept: dict[str, object] = {}
+        folder = Path(args.output_dir) / "checkpoints" / name
+        self.checkpoints = CheckpointFolder(folder, args.checkpoints_total_limit)
+        if accelerator.is_main_process and args.resume_from_checkpoint is None and self.checkpoints.steps():
+            if not args.overwrite:
+                raise FileExistsError(
+                    f"{folder} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
+                    "start afresh with --overwrite, or choose another --output_dir."
+                )
+            self.checkpoints.clear()
+
+    def keep(self, **objects) -> None:
+        """Name the objects whose `state_dict` makes up a checkpoint (model, optimizer, scheduler, ema, ...)."""
+        self._kept = {
+            name: self.accelerator.unwrap_model(value) if isinstance(value, torch.nn.Module) else value
+            for name, value in objects.items()
+        }
+        if self.accelerator.scaler is not None:
+            self._kept["scaler"] = self.accelerator.scaler
+        if self.args.resume_from_checkpoint is not None:
+            self._resume(self.args.resume_from_checkpoint)
+
+    def _resume(self, which: str) -> None:
+        loaded = self.checkpoints.load(which)
+        if loaded is None:
+            self.accelerator.print(f"{self.name}: no checkpoint in {self.checkpoints.path}, starting afresh")
+            return
+        state, meta = loaded
+        self._check_same_run(meta)
+        for name, value in self._kept.items():
+            load_gathered_(value, state[name])
+        self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
+        self.history, self.seconds = meta["history"], meta.get("seconds")
+        self.skipped.update(meta["skipped"])
+        where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
+        replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
+        self.accelerator.print(f"{self.name}: resumed at {where}{replay}")
+
+    def _check_same_run(self, meta: dict) -> None:
+        # An argument that came after the checkpoint had what is now its default.
+        then, now = asdict(type(self.args)()) | meta["arguments"], asdict(self.args)
+        changed = sorted(k for k in then.keys() | now.keys() if k not in _FREE_TO_CHANGE and then.get(k) != now.get(k))
+        if meta["num_processes"] != self.accelerator.num_processes:
+            changed.append("num_processes")
+            then, now = then | meta, now | {"num_processes": self.accelerator.num_processes}
+        if changed:
+            listed = ", ".join(f"{k}: {then.get(k)!r} -> {now.get(k)!r}" for k in changed)
+            raise ValueError(
+                f"cannot continue the run in {self.checkpoints.path}: its settings were others ({listed}). "
+                "Use the same, or start afresh with --overwrite."
+            )
+
+    def __iter__(self) -> Iterator[dict]:
+        args, accelerator = self.args, self.accelerator
+        silent = {} if accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE decides
+        bar = tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5, **silent)
+        micro_step = self.step * args.gradient_accumulation_steps
+        self._clock = time.perf_counter()
+        batches = iter(self.make_loader(start=(self.epoch, self.batch))) if self.step < self.total_steps else iter(())
+        while self.step < self.total_steps:
+            batch = next(batches)
+            self._advance(batch)
+            keyed_random.seed_step(args.seed, micro_step, accelerator.process_index)
+            yield self._to_device(batch)
+            micro_step += 1
+            self._note_finite(batch.get("sample_ids"))
+            if micro_step % args.gradient_accumulation_steps:
+                continue
+            self.step += 1
+            bar.update()
+            if self.step % args.logging_steps == 0 or self.step == self.total_steps:
+                self._write_log(bar)
+            if self.step % args.checkpointing_steps == 0 or self.step == self.total_steps:
+                self.save()
+        bar.close()
+
+    def _advance(self, batch: dict) -> None:
+        if batch["epoch"] != self.epoch:
+            self.epoch, self.batch = batch["epoch"], 0
+        self.batch += 1
+        for row, reason in batch.get("skipped", {}).items():
+            if str(row) not in self.skipped:
+                self.skipped[str(row)] = reason
+                logger.warning("skipped: %s", reason)
+
+    def _to_device(self, batch: dict) -> dict:
+        device = self.accelerator.device
+        return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def _note_finite(self, sample_ids: torch.Tensor | None) -> None:
+        """Remember whether this step's values are finite; read at once on a CPU, else before logs and checkpoints."""
+        values = [torch.as_tensor(value).detach().float() for value in self._pending.values() if value is not None]
+        if values:
+            device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
+            finite = torch.stack([value.to(device) for value in values]).isfinite().all()
+            self._unchecked.append((self.step + 1, finite, sample_ids))
+            read = any((self.step + 1) % n == 0 for n in (self.args.logging_steps, self.args.checkpointing_steps))
+            if device.type == "cpu" or read or self.step + 1 == self.total_steps:
+                self._check_finite()
+
+    def _check_finite(self) -> None:
+        """FloatingPointError at the first step whose logged values were not finite; checkpoints before it are kept."""
+        for step, finite, sample_ids in self._unchecked:
+            if not finite:
+                values = {name: float(value) for name, value in self._pending.items() if value is not None}
+                raise FloatingPointError(
+                    f"{self.name}: a loss is not finite at step {step}{_listed(sample_ids)} (last values {values}). "
+                    f"{self._advice()}"
+                )
+        if self._unchecked:
+            self._last_ids = self._unchecked[-1][2]
+        self._unchecked.clear()
+
+    def _check_weights(self, state: dict[str, dict]) -> None:
+        """FloatingPointError when a step of finite loss has left weights that are not: its gradients were not."""
+        for name, value in self._kept.items():
+            if not isinstance(value, torch.nn.Module):
+                continue
+            tensors = {key: tensor for key, tensor in state[name].items() if tensor.is_floating_point()}
+            bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+            if bad:
+                raise FloatingPointError(
+                    f"{self.name}: after step {self.step}{_listed(self._last_ids)}, {len(bad)} of {len(tensors)} "
+                    f"tensors of {name} are not finite ({', '.join(bad[:3])}). {self._advice()}"
+                )
+
+    def _advice(self) -> str:
+        kept = self.checkpoints.steps()
+        last = f"of step {max(kept)}" if kept else "none yet"
+        return (
+            f"The last checkpoint is {last}, in {self.checkpoints.path}. Lower the learning rate or the weights of the "
+            "losses, or look at these images."
+        )
+
+    def log(self, **values: float | torch.Tensor) -> None:
+        """Values of this step for bar, trackers and curves; read every `logging_steps` only."""
+        self._pending = values
+
+    def _write_log(self, bar: tqdm) -> None:
+        values = {k: float(v) for k, v in self._pending.items() if v is not None}
+        self.history.append({"step": self.step, **values})
+        bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
+        self.accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN."""
+        main = self.accelerator.is_main_process
+        if main or self.accelerator.distributed_type == DistributedType.FSDP:  # sharded states are gathered by all
+            state = {name: gathered(value.state_dict()) for name, value in self._kept.items()}
+        if main:
+            self._check_weights(state)
+        now = time.perf_counter()
+        self.seconds = None if self.seconds is None else self.seconds + now - self._clock
+        self._clock = now
+        if main:
+            meta = {
+                "step": self.step,
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "num_processes": self.accelerator.num_processes,
+                "arguments": asdict(self.args),
+                "history": self.history,
+                "seconds": self.seconds,
+                "skipped": self.skipped,
+            }
+            self.checkpoints.save(self.step, state, meta)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,260 @@
+"""The command line: from the checkout, and from a wheel in an empty folder."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from tiny_checkpoints import save_checkpoints
+
+from hf_dpssl.cli.commands import COMMANDS, main
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.evaluation import MODULES
+from hf_dpssl.hub.publishing import push
+from hf_dpssl.runs.results import environment
+from hf_dpssl.runs.shipped_folders import shipped_folder
+
+REPOSITORY = Path(__file__).parents[2]
+SHORT = ["--max_train_steps", "2", "--batch_size", "16", "--output_dir"]
+
+
+def run(*argv, cwd: Path, python_path: Path | None = None) -> str:
+    """`hf-dpssl ARGV` in a fresh process; its output, or an AssertionError with it."""
+    paths = [] if python_path is None else [str(python_path)]
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables |= {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
+    command = [sys.executable, "-m", "hf_dpssl.cli", *map(str, argv)]
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def test_help_names_every_subcommand(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n    {name} " in printed and command.help in printed for name, command in COMMANDS.items())
+    asked_for = "train evaluate report card push pull export import embed map sample space info env".split()
+    assert set(asked_for) <= set(COMMANDS)
+
+
+SCRIPTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "map")]  # whose help is another process's
+
+
+@pytest.mark.parametrize("name", [*sorted(set(COMMANDS) - {"demo", "map"}), *SCRIPTS])
+def test_help_of_a_command_explains_it_and_shows_an_example_of_its_flags(name, capfd):
+    assert main([name, "--help"]) == 0
+    printed = capfd.readouterr().out
+    usage, _, example = printed.partition("\nexample:\n")
+    assert example == f"  hf-dpssl {name} {COMMANDS[name].example}\n"
+    flags = [word for word in example.split() if word.startswith("--")]
+    assert name == "train" or all(flag in usage for flag in flags)
+    sentences = [line for line in usage.partition("\n\n")[2].splitlines() if line[:1].isupper()]
+    assert sentences, "no line says what it does"
+
+
+def test_env_prints_machine_and_versions_also_as_json(capsys):
+    assert main(["env"]) == 0
+    assert f"torch           {torch.__version__.partition('+')[0]}" in capsys.readouterr().out
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == environment()
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["env", "--nonsense"], ["train", "nonsense"], ["export"], ["import", "x", "y", "--z"]]
+)
+def test_wrong_command_line_ends_with_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_train_without_script_and_with_unknown_config_say_what_there_is(capsys):
+    assert main(["train"]) == 2
+    assert "contrastive" in capsys.readouterr().err
+    assert main(["train", "contrastive", "--accelerate_config", "tpu_512"]) == 2
+    assert "cpu_2_processes" in capsys.readouterr().err
+
+
+BAD_INPUT = [
+    ("evaluate {missing}", "missing"),
+    ("report {missing} --output {new}", "missing"),
+    ("sample {missing} --output_dir {new}", "missing"),
+    ("embed {missing} digits --output {new}", "missing"),
+    ("search {missing} picture.png", "missing"),
+    ("import {missing} {new}", "missing"),
+    ("export {missing} --format timm --output_dir {new}", "missing is no folder"),
+    ("export {empty} --format timm --output_dir {new}", "is no finished checkpoint"),
+    ("push {missing} org/name", "missing is no finished checkpoint"),
+    ("push {empty} org/name", "is no finished checkpoint"),
+    ("pull not/an/id --output_dir {new}", "Repo id must be in the form"),
+    ("card {missing}", "missing"),
+    ("info {missing}", "missing"),
+    ("space matching_lab --demo {missing}", "no folder"),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BAD_INPUT, ids=[line.partition(" {")[0] for line, _ in BAD_INPUT])
+def test_bad_input_is_one_line_on_stderr_and_status_2(line, words, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    places = {name: tmp_path / name for name in ("missing", "empty", "new")}
+    argv = line.format(**places).split()
+    assert main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.strip().splitlines()) == 1
+    assert printed.err.startswith(f"hf-dpssl {argv[0]}: ") and words in printed.err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_a_failure_of_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for argv in (["pull", "org/model"], ["export", "org/model", "--format", "timm"]):
+        assert main([*argv, "--output_dir", str(tmp_path / "new")]) == 1
+        printed = capsys.readouterr().err.strip().splitlines()[-1]
+        assert printed.startswith(
+            f"hf-dpssl {argv[0]}: cannot pull org/model at revision 'main' from http://127.0.0.1:9"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_pull_tells_what_it_did_as_json(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    push(save_checkpoints(tmp_path, ("gan",))["gan"], "org/gan")
+    target = str(tmp_path / "pulled")
+    capsys.readouterr()
+    assert main(["pull", "org/gan", "--output_dir", target, "--json"]) == 0
+    about = {"repo_id": "org/gan", "revision": "main", "output_dir": target, "difference": 0}
+    assert json.loads(capsys.readouterr().out) == about and (tmp_path / "pulled/model.safetensors").is_file()
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    argv = ["export", str(tmp_path / "missing"), "--format", "timm", "--output_dir", str(tmp_path / "new")]
+    monkeypatch.setenv("DPSSL_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        main(argv)
+    monkeypatch.setenv("DPSSL_DEBUG", "0")
+    assert main(argv) == 2
+    with pytest.raises(FileNotFoundError):
+        main([*argv, "--debug"])
+    assert os.environ["DPSSL_DEBUG"] == "1"
+
+
+def raise_it(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("a"), 2), (FileNotFoundError("a"), 2), (ImportError("a"), 2), (SafetensorError("a"), 2),
+        (HTTPError("a"), 1), (TimeoutError("a"), 1), (OfflineModeIsEnabled("a"), 1), (URLError("a"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)  # fmt: skip
+def test_status_tells_bad_input_from_a_failure(error, status, capsys, monkeypatch):
+    monkeypatch.setenv("DPSSL_DEBUG", "0")
+    assert reported("program", lambda: raise_it(error)) == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), RuntimeError("of another library")])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        reported("program", lambda: raise_it(error))
+
+
+def test_a_training_script_reports_bad_input_in_one_line(tmp_path):
+    argv = ["train", "contrastive", "--dataset", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "hf_dpssl.cli", *argv]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "nowhere" in last
+    assert last.startswith("contrastive.py: ") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stage_1_epochs", "0"], "--stage_1_epochs must be at least 1, got 0"),
+        pytest.param(["digitz", "--stage_1_epochs", "1"], "Did you mean digits?", marks=pytest.mark.slow),
+    ],
+)
+def test_map_takes_a_data_set_or_none_before_its_flags(argv, message, capfd):
+    assert main(["map", *argv]) != 0
+    assert message in capfd.readouterr().err
+
+
+def test_shipped_cpu_config_really_starts_two_processes(tmp_path):
+    argv = ["train", "contrastive", "--accelerate_config", "cpu_2_processes", "--num_processes", 2]
+    run(*argv, *SHORT, tmp_path / "two", cwd=tmp_path)
+    assert json.loads((tmp_path / "two/encoder/config.json").read_text())["dpssl"]["steps"] == 2
+
+
+def test_one_process_where_two_were_asked_for_is_an_error(tmp_path):
+    with pytest.raises(AssertionError, match="2 processes were asked for, but this run has 1"):
+        run("train", "contrastive", "--num_processes", 2, *SHORT, tmp_path / "one", cwd=tmp_path)
+    assert not (tmp_path / "one/encoder").exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((shipped_folder("training") / "accelerate").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_accelerate_reads_the_shipped_config_and_keeps_what_it_says(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    written, read = yaml.safe_load(path.read_text(encoding="utf-8")), load_config_from_file(str(path))
+    assert {name: str(getattr(read, name)).split(".")[-1] for name in written} == {
+        name: str(value) for name, value in written.items()
+    }
+    assert f"{written['num_processes']}" in path.stem and str(path.name) in path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_scripts_recipes_card_templates_and_spaces_and_no_tests(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for folder in ("training", "model_cards", "spaces"):
+        packed = f"_{folder}"
+        tracked = [p for p in (REPOSITORY / folder).rglob("*.*") if p.suffix in (".py", ".yaml", ".md", ".txt")]
+        expected = {f"hf_dpssl/{packed}/{p.relative_to(REPOSITORY / folder).as_posix()}" for p in tracked}
+        assert expected and expected <= set(names)
+    assert not [name for name in names if "test" in name or "__pycache__" in name]
+    assert {"hf_dpssl/py.typed", *(f"hf_dpssl/evaluation/modules/{name}.py" for name in MODULES)} <= set(names)
+
+
+def test_wheel_trains_writes_a_card_and_names_its_spaces_from_an_empty_folder(wheel, tmp_path):
+    site, empty = tmp_path / "site", tmp_path / "empty"
+    zipfile.ZipFile(wheel).extractall(site)
+    empty.mkdir()
+    located = subprocess.run(
+        [sys.executable, "-c", "import hf_dpssl; print(hf_dpssl.__file__)"],
+        cwd=empty, env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert located.stdout.startswith(str(site)), "another copy of the package was imported"
+    assert '"torch"' in run("env", "--json", cwd=empty, python_path=site)
+    run("train", "contrastive", "--recipe", "digits", *SHORT, "run", cwd=empty, python_path=site)
+    assert "t-SimCLR on digits" in (empty / "run/encoder/README.md").read_text(encoding="utf-8")
+    printed = run("space", "--help", cwd=empty, python_path=site)
+    for name in ("matching_lab", "image_generator", "latent_lab", "encoder_explorer"):
+        assert name in printed
+        assert (site / f"hf_dpssl/_spaces/{name}/requirements.txt").is_file()
+    assert "SimCLR" in run("info", "run/encoder", cwd=empty, python_path=site)
+    assert [path.name for path in empty.iterdir()] == ["run"]

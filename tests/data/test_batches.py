@@ -1,0 +1,299 @@
+"""Order, workers, processes, resuming, unreadable pictures and crops of the training batches."""
+
+import re
+from dataclasses import replace
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from datasets import ClassLabel
+from pictures import BROKEN, noise, row, write_parquet
+from PIL import Image
+
+from hf_dpssl.data.batches import ImageSource, evaluation_batches, ordered_batches, spread_rows
+from hf_dpssl.data.image_data import load_images
+from hf_dpssl.data.image_table import BadImageError, ImageTable
+from hf_dpssl.data.views import NATURAL, TwoViews
+from hf_dpssl.runs.recipe import RunArguments
+
+CLASSES = ClassLabel(names=["a", "b", "c"])
+KINDS = ["preloaded", "table", "stream"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(kind, ...) -> ImageSource of `noise(0)`, `noise(1)`, ... with the label row % 3; a stream has 4 shards."""
+
+    def source(kind, count=27, broken=(), size=(8, 8), **options):
+        folder = tmp_path / f"set-{count}-{len(broken)}-{size[0]}"
+        if not folder.exists():
+            images = [BROKEN if i in broken else row(i, *size) for i in range(count)]
+            write_parquet(folder / "train.parquet", images, label=([i % 3 for i in range(count)], CLASSES))
+            held_out = [row(1000 + i, *size) for i in range(5)]
+            write_parquet(folder / "test.parquet", held_out, label=([0, 1, 2, 0, 1], CLASSES))
+        data = load_images(str(folder))
+        if kind == "stream":
+            streams = dict(train=data.train.to_iterable_dataset(4), evaluation=data.evaluation.to_iterable_dataset(2))
+            data = replace(data, **streams)
+        defaults = dict(image_size=8, batch_size=4, seed=0, preload_bytes=2**20 if kind == "preloaded" else 0)
+        return ImageSource(data, **(defaults | options))
+
+    return source
+
+
+def take(source, count, start=(0, 0)):
+    return list(islice(source.loader(start), count))
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a["epoch"] == b["epoch"] and a["skipped"] == b["skipped"]
+        assert all(torch.equal(a[key], b[key]) for key in ("images", "labels", "sample_ids"))
+
+
+def marks(batches):
+    """Which of the pictures `noise(0)`, ... each image of the batches is."""
+    known = {noise(i).tobytes(): i for i in range(28)}
+    return [known[image.permute(1, 2, 0).numpy().tobytes()] for batch in batches for image in batch["images"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_sample_comes_at_most_once_per_epoch_and_the_incomplete_batch_is_dropped(make, kind):
+    source = make(kind)
+    assert source.steps_per_epoch == (None if kind == "stream" else 6)
+    batches = take(source, 12)
+    assert [batch["epoch"] for batch in batches] == [0] * 6 + [1] * 6
+    first, second = marks(batches[:6]), marks(batches[6:])
+    for epoch in (first, second):
+        assert len(epoch) == len(set(epoch)) == 24 and set(epoch) < set(range(27))
+    assert first != second and first != sorted(first)
+    ids = torch.cat([batch["sample_ids"] for batch in batches[:6]]).tolist()
+    assert ids == (list(range(24)) if kind == "stream" else first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_is_a_function_of_the_seed_and_pictures_keep_their_labels(make, kind):
+    batches, again, other = take(make(kind), 6), take(make(kind), 6), take(make(kind, seed=1), 6)
+    assert_same(again, batches)
+    assert marks(other) != marks(batches)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert labels.dtype == torch.int64 and labels.tolist() == [mark % 3 for mark in marks(batches)]
+    assert batches[0]["images"].dtype == torch.uint8 and batches[0]["images"].shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_continues_exactly_from_every_point(make, kind):
+    source = make(kind)
+    whole = take(source, 14)
+    for start, position in (((0, 1), 1), ((0, 5), 5), ((0, 6), 6), ((1, 0), 6), ((1, 4), 10)):
+        assert_same(take(source, 3, start), whole[position : position + 3])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_of_two_processes_make_one_batch_of_double_size(make, kind):
+    together = take(make(kind, batch_size=8), 7)
+    halves = [take(make(kind, process=(index, 2)), 7) for index in (0, 1)]
+    for whole, first, second in zip(together, *halves, strict=True):
+        for key in ("images", "labels", "sample_ids"):
+            assert torch.equal(torch.cat([first[key], second[key]]), whole[key])
+        assert first["epoch"] == second["epoch"] == whole["epoch"]
+
+
+@pytest.mark.parametrize("kind", ["table", "stream"])
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(make, kind, num_workers):
+    """Of a stream too, although iter() of a `datasets` stream in a worker leaves out other workers' shards."""
+    for count, start in ((13, (0, 0)), (5, (1, 3))):
+        assert_same(take(make(kind, num_workers=num_workers), count, start), take(make(kind), count, start))
+
+
+def test_workers_change_nothing_for_a_stream_of_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.2, raising=False)  # 5 s a pass
+    for part in range(4):
+        write_parquet(tmp_path / "set" / f"train-{part}.parquet", [row(7 * part + i) for i in range(7)])
+    data = load_images(str(tmp_path / "set"), streaming=True)
+    assert data.train.num_shards == 4
+    options = dict(image_size=8, batch_size=4, seed=0)
+    plain = take(ImageSource(data, **options), 9)
+    assert sorted(marks(plain[:7])) == list(range(28))
+    assert_same(take(ImageSource(data, num_workers=2, **options), 9), plain)
+
+
+def test_two_processes_with_two_workers_read_each_picture_of_a_stream_once(make):
+    halves = [take(make("stream", 28, process=(index, 2), batch_size=7, num_workers=2), 2) for index in (0, 1)]
+    assert sorted(marks(halves[0]) + marks(halves[1])) == list(range(28))
+
+
+def test_preloading_gives_the_tensors_of_reading_row_by_row(make):
+    for size in ((8, 8), (20, 13)):
+        preloaded, table = make("preloaded", size=size), make("table", size=size)
+        assert preloaded.table.images is not None and table.table.images is None
+        assert_same(take(preloaded, 8), take(table, 8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_picture_is_an_error_that_names_row_set_and_file(make, kind, num_workers):
+    place = "image [0-9]+ of epoch 0" if kind == "stream" else "row 9"
+    message = rf"{place} of data set '.*set-27-1-8' \(broken.png\) is not a readable picture: no picture format"
+    found = ""
+    try:
+        take(make(kind, broken=[9], num_workers=num_workers), 7)
+    except BadImageError as error:
+        error.__traceback__, found = None, str(error)  # its frames keep the loader's workers, for 5 s each
+    assert re.search(f"{message}.*--on_bad_image skip", found)
+
+
+def test_preloading_drops_and_counts_unreadable_pictures(make):
+    source = make("preloaded", broken=[0, 9, 26], on_bad_image="skip", batch_size=6)
+    assert list(source.skipped) == ["train row 0", "train row 9", "train row 26"]
+    assert all("broken.png" in reason for reason in source.skipped.values())
+    assert source.steps_per_epoch == 4 and len(source.table) == 24
+    batches = take(source, 4)
+    assert sorted(marks(batches)) == [i for i in range(27) if i not in (0, 9, 26)]
+    assert [mark % 3 for mark in marks(batches)] == torch.cat([batch["labels"] for batch in batches]).tolist()
+    assert not any(batch["skipped"] for batch in batches)
+
+
+def test_unreadable_row_is_replaced_by_the_next_readable_one(make):
+    broken = [3, 4, 26]
+    replacement = {3: 5, 4: 5, 26: 0}
+    for batch in (batches := take(make("table", broken=broken, on_bad_image="skip"), 12)):
+        ids = batch["sample_ids"].tolist()
+        assert marks([batch]) == [replacement.get(i, i) for i in ids]
+        assert batch["labels"].tolist() == [replacement.get(i, i) % 3 for i in ids]
+        assert set(ids) & set(broken) <= set(batch["skipped"]) <= set(broken)
+    skipped = {row: reason for batch in batches for row, reason in batch["skipped"].items()}
+    assert set(skipped) == set(broken) and all("broken.png" in reason for reason in skipped.values())
+
+
+def test_unreadable_picture_of_a_stream_is_replaced_by_others_of_its_batch(make):
+    batches = take(make("stream", 28, broken=[3, 4], on_bad_image="skip"), 7)
+    assert sum(len(batch["skipped"]) for batch in batches) == 2
+    for number, batch in enumerate(batches):
+        assert batch["sample_ids"].tolist() == list(range(4 * number, 4 * number + 4))
+        assert set(batch["skipped"]) <= set(batch["sample_ids"].tolist())
+        found = marks([batch])
+        assert len(found) == 4 and len(set(found)) == 4 - len(batch["skipped"])
+        assert batch["labels"].tolist() == [mark % 3 for mark in found]
+    assert set(marks(batches)) == set(range(28)) - {3, 4}
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [("preloaded", "none of the 12 images"), ("table", "no image of .* can be read"), ("stream", "a whole batch of")],
+)
+def test_nothing_readable_is_an_error_also_when_skipping(make, kind, message):
+    with pytest.raises(BadImageError, match=f"{message}.*broken.png"):
+        take(make(kind, 12, broken=range(12), on_bad_image="skip"), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewer_images_than_one_batch_of_all_processes_is_an_error(make, kind):
+    with pytest.raises(ValueError, match=r"fewer (images )?than one batch .*: lower --batch_size"):
+        take(make(kind, batch_size=14, process=(0, 2)), 1)
+    assert len(take(make(kind, batch_size=13, process=(0, 2)), 2)) == 2
+
+
+def test_pictures_left_after_skipping_must_fill_a_batch(make):
+    with pytest.raises(ValueError, match=r"holds 3 images, fewer than one batch of all processes \(4 x 1\)"):
+        make("preloaded", 4, broken=[2], on_bad_image="skip")
+
+
+def test_on_bad_image_must_be_known(make):
+    with pytest.raises(ValueError, match="'error' or 'skip', got 'ignore'"):
+        make("table", on_bad_image="ignore")
+
+
+def test_ordered_batches_of_too_few_samples_are_an_error_and_no_endless_loop(make):
+    with pytest.raises(ValueError, match=r"27 samples are fewer than one batch of all processes \(7 x 4\)"):
+        ordered_batches(make("table").table, 7, seed=0, process=(1, 4))
+
+
+def views(seed=0):
+    return TwoViews(NATURAL, [0.5] * 3, [0.5] * 3, seed, crop=False)
+
+
+def test_views_cropped_while_loading_are_pillows_crops_of_the_full_picture(make):
+    source = make("table", size=(30, 24), views=views())
+    (batch,) = take(source, 1, start=(2, 1))
+    assert batch["images"].shape == (4, 2, 3, 8, 8) and batch["images"].dtype == torch.uint8
+    for number, sample in enumerate(batch["sample_ids"].tolist()):
+        picture = Image.fromarray(noise(sample, 30, 24))
+        for view in (1, 2):
+            top, left, height, width = views().parameters(torch.tensor([sample]), 2, view, 30, 24).boxes[0].tolist()
+            box = (left, top, left + width, top + height)
+            expected = np.asarray(picture.resize((8, 8), Image.Resampling.BICUBIC, box=box))
+            assert np.array_equal(batch["images"][number, view - 1].permute(1, 2, 0).numpy(), expected)
+
+
+def test_views_cropped_while_loading_depend_on_seed_epoch_and_sample_alone(make):
+    def crops(count, start=(0, 0), view_seed=0, **options):
+        batches = take(make("table", size=(30, 24), views=views(view_seed), **options), count, start)
+        return {i: image for b in batches for i, image in zip(b["sample_ids"].tolist(), b["images"], strict=True)}
+
+    reference = crops(6)
+    for other in (crops(12, batch_size=2), crops(3, seed=7, num_workers=2)):
+        shared = reference.keys() & other.keys()
+        assert len(shared) > 5 and all(torch.equal(reference[i], other[i]) for i in shared)
+    for other in (crops(6, start=(1, 0)), crops(6, view_seed=1)):
+        assert all(not torch.equal(reference[i], other[i]) for i in reference.keys() & other.keys())
+    assert all(not torch.equal(first, second) for first, second in reference.values())
+
+
+def test_stream_with_views_and_workers_equals_the_one_without_workers(make):
+    plain = take(make("stream", size=(30, 24), views=views()), 7)
+    assert plain[0]["images"].shape == (4, 2, 3, 8, 8)
+    assert_same(take(make("stream", size=(30, 24), views=views(), num_workers=2), 7), plain)
+
+
+@pytest.mark.parametrize("side, cropped", [(8, False), (9, True)])
+def test_run_crops_while_loading_where_pictures_are_larger_than_asked_for(make, side, cropped):
+    arguments, both = RunArguments(batch_size=5, seed=3, preload_gb=0.001), TwoViews(NATURAL, [0.5] * 3, [0.5] * 3, 0)
+    data = make("table", size=(side, side)).data
+    source = ImageSource.from_arguments(data, arguments, PartialState(), 8, both)
+    assert both.crop is not cropped
+    (batch,) = take(source, 1)
+    assert batch["images"].shape == ((5, 2, 3, 8, 8) if cropped else (5, 3, 8, 8))
+    assert (source.batch_size, source.seed, source.process) == (5, 3, (0, 1))
+    assert source.training_table().__getitems__([(0, 1)])["images"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_batches_hold_every_row_once_in_order(make, kind):
+    source = make(kind)
+    batches = list(evaluation_batches(source.training_table(), 10))
+    assert [len(batch["images"]) for batch in batches] == [10, 10, 7] and marks(batches) == list(range(27))
+    (held_out,) = evaluation_batches(source.evaluation_table(), 10)
+    assert held_out["labels"].tolist() == [0, 1, 2, 0, 1]
+    assert np.array_equal(held_out["images"][3].permute(1, 2, 0).numpy(), noise(1003))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_batches_leave_out_unreadable_pictures(make, kind):
+    broken, readable = [0, 5, 6, 7, 8, 26], [1, 2, 3, 4, *range(9, 26)]
+    batches = list(evaluation_batches(make(kind, broken=broken, on_bad_image="skip").training_table(), 3))
+    assert all(len(batch["images"]) for batch in batches) and marks(batches) == readable
+    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [i % 3 for i in readable]
+
+
+@pytest.mark.parametrize("size, limit", [(10, 3), (10, 10), (10, 99), (1, 1), (1000, 7)])
+def test_spread_rows_are_even_and_at_most_the_limit(size, limit):
+    rows = spread_rows(size, limit)
+    assert 0 < len(rows) <= limit and rows[0] == 0 and rows[-1] < size
+    assert len(rows) == size or len(rows) > limit / 2
+
+
+def test_table_without_labels_gives_minus_one(tmp_path):
+    data = load_images(str(write_parquet(tmp_path / "plain.parquet", [row(i) for i in range(10)])))
+    batch = ImageTable(data, data.train, 8).__getitems__([(0, 2), (0, 5)])
+    assert batch["labels"].tolist() == [-1, -1] and batch["sample_ids"].tolist() == [2, 5]

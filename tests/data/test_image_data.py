@@ -1,0 +1,297 @@
+"""From `--dataset` to splits, classes and columns, for every kind of source, and the errors of each."""
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from datasets import ClassLabel, Value
+from pictures import encoded, row, write_parquet
+from sklearn.datasets import load_digits
+
+from hf_dpssl.data.decoding import decode_image
+from hf_dpssl.data.image_data import TABLE, load_images
+
+CAT_DOG = ClassLabel(names=["cat", "dog"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(request, monkeypatch, tmp_path):
+    """What `datasets` converts goes to the test's folder; that of the large real sets is kept."""
+    if "data_folder" not in request.fixturenames:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def identity(image):
+    """The red value of a one-coloured picture."""
+    return decode_image(image).getpixel((0, 0))[0]
+
+
+def marked(number):
+    return {"bytes": encoded(np.full((4, 4, 3), number, np.uint8)), "path": None}
+
+
+def write_pictures(folder, count=10, first=0):
+    folder.mkdir(parents=True)
+    for number in range(first, first + count):
+        (folder / f"{number}.png").write_bytes(marked(number)["bytes"])
+
+
+def labelled(path, count=20, feature=CAT_DOG, labels=None, first=0):
+    values = labels or [i % 2 for i in range(count)]
+    return write_parquet(path, [marked(first + i) for i in range(count)], label=(values, feature))
+
+
+def pairs(data, split):
+    """{(mark of the picture, class name)} of a split."""
+    return {(identity(r[data.image_column]), data.class_names[r[data.label_column]]) for r in split}
+
+
+def test_digits_are_split_into_1437_and_360_with_every_class_in_proportion():
+    data = load_images("digits")
+    assert (len(data.train), len(data.evaluation)) == (1437, 360)
+    assert data.class_names == [str(digit) for digit in range(10)]
+    shares = np.bincount(load_digits().target) / 1797
+    assert np.abs(np.bincount(data.evaluation["label"]) - 360 * shares).max() < 1
+    assert np.abs(np.bincount(data.train["label"]) - 1437 * shares).max() < 1
+
+
+def test_digits_pixels_and_labels_are_those_of_scikit_learn():
+    data, source = load_images("digits"), load_digits()
+    expected = sorted(zip([tuple(np.rint(i.ravel() * 255 / 16)) for i in source.images], source.target, strict=True))
+    rows = [*data.train, *data.evaluation]
+    found = sorted((tuple(np.asarray(decode_image(r["image"]))[..., 0].ravel()), r["label"]) for r in rows)
+    assert found == expected
+
+
+def test_fingerprint_changes_with_the_content_and_not_from_one_load_to_the_next(tmp_path):
+    assert load_images("digits").fingerprint == load_images("digits").fingerprint
+    name, found = str(tmp_path / "set.parquet"), []
+    for labels in ([0, 1] * 10, [1, 0] * 10):
+        labelled(tmp_path / "set.parquet", 20, labels=labels)
+        found += [load_images(name).fingerprint, load_images(name).fingerprint]
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_image_folder_has_its_folders_as_classes(tmp_path):
+    for split, count in (("train", 10), ("test", 3)):
+        for first, name in ((0, "cat"), (100, "dog")):
+            write_pictures(tmp_path / "set" / split / name, count, first)
+    (tmp_path / "set" / "train" / "cat" / "notes.txt").write_text("no picture")
+    data = load_images(str(tmp_path / "set"))
+    assert data.class_names == ["cat", "dog"]
+    assert pairs(data, data.train) == {(i, "cat") for i in range(10)} | {(i, "dog") for i in range(100, 110)}
+    assert pairs(data, data.evaluation) == {(i, "cat") for i in range(3)} | {(i, "dog") for i in range(100, 103)}
+
+
+def test_image_folder_without_class_folders_is_unlabelled(tmp_path):
+    write_pictures(tmp_path / "set", 10)
+    data = load_images(str(tmp_path / "set"))
+    assert data.class_names is None and data.label_column is None
+    assert {identity(r["image"]) for split in (data.train, data.evaluation) for r in split} == set(range(10))
+
+
+@pytest.mark.parametrize("held_out", ["test-00000-of-00001", "set_val", "validation", "test/part"])
+def test_parquet_folder_is_split_by_file_name(tmp_path, held_out):
+    folder = tmp_path / "set"
+    labelled(folder / "train-00000-of-00002.parquet", 6)
+    labelled(folder / "train-00001-of-00002.parquet", 6, first=6)
+    labelled(folder / f"{held_out}.parquet", 4, first=50)
+    data = load_images(str(folder))
+    assert {mark for mark, _ in pairs(data, data.train)} == set(range(12))
+    assert {mark for mark, _ in pairs(data, data.evaluation)} == set(range(50, 54))
+
+
+def test_set_without_a_test_split_holds_out_a_fixed_tenth(tmp_path):
+    name = str(labelled(tmp_path / "only.parquet", 60))
+    data, again = load_images(name), load_images(name)
+    train, evaluation = pairs(data, data.train), pairs(data, data.evaluation)
+    assert len(evaluation) == 6 and not train & evaluation
+    assert train | evaluation == {(i, CAT_DOG.names[i % 2]) for i in range(60)}
+    assert (pairs(again, again.train), pairs(again, again.evaluation)) == (train, evaluation)
+    assert data.fingerprint == again.fingerprint
+
+
+def test_integer_labels_are_numbered_from_0_over_both_splits(tmp_path):
+    labelled(tmp_path / "set" / "train.parquet", 4, Value("int64"), [700, 3, 700, 3])
+    labelled(tmp_path / "set" / "test.parquet", 2, Value("int64"), [3, 40], first=10)
+    data = load_images(str(tmp_path / "set"))
+    assert data.class_names == ["3", "40", "700"]
+    assert data.train["label"][:] == [2, 0, 2, 0] and data.evaluation["label"][:] == [0, 1]
+    assert pairs(data, data.train) == {(0, "700"), (1, "3"), (2, "700"), (3, "3")}
+
+
+def test_string_labels_become_classes_in_alphabetical_order(tmp_path):
+    labelled(tmp_path / "set" / "train.parquet", 3, Value("string"), ["pear", "apple", "fig"])
+    labelled(tmp_path / "set" / "test.parquet", 1, Value("string"), ["fig"])
+    data = load_images(str(tmp_path / "set"))
+    assert data.class_names == ["apple", "fig", "pear"]
+    assert data.train["label"][:] == [2, 0, 1] and data.evaluation["label"][:] == [1]
+
+
+def test_union_of_sets_with_the_same_classes_keeps_every_picture_and_label(tmp_path):
+    first, second = labelled(tmp_path / "a.parquet", 20), labelled(tmp_path / "b.parquet", 20, first=100)
+    data = load_images(f"{first}+{second}")
+    assert data.class_names == ["cat", "dog"] and (len(data.train), len(data.evaluation)) == (36, 4)
+    expected = {(start + i, CAT_DOG.names[i % 2]) for start in (0, 100) for i in range(20)}
+    assert pairs(data, data.train) | pairs(data, data.evaluation) == expected
+
+
+def mixed_parts(tmp_path):
+    """Two sets whose classes overlap in "dog", the second with other column names and a row without label."""
+    labelled(tmp_path / "a.parquet", 20)
+    images, labels = [marked(100 + i) for i in range(20)], [i % 2 for i in range(19)] + [-1]
+    write_parquet(tmp_path / "b.parquet", images, "image_bytes", class_id=(labels, ClassLabel(names=["dog", "ant"])))
+    return f"{tmp_path}/a.parquet + {tmp_path}/b.parquet"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_union_merges_different_classes_by_name(tmp_path, streaming):
+    data = load_images(mixed_parts(tmp_path), streaming=streaming)
+    assert data.class_names == ["ant", "cat", "dog"]
+    rows = [*data.train] if streaming else [*data.train, *data.evaluation]
+    found = {identity(r[data.image_column]): r[data.label_column] for r in rows}
+    expected = {i: 1 + i % 2 for i in range(20)} | {100 + i: 2 - 2 * (i % 2) for i in range(19)} | {119: -1}
+    assert found == expected
+
+
+def test_union_with_an_unlabelled_part_is_unlabelled(tmp_path):
+    write_pictures(tmp_path / "plain", 10, first=200)
+    data = load_images(f"{labelled(tmp_path / 'a.parquet')}+{tmp_path / 'plain'}")
+    assert data.class_names is None and data.label_column is None
+    marks = {identity(r[data.image_column]) for split in (data.train, data.evaluation) for r in split}
+    assert marks == set(range(20)) | set(range(200, 210))
+
+
+def test_named_columns_override_the_search(tmp_path):
+    columns = {"first": ([0] * 20, CAT_DOG), "second": ([1] * 20, ClassLabel(names=["x", "y", "z"]))}
+    write_parquet(tmp_path / "set.parquet", [marked(5)] * 20, "photo", **columns)
+    name = str(tmp_path / "set.parquet")
+    assert load_images(name).label_column is None  # two candidates, none called label
+    data = load_images(name, image_column="photo", label_column="second")
+    assert (data.image_column, data.label_column, data.class_names) == ("photo", "second", ["x", "y", "z"])
+    assert set(data.train["second"]) == {1} and data.train.column_names == ["photo", "second"]
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (dict(image_column="photo"), r"set.parquet.*no column 'photo', only \['image', 'label'\].*--image_column"),
+        (dict(label_column="kind"), r"set.parquet.*no column 'kind', only \['image', 'label'\].*--label_column"),
+    ],
+)
+def test_missing_column_is_named_with_those_there_are(tmp_path, option, message):
+    name = str(labelled(tmp_path / "set.parquet"))
+    with pytest.raises(ValueError, match=message):
+        load_images(name, **option)
+
+
+def test_two_image_columns_ask_for_a_choice(tmp_path):
+    write_parquet(tmp_path / "set.parquet", [row(0)] * 2, mask=([row(1)] * 2, datasets.Image()))
+    with pytest.raises(ValueError, match=r"2 image columns among \['image', 'mask'\].*--image_column"):
+        load_images(str(tmp_path / "set.parquet"))
+
+
+@pytest.mark.parametrize(
+    "feature, labels, message",
+    [
+        (Value("float32"), [0.5, 1.5], r"Value\('float32'\).*integers, strings or a ClassLabel"),
+        (Value("int64"), [1, None], "rows without a label: fill or drop"),
+    ],
+)
+def test_unusable_labels_are_refused(tmp_path, feature, labels, message):
+    path = labelled(tmp_path / "set.parquet", 2, feature, labels)
+    with pytest.raises(ValueError, match=message):
+        load_images(str(path))
+
+
+def test_splits_that_number_their_classes_differently_are_aligned_by_name(tmp_path):
+    labelled(tmp_path / "train.parquet")
+    labelled(tmp_path / "test.parquet", feature=ClassLabel(names=["dog", "cat"]), labels=[0] * 20, first=100)
+    data = load_images(str(tmp_path))
+    assert {name for _, name in pairs(data, data.evaluation)} == {"dog"}
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_empty_split_is_refused(tmp_path, empty):
+    for split in ("train", "test"):
+        labelled(tmp_path / "set" / f"{split}.parquet", 0 if split == empty else 5)
+    with pytest.raises(ValueError, match=rf"set/{empty}.parquet.*at least one image"):
+        load_images(str(tmp_path / "set"))
+
+
+def test_single_image_is_too_few(tmp_path):
+    with pytest.raises(ValueError, match="one.parquet' holds a single image"):
+        load_images(str(write_parquet(tmp_path / "one.parquet", [row(0)])))
+
+
+def test_folder_and_file_without_pictures_are_refused(tmp_path):
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    with pytest.raises(ValueError, match="folder .*empty is empty: put images"):
+        load_images(str(tmp_path / "empty"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="cannot load the data set .*texts.*at least one image"):
+        load_images(str(tmp_path / "texts"))
+    with pytest.raises(ValueError, match="a.txt is one .txt file: give a folder"):
+        load_images(str(tmp_path / "texts" / "a.txt"))
+    (tmp_path / "broken.parquet").write_bytes(b"this is no parquet file")
+    with pytest.raises(ValueError, match="broken.parquet.*[Pp]arquet.*Check that the files can be read"):
+        load_images(str(tmp_path / "broken.parquet"))
+
+
+def test_unknown_name_lists_the_table_and_suggests_close_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'cifar10-jpg' .*digits, mnist.*Did you mean cifar10-jpeg"):
+        load_images("cifar10-jpg")
+    with pytest.raises(FileNotFoundError, match=r"'.*/nowhere' is no path") as raised:
+        load_images(str(tmp_path / "nowhere"))
+    assert "Did you mean" not in str(raised.value)
+
+
+def test_local_set_without_its_folder_names_the_environment_variable(monkeypatch, tmp_path):
+    monkeypatch.delenv("DPSSL_DATA", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"'pacs-64px' is read from pacs-64px\*.parquet .*DPSSL_DATA.*None"):
+        load_images("pacs-64px")
+    monkeypatch.setenv("DPSSL_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"DPSSL_DATA.*{tmp_path}"):
+        load_images("pacs-64px")
+
+
+def test_unreachable_hub_set_says_where_it_was_sought_and_what_to_check(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"nobody/nothing at revision 'v1' on http.*network.*HF_HUB_OFFLINE"):
+        load_images("nobody/nothing@v1")
+
+
+def test_streams_hold_the_same_rows_as_tables(tmp_path):
+    labelled(tmp_path / "set" / "train.parquet", 10)
+    labelled(tmp_path / "set" / "test.parquet", 4, first=50)
+    data, stream = load_images(str(tmp_path / "set")), load_images(str(tmp_path / "set"), streaming=True)
+    assert isinstance(stream.train, datasets.IterableDataset) and stream.class_names == data.class_names
+    assert list(stream.train) == list(data.train) and list(stream.evaluation) == list(data.evaluation)
+
+
+def test_streaming_needs_known_classes(tmp_path):
+    path = labelled(tmp_path / "set.parquet", 4, Value("int64"))
+    with pytest.raises(ValueError, match=r"'label' .*Value\('int64'\), not a ClassLabel.*Leave --streaming out"):
+        load_images(str(path), streaming=True)
+
+
+CLASSES = {
+    "mnist": 10, "cifar10-jpeg": 10, "cifar10-jpeg-small": 10, "mnist-m-small": 10, "pacs-64px": 7,
+    "tiny-imagenet-20c": 20, "caltech101-20c": 20, "dtd-10c-128px": 10, "orl-faces": 40,
+}  # fmt: skip
+
+
+def test_every_local_set_of_the_table_is_tested_below():
+    assert set(CLASSES) == {name for name, entry in TABLE.items() if entry.local}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_local_set_loads_with_its_classes_and_readable_pictures(data_folder, name):
+    data = load_images(name)
+    assert len(data.class_names) == CLASSES[name]
+    assert set(data.train[data.label_column]) == set(range(CLASSES[name]))
+    assert len(data.train) > len(data.evaluation) > 0
+    size = np.asarray(decode_image(data.train[0][data.image_column])).shape
+    assert len(size) == 3 and size[2] == 3 and min(size[:2]) >= 28

@@ -1,0 +1,148 @@
+"""The sharding plan of training/accelerate/fsdp_8_bf16.yaml, by torch's fully_shard in two gloo processes."""
+
+import io
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from diffusers.training_utils import EMAModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from hf_dpssl.generation.diffusion import make_transformer
+from hf_dpssl.runs.sharding import copy_whole_, gathered, load_gathered_
+
+RECIPE = Path(__file__).parents[2] / "training/accelerate/fsdp_8_bf16.yaml"
+SIZE = dict(num_layers=3, width=16, num_heads=2, patch_size=2, latent_channels=2, latent_size=4, num_classes=3)
+STEPS = 3
+
+
+def units() -> list[str]:
+    return yaml.safe_load(RECIPE.read_text())["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"].split(",")
+
+
+def shard(model: torch.nn.Module, names: list[str]) -> None:
+    """As accelerate does: modules of these classes from the inside out, then the whole."""
+    mesh = init_device_mesh("cpu", (2,))
+    for module in reversed(list(model.modules())[1:]):
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = make_transformer(**SIZE).train()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def inputs(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    latents = torch.randn(4, 2, 4, 4, generator=generator)
+    return dict(hidden_states=latents, timestep=latents[:, 0, 0, 0] * 100 + 500, class_labels=torch.arange(4))
+
+
+class Run:
+    """A model, its optimiser and its average."""
+
+    def __init__(self, names: list[str] | None):
+        self.model = make_model()
+        if names is not None:
+            shard(self.model, names)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, eps=1e-4)
+        self.ema = EMAModel(self.model.parameters(), decay=0.5)
+        self.found: dict[str, torch.Tensor] = {}
+
+    def train(self, first: int, last: int, share: slice) -> None:
+        for step in range(first, last):
+            given = {name: value[share] for name, value in inputs(step).items()}
+            loss = (self.model(**given).sample - given["hidden_states"]).square().mean()
+            loss.backward()
+            self.found[f"loss {step}"] = loss.detach().clone()
+            for name, parameter in self.model.named_parameters():
+                self.found[f"gradient {step} {name}"] = gathered(parameter.grad).clone()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.ema.step(self.model.parameters())
+
+    def states(self) -> dict:
+        kept = dict(model=self.model, optimizer=self.optimizer, ema=self.ema)
+        return {name: gathered(value.state_dict()) for name, value in kept.items()}
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        average = make_model()
+        copy_whole_(average.parameters(), self.ema.shadow_params)
+        self.found |= {f"average {k}": v.detach().clone() for k, v in average.named_parameters()}
+        return self.found | {f"weight {name}": value for name, value in self.states()["model"].items()}
+
+
+def in_two() -> dict[str, torch.Tensor]:
+    """Train sharded, with a stop in the middle that goes on in another run from the saved whole states."""
+    rank = torch.distributed.get_rank()
+    share = slice(2 * rank, 2 * rank + 2)
+    first = Run(units())
+    assert all(isinstance(parameter, DTensor) for parameter in first.model.parameters())
+    assert sum(isinstance(module, FSDPModule) for module in first.model.modules()) == 2 * SIZE["num_layers"] + 1
+    first.train(0, STEPS - 1, share)
+    file = io.BytesIO()
+    torch.save(first.states(), file)
+    file.seek(0)
+    second, saved = Run(units()), torch.load(file, weights_only=True)
+    for name, target in dict(model=second.model, optimizer=second.optimizer, ema=second.ema).items():
+        load_gathered_(target, saved[name])
+    second.train(STEPS - 1, STEPS, share)
+    first.train(STEPS - 1, STEPS, share)
+    stopped, whole = second.finish(), first.finish()
+    identical = all(torch.equal(stopped[name], whole[name]) for name in stopped)
+    blocks_alone = Run(["BasicTransformerBlock"])
+    try:
+        blocks_alone.train(0, 1, share)
+        works = True
+    except RuntimeError as error:
+        works = "DTensor" not in str(error)
+    return whole | {"resumed as it was": torch.tensor(identical), "blocks alone work": torch.tensor(works)}
+
+
+def test_sharded_run_has_the_losses_gradients_averages_and_states_of_one_process_and_resumes_exactly(run_in_two):
+    both, alone = run_in_two(in_two), Run(None)
+    alone.train(0, STEPS, slice(0, 4))
+    expected = alone.finish()
+    for result in both:
+        assert bool(result.pop("resumed as it was"))
+        assert not bool(result.pop("blocks alone work"))  # why the embedders are units of their own
+    for step in range(STEPS):
+        both[0][f"loss {step}"] = both[1][f"loss {step}"] = sum(r[f"loss {step}"] for r in both) / 2
+    for result in both:
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                result[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def test_state_of_a_run_without_shards_is_given_and_loaded_as_it_is():
+    run, other = Run(None), Run(None)
+    run.train(0, 1, slice(0, 4))
+    assert all(gathered(value) is value for value in run.model.state_dict().values())
+    for name, target in dict(model=other.model, optimizer=other.optimizer, ema=other.ema).items():
+        load_gathered_(target, run.states()[name])
+    assert all(torch.equal(a, b) for a, b in zip(other.ema.shadow_params, run.ema.shadow_params, strict=True))
+
+
+def test_recipe_is_one_that_accelerate_reads_and_names_classes_of_the_transformer():
+    config = load_config_from_file(str(RECIPE))
+    assert isinstance(config, ClusterConfig) and config.distributed_type == "FSDP" and config.num_processes == 8
+    assert config.fsdp_config["fsdp_version"] == 2 and config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert set(units()) <= {type(module).__name__ for module in make_model().modules()}
+
+
+def test_flags_of_the_recipe_are_accelerates_own():
+    from accelerate.commands.launch import launch_command_parser
+
+    flags = {option.lstrip("-") for action in launch_command_parser()._actions for option in action.option_strings}
+    with open(RECIPE, encoding="utf-8") as file:
+        assert set(yaml.safe_load(file)["fsdp_config"]) <= flags

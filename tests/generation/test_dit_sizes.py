@@ -1,0 +1,75 @@
+"""Sizes of the DiT paper: its tables, and diffusers' transformer counted parameter by parameter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_dpssl.generation.diffusion import make_transformer
+from hf_dpssl.generation.dit_sizes import (
+    PRESETS,
+    embedder_parameters,
+    multiplications,
+    parameters_without_embedders,
+    preset,
+    surplus_parameters,
+)
+
+LATENTS = dict(in_channels=4, out_channels=8)
+# Peebles and Xie 2023, tables 1 and 4: depth, width, heads; millions of parameters (patch 2); Gflops by patch.
+PAPER = {
+    "s": ((12, 384, 6), 33.0, {2: 6.06, 4: 1.41, 8: 0.36}),
+    "b": ((12, 768, 12), 130.5, {2: 23.01, 4: 5.56, 8: 1.42}),
+    "l": ((24, 1024, 16), 458.1, {2: 80.71, 4: 19.70, 8: 5.01}),
+    "xl": ((28, 1152, 16), 675.1, {2: 118.64, 4: 29.05, 8: 7.39}),
+}
+DIFFUSERS = {"s": 39.8, "b": 147.4, "l": 511.6, "xl": 749.8}
+
+
+def on_meta(name: str, num_layers: int | None = None):
+    size = PRESETS[name]
+    with torch.device("meta"):
+        return make_transformer(
+            num_layers=num_layers or size.num_layers, width=size.width, num_heads=size.num_heads,
+            patch_size=size.patch_size, latent_channels=4, latent_size=32, num_classes=1000,
+            learned_variance=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("letters", PAPER)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_size_is_the_papers(letters, patch):
+    dimensions, millions, operations = PAPER[letters]
+    size = preset(f"dit-{letters}-{patch}")
+    assert (size.num_layers, size.width, size.num_heads, size.patch_size) == (*dimensions, patch)
+    found = multiplications(size, latent_size=32, **LATENTS)
+    assert found / 1e9 == pytest.approx(operations[patch], rel=0.01, abs=0.005)  # the paper gives two decimals
+    if patch == 2:
+        positions = 256 * size.width  # the paper counts its fixed table
+        whole = parameters_without_embedders(size, **LATENTS) + embedder_parameters(size.width, 1000) + positions
+        assert whole / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_transformer_has_the_parameters_of_the_formula_and_diffusers_surplus(name):
+    size, transformer = PRESETS[name], on_meta(name)
+    counted = {True: 0, False: 0}
+    for key, parameter in transformer.named_parameters():
+        counted["norm1.emb." in key] += parameter.numel()
+    assert counted[False] == parameters_without_embedders(size, **LATENTS)
+    assert counted[True] == surplus_parameters(size, 1000) + embedder_parameters(size.width, 1000)
+    if size.patch_size == 2:
+        assert sum(counted.values()) / 1e6 == pytest.approx(DIFFUSERS[name.split("-")[1]], abs=0.06)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_operations_are_those_that_torch_counts(name):
+    size, transformer = PRESETS[name], on_meta(name, num_layers=2)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        transformer(torch.empty(1, 4, 32, 32), timestep=torch.empty(1), class_labels=torch.empty(1, dtype=torch.int64))
+    shallow = type(size)(2, size.width, size.num_heads, size.patch_size)
+    assert counter.get_total_flops() == 2 * multiplications(shallow, latent_size=32, embedders=3, **LATENTS)
+
+
+def test_unknown_size_is_refused_with_the_closest():
+    with pytest.raises(ValueError, match="no size 'dit-s2'; the closest are .*'dit-s-2'"):
+        preset("dit-s2")

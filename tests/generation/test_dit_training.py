@@ -1,0 +1,137 @@
+"""Steps of the latent DiT's training: accumulation and processes leave them unchanged; checkpointing, compilation."""
+
+import dae_dit
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_dpssl import VQAutoencoder, VQConfig
+from hf_dpssl.data.batches import ordered_batches
+from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
+from hf_dpssl.generation.dit_arguments import DiTArguments
+from hf_dpssl.generation.token_alignment import AlignedTransformer
+
+OBJECTIVES = {
+    "flow": {"timestep_sampling": "logit_normal"},
+    "v_prediction": {"objective": "v_prediction", "min_snr_gamma": 5.0},
+    "learned_variance": {"objective": "epsilon", "learned_variance": True},
+    "aligned": {"align_encoder": "given"},
+}
+IMAGES = 40
+
+
+class Latents(torch.utils.data.Dataset):
+    """Latents, labels and images by formula."""
+
+    def __len__(self):
+        return IMAGES
+
+    def __getitems__(self, items):
+        rows = torch.tensor([row for _, row in items])
+        values = (rows.view(-1, 1, 1, 1) + torch.arange(2 * 16).view(1, 2, 4, 4)).sin()
+        return dict(latents=values, labels=rows % 3, sample_ids=rows, epoch=items[0][0], images=rows.view(-1, 1, 1, 1))
+
+
+def features(images: torch.Tensor) -> torch.Tensor:
+    """(B, 4, 5), in place of an encoder."""
+    return (images.view(-1, 1, 1) * torch.linspace(0.1, 1, 20).view(1, 4, 5)).cos()
+
+
+def make_model(args: DiTArguments) -> torch.nn.Module:
+    torch.manual_seed(0)
+    size = dict(num_layers=2, width=16, num_heads=2, patch_size=2, latent_channels=2, latent_size=4, num_classes=3)
+    model = make_transformer(**size, learned_variance=args.learned_variance)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return AlignedTransformer(model, block=1, features=5, width=8) if args.align_encoder else model
+
+
+def autoencoder() -> VQAutoencoder:
+    shape = dict(image_size=8, latent_channels=2, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
+    return VQAutoencoder(VQConfig(**shape, num_codes=4, norm_num_groups=4, latent_mean=[0.1, 0], latent_std=[1, 2]))
+
+
+def train(name: str, batch_size: int, accumulate: int = 1, steps: int = 6, **options) -> dict[str, torch.Tensor]:
+    """Weights after some steps of AdamW, and all losses."""
+    args = DiTArguments(**OBJECTIVES[name])
+    bare = make_model(args).train()
+    if options.get("checkpointing"):
+        getattr(bare, "transformer", bare).enable_gradient_checkpointing()
+    if options.get("compiled"):
+        bare.compile()
+    several = dist.is_available() and dist.is_initialized()
+    model = DistributedDataParallel(bare) if several else bare
+    process = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, eps=1e-4
+    )  # else rounding decides signs of tiny gradients
+    vae, scheduler = autoencoder(), make_scheduler(args.objective, args.learned_variance)
+    batches = iter(ordered_batches(Latents(), batch_size, 0, process=process, accumulate=accumulate))
+    losses = []
+    for _ in range(steps):
+        for _ in range(accumulate):
+            given = features if name == "aligned" else None
+            loss = dae_dit.step_losses(model, next(batches), vae, scheduler, args, 3, given)["loss"] / accumulate
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": torch.stack(losses).view(steps, -1).sum(1)} | {k: v.detach() for k, v in bare.named_parameters()}
+
+
+def assert_same(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulation_leaves_the_trajectory_unchanged_over_epochs(name):
+    whole = train(name, 16)  # three epochs; 8 images of each are left over, which batches of 8 must not show either
+    assert_same(train(name, 8, accumulate=2), whole)
+    start = make_model(DiTArguments(**OBJECTIVES[name])).state_dict()
+    assert max(float((whole[k] - start[k]).abs().max()) for k in whole if k in start) > 1e-3
+
+
+def run_all() -> dict[str, torch.Tensor]:
+    return {f"{name} {key}": value for name in OBJECTIVES for key, value in train(name, 8).items()}
+
+
+def test_two_processes_follow_one_of_twice_the_batch(run_in_two):
+    both = run_in_two(run_all)
+    for name in OBJECTIVES:
+        expected = train(name, 16)
+        found = [{k.removeprefix(f"{name} "): v for k, v in r.items() if k.startswith(f"{name} ")} for r in both]
+        found[0]["losses"] = found[1]["losses"] = (found[0]["losses"] + found[1]["losses"]) / 2
+        for result in found:
+            assert_same(result, expected)
+
+
+@pytest.mark.parametrize("name", ["learned_variance", "aligned"])
+def test_gradient_checkpointing_changes_nothing(name):
+    assert_same(train(name, 8, steps=3, checkpointing=True), train(name, 8, steps=3), tolerance=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flow", "aligned"])
+def test_compilation_changes_rounding_only(name):
+    assert_same(train(name, 8, steps=3, compiled=True), train(name, 8, steps=3))
+
+
+def test_arguments_that_do_not_go_together_are_refused():
+    assert DiTArguments(preset="dit-b-4").width == 768 and DiTArguments(preset="dit-b-4", width=768).patch_size == 4
+    for match, options in {
+        "has --width 384, got 100": dict(preset="dit-s-2", width=100),
+        "--learned_variance needs --objective epsilon": dict(learned_variance=True),
+        "logit_normal needs --objective flow": dict(objective="epsilon", timestep_sampling="logit_normal"),
+        "--min_snr_gamma must be positive": dict(min_snr_gamma=0.0),
+        "--logit_std must be positive": dict(logit_std=0.0),
+        "need --validation_steps": dict(validation_extractor="inception"),
+        "--best_metric fid needs --validation_extractor": dict(best_metric="fid", validation_steps=2),
+        r"--align_block lies in \[1, 4\], got 5": dict(align_block=5),
+        "leave out --streaming": dict(align_encoder="given", streaming=True),
+        "--validation_images must be at least 1": dict(validation_images=0),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            DiTArguments(**options)

@@ -1,0 +1,120 @@
+"""`hf-dpssl evaluate` of Hub ids: one commit into results.json and the card, through the real client on a local Hub."""
+
+import json
+
+import pytest
+from hub_server_write import TOKEN
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.utils import disable_progress_bars
+from tiny_checkpoints import save_checkpoints
+
+from hf_dpssl.cli.commands import main
+from hf_dpssl.hub.publishing import push
+
+FEW = ["--evaluation_images", "60", "--protocol", "shape"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Finished checkpoints."""
+    disable_progress_bars()
+    return save_checkpoints(tmp_path_factory.mktemp("finished"), ("encoder", "autoencoder", "dit"))
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch, tmp_path):
+    """What another test has downloaded is not there."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+def card_results(hub, repo_id: str) -> list:
+    return ModelCard(hub.files(repo_id)["README.md"].decode()).data.eval_results
+
+
+def test_a_pushed_evaluation_is_one_commit_into_results_and_card(hub, folders, capsys):
+    push(folders["encoder"], "org/tiny")
+    before, commits = hub.files("org/tiny"), len(hub.history("org/tiny"))
+    capsys.readouterr()
+    assert main(["evaluate", "org/tiny", *FEW, "--push", "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
+    after = hub.files("org/tiny")
+    assert len(hub.history("org/tiny")) == commits + 1
+    assert {name for name in after if after[name] != before.get(name)} == {"results.json", "README.md"}
+    results = json.loads(after["results.json"])
+    assert results == json.loads(before["results.json"]) | {"evaluations": [entry]}
+    found = card_results(hub, "org/tiny")
+    assert [result.metric_value for result in found] == list(entry["metrics"].values())
+    sha256 = entry["fingerprint"]["sha256"]
+    assert {result.metric_args["fingerprint"] for result in found} == {sha256[:16]}
+    assert {(result.dataset_name, result.dataset_split) for result in found} == {("digits", "evaluation")}
+    text = before["README.md"].decode().split("---\n", 2)[2]
+    assert after["README.md"].decode().endswith(text) and "- encoder" in after["README.md"].decode()
+    # The same numbers again are no second entry; others are.
+    assert main(["evaluate", "org/tiny", *FEW, "--push"]) == 0
+    assert len(json.loads(hub.files("org/tiny")["results.json"])["evaluations"]) == 1
+    assert len(card_results(hub, "org/tiny")) == len(found)
+    assert main(["evaluate", "org/tiny", *FEW[:2], "--protocol", "views", "--push"]) == 0
+    assert len(json.loads(hub.files("org/tiny")["results.json"])["evaluations"]) == 2
+    assert len(card_results(hub, "org/tiny")) == len(found) + 2
+
+
+def test_the_next_push_of_the_folder_keeps_what_the_card_was_given(hub, folders):
+    push(folders["encoder"], "org/kept")
+    assert main(["evaluate", "org/kept", *FEW, "--push"]) == 0
+    found = card_results(hub, "org/kept")
+    push(folders["encoder"], "org/kept")
+    assert card_results(hub, "org/kept") == found and len(found) == 3
+
+
+def test_a_repository_without_card_gets_one_and_a_branch_its_own(hub, folders, tmp_path):
+    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
+    api.create_repo("org/bare")
+    for name in ("config.json", "model.safetensors"):
+        file = {"path_or_fileobj": folders["autoencoder"] / name, "path_in_repo": name}
+        api.upload_file(repo_id="org/bare", **file)
+    api.create_branch("org/bare", branch="second")
+    output = tmp_path / "evaluation.json"
+    command = ["evaluate", "org/bare@second", "--evaluation_images", "60", "--output", str(output), "--push"]
+    assert main(command) == 0
+    assert "README.md" not in hub.files("org/bare")
+    results = json.loads(hub.files("org/bare", "second")["results.json"])
+    assert results == json.loads(output.read_text(encoding="utf-8"))
+    card = ModelCard(hub.files("org/bare", "second")["README.md"].decode())
+    assert card.data.model_name == "bare" and {r.metric_type for r in card.data.eval_results} == {"psnr", "ssim"}
+
+
+def test_a_pipeline_by_id_gives_the_numbers_of_its_folder_and_writes_nothing_there(hub, folders, tmp_path, capsys):
+    push(folders["dit"], "org/dit")
+    files = hub.files("org/dit")
+    flags = ["--extractor", str(folders["encoder"]), "--num_images", "20", "--num_inference_steps", "1", *FEW[:2]]
+    found = {}
+    for source in ("org/dit", str(folders["dit"])):
+        capsys.readouterr()
+        assert main(["evaluate", source, *flags, "--json", "--output", str(tmp_path / "out.json")]) == 0
+        found[source] = json.loads(capsys.readouterr().out)
+    first, second = found.values()
+    assert first["metrics"] == second["metrics"] and first["fingerprint"] == second["fingerprint"]
+    assert len(json.loads((tmp_path / "out.json").read_text())["evaluations"]) == 1 and hub.files("org/dit") == files
+
+
+def test_a_hub_that_cannot_be_read_or_written_is_said_in_one_line(hub, folders, capsys, monkeypatch):
+    push(folders["encoder"], "org/tiny")
+    assert main(["evaluate", "org/tiny", *FEW]) == 0
+    HfApi(endpoint=hub.endpoint, token=TOKEN).create_repo("org/nothing")
+    history = hub.history("org/tiny")
+
+    def refused(source: str, *flags: str, status: int = 2) -> str:
+        capsys.readouterr()
+        assert main(["evaluate", source, *FEW, *flags]) == status
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("hf-dpssl evaluate: ") and TOKEN not in error
+        return error
+
+    assert "cannot read org/missing from the Hub" in refused("org/missing")
+    assert "org/nothing holds no model (no config.json)" in refused("org/nothing")
+    assert "neither a folder nor a Hub id" in refused("no such folder/")
+    hub.tokens[TOKEN] = ()
+    assert "may not write" in refused("org/tiny", "--push") and hub.history("org/tiny") == history
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "org/other is not in the cache, and the Hub cannot be reached" in refused("org/other", status=1)
+    assert main(["evaluate", "org/tiny", *FEW]) == 0  # from the cache

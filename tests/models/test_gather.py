@@ -1,0 +1,142 @@
+"""Two real gloo processes against one process that holds the whole batch."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_dpssl import VectorQuantizer, info_nce, t_simclr
+from hf_dpssl.models.gather import broadcast_, gather_with_gradient, gather_without_gradient, is_distributed
+
+WORLD_SIZE = 2
+PAIRS = 4  # per process
+STEPS = 3
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+LOSSES = {
+    "info_nce": lambda a, b, w: info_nce(a, b, temperature=0.5, weights=w),
+    "t_simclr_joint": lambda a, b, w: t_simclr(a, b, temperature=2.0, dof=3.0, weights=w),
+    "t_simclr_anchor": lambda a, b, w: t_simclr(a, b, temperature=2.0, dof=3.0, normalization="anchor", weights=w),
+}
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def own_share(batch: torch.Tensor) -> torch.Tensor:
+    """This process's part of a global batch; all of it in a single process."""
+    return batch.chunk(WORLD_SIZE)[dist.get_rank()] if is_distributed() else batch
+
+
+def parallel(model: torch.nn.Module) -> torch.nn.Module:
+    return DistributedDataParallel(model) if is_distributed() else model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# Cases: each runs the same in one process and in two, and returns tensors by name.
+
+
+class ProjectedLoss(torch.nn.Module):
+    """A linear map and a loss over the gathered batch, as a model of this package does it."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.projection, self.loss = torch.nn.Linear(6, 3, dtype=torch.float64), loss
+
+    def forward(self, view_1, view_2, weights):
+        a, b = (gather_with_gradient(self.projection(view)) for view in (view_1, view_2))
+        return self.loss(a, b, gather_without_gradient(weights))
+
+
+def loss_case(name: str) -> dict:
+    torch.manual_seed(0)
+    model = parallel(ProjectedLoss(LOSSES[name]))
+    total = WORLD_SIZE * PAIRS
+    weights = torch.arange(1, total + 1, dtype=torch.float64)
+    loss = model(own_share(random(total, 6, seed=1)), own_share(random(total, 6, seed=2)), own_share(weights))
+    loss.backward()
+    return {"loss": loss.detach()} | gradients(model)
+
+
+def quantizer_case(revival_threshold: float) -> dict:
+    torch.manual_seed(0)
+    vq = VectorQuantizer(12, 3, decay=0.7, revival_threshold=revival_threshold)
+    # Random choices must not depend on every process having the same generator state.
+    torch.manual_seed(100 + (dist.get_rank() if is_distributed() else 0))
+    codes = []
+    for step in range(STEPS):
+        latents = random(WORLD_SIZE * PAIRS, 3, 4, 4, seed=step, dtype=torch.float32)
+        codes.append(gather_without_gradient(vq(own_share(latents)).codes))
+        if step == STEPS - 2:
+            vq.sums[3], vq.counts[3] = 1000.0, 1.0  # far from all latents: dead in the last step
+            vq.codebook[3] = 1000.0
+    return {"codes": torch.stack(codes)} | {name: value.clone() for name, value in vq.state_dict().items()}
+
+
+def gather_case() -> dict:
+    rank = dist.get_rank()
+    own = torch.full((2, 3), float(rank + 1), requires_grad=True)
+    gathered = gather_with_gradient(own)
+    (gathered * torch.arange(12.0).view(4, 3)).sum().backward()
+    detached = gather_without_gradient(own * 1)
+    return {
+        "gathered": gathered.detach(),
+        "gradient": own.grad,
+        "detached": detached,
+        "detached has gradient": torch.tensor(detached.requires_grad),
+        "integers": gather_without_gradient(torch.tensor([rank])),
+        "columns": gather_with_gradient(torch.full((3, 2), float(rank)).T),  # not contiguous
+        "broadcast": broadcast_(torch.tensor([float(rank)])),
+    }
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(run_in_two):
+    for rank, result in enumerate(run_in_two(gather_case)):
+        expected = torch.tensor([1.0, 1, 2, 2])[:, None].expand(4, 3)
+        assert torch.equal(result["gathered"], expected)
+        assert torch.equal(result["detached"], expected) and not result["detached has gradient"]
+        assert torch.equal(result["gradient"], 2 * torch.arange(12.0).view(4, 3)[2 * rank : 2 * rank + 2])
+        assert result["integers"].tolist() == [0, 1]
+        assert result["columns"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]]
+        assert result["broadcast"].tolist() == [0]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradient_over_two_processes_equal_one_process_with_the_whole_batch(name, run_in_two):
+    expected = loss_case(name)
+    assert expected["projection.weight"].abs().max() > 1e-3
+    for result in run_in_two(loss_case, name):
+        assert_same(result, expected, **EXACT)
+
+
+def test_quantizer_statistics_over_two_processes_equal_one_process_with_the_whole_batch(run_in_two):
+    expected = quantizer_case(0.0)
+    first, second = run_in_two(quantizer_case, 0.0)
+    assert_same(first, second, rtol=0, atol=0)
+    assert_same(first, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_revived_codes_are_the_same_on_both_processes_and_vectors_of_the_first(run_in_two):
+    first, second = run_in_two(quantizer_case, 0.2)
+    assert_same(first, second, rtol=0, atol=0)
+    last = random(WORLD_SIZE * PAIRS, 3, 4, 4, seed=STEPS - 1, dtype=torch.float32)
+    candidates = last.chunk(WORLD_SIZE)[0].permute(0, 2, 3, 1).reshape(-1, 3)
+    assert (candidates - first["codebook"][3]).norm(dim=1).min() < 1e-5
+
+
+def test_in_one_process_gathering_is_the_identity_and_cuts_the_gradient_where_it_says_so():
+    tensor = torch.ones(2, 3, requires_grad=True)
+    assert not is_distributed()
+    assert gather_with_gradient(tensor) is tensor
+    assert not gather_without_gradient(tensor).requires_grad
+    assert torch.equal(gather_without_gradient(tensor), tensor)
+    assert broadcast_(tensor.detach()).data_ptr() == tensor.data_ptr()

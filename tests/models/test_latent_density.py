@@ -1,0 +1,88 @@
+"""Densities of latents against torch.distributions and scikit-learn."""
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal, Normal
+
+from hf_dpssl.models.latent_density import DENSITIES, LatentDensity
+
+
+def cloud(number: int = 400, dim: int = 3, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(dim, dim, generator=generator)
+    return torch.randn(number, dim, generator=generator) @ mix + torch.arange(dim)
+
+
+def test_diagonal_and_full_log_probabilities_equal_those_of_torch_distributions():
+    points = cloud()
+    mean, covariance = points.double().mean(0), points.double().T.cov(correction=0)
+    diagonal = LatentDensity("diagonal", 3).fit_(points).log_prob(points)
+    expected = Normal(mean, covariance.diagonal().sqrt()).log_prob(points.double()).sum(1)
+    torch.testing.assert_close(diagonal, expected, rtol=1e-4, atol=1e-4)
+    full = LatentDensity("full", 3).fit_(points).log_prob(points)
+    expected = MultivariateNormal(mean, covariance).log_prob(points.double())
+    torch.testing.assert_close(full, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mixture_log_probabilities_equal_those_of_scikit_learn():
+    from sklearn.mixture import GaussianMixture
+
+    points = torch.cat([cloud(200), cloud(200, seed=1) + 20]).double()
+    density = LatentDensity("mixture", 3, components=2).fit_(points, seed=3)
+    reg = 1e-6 * float(points.var(0).mean())
+    theirs = GaussianMixture(2, random_state=3, reg_covar=reg, max_iter=200).fit(points.numpy())
+    expected = torch.from_numpy(theirs.score_samples(points.numpy()))
+    torch.testing.assert_close(density.log_prob(points), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "full", "mixture"])
+def test_samples_have_the_mean_and_covariance_of_the_latents(kind):
+    points = cloud(2000)
+    density = LatentDensity(kind, 3, components=2).fit_(points)
+    samples = density.sample(40_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(samples.mean(0), points.mean(0), rtol=0, atol=0.05)
+    expected = points.T.cov(correction=0)
+    expected = expected.diagonal().diag() if kind == "diagonal" else expected
+    torch.testing.assert_close(samples.T.cov(), expected, rtol=0.05, atol=0.1)
+
+
+def test_prior_is_the_standard_normal_even_after_a_fit():
+    density = LatentDensity("prior", 3).fit_(cloud())
+    points = cloud(10)
+    torch.testing.assert_close(density.log_prob(points), Normal(0.0, 1.0).log_prob(points.double()).sum(1))
+
+
+def test_held_out_latents_are_drawn_without_replacement_until_all_were():
+    points = cloud(20)
+    density = LatentDensity("held_out", 3, bank_size=20).fit_(points)
+    drawn = density.sample(20, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn.sort(0).values, points.sort(0).values)
+    assert len(density.sample(50)) == 50
+    with pytest.raises(ValueError, match="no density"):
+        density.log_prob(points)
+
+
+def test_same_generator_gives_the_same_latents():
+    density = LatentDensity("full", 3).fit_(cloud())
+    first, second = (density.sample(5, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_degenerate_latents_are_fitted_where_their_covariance_has_no_factor_of_its_own():
+    points = torch.cat([cloud(100, 2), torch.zeros(100, 1)], dim=1)
+    samples = LatentDensity("full", 3).fit_(points).sample(1000, torch.Generator().manual_seed(0))
+    assert bool(torch.isfinite(samples).all()) and float(samples[:, 2].std()) < 0.1
+
+
+def test_bad_input_is_refused_by_name():
+    with pytest.raises(ValueError, match="must be one of"):
+        LatentDensity("uniform", 3)
+    with pytest.raises(ValueError, match="bank"):
+        LatentDensity("held_out", 3)
+    density = LatentDensity("full", 3)
+    for latents in (cloud(10, 2), cloud(1), cloud(10).fill_(torch.nan)):
+        with pytest.raises(ValueError):
+            density.fit_(latents)
+    with pytest.raises(ValueError, match="at least 1"):
+        density.sample(0)
+    assert set(DENSITIES) == {"prior", "diagonal", "full", "mixture", "held_out"}

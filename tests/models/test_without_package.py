@@ -1,0 +1,136 @@
+"""Checkpoints load where hf_dpssl cannot be imported, with bit-equal outputs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_dpssl import ContrastiveEncoder, VQAutoencoder
+from hf_dpssl.data.decoding import decode_image, to_square_tensor
+from hf_dpssl.data.image_data import load_images
+from hf_dpssl.data.views import normalize
+
+# The first lines of every foreign process: hf_dpssl is as good as not installed.
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_dpssl":
+            raise ModuleNotFoundError("hf_dpssl is blocked in this process")
+sys.meta_path.insert(0, Block())
+try:
+    import hf_dpssl
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("hf_dpssl could be imported")
+import json, torch
+from PIL import Image
+from safetensors.torch import load_file
+"""
+
+
+def run_foreign(code: str, folder) -> dict:
+    """Run code without hf_dpssl in `folder`; it prints one line of JSON last."""
+    command = [sys.executable, "-c", BLOCK + code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, fork_server):
+    """The demo's encoder and autoencoder, trained for three steps, with pictures and our own outputs beside them."""
+    from conftest import Launched
+
+    folder = tmp_path_factory.mktemp("foreign")
+    steps = ["--output_dir", str(folder), "--max_train_steps", "3", "--batch_size", "32"]
+    Launched(fork_server, "contrastive", steps, 1, folder / "log").wait()
+    stages = ["--output_dir", str(folder), "--stage_1_steps", "3", "--stage_2_steps", "3"]
+    Launched(fork_server, "dae_vq", stages, 1, folder / "log").wait()
+    data = load_images("digits")
+    pictures = [decode_image(data.evaluation[row]["image"]) for row in range(4)]
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"{number}.png")
+    images = torch.stack([to_square_tensor(picture, 16) for picture in pictures])
+    half = torch.tensor([0.5, 0.5, 0.5]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        pixel_values = normalize(images.float() / 255, half, half)
+        encoder = ContrastiveEncoder.from_pretrained(folder / "encoder").eval()
+        autoencoder = VQAutoencoder.from_pretrained(folder / "autoencoder").eval()
+        outputs = {
+            "pixel_values": pixel_values,
+            "features": encoder(pixel_values).pooler_output,
+            "codes": autoencoder.encode(pixel_values).codes,
+            "reconstructions": autoencoder(pixel_values).pixel_values,
+        }
+    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, folder / "ours.safetensors")
+    return folder
+
+
+def test_encoder_loads_with_stock_transformers_and_timm_bit_equal(checkpoints):
+    found = run_foreign(
+        """
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+import timm
+ours = load_file("ours.safetensors")
+pictures = [Image.open(f"{i}.png") for i in range(4)]
+processor = AutoImageProcessor.from_pretrained("encoder")
+pixel_values = processor(pictures, return_tensors="pt").pixel_values
+model = AutoModel.from_pretrained("encoder").eval()
+with torch.no_grad():
+    features = model(pixel_values).pooler_output
+    stock_timm = timm.create_model("local-dir:encoder", pretrained=True).eval()(pixel_values)
+piped = pipeline("image-feature-extraction", model="encoder", image_processor="encoder", pool=True)
+from_pipeline = torch.tensor([piped(picture)[0] for picture in pictures])
+
+classifier = AutoModelForImageClassification.from_pretrained("encoder", num_labels=7)
+optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
+labels, losses = torch.tensor([0, 1, 2, 6]), []
+for _ in range(2):
+    loss = classifier(pixel_values, labels=labels).loss
+    optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())
+print(json.dumps({
+    "class": type(model).__name__,
+    "pixels": torch.equal(pixel_values, ours["pixel_values"]),
+    "features": torch.equal(features, ours["features"]),
+    "timm": torch.equal(stock_timm, ours["features"]),
+    "pipeline": (from_pipeline - ours["features"]).abs().max().item(),
+    "logits": list(classifier(pixel_values).logits.shape), "losses": losses,
+}))
+""",
+        checkpoints,
+    )
+    assert found["class"] == "TimmWrapperModel"
+    assert found["pixels"] and found["features"] and found["timm"]
+    assert found["pipeline"] < 1e-5  # one picture at a time
+    assert found["logits"] == [4, 7] and found["losses"][1] < found["losses"][0]
+
+
+def test_autoencoder_and_encoder_load_with_trust_remote_code_bit_equal(checkpoints, tmp_path):
+    found = run_foreign(
+        f"""
+import os
+os.environ["HF_HOME"] = {str(tmp_path)!r}
+from transformers import AutoModel
+ours = load_file("ours.safetensors")
+autoencoder = AutoModel.from_pretrained("autoencoder", trust_remote_code=True).eval()
+encoder = AutoModel.from_pretrained("encoder", trust_remote_code=True).eval()
+with torch.no_grad():
+    encoded = autoencoder.encode(ours["pixel_values"])
+    reconstructions = autoencoder(ours["pixel_values"]).pixel_values
+    features = encoder(ours["pixel_values"]).pooler_output
+print(json.dumps({{
+    "classes": [type(autoencoder).__name__, type(encoder).__name__],
+    "codes": torch.equal(encoded.codes, ours["codes"]),
+    "reconstructions": torch.equal(reconstructions, ours["reconstructions"]),
+    "features": torch.equal(features, ours["features"]),
+}}))
+""",
+        checkpoints,
+    )
+    assert found["classes"] == ["VQAutoencoder", "ContrastiveEncoder"]
+    assert found["codes"] and found["reconstructions"] and found["features"]

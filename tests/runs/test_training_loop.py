@@ -1,0 +1,99 @@
+"""What the loop of all scripts notes, and what it refuses: losses and weights that are not finite, other settings."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from hf_dpssl.runs.recipe import RunArguments, option
+from hf_dpssl.runs.training_loop import TrainingLoop, start_accelerator
+
+
+@dataclass
+class Arguments(RunArguments):
+    """Of these runs."""
+
+    learning_rate: float = option(0.1, "of plain gradient descent")
+
+
+@dataclass
+class LaterArguments(Arguments):
+    """With a flag that an earlier version had not."""
+
+    power: float = option(2.0, "of the loss")
+
+
+def numbers(start):
+    """Endless batches of two samples; sample 5 is not a number, sample 9 so large that the weights overflow."""
+    epoch, batch = start
+    while True:
+        ids = torch.arange(2 * batch, 2 * batch + 2)
+        values = ids.float().masked_fill(ids == 5, float("nan")).masked_fill(ids == 9, 3e38)
+        yield {"images": values, "sample_ids": ids, "epoch": epoch}
+        batch += 1
+
+
+def train(args, steps: int, bad: int) -> torch.nn.Linear:
+    """Descend on logged losses that are finite but for sample `bad`; the other bad sample is left out."""
+    accelerator = start_accelerator(args)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.learning_rate)
+    loop = TrainingLoop(args, accelerator, "line", steps, numbers, {})
+    loop.keep(model=model, optimizer=optimizer)
+    for batch in loop:
+        chosen = (batch["sample_ids"] == bad) | ((batch["sample_ids"] != 5) & (batch["sample_ids"] != 9))
+        loss = model(batch["images"][chosen][:, None] / 10).abs().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loop.log(loss=loss.detach() if bad == 5 else loss.detach().clamp(max=1))
+    return model
+
+
+def arguments(folder, kind=Arguments, **options):
+    return kind(output_dir=str(folder), checkpointing_steps=1, checkpoints_total_limit=9, **options)
+
+
+def test_run_stops_at_the_step_of_a_loss_that_is_not_finite_and_names_its_images(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 3, images \[4, 5\].*last\s+checkpoint is of step 2"
+    ):
+        train(arguments(tmp_path), 6, bad=5)
+    assert sorted(path.name for path in (tmp_path / "checkpoints/line").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"after step 5, images \[8, 9\], \d of 2 tensors of model are not finite"
+    ):
+        train(arguments(tmp_path, learning_rate=1e10), 6, bad=9)
+    kept = sorted((tmp_path / "checkpoints" / "line").iterdir())
+    assert [path.name for path in kept][-1] == "step-00000004"
+    state = torch.load(kept[-1] / "state.pt", weights_only=True)["model"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_seconds_of_a_resumed_run_go_on_from_the_checkpoint_and_are_unknown_after_one_without_them(tmp_path):
+    train(arguments(tmp_path), 2, bad=-1)
+    checkpoint = tmp_path / "checkpoints/line/step-00000002/meta.json"
+    meta = json.loads(checkpoint.read_text())
+    assert 0 < meta["seconds"] < 60
+    checkpoint.write_text(json.dumps(meta | {"seconds": 1000.0}))
+    train(arguments(tmp_path, resume_from_checkpoint="latest"), 4, bad=-1)
+    later = json.loads((tmp_path / "checkpoints/line/step-00000004/meta.json").read_text())["seconds"]
+    assert 1000 < later < 1060
+    checkpoint = tmp_path / "checkpoints/line/step-00000004/meta.json"
+    checkpoint.write_text(json.dumps({k: v for k, v in meta.items() if k != "seconds"} | {"step": 4}))
+    train(arguments(tmp_path, resume_from_checkpoint="latest"), 6, bad=-1)
+    assert json.loads((tmp_path / "checkpoints/line/step-00000006/meta.json").read_text())["seconds"] is None
+
+
+def test_argument_that_came_after_a_checkpoint_counts_as_its_default(tmp_path):
+    train(arguments(tmp_path), 2, bad=-1)
+    resumed = train(arguments(tmp_path, LaterArguments, resume_from_checkpoint="latest"), 4, bad=-1)
+    whole = train(arguments(tmp_path / "whole"), 4, bad=-1)
+    assert torch.equal(resumed.weight, whole.weight)
+    with pytest.raises(ValueError, match=r"power: 2\.0 -> 3\.0"):
+        train(arguments(tmp_path, LaterArguments, power=3.0, resume_from_checkpoint="latest"), 6, bad=-1)

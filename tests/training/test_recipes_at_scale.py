@@ -1,0 +1,153 @@
+"""Recipes at paper scale: published settings, costs that are computed and said to be, and a start at full size."""
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import contrastive
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, info_nce
+from hf_dpssl.data.image_data import TABLE
+from hf_dpssl.data.views import PRESETS
+from hf_dpssl.runs.recipe import find_recipe, parse
+
+REPOSITORY = Path(__file__).parents[2]
+# Published settings: scripts and defaults of wrhuang/t-SimCLR, facebookresearch/moco and Capricious-Liu/t-MoCo-v2.
+BOTH = {"architecture": "resnet50", "projection_dim": 128, "projection_layers": 2, "optimizer": "sgd"}
+CIFAR = BOTH | {"dataset": "cifar10", "stem": "small_image", "num_train_epochs": 1000, "warmup_steps": 10 * 48}
+IMAGENET = BOTH | {
+    "dataset": "imagenet-1k", "stem": "timm", "num_train_epochs": 200, "queue_size": 65536, "momentum": 0.999,
+    "projection_hidden_dim": 2048, "learning_rate": 0.03, "weight_decay": 1e-4, "negatives": "queue",
+}  # fmt: skip
+STUDENT = {"kernel": "student_t", "feature_norm": "batch"}
+PUBLISHED = {
+    "simclr-resnet50-cifar10": CIFAR | {"kernel": "cosine", "feature_norm": "l2", "temperature": 0.5},
+    "t-simclr-resnet50-cifar10": CIFAR
+    | {"kernel": "student_t", "normalization": "joint", "feature_norm": "none", "temperature": 8.0, "dof": 5.0}
+    | {"learning_rate": 0.4, "weight_decay": 1e-4},
+    "moco-v2-resnet50-imagenet": IMAGENET | {"kernel": "cosine", "feature_norm": "l2", "temperature": 0.2},
+    "t-moco-v2-resnet50-imagenet": IMAGENET | STUDENT | {"temperature": 5.0, "dof": 10.0},
+    "t-moco-v2-dof5-resnet50-imagenet": IMAGENET | STUDENT | {"temperature": 0.2, "dof": 5.0},
+}
+
+
+def arguments(name: str) -> contrastive.ContrastiveArguments:
+    return parse(contrastive.ContrastiveArguments, ["--recipe", name], "")
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """training/evidence/recipe_costs.py as a module."""
+    path = REPOSITORY / "training/evidence/recipe_costs.py"
+    specification = importlib.util.spec_from_file_location("recipe_costs", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results(costs):
+    return json.loads((costs.EVIDENCE / "results" / "recipe_costs.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_has_the_published_settings(name):
+    values = asdict(arguments(name))
+    assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+    assert values["batch_size"] * (values["num_processes"] or 1) == (256 if "imagenet" in name else 1024)
+    views = PRESETS[values["augmentation"]]
+    assert (views.crop_scale, views.jitter, views.grey, views.flip) == ((0.2, 1.0), 0.8, 0.2, 0.5)
+    assert (views.brightness, views.contrast, views.saturation, views.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert values["augmentation_mode"] == "exact"
+    assert views.blur == (0.5 if "imagenet" in name else 0.0)
+
+
+def test_backbone_starts_as_the_codes_do_and_not_as_timm_does():
+    model_args = json.loads(arguments("t-simclr-resnet50-cifar10").model_args)
+    ours = timm.create_model("resnet18", num_classes=0, **model_args)
+    assert all(block.bn2.weight.min() == 1 for block in ours.layer4)
+    assert all(block.bn2.weight.max() == 0 for block in timm.create_model("resnet18", num_classes=0).layer4)
+
+
+def test_simclr_recipe_takes_the_steps_of_the_codes_scaled_loss():
+    ours, temperature, base = arguments("simclr-resnet50-cifar10"), 0.5, 0.07
+    trained = []
+    for scale, rate, decay in ((1.0, ours.learning_rate, ours.weight_decay), (temperature / base, 0.5, 1e-4)):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(8, 4, generator=generator, dtype=torch.float64).requires_grad_()
+        optimizer = torch.optim.SGD([weight], lr=rate, momentum=0.9, weight_decay=decay)
+        for _ in range(5):
+            view_1, view_2 = torch.randn(2, 6, 8, generator=generator, dtype=torch.float64)
+            loss = scale * info_nce(view_1 @ weight, view_2 @ weight, temperature=temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        trained.append(weight.detach())
+    torch.testing.assert_close(trained[0], trained[1], rtol=1e-4, atol=1e-4)  # the recipe gives five digits
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_says_what_it_costs_and_that_this_is_computed(name, costs, results):
+    figures = results["metrics"][name]
+    lines = [line for line in find_recipe(name).read_text(encoding="utf-8").splitlines() if costs.COMMENT in line]
+    assert lines == [costs.comment(figures)], "run python training/evidence/recipe_costs.py --write_recipes"
+    args = arguments(name)
+    images = costs.TRAINING_IMAGES[args.dataset] * args.num_train_epochs
+    assert 0.98 * images < figures["images"] <= images and figures["gpus"] == (args.num_processes or 1)
+    expected = figures["operations_per_image"] * figures["images"] / (figures["gpus"] * 312e12 * 0.2) / 3600
+    assert figures["hours"]["A100"]["0.2"] == pytest.approx(expected)
+    assert figures["bytes_per_gpu"]["total"] == sum(v for k, v in figures["bytes_per_gpu"].items() if k != "total")
+
+
+def test_operations_are_those_published_for_resnet_50(results):
+    # He et al. 2016 count 3.8e9 multiplications and additions for the variant with stride in the first convolution;
+    # torchvision documents 4.09e9 for the one used here. The backward pass takes twice the forward pass.
+    encoder = ContrastiveEncoder(ContrastiveConfig("resnet50")).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(torch.randn(1, 3, 224, 224))
+    forward = counter.get_total_flops()
+    assert forward == pytest.approx(2 * 4.09e9, rel=0.005)
+    per_image = results["metrics"]["moco-v2-resnet50-imagenet"]["operations_per_image"]  # one view trained, one passed
+    assert per_image == pytest.approx(4 * forward, rel=0.01)
+
+
+def test_memory_of_activations_is_the_sum_of_what_a_small_network_keeps(costs):
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(12, 5, bias=False), torch.nn.Linear(5, 7, bias=False)
+
+        def forward(self, view_1, view_2):
+            hidden = self.first(torch.cat([view_1, view_2]).flatten(1)).relu()
+            return SimpleNamespace(loss=self.second(hidden).sum())
+
+    # bf16: images (2B, 12), hidden after ReLU (2B, 5), and the second layer's weight as a copy; the first needs none.
+    assert costs.activation_bytes(Network(), 2, 3) == 2 * (2 * 3 * 12 + 2 * 3 * 5 + 5 * 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_starts_at_full_size_on_synthetic_images(name, launch, tmp_path):
+    entry = TABLE[arguments(name).dataset]
+    generator = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "images" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        side = entry.image_size + (32 if entry.image_size > 32 else 0)
+        Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    argv = ["--recipe", name, "--dataset", tmp_path / "images", "--image_size", entry.image_size, "--batch_size", 4]
+    argv += ["--max_train_steps", 2, "--num_processes", 1, "--num_workers", 0, "--output_dir", tmp_path / "run"]
+    launch("contrastive", argv).wait()
+    encoder = ContrastiveEncoder.from_pretrained(tmp_path / "run/encoder")
+    assert encoder.num_features == 2048 and sum(p.numel() for p in encoder.parameters()) > 23_000_000
+    if arguments(name).negatives == "queue":
+        model = MoCoForPreTraining.from_pretrained(tmp_path / "run/encoder", subfolder="pretraining")
+        assert model.queue.shape == (65536, 128) and int(model.queue_filled) == 8
