@@ -4,10 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
-# Local data sets, where somebody has put them beside the checkout.
-ifneq ($(wildcard ../shared/data),)
-export DPSSL_DATA ?= $(abspath ../shared/data)
-endif
 
 .PHONY: demo test test-slow test-lowest test-browser check bench clean
 
