@@ -5,44 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-
-
-@contextmanager
-def more_processes(work: Callable[..., None], arguments: tuple, count: int) -> Iterator[Callable[[], None]]:
-    """Gives a function that starts the other count - 1 processes; waits for them, or ends them with an error here.
-
-    Args:
-        work: of a module, called as work(*arguments, rank, count) in process `rank`; this one is process 0.
-        arguments: what can be pickled.
-        count: processes in all.
-
-    Raises:
-        RuntimeError: a process started here ended with an error, which it has printed.
-    """
-    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    share = max(1, threads // count)
-    others = [context.Process(target=_run, args=(work, arguments, rank, count, share)) for rank in range(1, count)]
-    torch.set_num_threads(share)
-    try:
-        yield lambda: [process.start() for process in others]
-        for process in others:
-            if process.pid is not None:
-                process.join()
-        failed = {f"process {i}": process.exitcode for i, process in enumerate(others, 1) if process.exitcode}
-        if failed:
-            raise RuntimeError(f"exit codes of processes that ended with an error: {failed}. Run the command again.")
-    finally:
-        torch.set_num_threads(threads)
-        for process in others:
-            if process.is_alive():
-                process.terminate()
+from torch.multiprocessing import ProcessContext, spawn
+from torch.multiprocessing.spawn import ProcessException
 
 
 def divide_work(share: Callable[..., None], job: Any, *, num_processes: int, overwrite: bool) -> None:
@@ -56,7 +25,7 @@ def divide_work(share: Callable[..., None], job: Any, *, num_processes: int, ove
 
     Raises:
         ValueError: numbers that do not go together.
-        RuntimeError: a process started here ended with an error.
+        RuntimeError: a process started here ended with an error, which the message names; the others were ended.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if num_processes < 1 or (world > 1 and (num_processes not in (1, world) or overwrite)):
@@ -66,25 +35,41 @@ def divide_work(share: Callable[..., None], job: Any, *, num_processes: int, ove
         )
     if overwrite and Path(job.folder, "plan.json").exists():
         shutil.rmtree(job.folder)
-    with more_processes(_other_share, (share, job), 1 if world > 1 else num_processes) as start:
-        share(job, rank, max(world, num_processes), start)
+    count = 1 if world > 1 else num_processes
+    threads = torch.get_num_threads()
+    started: list[ProcessContext] = []
 
+    def start_others() -> None:
+        if count > 1:
+            arguments = (share, job, count, max(1, threads // count))
+            started.append(spawn(_other_share, arguments, nprocs=count - 1, join=False))
 
-def _other_share(share: Callable[..., None], job: Any, rank: int, world: int) -> None:
-    share(job, rank, world, lambda: None)
+    torch.set_num_threads(max(1, threads // count))
+    try:
+        share(job, rank, max(world, num_processes), start_others)
+        for others in started:
+            while not others.join():
+                pass
+    except ProcessException as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"process {error.error_index + 1} of {count}: {reason} Run the command again.") from error
+    finally:
+        torch.set_num_threads(threads)
+        for process in (process for others in started for process in others.processes):
+            if process.is_alive():
+                process.terminate()
 
 
 def stop_without_parent() -> None:
-    """End a process that `more_processes` has started when the one that started it is gone."""
+    """End a process that `divide_work` has started when the one that started it is gone.
+
+    torch has Linux send an interrupt then, which a command in the background of a shell script does not hear.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit("the process that started this one is gone")
 
 
-def _run(work: Callable[..., None], arguments: tuple, rank: int, count: int, threads: int) -> None:
+def _other_share(number: int, share: Callable[..., None], job: Any, world: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    try:
-        work(*arguments, rank, count)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"process {rank}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    share(job, number + 1, world, lambda: None)

@@ -1,6 +1,7 @@
 """States of models whose parameters are spread over processes (FSDP2): gathered whole, and spread again.
 
-A checkpoint holds whole tensors, as that of a run without sharding. All processes call these functions together.
+A checkpoint holds whole tensors, as that of a run without sharding; only the moments of a sharded optimiser stand under
+the names of their parameters instead of numbers. All processes call these functions together.
 """
 
 from __future__ import annotations
@@ -9,52 +10,48 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SPREAD = StateDictOptions(full_state_dict=True)
 
 
-def gathered(value):
-    """The same nest of dicts and lists with every sharded tensor whole, on the CPU; anything else as it is."""
-    if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
-    if isinstance(value, dict):
-        return type(value)((key, gathered(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return type(value)(gathered(item) for item in value)
-    return value
-
-
-def spread_as(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, sharded as `like` is, on its device; unchanged where `like` is whole or of another shape.
-
-    Every process must hold the same value: nothing is sent.
-    """
-    if not isinstance(like, DTensor) or value.shape != like.shape:
-        return value
-    whole = value.to(like.device_mesh.device_type)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def load_gathered_(target, state: dict) -> None:
-    """`target.load_state_dict(state)` of a module, optimiser, average or anything else, whole or sharded.
+def whole_state(target, modules: Iterable[nn.Module]) -> dict:
+    """`target.state_dict()` with whole tensors; those of a sharded target are on the CPU of process 0 and nowhere else.
 
     Args:
-        target: an nn.Module, an optimiser (accelerate's wrapper too), an EMAModel, or what has `load_state_dict`.
-        state: from `gathered(target.state_dict())`.
+        target: a module, an optimiser (accelerate's wrapper too), an EMAModel, or what has `state_dict`.
+        modules: those whose parameters a sharded optimiser has, always in the same order.
     """
+    if not _is_sharded(target):  # torch's function would count a step of an optimiser that has taken none
+        return target.state_dict()
     if isinstance(target, nn.Module):
-        now = target.state_dict()
-        state = {key: spread_as(value, now[key]) if key in now else value for key, value in state.items()}
-    elif "param_groups" in state:
-        parameters = [parameter for group in target.param_groups for parameter in group["params"]]
-        moments = {
-            number: {k: spread_as(v, parameters[number]) if torch.is_tensor(v) else v for k, v in values.items()}
-            for number, values in state["state"].items()
-        }
-        state = state | {"state": moments}
-    elif "shadow_params" in state:
-        pairs = zip(state["shadow_params"], target.shadow_params, strict=True)
-        state = state | {"shadow_params": [spread_as(value, like) for value, like in pairs]}
-    target.load_state_dict(state)
+        return get_model_state_dict(target, options=_GATHER)
+    if isinstance(target, torch.optim.Optimizer):
+        return get_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target), options=_GATHER)
+    averages = get_model_state_dict(nn.ParameterList(target.shadow_params), options=_GATHER)
+    return target.state_dict() | {"shadow_params": list(averages.values())}
+
+
+def load_whole_state_(target, modules: Iterable[nn.Module], state: dict) -> None:
+    """`target.load_state_dict(state)` of what `whole_state` gave, of which every process holds the same."""
+    if not _is_sharded(target):
+        target.load_state_dict(state)
+    elif isinstance(target, nn.Module):
+        set_model_state_dict(target, dict(state), options=_SPREAD)
+    elif isinstance(target, torch.optim.Optimizer):
+        set_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target), state, options=_SPREAD)
+    else:
+        averages = {str(number): value for number, value in enumerate(state["shadow_params"])}
+        set_model_state_dict(nn.ParameterList(target.shadow_params), averages, options=_SPREAD)  # in place
+        target.load_state_dict(state | {"shadow_params": target.shadow_params})
 
 
 @torch.no_grad()
@@ -62,3 +59,17 @@ def copy_whole_(target: Iterable[Tensor], source: Iterable[Tensor]) -> None:
     """Copy tensors, of which the source may be sharded, into whole ones."""
     for whole, value in zip(target, source, strict=True):
         whole.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def _is_sharded(target) -> bool:
+    if isinstance(target, nn.Module):
+        tensors = target.parameters()
+    elif isinstance(target, torch.optim.Optimizer):
+        tensors = (parameter for group in target.param_groups for parameter in group["params"])
+    else:
+        tensors = getattr(target, "shadow_params", [])
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper keeps it there

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from ..data import keyed_random
 from .atomic_files import write_json
 from .recipe import RunArguments
-from .sharding import gathered, load_gathered_
+from .sharding import load_whole_state_, whole_state
 from .training_checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
@@ -194,6 +194,9 @@ class TrainingLoop:
         if self.args.resume_from_checkpoint is not None:
             self._resume(self.args.resume_from_checkpoint)
 
+    def _modules(self) -> list[torch.nn.Module]:
+        return [value for value in self._kept.values() if isinstance(value, torch.nn.Module)]
+
     def _resume(self, which: str) -> None:
         loaded = self.checkpoints.load(which)
         if loaded is None:
@@ -202,7 +205,7 @@ class TrainingLoop:
         state, meta = loaded
         self._check_same_run(meta)
         for name, value in self._kept.items():
-            load_gathered_(value, state[name])
+            load_whole_state_(value, self._modules(), state[name])
         self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
         self.history, self.seconds = meta["history"], meta.get("seconds")
         self.skipped.update(meta["skipped"])
@@ -320,7 +323,7 @@ class TrainingLoop:
         """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN."""
         main = self.accelerator.is_main_process
         if main or self.accelerator.distributed_type == DistributedType.FSDP:  # sharded states are gathered by all
-            state = {name: gathered(value.state_dict()) for name, value in self._kept.items()}
+            state = {name: whole_state(value, self._modules()) for name, value in self._kept.items()}
         if main:
             self._check_weights(state)
         now = time.perf_counter()
