@@ -9,22 +9,21 @@ real class is never imported.
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import pickletools
 import re
 import struct
-import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-# What torch's restricted reader judges itself; it refuses most of torch.*, and says which.
+# What torch's restricted reader judges itself in old files; it refuses most of torch.*, and says which.
 _LEFT_TO_TORCH = re.compile(
-    r"torch\..+|collections\.(OrderedDict|Counter|defaultdict)|_codecs\.encode|builtins\.(set|bytearray|complex)"
+    r"torch\..+|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
 )
 # Classes that only hold settings. Types stand in omegaconf's metadata as values.
 _SETTINGS = re.compile(
@@ -32,6 +31,7 @@ _SETTINGS = re.compile(
     r"builtins\.(dict|list|tuple|frozenset|str|bytes|int|float|bool|object)|"
     r"numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+DType|bool_?|u?int\d+|float\d+)"
 )
+_ZIP = b"PK\3\4"
 _LEGACY_PICKLES = 4  # magic number, protocol, system, and then the checkpoint itself
 
 
@@ -72,10 +72,9 @@ def read_pickled_tensors(path: str | os.PathLike, *, inert: Iterable[str] = ()) 
         raise FileNotFoundError(f"{path} is no file: give a checkpoint such as checkpoint_0199.pth.tar or last.ckpt.")
     asked_for = pickled_globals(path)
     settings = {name for name in asked_for if _SETTINGS.fullmatch(name)} | inert
-    unknown = sorted(name for name in asked_for - settings if not _LEFT_TO_TORCH.fullmatch(name))
-    if unknown:
-        raise UnknownPickledClassError(_refusal(path, ", ".join(unknown)))
     stand_ins = {name: Settings for name in settings} | {"collections.defaultdict": _empty_dictionary}
+    if unknown := sorted(asked_for - stand_ins.keys()):
+        raise UnknownPickledClassError(_refusal(path, ", ".join(unknown)))
     try:
         with torch.serialization.safe_globals([(value, name) for name, value in stand_ins.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -108,44 +107,29 @@ def _refusal(path: Path, names: str) -> str:
 
 
 def pickled_globals(path: str | os.PathLike) -> set[str]:
-    """Full names of all classes and functions that a `torch.save` file asks for; nothing is executed.
+    """Full names of the classes and functions of a `torch.save` file that torch's restricted reader does not know.
+
+    Nothing is executed.
 
     Raises:
-        ValueError: not a `torch.save` file.
+        ValueError: not a `torch.save` file, or one of another pickle protocol than 2, torch's own.
     """
+    with open(path, "rb") as file:
+        is_zip = file.read(len(_ZIP)) == _ZIP
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                records = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                return {name for record in records for name in _globals(io.BytesIO(archive.read(record)))}
-        with open(path, "rb") as file:
-            return {name for _ in range(_LEGACY_PICKLES) for name in _globals(file)}
-    except (ValueError, EOFError, IndexError, UnicodeDecodeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no checkpoint that torch.save wrote: {error}") from error
+        return set(get_unsafe_globals_in_checkpoint(os.fspath(path))) if is_zip else _globals_before_zip(path)
+    except (ValueError, EOFError, IndexError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint that torch.save wrote: {error}") from error
 
 
-def _globals(file) -> Iterable[str]:
-    """Names in one pickle. Those of protocol 4 are strings on the stack, which may come from the memo."""
-    strings: list[str] = []
-    memo: dict[int, str] = {}
-    memoized, just_pushed = 0, None
-    for code, argument, _ in pickletools.genops(file):
-        if code.name in ("GLOBAL", "INST"):
-            yield _modern_name(*argument.split(" ", 1))
-        elif code.name == "STACK_GLOBAL":
-            yield _modern_name(*strings[-2:]) if len(strings) > 1 else "a class without a name"
-        elif code.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
-            memo[memoized if argument is None else int(argument)] = just_pushed
-            memoized += 1
-            continue
-        just_pushed = argument if isinstance(argument, str) and "UNICODE" in code.name else None
-        if code.name in ("GET", "BINGET", "LONG_BINGET"):
-            just_pushed = memo.get(int(argument))
-        strings += [just_pushed] if just_pushed is not None else []
-
-
-def _modern_name(module: str, name: str) -> str:
-    """Files of protocol 2 hold the names of Python 2: __builtin__ is builtins."""
-    if (module, name) in NAME_MAPPING:
-        module, name = NAME_MAPPING[module, name]
-    return f"{IMPORT_MAPPING.get(module, module)}.{name}"
+def _globals_before_zip(path: str | os.PathLike) -> set[str]:
+    """As `pickled_globals`, of a file in the format before torch 1.6, which torch's own function does not read."""
+    found = set()
+    with open(path, "rb") as file:
+        for _ in range(_LEGACY_PICKLES):
+            for code, argument, _ in pickletools.genops(file):
+                if code.name == "GLOBAL":  # torch's reader refuses the other ways to name a class
+                    module, name = argument.split(" ", 1)
+                    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+                    found.add(f"{module}.{name}")
+    return {name for name in found if not _LEFT_TO_TORCH.fullmatch(name)}

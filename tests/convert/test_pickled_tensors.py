@@ -13,8 +13,6 @@ import torch
 
 from hf_dpssl.convert.pickled_tensors import Settings, UnknownPickledClassError, pickled_globals, read_pickled_tensors
 
-FORMATS = [(zipped, protocol) for zipped in (True, False) for protocol in (2, 4)]
-
 
 class Calls:
     """Pickles into a call of `function(*arguments)`, which runs where it is unpickled."""
@@ -31,8 +29,8 @@ def save(content, path, zipped: bool = True, protocol: int = 2):
     return path
 
 
-@pytest.mark.parametrize(("zipped", "protocol"), FORMATS)
-def test_malicious_pickle_is_refused_by_name_and_does_not_run(tmp_path, zipped, protocol):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_malicious_pickle_is_refused_by_name_and_does_not_run(tmp_path, zipped):
     ran = tmp_path / "ran"
     content = {
         "state_dict": {"weight": torch.ones(2)},
@@ -40,7 +38,10 @@ def test_malicious_pickle_is_refused_by_name_and_does_not_run(tmp_path, zipped, 
         "b": Calls(eval, f"open({str(ran)!r}, 'w')"),
         "c": functools.partial(print, "d"),
     }
-    path = save(content, tmp_path / "evil.pth", zipped, protocol)
+    path = save(content, tmp_path / "newer.pth", zipped, protocol=4)
+    with pytest.raises(ValueError, match="newer.pth"):  # torch's restricted reader knows protocol 2 only
+        read_pickled_tensors(path)
+    path = save(content, tmp_path / "evil.pth", zipped)
     with pytest.raises(UnknownPickledClassError) as refused:
         read_pickled_tensors(path)
     for name in (f"{os.system.__module__}.system", "builtins.eval", "builtins.print", "functools.partial"):
@@ -107,7 +108,7 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no-such\.ckpt is no file"):
         read_pickled_tensors(tmp_path / "no-such.ckpt")
     (tmp_path / "text.ckpt").write_text("not a checkpoint", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"text\.ckpt is no checkpoint that torch\.save wrote"):
+    with pytest.raises(ValueError, match=r"text\.ckpt is damaged or no checkpoint that torch\.save wrote"):
         read_pickled_tensors(tmp_path / "text.ckpt")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("a.txt", "not a checkpoint")
