@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import multiprocessing
 import os
 import random
@@ -132,6 +134,69 @@ def launch(fork_server, tmp_path):
     yield start
     for launched in started:
         launched.kill()
+
+
+def _forget_accelerator() -> None:
+    """accelerate keeps precision and accumulation of the first run of a process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """run_script(script, argv) -> what it printed, of a script of training/ run to its end; its errors are raised."""
+
+    def run(script: str, argv: list) -> str:
+        argv = [str(item) for item in argv]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+        capsys.readouterr()
+        _forget_accelerator()
+        try:
+            importlib.import_module(script).main(argv)
+        finally:
+            _forget_accelerator()
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return run
+
+
+@pytest.fixture
+def refusal(run_script, capsys):
+    """refusal(script, argv) -> the message with which a script ends; AssertionError when it does not."""
+
+    def run(script: str, argv: list) -> str:
+        try:
+            run_script(script, argv)
+        except SystemExit as error:
+            assert error.code, f"{script} {argv} ended without an error"
+            return " ".join(f"{error} {capsys.readouterr().err}".split())
+        except (ValueError, RuntimeError, OSError, ImportError, ArithmeticError) as error:
+            return str(error)
+        raise AssertionError(f"{script} {argv} was not refused")
+
+    return run
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """By name of a training loop: copies of the modules it trains, by name, as they were before its first step."""
+    import torch
+
+    from hf_dpssl.runs.training_loop import TrainingLoop
+
+    found: dict[str, dict] = {}
+    keep = TrainingLoop.keep
+
+    def copy_and_keep(loop, **objects):
+        modules = {name: value for name, value in objects.items() if isinstance(value, torch.nn.Module)}
+        found[loop.name] = {name: copy.deepcopy(loop.accelerator.unwrap_model(m)) for name, m in modules.items()}
+        keep(loop, **objects)
+
+    monkeypatch.setattr(TrainingLoop, "keep", copy_and_keep)
+    return found
 
 
 @pytest.fixture
