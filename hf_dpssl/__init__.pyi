@@ -26,3 +26,6 @@ from .models import VAEGANConfig as VAEGANConfig
 from .models import VectorQuantizer as VectorQuantizer
 from .models import VQAutoencoder as VQAutoencoder
 from .models import VQConfig as VQConfig
+
+# diffusers looks for a component's base class in the library that model_index.json names, which is this one.
+from .models.modeling_vq import PreTrainedModel as PreTrainedModel
