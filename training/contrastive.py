@@ -12,89 +12,33 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
+from hf_dpssl.runs.recipe import announce, parse, save_recipe
+
+if __name__ == "__main__":
+    announce(ContrastiveArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
 
 import torch
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
 from hf_dpssl import evaluation
-from hf_dpssl.cli.errors import reported
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
-from hf_dpssl.contrastive.momentum import MOMENTUM_SCHEDULES, choose_queue_size, momentum_at
+from hf_dpssl.contrastive.momentum import choose_queue_size, momentum_at
 from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
 from hf_dpssl.data.batches import ImageSource, evaluation_batches, load_images_for, spread_rows
-from hf_dpssl.data.views import MODES, PRESETS, TwoViews, normalize
+from hf_dpssl.data.views import PRESETS, TwoViews, normalize
 from hf_dpssl.hub.model_card import write_card
-from hf_dpssl.models.contrastive_options import BATCH_NORMS, STEMS
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import provenance
 from hf_dpssl.runs.plots import plot_curves
-from hf_dpssl.runs.recipe import RunArguments, option, parse, save_recipe
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
-
-
-@dataclass
-class ContrastiveArguments(RunArguments):
-    """Method, backbone and optimiser; the defaults are t-SimCLR on the embedded digits."""
-
-    name: str = option("encoder", "subfolder of output_dir for the finished encoder")
-    negatives: str = option("batch", "batch (SimCLR) or queue (MoCo)", choices=["batch", "queue"])
-    kernel: str = option("student_t", "similarity of embeddings", choices=["cosine", "student_t"])
-    normalization: str = option("joint", "denominator over all pairs or per anchor", choices=["joint", "anchor"])
-    feature_norm: str = option("none", "normalisation of embeddings", choices=["l2", "batch", "none"])
-    temperature: str = option("2.0", "divides the cosine or the squared distance; auto: set by --perplexity")
-    perplexity: float | None = option(None, "of Q, as a share of the candidates, with --temperature auto")
-    dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
-    learnable_dof: bool = option(False, "train the degrees of freedom too")
-    queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
-    momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
-    momentum_schedule: str = option("constant", "or cosine: from --momentum to 1", choices=MOMENTUM_SCHEDULES)
-    architecture: str = option("resnet10t", "timm model")
-    model_args: str | None = option('{"channels": [32, 64, 128, 256]}', "JSON keyword arguments of timm.create_model")
-    init_encoder: str | None = option(None, "folder or Hub id of an encoder of this architecture to start from")
-    init_pretraining: str | None = option(
-        None, "encoder folder with `pretraining/` to start from: encoder and head; another projection_dim is drawn anew"
-    )
-    freeze: str = option("none", "what is held fixed", choices=["none", "all_but_last_layer"])
-    stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=list(STEMS))
-    projection_dim: int = option(32, "dimension of the embeddings")
-    projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
-    projection_layers: int = option(2, "linear layers of the head")
-    projection_batch_norm: bool = option(False, "batch norm in the head")
-    batch_norm: str = option("local", "statistics per process, over all, or per part of a batch", choices=BATCH_NORMS)
-    batch_norm_splits: int = option(1, "parts of a process's batch with --batch_norm split")
-    augmentation: str | None = option(None, "preset of transforms.py; default: what suits the data set")
-    augmentation_mode: str = option("fused", "colours as one matrix, or exactly as torchvision v2", choices=list(MODES))
-    num_train_epochs: int = option(100, "epochs")
-    max_train_steps: int | None = option(None, "steps instead of epochs; needed with --streaming")
-    optimizer: str = option("adamw", "optimiser", choices=["adamw", "sgd"])
-    learning_rate: float = option(2e-3, "peak learning rate")
-    weight_decay: float = option(1e-4, "weight decay")
-    batch_size: int = option(256, "images per process and step; each gives two views")
-    knn_k: int = option(20, "neighbours of the kNN evaluation")
-    knn_metric: str = option("euclidean", "distance of the kNN evaluation", choices=["cosine", "euclidean"])
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.temperature != "auto":
-            try:
-                self.temperature = float(self.temperature)
-            except ValueError:
-                raise ValueError(f"--temperature must be a number or auto, got {self.temperature!r}.") from None
-        if self.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "--gradient_accumulation_steps > 1 would change the loss: negatives come from one batch (or, with a "
-                "queue, from keys that the accumulated batches themselves enqueue). Use a larger --batch_size or "
-                "more processes; embeddings are gathered over processes with their gradient."
-            )
-        if self.init_encoder and self.init_pretraining:
-            raise ValueError("--init_pretraining holds an encoder already: leave --init_encoder out.")
-        if self.streaming and self.max_train_steps is None:
-            raise ValueError("--streaming needs --max_train_steps: the length of a stream is not known.")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -162,7 +106,7 @@ def set_queue_size(args: ContrastiveArguments, source: ImageSource, accelerator)
         age = "; its age in epochs is not known, since the length of a stream is not: --queue_size sets it"
     else:
         age = f": the oldest are {args.queue_size / num_images:.3g} epochs old"
-    accelerator.print(f"queue of {args.queue_size:,} keys{' (chosen)' if chosen else ''}{age}")
+    say(f"queue of {args.queue_size:,} keys{' (chosen)' if chosen else ''}{age}")
 
 
 def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLRForPreTraining | MoCoForPreTraining:
@@ -258,7 +202,7 @@ def measure(name: str, **arguments) -> dict[str, float]:
     try:
         return evaluation.load(name).compute(**arguments)
     except ValueError as error:
-        print(f"{name} is not measured: {error}")
+        say(f"{name} is not measured: {error}")
         return {}
 
 
@@ -266,7 +210,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
     """Evaluate, and write the complete checkpoint folder."""
     metrics, samples = evaluate(model, args, source)
     data = source.data
-    kernel = model.kernel_scale.numbers()
+    kernel = model.calibration.numbers()
     model.config.dpssl = {
         "method_name": method_name(args),
         "dataset": data.name,
@@ -287,7 +231,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
         write_card(folder)
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))
-    print(f"{target}: " + (scores or "no labels, not evaluated"))
+    say(f"{target}: " + (scores or "no labels, not evaluated"))
 
 
 def method_name(args: ContrastiveArguments) -> str:

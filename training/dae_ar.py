@@ -16,8 +16,15 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.generation.token_arguments import ARArguments
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.recipe import announce, parse, save_recipe
+
+if __name__ == "__main__":
+    announce(ARArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
 
 import dae_vq
 import torch
@@ -28,69 +35,20 @@ from diffusers.training_utils import EMAModel
 from transformers import PreTrainedModel
 
 from hf_dpssl.autoencoder.measures import generation_quality
-from hf_dpssl.cli.errors import reported
 from hf_dpssl.data.batches import load_images_for, ordered_batches, spread_rows
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.embedding.feature_extractors import load_extractor
 from hf_dpssl.generation.diffusion import dropped_labels
 from hf_dpssl.generation.latent_cache import CodeTable
-from hf_dpssl.generation.latent_run import LatentRunArguments, autoencoder_of_run, cached_training_images
-from hf_dpssl.generation.pipeline_vq_token import ARCHITECTURES, VQTokenPipeline, code_nats, make_language_model
+from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images
+from hf_dpssl.generation.pipeline_vq_token import VQTokenPipeline, code_nats, make_language_model
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import provenance
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.recipe import option, parse, save_recipe
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
-
-
-@dataclass
-class ARArguments(LatentRunArguments):
-    """Autoencoder, language model and optimiser; the defaults generate the embedded digits."""
-
-    name: str = option("ar", "subfolder of output_dir for the finished pipeline")
-    architecture: str = option("gpt2", "causal language model of transformers", choices=list(ARCHITECTURES))
-    num_layers: int = option(2, "blocks of the transformer")
-    width: int = option(64, "width of the transformer")
-    num_heads: int = option(4, "attention heads")
-    dropout: float = option(0.1, "dropout; of the attention weights alone with --architecture llama")
-    unconditional: bool = option(False, "ignore the classes of the data set")
-    gradient_checkpointing: bool = option(False, "compute activations twice instead of storing them")
-    ema_decay: float = option(0.995, "share of the old averaged weights kept at each step")
-    max_train_steps: int = option(800, "optimiser steps")
-    learning_rate: float = option(2e-3, "peak learning rate")
-    weight_decay: float = option(0.05, "weight decay of the matrices; embeddings, norms and biases have none")
-    warmup_steps: int = option(50, "steps of linear warm-up")
-    validation_steps: int = option(200, "steps between two measurements on held-out codes, rounded up to a log entry")
-    guidance_scale: float = option(2.0, "guidance of the guided sample grid")
-    temperature: float = option(1.0, "temperature of the sample grids")
-    top_k: int | None = option(None, "the sample grids draw among the so many most probable codes only")
-    top_p: float | None = option(None, "the sample grids draw among the fewest codes that hold this probability")
-    extractor: list[str] = option([], "judge generated images in features of: inception, or an encoder's folder or id")
-    num_generated: int = option(1000, "images that --extractor judges, of all classes in turn")
-    samples_per_class: int = option(10, "pictures of each class (of at most 10), or per row, in the sample grids")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout lies in [0, 1), got {self.dropout}.")
-        for name in (
-            "max_train_steps",
-            "validation_steps",
-            "num_layers",
-            "num_heads",
-            "samples_per_class",
-            "num_generated",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-
-    def measures_at(self, step: int) -> bool:
-        """Whether held-out codes are measured after so many steps."""
-        every = self.logging_steps * -(-self.validation_steps // self.logging_steps)
-        return step % every == 0 or step == self.max_train_steps
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -258,7 +216,6 @@ def sample_grid(pipeline: VQTokenPipeline, args: ARArguments, guidance_scale: fl
             guidance_scale=guidance_scale,
             temperature=args.temperature,
             top_k=args.top_k,
-            top_p=args.top_p,
             generator=torch.Generator().manual_seed(args.seed + row),
             output_type="pt",
         ).images
@@ -287,7 +244,7 @@ def save(
         save_grid(sample_grid(pipeline, args, 1.0), folder / "samples.png", columns=args.samples_per_class, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
         write_card(folder)
-    print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    say(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

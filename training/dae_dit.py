@@ -15,6 +15,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.generation.dit_arguments import DiTArguments
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.recipe import announce, parse, save_recipe
+
+if __name__ == "__main__":
+    announce(DiTArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
+
 import dae_vq
 import torch
 from accelerate import Accelerator
@@ -24,12 +32,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from hf_dpssl.cli.errors import reported
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.generation.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
 from hf_dpssl.generation.diffusion_losses import objective_loss
-from hf_dpssl.generation.dit_arguments import DiTArguments
 from hf_dpssl.generation.generation_monitor import GenerationMonitor, sample_grid
 from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images
 from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
@@ -46,10 +52,11 @@ from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import provenance
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.recipe import parse, save_recipe
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.sharding import copy_whole_
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
+
+_ALIGN_WEIGHT = 0.5  # of the alignment beside the denoising loss, as in Yu et al. 2025 (REPA)
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -178,7 +185,7 @@ def step_losses(
     losses = objective_loss(prediction, target, timesteps, **options)
     if features is not None:
         losses["alignment"] = alignment_loss(output[1], features(batch["images"]))
-        losses["loss"] = losses["loss"] + args.align_weight * losses["alignment"]
+        losses["loss"] = losses["loss"] + _ALIGN_WEIGHT * losses["alignment"]
     return losses
 
 
@@ -189,7 +196,7 @@ def validate(monitor: GenerationMonitor, loop: TrainingLoop, ema: EMAModel) -> N
         loop.history.append({"step": step, **metrics})
         loop.accelerator.log({f"{loop.name}/{name}": value for name, value in metrics.items()}, step=step)
         listed = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        loop.accelerator.print(f"{loop.name}, step {step}: {listed}; best is that of step {monitor.best_step}")
+        say(f"{loop.name}, step {step}: {listed}; best is that of step {monitor.best_step}")
 
 
 def save(
@@ -221,7 +228,7 @@ def save(
         samples = {"train": num_latents}
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
-    print(f"{target}: pipeline and sample grids written")
+    say(f"{target}: pipeline and sample grids written")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.generation.gan_arguments import GANArguments
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.recipe import announce, parse, save_recipe
+
+if __name__ == "__main__":
+    announce(GANArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -22,7 +30,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from hf_dpssl.autoencoder.adversarial_term import Adversary, ReconstructionGuard
-from hf_dpssl.cli.errors import reported
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ImageSource, load_images_for
 from hf_dpssl.data.keyed_random import derive_seed
@@ -30,7 +37,6 @@ from hf_dpssl.data.views import PRESETS, to_model_range
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.generation.gan_training import (
     FeatureBank,
-    GANArguments,
     Judge,
     density_settings,
     fit_density_,
@@ -43,7 +49,6 @@ from hf_dpssl.models.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import provenance
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.recipe import parse, save_recipe
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
@@ -223,7 +228,7 @@ def save(
         save_grid(generated[:100], folder / "samples.png", columns=10, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
-    print(f"{target}: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
+    say(f"{target}: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

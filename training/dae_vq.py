@@ -17,13 +17,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from hf_dpssl.autoencoder.arguments import CONFIG_FLAGS, VQArguments
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.recipe import announce, parse, save_recipe
+
+if __name__ == "__main__":
+    announce(VQArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
 from hf_dpssl.autoencoder.adversarial_term import Adversary, ReconstructionGuard
-from hf_dpssl.autoencoder.arguments import CONFIG_FLAGS, VQArguments
 from hf_dpssl.autoencoder.perceptual import load_perceptual
 from hf_dpssl.autoencoder.training import (
     ARMS,
@@ -40,7 +47,6 @@ from hf_dpssl.autoencoder.training import (
     step_flops,
     warn_of_low_usage,
 )  # fmt: skip
-from hf_dpssl.cli.errors import reported
 from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
 from hf_dpssl.data.batches import ImageSource, load_images_for, spread_rows
 from hf_dpssl.data.keyed_random import derive_seed
@@ -52,7 +58,6 @@ from hf_dpssl.models.modeling_vq import VQAutoencoder, VQAutoencoderOutput
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import provenance
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.recipe import parse, save_recipe
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
@@ -76,7 +81,7 @@ def main(argv: list[str] | None = None) -> Path:
         model.quantizer.defer_update = True  # the codebook moves once per optimiser step
     if args.init_from is None:
         initialize_codebook(model, source, args)
-    accelerator.print(f"{args.label}: " + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages))
+    say(f"{args.label}: " + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages))
 
     # Stages
     history = []
@@ -116,8 +121,6 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
     options = {name: getattr(args, name) for name in CONFIG_FLAGS} | {"image_size": source.image_size}
     options |= {"encoder_block_out_channels": args.encoder_channels, "encoder_layers_per_block": args.layers_per_block}
     full = VQConfig(**options, decoder_block_out_channels=args.decoder_channels)
-    if narrow:
-        options |= {"decoder_layers_per_block": args.auxiliary_layers_per_block or args.layers_per_block}
     first = VQConfig(
         **options,
         decoder_block_out_channels=args.auxiliary_channels if narrow else args.decoder_channels,
@@ -138,7 +141,7 @@ def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
     """Fixed held-out images, where the data set has some."""
     table = source.evaluation_table()
     if table is None:
-        print("no held-out images: nothing is validated, the guard is off, and the last decoder is kept")
+        say("no held-out images: nothing is validated, the guard is off, and the last decoder is kept")
         return None
     return Validation(table, spread_rows(len(table), args.validation_images), args.num_channels)
 
@@ -303,7 +306,7 @@ def save(
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
     say_plateau(about["plateau"])
-    print(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    say(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

@@ -14,20 +14,27 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
+
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
+from hf_dpssl.runs.map_arguments import MapArguments
+from hf_dpssl.runs.recipe import announce, parse, save_recipe
+
+if __name__ == "__main__":
+    announce(MapArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
 
 import contrastive
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contrastive import ContrastiveArguments
 from datasets import ClassLabel, Features, Value
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from hf_dpssl.cli.errors import reported
 from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
 from hf_dpssl.data.batches import evaluation_batches, spread_rows
 from hf_dpssl.data.image_data import ImageData, load_images
@@ -38,42 +45,11 @@ from hf_dpssl.embedding.embeddings_table import write_columns
 from hf_dpssl.evaluation import knn
 from hf_dpssl.pages.map_page import write_map_page
 from hf_dpssl.runs.plots import plot_map
-from hf_dpssl.runs.recipe import option, parse, save_recipe
 from hf_dpssl.runs.results import write_results
 
 _PERPLEXITY = 30.0
 _TSNE_INPUTS = 50  # principal components of pixels or features, as in van der Maaten & Hinton 2008
 _TSNE_SIDE = 32  # larger images are averaged to this size before their pixels are compared
-
-
-@dataclass
-class MapArguments(ContrastiveArguments):
-    """Three stages of contrastive training; --projection_dim is that of stage 1, the map has two dimensions."""
-
-    output_dir: str = option("outputs/map", "folder of the run")
-    normalization: str = option("anchor", "anchor (t-SimCNE) or joint (t-SimCLR)", choices=["joint", "anchor"])
-    temperature: float = option(1.0, "divides the squared distance; t-SimCNE: 1")
-    dof: float = option(1.0, "degrees of freedom of the Student-t kernel; t-SimCNE: 1, the Cauchy kernel")
-    projection_dim: int = option(128, "dimension of the embeddings of stage 1; t-SimCNE: 128")
-    projection_hidden_dim: int | None = option(1024, "width of the head; t-SimCNE: 1024")
-    stage_1_epochs: int = option(100, "epochs of stage 1; t-SimCNE: 1000")
-    stage_2_epochs: int = option(10, "epochs of stage 2, the last layer alone; t-SimCNE: 50")
-    stage_3_epochs: int = option(50, "epochs of stage 3; t-SimCNE: 450")
-    warmup_epochs: int = option(10, "epochs of linear warm-up of stages 1 and 3; t-SimCNE: 10")
-    stage_3_share: float = option(0.1, "learning rate of stage 3, a share of --learning_rate; t-SimCNE: 0.001")
-    knn_k: int = option(15, "neighbours of the kNN evaluation; t-SimCNE: 15")
-    page_images: int = option(10_000, "at most so many images are on the interactive page")
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("stage_1_epochs", "stage_2_epochs", "stage_3_epochs", "page_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if self.streaming or self.max_train_steps is not None or self.negatives == "queue":
-            raise ValueError(
-                "a map counts epochs, over negatives from the batch: leave out --streaming, --max_train_steps and "
-                "--negatives queue."
-            )
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -207,7 +183,7 @@ def save(args: MapArguments, data: ImageData, maps: dict, parts: dict, how: str,
         samples={"train": int((~held_out).sum()), "held_out": int(held_out.sum()), "page": len(shown)},
         knn={"k": k, "metric": "euclidean"}, tsne=how, method=method,
     )  # fmt: skip
-    print(f"{folder}/map.png, map.html: " + ", ".join(f"{name} {value:.1f} %" for name, value in metrics.items()))
+    say(f"{folder}/map.png, map.html: " + ", ".join(f"{name} {value:.1f} %" for name, value in metrics.items()))
 
 
 if __name__ == "__main__":

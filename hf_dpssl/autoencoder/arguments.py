@@ -2,96 +2,117 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from ..models.configuration_vq import PRESETS as LAYOUTS
-from ..models.configuration_vq import VQConfig
-from ..runs.recipe import RunArguments, option
-from .adversarial_losses import ADVERSARIAL_LOSSES
-from .adversarial_term import AdversarialTerm
-from .training import ARMS, BUDGETS, Stage
+from ..models.vq_options import CHOICES, PRESETS
+from ..runs.flags import option
+from ..runs.recipe import RunArguments
+from .adversarial_settings import AdversarialSettings
+from .choices import ADVERSARIAL_NAMES, ARMS, BUDGETS
+
+if TYPE_CHECKING:
+    from .adversarial_term import AdversarialTerm
+    from .training import Stage
 
 # Flags that are fields of VQConfig by the same name.
 CONFIG_FLAGS = (
-    "norm_num_groups mid_block_attention attention_levels latent_channels encoder_out_channels quantizer num_codes "
-    "codebook_decay revival_threshold code_distance codebook_update quantizer_gradient entropy_weight "
-    "entropy_temperature commitment_weight kl_weight reconstruction_loss num_channels"
-).split()
+    "norm_num_groups",
+    "mid_block_attention",
+    "attention_levels",
+    "latent_channels",
+    "quantizer",
+    "num_codes",
+    "codebook_decay",
+    "revival_threshold",
+    "code_distance",
+    "codebook_update",
+    "quantizer_gradient",
+    "entropy_weight",
+    "commitment_weight",
+    "kl_weight",
+    "reconstruction_loss",
+    "num_channels",
+)
 
 
 @dataclass
 class VQArguments(RunArguments):
     """Scheme, architecture and optimiser; the defaults are a decoupled autoencoder of the embedded digits."""
 
-    name: str = option("autoencoder", "subfolder of output_dir for the finished autoencoder")
-    scheme: str = option("dae", "short for --arm dae or --arm joint", choices=["dae", "joint"])
+    num_channels: int = option(3, "1: images are made grey", group="data")
+
+    preset: str | None = option(None, "published layout instead of widths", choices=PRESETS, group="model")
+    encoder_channels: list[int] = option([16, 32], "width of each encoder level; n levels downsample by 2^(n-1)")
+    decoder_channels: list[int] = option([24, 48], "width of each decoder level")
+    layers_per_block: int = option(1, "residual blocks per level")
+    norm_num_groups: int = option(8, "groups of the group norms")
+    mid_block_attention: bool = option(False, "self-attention at the lowest resolution")
+    attention_levels: list[int] = option([], "levels with self-attention, 0 = full resolution")
+    auxiliary_channels: list[int] = option([16, 32], "width of each level of stage 1's narrow decoder")
+    auxiliary_dropout: float = option(0.05, "dropout in the residual blocks of a weak decoder")
+    auxiliary_dropout_kind: str = option(
+        "element",
+        "what it drops: activations, channels, or residual branches",
+        choices=CHOICES["decoder_dropout_kind"],
+    )
+    latent_channels: int = option(4, "channels of latents and codes")
+    quantizer: str = option("vq", "codebook, Gaussian latents, or neither", choices=CHOICES["quantizer"])
+    num_codes: int = option(256, "size of the codebook")
+    codebook_decay: float = option(0.99, "share kept of the codebook's statistics at each step")
+    revival_threshold: float = option(0.03, "codes used below this share of the mean restart; 0: never")
+    code_distance: str = option("l2", "of latents and codes", choices=CHOICES["code_distance"])
+    codebook_update: str = option("ema", "running means, or the optimiser", choices=CHOICES["codebook_update"])
+    quantizer_gradient: str = option("straight_through", "past the quantiser", choices=CHOICES["quantizer_gradient"])
+    discriminator_width: int = option(64, "channels of the discriminator's first layer")
+    discriminator_layers: int | None = option(None, "halvings of the discriminator; default: by the image size")
+    init_from: str | None = option(None, "autoencoder or encoder to take over and freeze; only its decoder is trained")
+    init_config: str | None = option(None, "YAML of a taming or latent-diffusion file given to --init_from")
+    init_decoder: str = option("keep", "with --init_from: train its decoder, or a fresh one", choices=["keep", "fresh"])
+
+    scheme: str = option("dae", "short for --arm dae or --arm joint", choices=["dae", "joint"], group="optimiser")
     arm: str | None = option(
         None,
         "how it is trained; in two stages, with stage 1's decoder as strong as the real one (decoupled), narrow "
         "(weak_width), with dropout (weak_dropout) or both (dae); or jointly, without or with dropout",
-        choices=list(ARMS),
+        choices=ARMS,
     )
     budget: str = option(
         "total",
         "steps of a joint arm: the sum of both stages' (total), stage 1's and then stage 2's for the decoder alone "
         "(encoder), or as many as cost what both stages of a decoupled run cost (flops)",
-        choices=list(BUDGETS),
+        choices=BUDGETS,
     )
     stage_1_steps: int = option(400, "optimiser steps of stage 1")
     stage_2_steps: int = option(400, "optimiser steps of stage 2")
     train_codebook_in_stage_2: bool = option(False, "the codebook goes on learning beside the frozen encoder")
-    init_from: str | None = option(None, "autoencoder or encoder to take over and freeze; only its decoder is trained")
-    init_config: str | None = option(None, "YAML of a taming or latent-diffusion file given to --init_from")
-    init_decoder: str = option("keep", "with --init_from: train its decoder, or a fresh one", choices=["keep", "fresh"])
-    preset: str | None = option(None, "published layout instead of widths", choices=list(LAYOUTS))
-    encoder_channels: list[int] = option([16, 32], "width of each encoder level; n levels downsample by 2^(n-1)")
-    decoder_channels: list[int] = option([24, 48], "width of each decoder level")
-    layers_per_block: int = option(1, "residual blocks per level")
-    auxiliary_channels: list[int] = option([16, 32], "width of each level of stage 1's narrow decoder")
-    auxiliary_layers_per_block: int | None = option(None, "residual blocks per level of stage 1's narrow decoder")
-    auxiliary_dropout: float = option(0.05, "dropout in the residual blocks of a weak decoder")
-    auxiliary_dropout_kind: str = option(
-        "element", "what it drops: activations, channels, or residual branches", choices=["element", "channel", "depth"]
-    )
-    num_channels: int = option(3, "1: images are made grey")
-    norm_num_groups: int = option(8, "groups of the group norms")
-    mid_block_attention: bool = option(False, "self-attention at the lowest resolution")
-    latent_channels: int = option(4, "channels of latents and codes")
-    encoder_out_channels: int | None = option(None, "channels between encoder and latents; default: the latents'")
-    attention_levels: list[int] = option([], "levels with self-attention, 0 = full resolution")
-    quantizer: str = option("vq", "codebook, Gaussian latents, or neither", choices=["vq", "kl", "none"])
-    num_codes: int = option(256, "size of the codebook")
-    codebook_decay: float = option(0.99, "share kept of the codebook's statistics at each step")
-    revival_threshold: float = option(0.03, "codes used below this share of the mean restart; 0: never")
-    code_distance: str = option("l2", "of latents and codes", choices=["l2", "cosine"])
-    codebook_update: str = option("ema", "running means, or the optimiser", choices=["ema", "gradient"])
-    quantizer_gradient: str = option("straight_through", "past the quantiser", choices=["straight_through", "rotation"])
+    reconstruction_loss: str = option("l2", "pixel loss", choices=CHOICES["reconstruction_loss"])
     commitment_weight: float = option(0.25, "weight of the commitment term")
-    entropy_weight: float = option(0.0, "weight of the entropy term")
-    entropy_temperature: float = option(1.0, "divides the squared distances in the entropy term")
+    entropy_weight: float = option(0.0, "weight of the entropy term, which spreads the use of the codes")
     kl_weight: float = option(1e-6, "weight of the KL term of --quantizer kl")
-    reconstruction_loss: str = option("l2", "pixel loss", choices=["l2", "l1"])
     perceptual: str | None = option(None, "perceptual term: lpips, or folder or Hub id of an encoder")
     perceptual_weight: float = option(1.0, "weight of the perceptual term")
-    adversarial: str = option("none", "adversarial term", choices=["none", *ADVERSARIAL_LOSSES])
+    adversarial: str = option("none", "adversarial term", choices=["none", *ADVERSARIAL_NAMES])
     adversarial_weight: float = option(0.8, "weight of the adversarial term, times the adaptive weight")
     adversarial_start: float = option(0.6, "first step of the discriminator in the last stage; below 1 a share of it")
     adversarial_cap: float = option(1e4, "largest adaptive weight")
     discriminator_warmup: int = option(0, "steps that the discriminator learns before the generator sees it")
-    discriminator_width: int = option(64, "channels of the discriminator's first layer")
-    discriminator_layers: int | None = option(None, "halvings of the discriminator; default: by the image size")
     discriminator_learning_rate: float | None = option(None, "default: the autoencoder's")
     r1_weight: float = option(0.0, "weight of the gradient penalty at real images")
     r1_interval: int = option(1, "steps from one gradient penalty to the next, each then weighted so many times more")
     guard_factor: float = option(1.5, "error growth after the adversarial term starts that lowers its weight; 0: off")
-    validation_steps: int = option(100, "steps between two validations")
-    validation_images: int = option(512, "held-out images of a validation")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
     learning_rate: float = option(2e-3, "peak learning rate of each stage")
     adam_betas: list[float] = option([0.9, 0.99], "decay of AdamW's two running means, of the discriminator's too")
     weight_decay: float = option(0.0, "weight decay")
     batch_size: int = option(32, "images per process and batch")
     warmup_steps: int = option(20, "steps of linear warm-up in each stage")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+
+    validation_steps: int = option(100, "steps between two validations", group="evaluation")
+    validation_images: int = option(512, "held-out images of a validation")
+
+    name: str = option("autoencoder", "subfolder of output_dir for the finished autoencoder", group="run")
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,28 +128,28 @@ class VQArguments(RunArguments):
         if self.num_channels not in (1, 3):
             raise ValueError(f"--num_channels must be 1 or 3, got {self.num_channels}.")
         if self.preset:
-            layout = VQConfig.preset(self.preset)
-            self.encoder_channels = list(layout.encoder_block_out_channels)
-            self.layers_per_block, self.norm_num_groups = layout.encoder_layers_per_block, layout.norm_num_groups
-            self.mid_block_attention, self.attention_levels = layout.mid_block_attention, layout.attention_levels
-            self.latent_channels, self.num_codes = layout.latent_channels, layout.num_codes
+            layout = copy.deepcopy(PRESETS[self.preset])
+            self.encoder_channels = layout["encoder_block_out_channels"]
+            self.layers_per_block = layout["encoder_layers_per_block"]
+            for name in ("norm_num_groups", "mid_block_attention", "attention_levels", "latent_channels", "num_codes"):
+                setattr(self, name, layout[name])
             for name in ("decoder_channels", "auxiliary_channels"):
                 if len(getattr(self, name)) != len(self.encoder_channels):
-                    setattr(self, name, list(layout.decoder_block_out_channels))
+                    setattr(self, name, list(self.encoder_channels))
             self.preset = None  # the resolved recipe holds what it stood for
-        self.term(1)
+        self.adversarial_settings(1)
 
     @property
     def label(self) -> str:
         """The arm, or that an autoencoder was taken over and its decoder alone is trained."""
         return "decoder alone" if self.init_from else self.arm
 
-    def term(self, steps: int) -> AdversarialTerm | None:
-        """The adversarial term in a stage of so many steps."""
+    def adversarial_settings(self, steps: int) -> AdversarialSettings | None:
+        """Settings of the adversarial term in a stage of so many steps."""
         if self.adversarial == "none":
             return None
         start = self.adversarial_start * (steps if self.adversarial_start < 1 else 1)
-        return AdversarialTerm(
+        return AdversarialSettings(
             self.adversarial,
             weight=self.adversarial_weight,
             start=round(start),
@@ -137,6 +158,13 @@ class VQArguments(RunArguments):
             r1_weight=self.r1_weight,
             r1_interval=self.r1_interval,
         )
+
+    def term(self, steps: int) -> AdversarialTerm | None:
+        """The adversarial term in a stage of so many steps."""
+        from .adversarial_term import AdversarialTerm
+
+        settings = self.adversarial_settings(steps)
+        return settings and AdversarialTerm(**asdict(settings))
 
     def summary(self, stages: list[Stage], *, processes: int) -> dict:
         """What results.json says of a run: arm, budget, steps and operations of stages, decoder kept, adversarial term.
@@ -150,12 +178,12 @@ class VQArguments(RunArguments):
             stage.name: {"per_image": stage.flops_per_image, "total": stage.flops_per_image * images * stage.steps}
             for stage in stages
         }
-        term = self.term(stages[-1].steps)
+        settings = self.adversarial_settings(stages[-1].steps)
         return {
             "arm": self.label,
             "budget": None if self.init_from or ARMS[self.arm][0] else self.budget,
             "stages": {stage.name: stage.steps for stage in stages},
             "operations": operations | {"total": sum(cost["total"] for cost in operations.values())},
             "kept_decoder": stages[-1].kept_decoder,
-            "adversarial": None if term is None else asdict(term) | {"guard_factor": self.guard_factor},
+            "adversarial": None if settings is None else asdict(settings) | {"guard_factor": self.guard_factor},
         }

@@ -15,10 +15,9 @@ from ..data.image_table import ImageTable
 from ..embedding.feature_extractors import FeatureExtractor
 from ..evaluation.lipschitz_constants import summarise_lipschitz_pair
 from ..models.modeling_vq import VQAutoencoder
+from .choices import GENERATOR, PARTS
 from .complexity_curve import generator_complexity
 
-PARTS = ("reconstruction", "informativeness", "prior", "collapse", "lipschitz", "distances")
-GENERATOR = "generator"  # a part of its own, minutes long: generators of growing width are trained
 GENERATOR_WIDTHS = (4, 8, 16)
 _GENERATED_SIDE = 16
 

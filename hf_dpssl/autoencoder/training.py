@@ -20,19 +20,11 @@ from ..data.image_table import ImageTable
 from ..evaluation import codebook_usage, psnr, ssim
 from ..models.configuration_vq import VQConfig
 from ..models.modeling_vq import VQAutoencoder
+from ..runs.console import say
+from .choices import ARMS
 
 logger = logging.getLogger(__name__)
 
-# arm: (decoupled, stage 1's decoder is narrow, stage 1's decoder has dropout)
-ARMS = {
-    "dae": (True, True, True),
-    "weak_dropout": (True, False, True),
-    "weak_width": (True, True, False),
-    "decoupled": (True, False, False),
-    "joint": (False, False, False),
-    "joint_dropout": (False, False, True),
-}
-BUDGETS = ("total", "encoder", "flops")
 LOW_USAGE = 50.0  # percent of the codes
 FLAT_DECIBELS = 0.5  # gained in the last fifth of the steps by a curve that counts as converged
 _EVALUATION_BATCH = 256
@@ -201,10 +193,10 @@ def say_plateau(found: dict[str, dict | None]) -> None:
     """Print for each stage of `curve_summary`'s "plateau" whether its curve was flat at the end."""
     for name, curve in found.items():
         if curve is None:
-            print(f"{name}: too few validations to say whether it converged")
+            say(f"{name}: too few validations to say whether it converged")
         else:
             state = "converged" if curve["converged"] else "not converged: give it more steps"
-            print(f"{name}: {curve['gain_in_last_fifth']:+.2f} dB of validation PSNR in the last fifth, {state}")
+            say(f"{name}: {curve['gain_in_last_fifth']:+.2f} dB of validation PSNR in the last fifth, {state}")
 
 
 def plateau(history: list[dict], stage: str) -> dict[str, float | bool] | None:

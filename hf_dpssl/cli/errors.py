@@ -6,13 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from urllib.error import URLError
-
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, OfflineModeIsEnabled
-from safetensors import SafetensorError
 
 FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
-_EXPECTED = (ValueError, OSError, ImportError, HTTPError, EntryNotFoundError, SafetensorError)
 _EXPECTED_OF_OURS = (RuntimeError, ArithmeticError)  # of other libraries they are bugs, or memory that ran out
 
 
@@ -39,7 +34,7 @@ def reported(program: str, command: Callable[[], object]) -> int:
         return INTERRUPTED
     except Exception as error:
         ours = _raised_by_us(error)
-        if debugging() or not (isinstance(error, _EXPECTED) or ours and isinstance(error, _EXPECTED_OF_OURS)):
+        if debugging() or not (isinstance(error, _expected()) or ours and isinstance(error, _EXPECTED_OF_OURS)):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         hint = "" if ours else f" ({type(error).__name__}; DPSSL_DEBUG=1 shows the traceback)"
@@ -54,11 +49,36 @@ def exit_status(error: Exception) -> int:
     return FAILURE if any(map(_may_work_later, _chain(error))) else BAD_INPUT
 
 
+def _expected() -> tuple[type[Exception], ...]:
+    """What bad input and networks raise, of libraries too: those that are imported, as others have raised nothing."""
+    kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+        kinds += (EntryNotFoundError, HTTPError)
+    if "safetensors" in sys.modules:
+        from safetensors import SafetensorError
+
+        kinds += (SafetensorError,)
+    return kinds
+
+
 def _may_work_later(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if "urllib.error" in sys.modules:
+        from urllib.error import URLError
+
+        if isinstance(error, URLError):
+            return True
+    if "huggingface_hub" not in sys.modules:
+        return False
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
     response = getattr(error, "response", None) if isinstance(error, HTTPError) else None
     if response is not None:  # of the client's error, and of the library's below it
         return response.status_code in (408, 429) or response.status_code >= 500
-    return isinstance(error, HTTPError | URLError | ConnectionError | TimeoutError | OfflineModeIsEnabled)
+    return isinstance(error, HTTPError | OfflineModeIsEnabled)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -32,6 +32,7 @@ from ..runs.atomic_files import atomic_folder, write_json
 from ..runs.lineage import read_json
 from ..runs.results import environment
 from . import onnx_exports
+from .choices import FORMATS
 from .onnx_exports import relative_difference
 
 Written = tuple[str, dict[str, float]]  # what was written, and differences from our model by output
@@ -86,7 +87,7 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {list(FORMATS)}, got {format!r}.")
-    kinds, write = FORMATS[format]
+    kinds, write = FORMATS[format], _WRITERS[format]
     options = {"scheduler": scheduler, "changes": scheduler_config or {}} if scheduler or scheduler_config else {}
     if options and format != "dit-pipeline":
         raise ValueError(f"a scheduler is part of format dit-pipeline, not of {format}: leave it out.")
@@ -97,7 +98,7 @@ def export(
     folder = find_checkpoint(source)
     kind = checkpoint_kind(folder)
     if kind not in kinds:
-        fitting = [name for name, (allowed, _) in FORMATS.items() if kind in allowed]
+        fitting = [name for name, allowed in FORMATS.items() if kind in allowed]
         what = {"dit": "latent DiT", "token": "token model", "gan": "GAN", "other": "checkpoint of another library"}
         instead = f"can be exported as {' or '.join(fitting)}" if fitting else "cannot be exported"
         article = "an" if kind in ("encoder", "autoencoder") else "a"
@@ -233,9 +234,9 @@ def _load_autoencoder(folder: Path, way_out: str) -> VQAutoencoder:
     return VQAutoencoder.from_pretrained(folder).eval()
 
 
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., Written]]] = {
-    "timm": (("encoder",), _write_timm),
-    "vqmodel": (("autoencoder",), _write_vqmodel),
-    "dit-pipeline": (("dit",), _write_dit),
-    "onnx": (("encoder", "autoencoder"), _write_onnx),
+_WRITERS: dict[str, Callable[..., Written]] = {
+    "timm": _write_timm,
+    "vqmodel": _write_vqmodel,
+    "dit-pipeline": _write_dit,
+    "onnx": _write_onnx,
 }

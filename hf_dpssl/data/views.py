@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import keyed_random
+from .choices import AUGMENTATIONS, MODES
 from .colour import ORDERS, apply_matrix, colour_matrix, grey_matrix, jitter_, to_grey
 from .resample import CROP_TRIES, gaussian_blur, resized_crop, resized_crop_boxes
 
 # Uniform numbers of a view: 0 area, 1 log-ratio, 2 x, 3 y, 4 flip, 5 angle, 6 jitter, 7 - 10 its factors, 11 grey,
 # 12 blur, 13 sigma, 14 and 15 translation, 16 order of the jitter, then area and log-ratio of the further tries.
 _DRAWS_PER_VIEW = 17 + 2 * (CROP_TRIES - 1)
-MODES = ("fused", "exact")
 # Pixels worked on at a time on a CPU, so that they stay in its cache; a blur of few images would be slow.
 _PIXELS_AT_A_TIME, _BLURRED_PIXELS_AT_A_TIME = 2**17, 2**18
 
@@ -91,10 +91,7 @@ DIGITS = Augmentation(
 DIGITS_ON_PHOTOS = replace(DIGITS, padding="border")
 TEXTURES = replace(NATURAL, blur=0.5)
 FACES = replace(NATURAL, crop_scale=(0.5, 1.0), blur=0.5)
-PRESETS = {
-    "natural": NATURAL, "imagenet": IMAGENET, "textures": TEXTURES, "faces": FACES,
-    "digits": DIGITS, "digits-on-photos": DIGITS_ON_PHOTOS,
-}  # fmt: skip
+PRESETS = dict(zip(AUGMENTATIONS, (NATURAL, IMAGENET, TEXTURES, FACES, DIGITS, DIGITS_ON_PHOTOS), strict=True))
 
 
 @dataclass(frozen=True)

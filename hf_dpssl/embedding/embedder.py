@@ -22,8 +22,8 @@ from ..data.decoding import to_square_tensor
 from ..data.views import normalize
 from ..models.modeling_contrastive import ContrastiveConfig
 from ..models.weight_hashes import combined_sha256, tensor_sha256
+from .choices import KINDS
 
-KINDS = ("features", "embeddings")
 _PRETRAINING = {cls.__name__: cls for cls in (SimCLRForPreTraining, MoCoForPreTraining)}
 
 

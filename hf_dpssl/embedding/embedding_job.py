@@ -25,10 +25,10 @@ from ..data.image_table import BadImageError, decode_row
 from ..runs.atomic_files import write_json
 from ..runs.local_processes import divide_work, stop_without_parent
 from ..runs.results import command_line, environment
+from .choices import SPLITS
 from .embedder import ImageEmbedder, Preprocessor, best_device
 from .embeddings_table import EmbeddingsTable, dataset_fingerprint, load_splits, write_columns
 
-SPLITS = ("train", "evaluation")
 _DECIDES = "features encoder_fingerprint dataset_fingerprint splits rows_per_shard".split()
 _METADATA = b"hf_dpssl"  # of a shard's schema, beside the one of datasets
 

@@ -19,7 +19,6 @@ from ..data.views import NATURAL, TwoViews
 from .embedder import ImageEmbedder
 from .evaluation_entries import Measured
 
-PROTOCOLS = ("knn", "linear", "few_shot", "shape", "views")
 _LABELLED = ("knn", "linear", "few_shot")
 
 
@@ -38,7 +37,7 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
     labelled = [name for name in args.protocol if name in _LABELLED]
     if labelled and data.class_names is None:
         raise ValueError(
-            f"{args.dataset!r} has no classes, which {', '.join(labelled)} need: use --protocol shape views."
+            f"{args.dataset!r} has no classes, which {', '.join(labelled)} need: use --protocol geometry views."
         )
     if data.evaluation is None:
         raise ValueError(f"{args.dataset!r} has no held-out images to evaluate on.")
@@ -55,7 +54,7 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
         for name, (module, options) in _protocols(args).items():
             if name in labelled:
                 metrics |= evaluation.load(module).compute(**given, **options)
-    if "shape" in args.protocol:
+    if "geometry" in args.protocol:
         for module in ("uniformity", "effective_rank"):
             metrics |= evaluation.load(module).compute(predictions=query)
     if "views" in args.protocol:

@@ -17,10 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .candidates import finite_norms
+from .choices import CLASSIFIERS, SOLVERS
 from .neighbours import check_labels
 
-SOLVERS = ("logistic", "sgd")
-CLASSIFIERS = ("centroid", "logistic")
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn: larger is less regularised
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 _ITERATIONS = 1000  # at most, of the logistic solver

@@ -29,17 +29,12 @@ from ..embedding.embedder import best_device
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from ..runs.local_processes import divide_work, stop_without_parent
 from ..runs.results import environment
+from .choices import DTYPES, FORMATS, LAYOUTS, OPTIONS
 from .pipeline_classes import ClassConditionalPipeline
 from .pipeline_vq_dit import VQDiTPipeline
 from .pipeline_vq_token import VQTokenPipeline
 from .sample_folder import DECIDES, check_folder, claim, finish, picture_path, save_picture
 
-FORMATS, LAYOUTS = ("png", "npz"), ("numbered", "by_class")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Of the pipelines' `__call__`, what may be chosen; each pipeline takes some of them.
-OPTIONS = (
-    "guidance_scale num_inference_steps guidance_interval guidance_rescale quantize temperature top_k top_p"
-).split()
 _PIPELINES = {"VQDiTPipeline": VQDiTPipeline, "VQTokenPipeline": VQTokenPipeline, "DiTPipeline": VQDiTPipeline}
 
 
@@ -87,7 +82,7 @@ class SampleJob:
         for name, least in (("num_images", 1), ("batch_size", 1), ("images_per_folder", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for name, known in (("format", FORMATS), ("layout", LAYOUTS), ("dtype", tuple(DTYPES))):
+        for name, known in (("format", FORMATS), ("layout", LAYOUTS), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}.")
         if self.unconditional and self.class_labels:
@@ -138,7 +133,7 @@ def load_pipeline(job: SampleJob, device: torch.device) -> ClassConditionalPipel
         raise ValueError(f"{job.pipeline} is a {found}; images are drawn from {' or '.join(_PIPELINES)}.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # by the newest diffusers only
-        pipeline = _PIPELINES[found].from_pretrained(name, revision=revision, torch_dtype=DTYPES[job.dtype])
+        pipeline = _PIPELINES[found].from_pretrained(name, revision=revision, torch_dtype=getattr(torch, job.dtype))
     pipeline.set_progress_bar_config(disable=True)
     if job.scheduler is not None or job.scheduler_config:
         replace_scheduler(pipeline, job.scheduler, job.scheduler_config)

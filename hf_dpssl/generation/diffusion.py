@@ -18,9 +18,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from ..data import keyed_random
+from .choices import OBJECTIVES
 from .pipeline_vq_dit import switch_off_label_dropout_
 
-OBJECTIVES = ("flow", "epsilon", "v_prediction")
 NUM_TRAIN_TIMESTEPS = 1000
 
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
-from ..runs.recipe import option
-from .diffusion import OBJECTIVES
+from ..runs.flags import option
+from .choices import OBJECTIVES
 from .dit_sizes import PRESETS, preset
-from .latent_run import LatentRunArguments
+from .latent_arguments import LatentRunArguments
 
 
 @dataclass
 class DiTArguments(LatentRunArguments):
     """Autoencoder, transformer, objective and optimiser; the defaults generate the embedded digits."""
 
-    name: str = option("dit", "subfolder of output_dir for the finished pipeline")
-    preset: str | None = option(None, "size of the DiT paper instead of the next four", choices=list(PRESETS))
+    preset: str | None = option(None, "size of the DiT paper instead of the next four", choices=PRESETS, group="model")
     num_layers: int = option(4, "blocks of the transformer")
     width: int = option(128, "width of the transformer")
     num_heads: int = option(4, "attention heads")
     patch_size: int = option(2, "latent cells per token and side")
-    objective: str = option("flow", "what is predicted", choices=list(OBJECTIVES))
     learned_variance: bool = option(False, "predict the variance too, by the hybrid loss (objective epsilon)")
+    align_encoder: str | None = option(None, "folder or Hub id of a contrastive encoder that tokens are aligned with")
+    align_block: int | None = option(
+        None, "block whose tokens are aligned, from 1; default: a third of the depth, <= 8"
+    )
+    align_width: int = option(2048, "width of the alignment's projector")
+
+    objective: str = option("flow", "what is predicted", choices=OBJECTIVES, group="optimiser")
     min_snr_gamma: float | None = option(None, "clip the weights of the loss by min-SNR; 5 in its paper")
     timestep_sampling: str = option("uniform", "noise levels of a flow", choices=["uniform", "logit_normal"])
-    logit_mean: float = option(0.0, "mean of logit-normal noise levels; above 0 means more noise")
     logit_std: float = option(1.0, "spread of logit-normal noise levels")
     ema_decay: float = option(0.998, "share of the old averaged weights kept at each step")
     max_train_steps: int = option(2400, "optimiser steps")
@@ -36,12 +40,12 @@ class DiTArguments(LatentRunArguments):
         False, "compute activations again in the backward pass instead of keeping them"
     )
     compile: bool = option(False, "compile the transformer with torch.compile")
-    sampling_steps: int = option(25, "denoising steps of the sample grids and of validations")
+
+    sampling_steps: int = option(25, "denoising steps of the sample grids and of validations", group="evaluation")
     guidance_scale: float = option(1.5, "guidance of the guided sample grid")
     grid_images_per_class: int = option(10, "images of each of the first 10 classes in the sample grids")
     validation_steps: int = option(0, "steps between two validations of the averaged weights; 0: none")
-    validation_images: int = option(1000, "images that a validation generates")
-    validation_guidance_scale: float = option(1.0, "guidance of these; 1 is none")
+    validation_images: int = option(1000, "images that a validation generates, without guidance")
     validation_extractor: str | None = option(
         None,
         "extractor of a validation's FID against training images: inception, timm:<model>, an encoder's folder ...",
@@ -50,21 +54,23 @@ class DiTArguments(LatentRunArguments):
         None, "extractor with a classifier's head (resnet56-cifar10, timm:<model>) for class consistency"
     )
     best_metric: str | None = option(
-        None, "validation metric by which OUTPUT_DIR/NAME-best is kept; default: FID, else class consistency",
+        None,
+        "validation metric by which OUTPUT_DIR/NAME-best is kept; default: FID, else class consistency",
         choices=["fid", "class_consistency"],
-    )  # fmt: skip
-    align_encoder: str | None = option(None, "folder or Hub id of a contrastive encoder that tokens are aligned with")
-    align_weight: float = option(0.5, "weight of the alignment")
-    align_block: int | None = option(
-        None, "block whose tokens are aligned, from 1; default: a third of the depth, <= 8"
     )
-    align_width: int = option(2048, "width of the alignment's projector")
+
+    name: str = option("dit", "subfolder of output_dir for the finished pipeline", group="run")
 
     def __post_init__(self):
         super().__post_init__()
         self._apply_preset()
-        at_least_1 = "max_train_steps sampling_steps grid_images_per_class validation_images align_width".split()
-        for name in at_least_1:
+        for name in (
+            "max_train_steps",
+            "sampling_steps",
+            "grid_images_per_class",
+            "validation_images",
+            "align_width",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.validation_steps < 0:
@@ -110,4 +116,4 @@ class DiTArguments(LatentRunArguments):
     @property
     def logit_normal(self) -> tuple[float, float] | None:
         """Mean and spread for `diffusion.training_example`; None: uniform noise levels."""
-        return (self.logit_mean, self.logit_std) if self.timestep_sampling == "logit_normal" else None
+        return (0.0, self.logit_std) if self.timestep_sampling == "logit_normal" else None

@@ -1,103 +1,22 @@
-"""Arguments of training/dae_gan.py, the latents of its four variants, and how its images are judged."""
+"""What training/dae_gan.py consists of besides its loop: the latents of its variants, and how its images are judged."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .. import evaluation
-from ..autoencoder.adversarial_losses import ADVERSARIAL_LOSSES
-from ..autoencoder.adversarial_term import AdversarialTerm
 from ..data import keyed_random
 from ..data.batches import evaluation_batches, spread_rows
 from ..data.image_table import BadImageError, ImageTable, decode_row
-from ..embedding.embedder import KINDS, ImageEmbedder
+from ..embedding.embedder import ImageEmbedder
 from ..embedding.feature_extractors import FeatureExtractor, load_extractor
-from ..models.latent_density import DENSITIES, LatentDensity
-from ..models.modeling_discriminator import NORMS
-from ..models.modeling_vaegan import LATENTS, VAEGAN
-from ..runs.recipe import RunArguments, option
+from ..models.latent_density import LatentDensity
+from ..models.modeling_vaegan import VAEGAN
+from .gan_arguments import GANArguments
 
 _EMBEDDED_AT_ONCE = 256
-
-
-@dataclass
-class GANArguments(RunArguments):
-    """Latent, architecture and losses; the defaults are a DAE-VAEGAN of the embedded digits."""
-
-    name: str = option("gan", "subfolder of output_dir for the finished model")
-    latent: str = option(
-        "dae",
-        "what the generator starts from: noise (DCGAN), features of a frozen encoder (simclr), an encoder trained "
-        "jointly (vae: VAEGAN), or one trained against a weak generator and frozen (dae: DAE-VAEGAN)",
-        choices=list(LATENTS),
-    )
-    encoder: str | None = option(None, "of --latent simclr: folder or Hub id of an encoder")
-    features: str = option("features", "of --latent simclr: after the backbone or after the head", choices=list(KINDS))
-    sample_from: str | None = option(
-        None,
-        "density of the latents of samples; default: prior, and full with --latent simclr",
-        choices=list(DENSITIES),
-    )
-    components: int = option(10, "of --sample_from mixture")
-    width: int = option(16, "channels of the generator's last hidden layer")
-    latent_dim: int = option(32, "dimension of the latents; with --latent simclr the features'")
-    max_train_steps: int = option(500, "steps of the generator, in every variant")
-    stage_1_steps: int = option(150, "of --latent dae: steps of the encoder against the weak generator, before")
-    stage_1_dropout: float = option(0.1, "of --latent dae: channel dropout of the weak generator")
-    adversarial: str = option("non_saturating", "losses of both sides", choices=list(ADVERSARIAL_LOSSES))
-    reconstruction: str = option(
-        "pixels",
-        "what reconstructions are compared in (vae, dae): pixels, by the mean absolute error, or the discriminator's "
-        "last features, by the mean squared one, as in the paper of the VAEGAN",
-        choices=["pixels", "discriminator"],
-    )
-    reconstruction_weight: float = option(10.0, "of the reconstruction error (vae, dae)")
-    kl_weight: float = option(1e-3, "of the KL of the latents, per image in nats (vae, dae)")
-    r1_weight: float = option(10.0, "of the gradient penalty at real images; without it the discriminator wins")
-    r1_interval: int = option(4, "steps from one gradient penalty to the next, weighted so many times more")
-    discriminator_width: int = option(16, "channels of the discriminator's first layer")
-    discriminator_norm: str = option("group", "after its inner convolutions", choices=list(NORMS))
-    learning_rate: float = option(2e-3, "of both sides")
-    lr_scheduler: str = option("constant", "learning-rate schedule of diffusers.optimization.get_scheduler")
-    ema_decay: float = option(0.99, "share of the old averaged generator kept at each step")
-    num_generated: int = option(500, "images that are judged")
-    compare_densities: bool = option(False, "judge images of all other densities of the latents too")
-    extractor: list[str] = option([], "of the judgement: resnet56-cifar10, inception, or an encoder's folder or id")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.latent == "simclr" and not self.encoder:
-            raise ValueError("--latent simclr needs --encoder: the folder or Hub id of a trained encoder.")
-        if self.latent == "simclr" and self.streaming:
-            raise ValueError("--latent simclr looks features up by row, which a stream has not: leave out --streaming.")
-        if self.latent == "noise" and self.sample_from not in (None, "prior"):
-            raise ValueError(f"--latent noise is sampled from the prior, not from {self.sample_from!r}.")
-        if self.latent == "simclr" and self.sample_from == "prior":
-            raise ValueError("features of an encoder have no prior: --sample_from diagonal, full, mixture or held_out.")
-        for name in ("max_train_steps", "stage_1_steps", "num_generated"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-
-    @property
-    def density(self) -> str:
-        """What samples are drawn from."""
-        return self.sample_from or ("full" if self.latent == "simclr" else "prior")
-
-    @property
-    def other_densities(self) -> list[str]:
-        """The densities of --compare_densities."""
-        if not self.compare_densities or self.latent == "noise":
-            return []
-        unfit = {self.density} | ({"prior"} if self.latent == "simclr" else set())
-        return [kind for kind in DENSITIES if kind not in unfit]
-
-    def term(self) -> AdversarialTerm:
-        """The adversarial term; it is the generator's own loss, so it has weight 1 from the first step on."""
-        return AdversarialTerm(self.adversarial, weight=1.0, r1_weight=self.r1_weight, r1_interval=self.r1_interval)
 
 
 class FeatureBank:

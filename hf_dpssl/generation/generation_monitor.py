@@ -137,7 +137,7 @@ class GenerationMonitor:
             images = self.pipeline(
                 labels,
                 num_images=None if labels else len(ids),
-                guidance_scale=self.args.validation_guidance_scale if labels else 1.0,
+                guidance_scale=1.0,
                 num_inference_steps=self.args.sampling_steps,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",

@@ -1,10 +1,10 @@
-"""What the generators in a latent share: arguments, their autoencoder, the cache of its latents or codes."""
+"""What the generators in a latent share: their autoencoder, the cache of its latents or codes."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,30 +13,27 @@ from ..data.batches import ImageSource
 from ..data.image_data import ImageData
 from ..data.image_table import ImageTable
 from ..models.modeling_vq import VQAutoencoder
-from ..runs.recipe import RunArguments, option
+from .latent_arguments import LatentRunArguments
 from .latent_cache import CodeTable, LatentTable, build_latent_cache
 
 # Flags that a run passes on to the training of its autoencoder.
 _SHARED = (
-    "dataset dataset_revision image_column label_column streaming on_bad_image image_size output_dir seed "
-    "mixed_precision num_processes num_workers preload_gb resume_from_checkpoint overwrite"
-).split()
-
-
-@dataclass
-class LatentRunArguments(RunArguments):
-    """The autoencoder of a generator, and dropped classes."""
-
-    autoencoder: str | None = option(None, "folder or Hub id of a VQAutoencoder; default: train or reuse our own")
-    autoencoder_recipe: str | None = option(None, "recipe of training/dae_vq.py when it has to be trained")
-    autoencoder_args: str = option("", "flags of training/dae_vq.py when it has to be trained, in one string")
-    flip_cache: bool = option(False, "cache mirrored images too; each epoch shows a random half of the images mirrored")
-    class_dropout: float = option(0.1, "share of images whose label is dropped, for classifier-free guidance")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.class_dropout < 1:
-            raise ValueError(f"--class_dropout lies in [0, 1), got {self.class_dropout}.")
+    "dataset",
+    "dataset_revision",
+    "image_column",
+    "label_column",
+    "streaming",
+    "on_bad_image",
+    "image_size",
+    "output_dir",
+    "seed",
+    "mixed_precision",
+    "num_processes",
+    "num_workers",
+    "preload_gb",
+    "resume_from_checkpoint",
+    "overwrite",
+)
 
 
 def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Path]) -> str | Path:

@@ -27,9 +27,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..models.modeling_vq import VQAutoencoder
+from .choices import ARCHITECTURES
 from .pipeline_classes import ClassConditionalPipeline
 
-ARCHITECTURES = ("gpt2", "llama")
 Generators = torch.Generator | list[torch.Generator] | None
 
 

@@ -8,6 +8,7 @@ import math
 KERNELS = ("cosine", "student_t")
 NORMALIZATIONS = ("joint", "anchor")  # one denominator for all pairs, or one per anchor
 FEATURE_NORMS = ("l2", "batch", "none")
+MOMENTUM_SCHEDULES = ("constant", "cosine")  # of the key encoder
 BATCH_NORMS = ("local", "global", "split")
 # First convolutions of published ResNets for images of about 32 px: 3x3, stride 1, no max-pooling.
 SMALL_IMAGE_STEMS = {

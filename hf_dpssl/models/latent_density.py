@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-DENSITIES = ("prior", "diagonal", "full", "mixture", "held_out")
+from .gan_options import DENSITIES
+
 _JITTER = 1e-6  # share of the mean variance added to a fitted covariance
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .complete_loading import load_complete
-
-NORMS = ("group", "batch", "none")
+from .gan_options import NORMS
 
 
 class PatchDiscriminatorConfig(PretrainedConfig):

@@ -16,9 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .complete_loading import load_complete
-from .latent_density import DENSITIES, LatentDensity
-
-LATENTS = ("noise", "simclr", "vae", "dae")
+from .gan_options import DENSITIES, LATENTS
+from .latent_density import LatentDensity
 
 
 class VAEGANConfig(PretrainedConfig):

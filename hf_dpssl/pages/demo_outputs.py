@@ -6,10 +6,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_digits
-
 MODELS = {  # name -> environment variable, folder within the demo's outputs
     "encoder": ("DPSSL_ENCODER", "encoder"),
     "second encoder": ("DPSSL_ENCODER_2", "comparison/encoder-2d"),
@@ -58,6 +54,10 @@ def source_arguments(source: str) -> dict[str, str]:
 
 def example_pictures(count: int) -> list[str]:
     """Paths of the first `count` handwritten digits of scikit-learn as PNG, in a temporary folder."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
     folder = Path(tempfile.mkdtemp(prefix="digits-"))
     paths = []
     for i, image in enumerate(load_digits().images[:count]):

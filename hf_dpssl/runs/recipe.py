@@ -9,32 +9,25 @@ import argparse
 import difflib
 import os
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-from transformers import HfArgumentParser
-
 from .atomic_files import atomic_file
+from .console import be_quiet, say
+from .flags import FlagParser, add_flags, option
 from .shipped_folders import shipped_folder
 
 Arguments = TypeVar("Arguments", bound="RunArguments")
-
-
-def option(default, text: str, **metadata):
-    """A dataclass field with help text for the command line."""
-    metadata = {"help": text, **metadata}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class RunArguments:
     """What all training scripts share."""
 
-    dataset: str = option("digits", "name of the table in data.py, Hub id, folder, parquet file, or a union a+b")
+    dataset: str = option(
+        "digits", "digits, mnist, cifar10 ..., Hub id, folder, parquet file, or a union a+b", group="data"
+    )
     dataset_revision: str | None = option(None, "branch, tag or commit of a Hub data set")
     image_column: str | None = option(None, "column of pictures; found by its type when not given")
     label_column: str | None = option(None, "column of classes; found by its type when not given")
@@ -44,19 +37,23 @@ class RunArguments:
     preload_gb: float = option(1.0, "decode the images into memory once when they fit into this many GiB")
     num_workers: int = option(0, "loader processes for images that are not preloaded")
 
-    output_dir: str = option("outputs/run", "folder of the run; results go into subfolders")
-    overwrite: bool = option(False, "discard checkpoints of an earlier run in output_dir")
-    seed: int = option(0, "random seed")
-    batch_size: int = option(64, "images per process and step")
+    batch_size: int = option(64, "images per process and step", group="optimiser")
     gradient_accumulation_steps: int = option(1, "batches per optimiser step")
     max_grad_norm: float = option(1.0, "gradient norm is clipped to this; 0 does not clip")
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate")
     lr_scheduler: str = option("cosine", "learning-rate schedule of diffusers.optimization.get_scheduler")
-    mixed_precision: str | None = option(None, "precision; default: what accelerate is configured for",
-                                         choices=["no", "bf16", "fp16"])  # fmt: skip
-    num_processes: int | None = option(None, "processes this run expects; another number is an error")
 
-    evaluation_images: int = option(10_000, "at most so many images of each split are used to evaluate and measure")
+    evaluation_images: int = option(
+        10_000, "at most so many images of each split are used to evaluate and measure", group="evaluation"
+    )
+
+    output_dir: str = option("outputs/run", "folder of the run; results go into subfolders", group="run")
+    overwrite: bool = option(False, "discard checkpoints of an earlier run in output_dir")
+    seed: int = option(0, "random seed")
+    mixed_precision: str | None = option(
+        None, "precision; default: what accelerate is configured for", choices=["no", "bf16", "fp16"]
+    )
+    num_processes: int | None = option(None, "processes this run expects; another number is an error")
     logging_steps: int = option(10, "steps between two log entries")
     log_with: list[str] = option([], "trackers: tensorboard, wandb, trackio, ...")
     checkpointing_steps: int = option(500, "optimiser steps between checkpoints")
@@ -81,8 +78,24 @@ class RunArguments:
             raise ValueError(f"--seed must not be negative, got {self.seed}.")
 
 
-def parse(arguments_class: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
+def make_parser(arguments_class: type, description: str, **settings) -> FlagParser:
+    """The parser of a training script: a flag for every field, and those that are not part of a recipe."""
+    usage = "%(prog)s [--FLAG VALUE ...]   (--help lists the flags)"
+    parser = FlagParser(description=description, **{"usage": usage} | settings)
+    parser.add_argument("--recipe", help="YAML file, or name of a shipped recipe, with defaults for all flags below")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no lines of progress")
+    add_flags(parser, arguments_class)
+    return parser
+
+
+def parse(arguments_class: type[Arguments], argv: list[str] | None, description: str, **settings) -> Arguments:
     """Arguments from the command line; `--recipe FILE` (or the name of a shipped recipe) gives defaults.
+
+    Args:
+        arguments_class: a dataclass of `option`s.
+        argv: None for those of this process.
+        description: for the help.
+        settings: of the parser, such as `prog`.
 
     Raises:
         SystemExit: like argparse, on an unknown flag or key, or a value that does not fit; the
@@ -91,25 +104,26 @@ def parse(arguments_class: type[Arguments], argv: list[str] | None, description:
     argv = sys.argv[1:] if argv is None else list(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe")
-    parser = HfArgumentParser(
-        arguments_class,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--recipe", help="YAML file, or name of a shipped recipe, with defaults for all flags below")
+    parser = make_parser(arguments_class, description, **settings)
     known, _ = early.parse_known_args(argv)
     if known.recipe is not None:
         defaults = _read_recipe(known.recipe, arguments_class, parser)
         # Through the parser, which converts: YAML reads 1e-4 as a string.
         argv = [item for key, value in defaults.items() for item in _as_flags(key, value)] + argv
+    values = vars(parser.parse_args(argv))
+    del values["recipe"]
+    if values.pop("quiet"):
+        be_quiet()
     try:
-        namespace = parser.parse_args(argv)
-        values = vars(namespace)
-        values.pop("recipe")
-        return arguments_class(**{f.name: values[f.name] for f in fields(arguments_class)})
+        return arguments_class(**values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def announce(arguments_class: type[Arguments], description: str) -> None:
+    """What a script does first when it is started: help and wrong flags end here, before libraries are imported."""
+    args = parse(arguments_class, None, description)
+    say(f"{Path(sys.argv[0]).name}: {args.dataset}, seed {args.seed}, into {args.output_dir}")
 
 
 def find_recipe(name: str) -> Path:
@@ -127,11 +141,15 @@ def find_recipe(name: str) -> Path:
 
 def save_recipe(arguments: RunArguments, path: str | os.PathLike) -> None:
     """Write the resolved arguments as YAML that `--recipe` reads again."""
+    import yaml
+
     with atomic_file(path) as file:
         yaml.safe_dump(asdict(arguments), file, sort_keys=False)
 
 
 def _read_recipe(name: str, arguments_class: type, parser: argparse.ArgumentParser) -> dict:
+    import yaml
+
     try:
         content = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")) or {}
     except (FileNotFoundError, yaml.YAMLError) as error:

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from ..data import keyed_random
 from .atomic_files import write_json
+from .console import is_quiet, say
 from .recipe import RunArguments
 from .sharding import load_whole_state_, whole_state
 from .training_checkpoints import CheckpointFolder
@@ -51,7 +52,7 @@ def start_accelerator(args: RunArguments) -> Accelerator:
         RuntimeError: fewer or more processes than asked for.
         ImportError: a tracker that is not installed. ValueError: an unknown one.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if is_quiet() else logging.INFO, format="%(message)s")
     for noisy in ("httpx", "timm", "accelerate", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -87,7 +88,7 @@ def finish(accelerator: Accelerator, args: RunArguments, skipped: dict[str, str]
     if everywhere and accelerator.is_main_process:
         path = Path(args.output_dir) / "skipped_images.json"
         write_json(path, {"count": len(everywhere), "images": everywhere})
-        accelerator.print(f"{len(everywhere)} unreadable images were skipped, see {path}")
+        say(f"{len(everywhere)} unreadable images were skipped, see {path}")
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -200,7 +201,7 @@ class TrainingLoop:
     def _resume(self, which: str) -> None:
         loaded = self.checkpoints.load(which)
         if loaded is None:
-            self.accelerator.print(f"{self.name}: no checkpoint in {self.checkpoints.path}, starting afresh")
+            say(f"{self.name}: no checkpoint in {self.checkpoints.path}, starting afresh")
             return
         state, meta = loaded
         self._check_same_run(meta)
@@ -211,7 +212,7 @@ class TrainingLoop:
         self.skipped.update(meta["skipped"])
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
         replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
-        self.accelerator.print(f"{self.name}: resumed at {where}{replay}")
+        say(f"{self.name}: resumed at {where}{replay}")
 
     def _check_same_run(self, meta: dict) -> None:
         # An argument that came after the checkpoint had what is now its default.
@@ -229,7 +230,8 @@ class TrainingLoop:
 
     def __iter__(self) -> Iterator[dict]:
         args, accelerator = self.args, self.accelerator
-        silent = {} if accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE decides
+        shown = accelerator.is_main_process and not is_quiet()
+        silent = {} if shown else {"disable": True}  # else TQDM_DISABLE decides
         bar = tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5, **silent)
         micro_step = self.step * args.gradient_accumulation_steps
         self._clock = time.perf_counter()

@@ -1,0 +1,15 @@
+"""What may be chosen of decoupled training and of the report. No library is imported here: command lines read them."""
+
+# arm: (decoupled, stage 1's decoder is narrow, stage 1's decoder has dropout)
+ARMS = {
+    "dae": (True, True, True),
+    "weak_dropout": (True, False, True),
+    "weak_width": (True, True, False),
+    "decoupled": (True, False, False),
+    "joint": (False, False, False),
+    "joint_dropout": (False, False, True),
+}
+BUDGETS = ("total", "encoder", "flops")
+ADVERSARIAL_NAMES = ("hinge", "non_saturating")
+PARTS = ("reconstruction", "informativeness", "prior", "collapse", "lipschitz", "distances")  # of the report
+GENERATOR = "generator"  # a part of its own, minutes long: generators of growing width are trained

@@ -1,0 +1,31 @@
+"""What runs tell on the terminal: lines of progress, which `--quiet` switches off together with progress bars."""
+
+from __future__ import annotations
+
+import os
+
+# Read by this package, tqdm, huggingface_hub, datasets, transformers and diffusers when they are imported.
+_QUIET = {
+    "DPSSL_QUIET": "1",
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+}
+
+
+def be_quiet() -> None:
+    """From now on no lines of progress, here and in processes that are started; libraries not yet imported comply."""
+    os.environ.update(_QUIET)
+
+
+def is_quiet() -> bool:
+    """Whether `--quiet` was given, or DPSSL_QUIET is set."""
+    return os.environ.get("DPSSL_QUIET", "0") not in ("", "0")
+
+
+def say(text: str) -> None:
+    """A line on stdout, of a machine's first process only; nothing under `--quiet`."""
+    if not is_quiet() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, flush=True)

@@ -1,0 +1,72 @@
+"""Arguments of training/contrastive.py: method, backbone, views and optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..data.choices import AUGMENTATIONS, MODES
+from ..models.contrastive_options import BATCH_NORMS, FEATURE_NORMS, KERNELS, MOMENTUM_SCHEDULES, NORMALIZATIONS, STEMS
+from .flags import option
+from .recipe import RunArguments
+
+
+@dataclass
+class ContrastiveArguments(RunArguments):
+    """Method, backbone and optimiser; the defaults are t-SimCLR on the embedded digits."""
+
+    name: str = option("encoder", "subfolder of output_dir for the finished encoder", group="run")
+    negatives: str = option("batch", "batch (SimCLR) or queue (MoCo)", choices=["batch", "queue"], group="model")
+    kernel: str = option("student_t", "similarity of embeddings", choices=KERNELS)
+    normalization: str = option("joint", "denominator over all pairs or per anchor", choices=NORMALIZATIONS)
+    feature_norm: str = option("none", "normalisation of embeddings", choices=FEATURE_NORMS)
+    temperature: str = option("2.0", "divides the cosine or the squared distance; auto: set by --perplexity")
+    perplexity: float | None = option(None, "of Q, as a share of the candidates, with --temperature auto")
+    dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
+    learnable_dof: bool = option(False, "train the degrees of freedom too")
+    queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
+    momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
+    momentum_schedule: str = option("constant", "or cosine: from --momentum to 1", choices=MOMENTUM_SCHEDULES)
+    architecture: str = option("resnet10t", "timm model")
+    model_args: str | None = option('{"channels": [32, 64, 128, 256]}', "JSON keyword arguments of timm.create_model")
+    init_encoder: str | None = option(None, "folder or Hub id of an encoder of this architecture to start from")
+    init_pretraining: str | None = option(
+        None, "encoder folder with `pretraining/` to start from: encoder and head; another projection_dim is drawn anew"
+    )
+    freeze: str = option("none", "what is held fixed", choices=["none", "all_but_last_layer"])
+    stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=STEMS)
+    projection_dim: int = option(32, "dimension of the embeddings")
+    projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
+    projection_layers: int = option(2, "linear layers of the head")
+    projection_batch_norm: bool = option(False, "batch norm in the head")
+    batch_norm: str = option("local", "statistics per process, over all, or per part of a batch", choices=BATCH_NORMS)
+    batch_norm_splits: int = option(1, "parts of a process's batch with --batch_norm split")
+    augmentation: str | None = option(
+        None, "preset of views; default: what suits the data set", choices=AUGMENTATIONS, group="data"
+    )
+    augmentation_mode: str = option("fused", "colours as one matrix, or exactly as torchvision v2", choices=MODES)
+    num_train_epochs: int = option(100, "epochs", group="optimiser")
+    max_train_steps: int | None = option(None, "steps instead of epochs; needed with --streaming")
+    optimizer: str = option("adamw", "optimiser", choices=["adamw", "sgd"])
+    learning_rate: float = option(2e-3, "peak learning rate")
+    weight_decay: float = option(1e-4, "weight decay")
+    batch_size: int = option(256, "images per process and step; each gives two views")
+    knn_k: int = option(20, "neighbours of the kNN evaluation", group="evaluation")
+    knn_metric: str = option("euclidean", "distance of the kNN evaluation", choices=["cosine", "euclidean"])
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature != "auto":
+            try:
+                self.temperature = float(self.temperature)
+            except ValueError:
+                raise ValueError(f"--temperature must be a number or auto, got {self.temperature!r}.") from None
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "--gradient_accumulation_steps > 1 would change the loss: negatives come from one batch (or, with a "
+                "queue, from keys that the accumulated batches themselves enqueue). Use a larger --batch_size or "
+                "more processes; embeddings are gathered over processes with their gradient."
+            )
+        if self.init_encoder and self.init_pretraining:
+            raise ValueError("--init_pretraining holds an encoder already: leave --init_encoder out.")
+        if self.streaming and self.max_train_steps is None:
+            raise ValueError("--streaming needs --max_train_steps: the length of a stream is not known.")
