@@ -1,9 +1,7 @@
 from . import matching as matching
 from .drop_ins import SentencePairLoss as SentencePairLoss
 from .drop_ins import over_processes as over_processes
-from .kernels import log_cosine as log_cosine
-from .kernels import log_gaussian as log_gaussian
-from .kernels import log_student_t as log_student_t
+from .kernels import log_similarities as log_similarities
 from .losses import alignment as alignment
 from .losses import clip as clip
 from .losses import info_nce as info_nce
@@ -13,14 +11,5 @@ from .losses import sup_con as sup_con
 from .losses import t_simclr as t_simclr
 from .losses import t_sne as t_sne
 from .losses import uniformity as uniformity
-from .matching import match as match
-from .matching import q_similarities as q_similarities
 from .modeling_pretraining import MoCoForPreTraining as MoCoForPreTraining
 from .modeling_pretraining import SimCLRForPreTraining as SimCLRForPreTraining
-from .similarities import gaussian_similarities as gaussian_similarities
-from .similarities import iou_similarities as iou_similarities
-from .similarities import label_similarities as label_similarities
-from .similarities import mixup_similarities as mixup_similarities
-from .similarities import noise_similarities as noise_similarities
-from .similarities import normalize_similarities as normalize_similarities
-from .similarities import pair_similarities as pair_similarities

@@ -1,6 +1,6 @@
-"""The scale of Q without tuning: a temperature set by perplexity, and degrees of freedom that are learned.
+"""Calibration of Q's kernel without tuning: a temperature set by perplexity, degrees of freedom that are learned.
 
-SNE chooses each bandwidth of P so that the neighbourhoods have a given perplexity. `KernelScale` chooses Q's one
+SNE chooses each bandwidth of P so that the neighbourhoods have a given perplexity. `KernelCalibration` chooses Q's one
 temperature the same way: the mean perplexity of Q_{.|i} is a fixed share of the candidates. A share, not a number:
 at a given temperature the perplexity grows in proportion to the candidates, whatever the batch or the queue.
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.contrastive_options import DOF_RANGE, check_learnable_dof, check_share
 from ..models.gather import broadcast_
-from .kernels import in_float32, log_cosine, squared_distances, student_t_from_squared_distance
+from .kernels import Kernel, log_similarities, make_kernel, squared_distances
 
 PERPLEXITY = 0.2  # of Q, as a share of the candidates, where the scale of the embeddings is bounded
 FREE_PERPLEXITY = 0.6  # at the first step, where it is free: training then narrows the kernel by spreading the points
@@ -26,7 +26,8 @@ _BISECTIONS = 24  # of the range's logarithm: 2e-6 relative
 COSINE_START = 0.2  # MoCo-v2's; untrained embeddings nearly coincide, which says nothing of the right temperature
 COSINE_BOUNDS = (0.1, 1.0)  # the published range; without it, coinciding points lead to ever lower temperatures
 STUDENT_T_BOUNDS = (1e-2, 1e2)  # in units of the mean squared distance: the kernel keeps its flat top
-_ANCHORS, _CANDIDATES = 64, 2048  # at most so many rows and columns are looked at
+_ANCHORS = 64  # rows that are looked at, at most
+_CANDIDATES = 2048  # columns that are looked at, at most
 _MEMORY = 0.99  # share kept of the old log-temperature at each step
 
 
@@ -71,11 +72,13 @@ def temperature_of_perplexity(
     dissimilarities = dissimilarities.masked_fill(dissimilarities.isinf(), 0)
     target = share * counts.sum(1).mean()
     unit = _mean(dissimilarities, counts)
-    low, high = (unit.log() + math.log(bound) for bound in _SEARCH)
+    low = unit.log() + math.log(_SEARCH[0])
+    high = unit.log() + math.log(_SEARCH[1])
     for _ in range(_BISECTIONS):  # the entropy of a row grows with the temperature, for both kernels
         middle = (low + high) / 2
         too_wide = mean_perplexity(_log_similarities(dissimilarities, middle.exp(), dof), counts) > target
-        low, high = torch.where(too_wide, low, middle), torch.where(too_wide, middle, high)
+        low = torch.where(too_wide, low, middle)
+        high = torch.where(too_wide, middle, high)
     return ((low + high) / 2).exp()
 
 
@@ -90,12 +93,12 @@ def _mean(dissimilarities: Tensor, counts: Tensor) -> Tensor:
 
 
 def _log_similarities(dissimilarities: Tensor, temperature: Tensor, dof: float | None) -> Tensor:
-    if dof is None:
-        return -dissimilarities / temperature
-    return student_t_from_squared_distance(dissimilarities, temperature=temperature, dof=dof)
+    # 1 - cosine is half a squared distance of unit vectors, so that without dof the kernel is a Gaussian one.
+    kernel = Kernel("gaussian", 1 / temperature) if dof is None else make_kernel("student_t", temperature, dof)
+    return kernel.of_squared_distances(dissimilarities)
 
 
-class KernelScale(nn.Module):
+class KernelCalibration(nn.Module):
     """Temperature and degrees of freedom of a kernel: given numbers, or calibrated and learned.
 
     temperature="auto", embeddings of a bounded scale (cosine, or normalised features): each training step finds the
@@ -136,9 +139,11 @@ class KernelScale(nn.Module):
         free_scale: bool = False,
     ):
         super().__init__()
-        self.kernel, self.free_scale = kernel, free_scale
+        self.kernel = kernel
+        self.free_scale = free_scale
         self.perplexity = perplexity or (FREE_PERPLEXITY if free_scale else PERPLEXITY)
-        self.given_temperature, self.given_dof = temperature, dof
+        self.given_temperature = temperature
+        self.given_dof = dof
         if temperature == "auto":
             check_share(self.perplexity)
             self.register_buffer("log_temperature", torch.tensor(math.log(COSINE_START)))
@@ -190,9 +195,8 @@ class KernelScale(nn.Module):
         return self.training and not (self.free_scale and int(self.steps) > 0)
 
     def _dissimilarities(self, x: Tensor, y: Tensor) -> Tensor:
-        x, y = in_float32(x, y)
         if self.kernel == "cosine":
-            return (1 - log_cosine(x, y, temperature=1.0)).clamp_min(0)
+            return (1 - log_similarities(x, y, kernel="cosine", temperature=1.0)).clamp_min(0)
         return squared_distances(x, y)
 
     def _follow(self, values: Tensor, counts: Tensor | None) -> None:
@@ -201,8 +205,8 @@ class KernelScale(nn.Module):
         if dof is None:
             wanted = wanted.clamp(*COSINE_BOUNDS)
         else:
-            low, high = (bound * _mean(values, _counts(values, counts)) for bound in STUDENT_T_BOUNDS)
-            wanted = wanted.clamp(low, high)
+            mean_distance = _mean(values, _counts(values, counts))
+            wanted = wanted.clamp(STUDENT_T_BOUNDS[0] * mean_distance, STUDENT_T_BOUNDS[1] * mean_distance)
         starts = self.kernel == "student_t" and int(self.steps) == 0
         self.log_temperature.lerp_(wanted.log().to(self.log_temperature), 1 if starts else 1 - _MEMORY)
         broadcast_(self.log_temperature)  # rounding may differ between processes
@@ -211,7 +215,8 @@ class KernelScale(nn.Module):
 
 def dof_from_raw(raw: Tensor) -> Tensor:
     """A number in `DOF_RANGE` for any real one, its logarithm by a sigmoid; differentiable."""
-    low, high = (math.log(bound) for bound in DOF_RANGE)
+    low = math.log(DOF_RANGE[0])
+    high = math.log(DOF_RANGE[1])
     return (low + (high - low) * raw.sigmoid()).exp()
 
 

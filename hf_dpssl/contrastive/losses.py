@@ -15,19 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.contrastive_options import NORMALIZATIONS
-from .bank_tiles import log_bank_partition
-from .kernels import (
-    check_kernel,
-    check_positive,
-    distance_kernel,
-    in_float32,
-    log_of_distances,
-    log_of_pairs,
-    scaled_points,
-    squared_distances,
-)
-from .tiles import log_cross_partition, log_partition
+from ..models.contrastive_options import KERNELS, NORMALIZATIONS
+from .kernels import Kernel, check_positive, in_float32, make_kernel
+from .tiles import log_bank_partition, log_cross_partition, log_partition
 
 
 def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, weights: Tensor | None = None) -> Tensor:
@@ -52,7 +42,7 @@ def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, wei
     Relations: the Student-t form is `t_simclr`; with a queue of negatives see `moco`; over two modalities `clip`.
     """
     _check_views(view_1, view_2)
-    return _pair_loss(view_1, view_2, "cosine", temperature, 1.0, "anchor", weights)
+    return _pair_loss(view_1, view_2, make_kernel("cosine", temperature), "anchor", weights)
 
 
 def t_simclr(
@@ -89,7 +79,7 @@ def t_simclr(
     _check_views(view_1, view_2)
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
-    return _pair_loss(view_1, view_2, "student_t", temperature, dof, normalization, weights)
+    return _pair_loss(view_1, view_2, make_kernel("student_t", temperature, dof), normalization, weights)
 
 
 def moco(
@@ -130,16 +120,10 @@ def moco(
         raise ValueError("queue holds no key: MoCo needs at least one negative.")
     if queue.requires_grad:
         raise ValueError("queue must not ask for a gradient: its keys are constants. Pass queue.detach().")
-    check_kernel(kernel, temperature, dof)
-    query, key = in_float32(query, key)
-    if kernel == "cosine":
-        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-        scale, form, exponent = 1 / temperature, "cosine", 1.0
-        positive = (query * key).sum(1) / temperature  # (B,)
-    else:
-        scale, form, exponent = distance_kernel(temperature, dof)
-        positive = log_of_distances((query - key).pow(2).sum(1) * scale, form, exponent)
-    negatives = log_bank_partition(query, queue, kernel=form, scale=scale, exponent=exponent)  # (B,)
+    chosen = _chosen_kernel(kernel, temperature, dof)
+    query, key = in_float32(query, key)  # once, so that the gradients of both terms are summed before they are rounded
+    positive = chosen.pairs(query, key)  # (B,)
+    negatives = log_bank_partition(query, queue, chosen)  # (B,)
     return (torch.logaddexp(positive, negatives) - positive).mean()
 
 
@@ -168,13 +152,11 @@ def clip(
     Source: Radford et al. 2021, figure 3. Negatives are of the other modality only, unlike `info_nce`.
     """
     _check_views(image, text)
-    check_kernel(kernel, temperature, dof)
-    (points, others), form, exponent = scaled_points([image, text], kernel, temperature, dof)
-    weights = points.new_full((len(points),), 0.5 / len(points))
-    partition = log_cross_partition(
-        points, others, kernel=form, exponent=exponent, weights=weights, right_weights=weights
-    )
-    return partition - log_of_pairs(points, others, form, exponent).mean()
+    chosen = _chosen_kernel(kernel, temperature, dof)
+    image, text = in_float32(image, text)
+    positives = chosen.pairs(image, text)  # (N,)
+    weights = positives.new_full(positives.shape, 0.5 / len(positives))
+    return log_cross_partition(image, text, chosen, weights=weights, right_weights=weights) - positives.mean()
 
 
 def sup_con(
@@ -213,15 +195,11 @@ def sup_con(
     counts = same.sum(1)
     if not bool(counts.any()):
         raise ValueError("labels holds no class twice: there is no positive pair.")
-    check_kernel(kernel, temperature, dof)
-    (points,), form, exponent = scaled_points([embeddings], kernel, temperature, dof)
-    with torch.autocast(points.device.type, enabled=False):
-        if form == "cosine":
-            log_k = points @ points.T
-        else:
-            log_k = log_of_distances(squared_distances(points, points), form, exponent)
-    weights = (counts > 0).to(points) / (counts > 0).sum()
-    partition = log_partition(points, kernel=form, exponent=exponent, joint=False, weights=weights)
+    chosen = _chosen_kernel(kernel, temperature, dof)
+    (embeddings,) = in_float32(embeddings)
+    log_k = chosen.matrix(embeddings, embeddings)
+    weights = (counts > 0).to(log_k) / (counts > 0).sum()
+    partition = log_partition(embeddings, chosen, joint=False, weights=weights)
     return partition - (log_k * same * (weights / counts.clamp(min=1))[:, None]).sum()
 
 
@@ -244,12 +222,11 @@ def sne(similarities: Tensor, embeddings: Tensor, *, temperature: float | Tensor
     Source: Hinton and Roweis 2002.
     """
     similarities, embeddings = _check_similarities(similarities, embeddings, rows=True)
-    check_kernel("student_t", temperature, math.inf)
-    (points,), form, _ = scaled_points([embeddings], "student_t", temperature / 2, math.inf)
-    negative_log_k = squared_distances(points, points)
+    kernel = make_kernel("gaussian", temperature)
+    log_k = kernel.matrix(embeddings, embeddings)
     negative_entropy = torch.special.xlogy(similarities, similarities).sum()
-    partition = log_partition(points, kernel=form, joint=False)
-    return (negative_entropy + (similarities * negative_log_k).sum()) / len(similarities) + partition
+    partition = log_partition(embeddings, kernel, joint=False)
+    return (negative_entropy - (similarities * log_k).sum()) / len(similarities) + partition
 
 
 def t_sne(similarities: Tensor, embeddings: Tensor, *, dof: float | Tensor = 1.0) -> Tensor:
@@ -271,11 +248,10 @@ def t_sne(similarities: Tensor, embeddings: Tensor, *, dof: float | Tensor = 1.0
     Source: van der Maaten and Hinton 2008; degrees of freedom: van der Maaten 2009.
     """
     similarities, embeddings = _check_similarities(similarities, embeddings, rows=False)
-    check_kernel("student_t", 1.0, dof)
-    (points,), form, exponent = scaled_points([embeddings], "student_t", 1.0, dof)
-    log_k = log_of_distances(squared_distances(points, points), form, exponent)
-    partition = log_partition(points, kernel=form, exponent=exponent, joint=True)
-    return torch.special.xlogy(similarities, similarities).sum() - (similarities * log_k).sum() + partition
+    kernel = make_kernel("student_t", 1.0, dof)
+    log_k = kernel.matrix(embeddings, embeddings)
+    negative_entropy = torch.special.xlogy(similarities, similarities).sum()
+    return negative_entropy - (similarities * log_k).sum() + log_partition(embeddings, kernel, joint=True)
 
 
 def alignment(view_1: Tensor, view_2: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -285,8 +261,9 @@ def alignment(view_1: Tensor, view_2: Tensor, *, alpha: float = 2.0) -> Tensor:
     """
     _check_views(view_1, view_2)
     check_positive(alpha=alpha)
-    view_1, view_2 = (F.normalize(view, dim=1) for view in in_float32(view_1, view_2))
-    return (view_1 - view_2).norm(dim=1).pow(alpha).mean()
+    view_1, view_2 = in_float32(view_1, view_2)
+    difference = F.normalize(view_1, dim=1) - F.normalize(view_2, dim=1)
+    return difference.norm(dim=1).pow(alpha).mean()
 
 
 def uniformity(embeddings: Tensor, *, t: float = 2.0) -> Tensor:
@@ -297,20 +274,26 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0) -> Tensor:
     if embeddings.ndim != 2 or len(embeddings) < 2:
         raise ValueError(f"embeddings must be (N, D) with N >= 2, got {tuple(embeddings.shape)}.")
     check_positive(t=t)
-    points = F.normalize(in_float32(embeddings)[0], dim=1) * t**0.5
+    points = F.normalize(in_float32(embeddings)[0], dim=1)
     count = len(points)
-    return log_partition(points, kernel="gaussian", joint=True) - math.log(count * (count - 1))
+    return log_partition(points, Kernel("gaussian", t), joint=True) - math.log(count * (count - 1))
 
 
-def _pair_loss(view_1, view_2, kernel, temperature, dof, normalization, weights) -> Tensor:
+def _pair_loss(view_1: Tensor, view_2: Tensor, kernel: Kernel, normalization: str, weights: Tensor | None) -> Tensor:
     """Log-partition (joint, or mean over 2N anchors) minus the mean positive."""
-    check_kernel(kernel, temperature, dof)
-    (points,), form, exponent = scaled_points([torch.cat([view_1, view_2])], kernel, temperature, dof)  # (2N, D)
-    positives = log_of_pairs(*points.chunk(2), form, exponent)  # (N,)
+    view_1, view_2 = in_float32(view_1, view_2)
+    positives = kernel.pairs(view_1, view_2)  # (N,)
     share = _shares(weights, positives)  # (N,), sums to 1
-    joint = normalization == "joint"
-    partition = log_partition(points, kernel=form, exponent=exponent, joint=joint, weights=share.repeat(2) / 2)
+    points = torch.cat([view_1, view_2])  # (2N, D)
+    partition = log_partition(points, kernel, joint=normalization == "joint", weights=share.repeat(2) / 2)
     return partition - (positives * share).sum()
+
+
+def _chosen_kernel(name: str, temperature: float | Tensor, dof: float | Tensor) -> Kernel:
+    """The kernel of an option; ValueError for another name than `KERNELS` or a temperature or dof out of range."""
+    if name not in KERNELS:
+        raise ValueError(f"kernel must be one of {KERNELS}, got {name!r}.")
+    return make_kernel(name, temperature, dof)
 
 
 def _check_views(view_1: Tensor, view_2: Tensor) -> None:
@@ -335,7 +318,8 @@ def _shares(weights: Tensor | None, like: Tensor) -> Tensor:
 
 def _check_similarities(similarities: Tensor, embeddings: Tensor, *, rows: bool) -> tuple[Tensor, Tensor]:
     (embeddings,) = in_float32(embeddings)
-    similarities, count = similarities.to(embeddings), len(embeddings)
+    similarities = similarities.to(embeddings)
+    count = len(embeddings)
     if embeddings.ndim != 2 or count < 2 or similarities.shape != (count, count):
         raise ValueError(
             "similarities must be (N, N) and embeddings (N, D) with N >= 2, got "

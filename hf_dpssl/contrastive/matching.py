@@ -2,9 +2,10 @@
 
     loss = match(P, log Q, divergence)
 
-P says which points belong together (similarities.py, re-exported here), Q how near their embeddings
-are, under a kernel; both are normalised per anchor or jointly. Slow and clear: losses.py holds the
-named losses, each of which is one cell (N pairs in 2N rows, z = cat[view_1, view_2]):
+P says which points belong together (its builders stand in similarities.py and are reached from here, as
+`matching.gaussian_similarities`), Q how near their embeddings are, under a kernel; both are normalised per anchor or
+jointly. Slow and clear: losses.py holds the named losses, each of which is one cell (N pairs in 2N rows,
+z = cat[view_1, view_2]):
 
     loss                P                          Q                      divergence
     info_nce            pairs, weights per pair    cosine, anchor         kl
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from ..models.contrastive_options import NORMALIZATIONS
-from .kernels import log_cosine, log_gaussian, log_student_t, number
+from .kernels import KERNELS, log_similarities
 from .similarities import (
     box_iou,
     gaussian_similarities,
@@ -44,7 +45,6 @@ from .similarities import (
     pair_similarities,
 )
 
-KERNELS = ("cosine", "gaussian", "student_t")
 DIVERGENCES = ("kl", "reverse_kl", "jensen_shannon", "alpha", "chi_square")
 TOLERANCE = 1e-3  # of a sum that should be 1: float32 sums of large matrices stay far below it
 
@@ -99,8 +99,6 @@ def q_similarities(
     """
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}.")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel must be one of {KERNELS}, got {kernel!r}.")
     candidates = embeddings if others is None else others
     if embeddings.ndim != 2 or candidates.ndim != 2 or embeddings.shape[1] != candidates.shape[1]:
         raise ValueError(
@@ -114,14 +112,7 @@ def q_similarities(
         allowed = allowed & ~torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
     if not bool(allowed.any(1).all()):
         raise ValueError(f"row {int((~allowed.any(1)).nonzero()[0])} of Q has no pair left: it cannot be normalised.")
-    if kernel == "cosine":
-        log_k = log_cosine(embeddings, candidates, temperature=temperature)
-    elif kernel == "gaussian":
-        log_k = log_gaussian(embeddings, candidates, temperature=temperature)
-    elif math.isinf(number(dof)):
-        log_k = log_gaussian(embeddings, candidates, temperature=2 * temperature)
-    else:
-        log_k = log_student_t(embeddings, candidates, temperature=temperature, dof=dof)
+    log_k = log_similarities(embeddings, candidates, kernel=kernel, temperature=temperature, dof=dof)
     log_k = log_k.masked_fill(~allowed, -math.inf)
     return log_k.log_softmax(1) if normalization == "anchor" else log_k.flatten().log_softmax(0).view(shape)
 
@@ -215,12 +206,16 @@ def _distributions(p: Tensor, log_q: Tensor, smoothing: float) -> tuple[Tensor, 
             raise ValueError("log Q is not normalised, or not finite: make it by q_similarities of finite embeddings.")
         if not abs(float(p.detach().sum()) - 1) < TOLERANCE:
             raise ValueError(f"Q is normalised jointly, so P must sum to 1, got {float(p.detach().sum()):.6g}.")
-        p, log_q = p.flatten()[None], log_q.flatten()[None]
+        p = p.flatten()[None]
+        log_q = log_q.flatten()[None]
     allowed = log_q > -math.inf
     if bool(((p > 0) & ~allowed).any()):
         raise ValueError("P has mass where log Q is -inf (a point with itself, or a masked pair): set it to 0.")
     mass = p.sum(1)
-    p, log_q, allowed, mass = p[mass > 0], log_q[mass > 0], allowed[mass > 0], mass[mass > 0]
-    p = p / mass[:, None]
+    has_neighbour = mass > 0
+    log_q = log_q[has_neighbour]
+    allowed = allowed[has_neighbour]
+    mass = mass[has_neighbour]
+    p = p[has_neighbour] / mass[:, None]
     p = (1 - smoothing) * p + smoothing * allowed / allowed.sum(1, keepdim=True)
     return p, log_q.where(allowed, 0), allowed, mass / mass.sum()

@@ -20,7 +20,7 @@ from ..models.gather import deal_out, gather_dealt, gather_with_gradient, gather
 from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..models.registration import push_to_hub
 from .batch_norm import batch_norms, set_batch_norm_
-from .calibration import KernelScale
+from .calibration import KernelCalibration
 from .losses import info_nce, moco, t_simclr
 from .momentum import ema_update_, enqueue_
 
@@ -50,14 +50,26 @@ class ContrastivePreTrainedModel(PreTrainedModel):
         self.encoder = ContrastiveEncoder(config)
         guard_one_pixel_convolutions_(self.encoder)
         self.head = self._make_head()
-        options = {name: getattr(config, name) for name in "kernel temperature perplexity dof learnable_dof".split()}
-        free_scale = config.kernel == "student_t" and config.feature_norm == "none"
-        self.kernel_scale = KernelScale(**options, free_scale=free_scale)
+        self.calibration = KernelCalibration(
+            kernel=config.kernel,
+            temperature=config.temperature,
+            perplexity=config.perplexity,
+            dof=config.dof,
+            learnable_dof=config.learnable_dof,
+            free_scale=config.kernel == "student_t" and config.feature_norm == "none",
+        )
 
     def _make_head(self) -> ProjectionHead:
-        config, width = self.config, self.encoder.num_features
-        sizes = (width, config.projection_hidden_dim or width, config.projection_dim, config.projection_layers)
-        return ProjectionHead(*sizes, batch_norm=config.projection_batch_norm, feature_norm=config.feature_norm)
+        config = self.config
+        width = self.encoder.num_features
+        return ProjectionHead(
+            width,
+            config.projection_hidden_dim or width,
+            config.projection_dim,
+            config.projection_layers,
+            batch_norm=config.projection_batch_norm,
+            feature_norm=config.feature_norm,
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -78,7 +90,7 @@ class ContrastivePreTrainedModel(PreTrainedModel):
 
     def undecayed_parameters(self) -> list[nn.Parameter]:
         """Parameters of the kernel, for the optimiser too, without weight decay: learned dof, or none."""
-        return [*self.kernel_scale.parameters()]
+        return list(self.calibration.parameters())
 
     def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encoder(pixel_values).pooler_output
@@ -115,15 +127,21 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         # One pass over both views: batch norm sees 2B images, as in the papers' code.
         features, embeddings = self._embed(torch.cat([pixel_values, paired_pixel_values]))
         embeddings, paired = embeddings.chunk(2)
-        view_1, view_2 = gather_with_gradient(embeddings), gather_with_gradient(paired)
+        view_1 = gather_with_gradient(embeddings)
+        view_2 = gather_with_gradient(paired)
         weights = None if weights is None else gather_without_gradient(weights)
-        config, scale = self.config, self.kernel_scale
-        scale.calibrate(view_1, view_2)
-        if config.kernel == "cosine":
-            loss = info_nce(view_1, view_2, temperature=scale.temperature, weights=weights)
+        self.calibration.calibrate(view_1, view_2)
+        if self.config.kernel == "cosine":
+            loss = info_nce(view_1, view_2, temperature=self.calibration.temperature, weights=weights)
         else:
-            options = {"temperature": scale.temperature, "dof": scale.dof, "normalization": config.normalization}
-            loss = t_simclr(view_1, view_2, **options, weights=weights)
+            loss = t_simclr(
+                view_1,
+                view_2,
+                temperature=self.calibration.temperature,
+                dof=self.calibration.dof,
+                normalization=self.config.normalization,
+                weights=weights,
+            )
         return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
 
 
@@ -207,10 +225,15 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
             )
         filled = int(self.queue_filled)
         negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
-        scale = self.kernel_scale
-        scale.calibrate_queue(gather_without_gradient(queries), all_keys, negatives)
-        options = {"kernel": self.config.kernel, "temperature": scale.temperature, "dof": scale.dof}
-        loss = moco(queries, keys, negatives, **options)
+        self.calibration.calibrate_queue(gather_without_gradient(queries), all_keys, negatives)
+        loss = moco(
+            queries,
+            keys,
+            negatives,
+            kernel=self.config.kernel,
+            temperature=self.calibration.temperature,
+            dof=self.calibration.dof,
+        )
         if self.training:
             enqueue_(self.queue, self.queue_cursor, self.queue_filled, all_keys)
         return ContrastiveOutput(loss, queries, keys, features)

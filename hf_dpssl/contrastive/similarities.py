@@ -12,11 +12,14 @@ Source: Hu et al., ICLR 2023, section 3: the choice of positive pairs is the cho
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
 from ..models.contrastive_options import NORMALIZATIONS
-from .kernels import check_positive, perplexity_temperatures
+from .kernels import check_positive
 
 
 def normalize_similarities(matrix: Tensor, *, normalization: str, mask: Tensor | None = None) -> Tensor:
@@ -72,6 +75,63 @@ def gaussian_similarities(points: Tensor, perplexity: float, *, normalization: s
     distances = distances - distances.amin(1, keepdim=True)  # changes no probability, shrinks cancellation
     conditional = (-distances / perplexity_temperatures(distances, perplexity)[:, None]).softmax(1)
     return (conditional + conditional.T) / (2 * len(points)) if _is_joint(normalization) else conditional
+
+
+def perplexity_temperatures(squared_distances: Tensor, perplexity: float) -> Tensor:
+    """Temperature of each row at which the Gaussian softmax(-d^2 / temperature) has a given perplexity.
+
+    perplexity = exp(entropy of the row in nats): the effective number of neighbours. It grows
+    with the temperature, whose logarithm is found by bisection with Newton steps, in float64.
+
+    Args:
+        squared_distances: (N, M); an infinite entry is left out (a point's distance to itself).
+        perplexity: > 1 and below the number of entries that each row keeps; met within 1e-10.
+
+    Returns:
+        (N,) float64, SNE's 2 sigma_i^2.
+
+    Raises:
+        ValueError: on a perplexity out of range, NaN or -inf, or a row in which so many nearest
+            points are equally near that every temperature gives more than the perplexity.
+
+    Source: Hinton and Roweis 2002 (SNE); van der Maaten and Hinton 2008, section 2.
+    """
+    distances = squared_distances.detach().double()
+    if distances.ndim != 2 or bool((distances.isnan() | (distances == -math.inf)).any()):
+        raise ValueError(f"squared_distances must be (N, M) without NaN or -inf, got {tuple(distances.shape)}.")
+    kept = distances.isfinite()  # (N, M)
+    fewest = int(kept.sum(1).min())
+    if not 1 < perplexity < fewest:
+        raise ValueError(f"perplexity must lie in (1, {fewest}), the number of neighbours, got {perplexity}.")
+    gaps = distances - distances.amin(1, keepdim=True)  # a shift of the row changes no probability
+    ties = ((gaps == 0) & kept).sum(1)
+    if bool((ties >= perplexity).any()):
+        row = int((ties >= perplexity).nonzero()[0])
+        raise ValueError(
+            f"row {row} has {int(ties[row])} nearest points at one distance, so its perplexity cannot fall to "
+            f"{perplexity}: raise the perplexity or remove duplicate points."
+        )
+    longest = gaps.where(kept, 0).amax(1)
+    shortest = gaps.where(kept & (gaps > 0), math.inf).amin(1)
+    low = torch.maximum(shortest / 1e3, longest * 1e-300).log()  # only the nearest points count
+    high = longest.log() + math.log(1e9)  # all count alike
+    log_t = gaps.kthvalue(math.ceil(perplexity), dim=1).values.log()
+    for step in itertools.count():
+        log_p = (-gaps / log_t.exp()[:, None]).log_softmax(1)
+        p = log_p.exp()
+        log_p = log_p.where(kept, 0)
+        entropy = -(p * log_p).sum(1)
+        excess = entropy - math.log(perplexity)
+        low = low.where(excess > 0, log_t)
+        high = high.where(excess <= 0, log_t)
+        done = (excess.abs() < 1e-12) | (high - low <= log_t.abs() * 1e-15)
+        if bool(done.all()):
+            return log_t.exp()
+        slope = (p * (log_p + entropy[:, None]).square()).sum(1)  # of the entropy in log_t
+        newton = log_t - excess / slope
+        middle = (low + high) / 2
+        inside = (newton > low) & (newton < high) & (step < 20)
+        log_t = log_t.where(done, newton.where(inside, middle))
 
 
 def pair_similarities(num_pairs: int, *, normalization: str, weights: Tensor | None = None) -> Tensor:
@@ -207,7 +267,8 @@ def mixup_similarities(
     check_positive(component_std=component_std, samples=samples)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}.")
-    points, components = _checked(points), _checked(components).to(points)
+    points = _checked(points)
+    components = _checked(components).to(points)
     shifts = ratio * (components[:, None] - components).flatten(0, 1)  # (M^2, D) of one view
     if len(shifts) ** 2 <= samples:
         shifts = (shifts[:, None] - shifts).flatten(0, 1)  # (M^4, D)

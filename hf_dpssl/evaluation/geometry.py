@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contrastive import losses
+from ..contrastive.kernels import Kernel
 from ..contrastive.tiles import log_partition
 from .candidates import finite_norms
 
@@ -120,9 +121,9 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0) -> dict[str, float]:
     value = float(losses.uniformity(embeddings, t=t))
     finite_norms(embeddings.float(), "embeddings")
     points = embeddings.double()
-    points = (points - points.mean(0)) * (t**0.5 / _scale(points))
+    points = (points - points.mean(0)) / _scale(points)
     pairs = len(points) * (len(points) - 1)
-    raw = log_partition(points, kernel="gaussian", joint=True) - math.log(pairs)
+    raw = log_partition(points, Kernel("gaussian", t), joint=True) - math.log(pairs)
     return {"uniformity": value, "uniformity_raw": float(raw)}
 
 

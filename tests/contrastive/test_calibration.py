@@ -15,7 +15,7 @@ from hf_dpssl.contrastive.calibration import (
     FREE_PERPLEXITY,
     PERPLEXITY,
     STUDENT_T_BOUNDS,
-    KernelScale,
+    KernelCalibration,
     dof_from_raw,
     mean_perplexity,
     raw_from_dof,
@@ -108,7 +108,7 @@ def test_candidates_left_out_do_not_count():
 @pytest.mark.parametrize("share", SHARES)
 def test_calibrated_batch_has_the_perplexity_asked_for(share):
     views = random(20, 6), random(20, 6, seed=1)
-    scale = KernelScale("student_t", "auto", share, 5.0).double()
+    scale = KernelCalibration("student_t", "auto", share, 5.0).double()
     scale.calibrate(*views)
     distances = torch.cdist(torch.cat(views), torch.cat(views)).square().tolist()
     rows = [[value for j, value in enumerate(row) if j != i] for i, row in enumerate(distances)]
@@ -118,7 +118,7 @@ def test_calibrated_batch_has_the_perplexity_asked_for(share):
 def test_calibrated_queue_has_the_perplexity_asked_for_although_only_some_of_it_is_read():
     queries, keys, queue = random(40, 3), random(40, 3, seed=1), random(9000, 3, seed=2)
     keys = queries + 0.1 * keys
-    scale = KernelScale("student_t", "auto", 0.3, 5.0).double()
+    scale = KernelCalibration("student_t", "auto", 0.3, 5.0).double()
     scale.calibrate_queue(queries, keys, queue)
     distances = torch.cat([(queries - keys).square().sum(1)[:, None], torch.cdist(queries, queue).square()], dim=1)
     values = (1 + distances / (5 * scale.temperature)) ** -3
@@ -128,7 +128,7 @@ def test_calibrated_queue_has_the_perplexity_asked_for_although_only_some_of_it_
 
 
 def test_cosine_starts_at_a_fifth_and_follows_by_a_hundredth_of_the_logarithm():
-    scale, expected = KernelScale("cosine", "auto", None, 5.0).double(), math.log(0.2)
+    scale, expected = KernelCalibration("cosine", "auto", None, 5.0).double(), math.log(0.2)
     for seed in range(5):
         views = random(20, 3, seed=seed), random(20, 3, seed=100 + seed)
         scale.calibrate(*views)
@@ -139,7 +139,7 @@ def test_cosine_starts_at_a_fifth_and_follows_by_a_hundredth_of_the_logarithm():
 
 
 def test_student_t_on_normalised_embeddings_starts_at_its_first_batch_and_goes_on():
-    scale = KernelScale("student_t", "auto", None, 5.0).double()
+    scale = KernelCalibration("student_t", "auto", None, 5.0).double()
     history = []
     for seed in range(3):
         scale.calibrate(random(20, 2, seed=seed), random(20, 2, seed=100 + seed))
@@ -148,18 +148,18 @@ def test_student_t_on_normalised_embeddings_starts_at_its_first_batch_and_goes_o
 
 
 def test_free_embeddings_set_the_temperature_once():
-    scale = KernelScale("student_t", "auto", None, 5.0, free_scale=True).double()
+    scale = KernelCalibration("student_t", "auto", None, 5.0, free_scale=True).double()
     history = []
     for seed in range(3):
         scale.calibrate((1 + seed) * random(20, 2, seed=seed), random(20, 2, seed=100 + seed))
         history.append(float(scale.temperature))
-    again = KernelScale("student_t", "auto", FREE_PERPLEXITY, 5.0).double()
+    again = KernelCalibration("student_t", "auto", FREE_PERPLEXITY, 5.0).double()
     again.calibrate(random(20, 2), random(20, 2, seed=100))
     assert set(history) == {float(again.temperature)}
 
 
 def test_evaluation_does_not_move_the_temperature():
-    scale = KernelScale("student_t", "auto", None, 5.0)
+    scale = KernelCalibration("student_t", "auto", None, 5.0)
     scale.calibrate(random(20, 6), random(20, 6, seed=1))
     before = float(scale.temperature)
     scale.eval().calibrate(9 * random(20, 6, seed=2), random(20, 6, seed=3))
@@ -168,16 +168,16 @@ def test_evaluation_does_not_move_the_temperature():
 
 def test_coinciding_and_distant_points_give_temperatures_within_the_bounds():
     same = torch.ones(8, 3)
-    cosine = KernelScale("cosine", "auto", 0.3, 5.0)
+    cosine = KernelCalibration("cosine", "auto", 0.3, 5.0)
     cosine.calibrate(same, same)
     assert float(cosine.temperature) == pytest.approx(0.2**0.99 * COSINE_BOUNDS[0] ** 0.01)
-    student_t = KernelScale("student_t", "auto", 0.01, 1.0)  # narrower than the kernel can be on one line
+    student_t = KernelCalibration("student_t", "auto", 0.01, 1.0)  # narrower than the kernel can be on one line
     points = 1e4 * torch.arange(200.0)[:, None]
     student_t.calibrate(points, points + 1)
     z = torch.cat([points, points + 1]).double()
     mean_distance = float(torch.cdist(z, z).square().sum() / (400 * 399))
     assert float(student_t.temperature) == pytest.approx(STUDENT_T_BOUNDS[0] * mean_distance, rel=0.1)
-    collapsed = KernelScale("student_t", "auto", 0.3, 5.0)
+    collapsed = KernelCalibration("student_t", "auto", 0.3, 5.0)
     collapsed.calibrate(same, same)
     assert 0 < float(collapsed.temperature) < 1e-6
 
@@ -213,7 +213,7 @@ def test_learned_dof_end_at_the_same_value_from_both_sides():
     paired = anchors + torch.distributions.StudentT(2.0).sample((100, 1)).double()  # heavy tails: few dof
     learned = []
     for start in (0.5, 50.0):
-        scale = KernelScale("student_t", 1.0, 0.3, start, learnable_dof=True).double()
+        scale = KernelCalibration("student_t", 1.0, 0.3, start, learnable_dof=True).double()
         optimizer = torch.optim.Adam(scale.parameters(), lr=0.1)
         for _ in range(120):
             optimizer.zero_grad()
@@ -230,15 +230,15 @@ def test_temperature_and_dof_are_in_the_checkpoint_and_training_goes_on_from_it_
     model = (MoCoForPreTraining if queue else SimCLRForPreTraining)(tiny(**options, queue_size=20)).train()
     model(images(0), images(1)).loss.backward()
     with torch.no_grad():
-        model.kernel_scale.raw_dof -= 0.5
+        model.calibration.raw_dof -= 0.5
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).train()
     for trained in (model, again):
         for step in range(2, 5):
             loss = trained(images(step), images(step + 10)).loss
-    numbers = model.kernel_scale.numbers()
-    assert numbers == again.kernel_scale.numbers() and numbers["temperature"] != 1 and numbers["dof"] != 5
-    assert int(again.kernel_scale.steps) == 4 and bool(loss.isfinite())
+    numbers = model.calibration.numbers()
+    assert numbers == again.calibration.numbers() and numbers["temperature"] != 1 and numbers["dof"] != 5
+    assert int(again.calibration.steps) == 4 and bool(loss.isfinite())
     assert again.config.temperature == "auto" and again.config.learnable_dof
 
 
@@ -248,7 +248,7 @@ def test_learned_dof_get_a_gradient_and_fixed_ones_leave_no_trace_in_the_checkpo
     (raw,) = model.undecayed_parameters()
     assert raw.grad.abs() > 0 and not any(raw is parameter for parameter in model.trainable_parameters())
     fixed = SimCLRForPreTraining(tiny())
-    assert not fixed.undecayed_parameters() and not any("kernel_scale" in name for name in fixed.state_dict())
+    assert not fixed.undecayed_parameters() and not any("calibration" in name for name in fixed.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_script_writes_the_calibrated_temperature_and_the_learned_dof(launch, tm
     launch("contrastive", ["--output_dir", tmp_path, *flags]).wait()
     found = json.loads((tmp_path / "encoder" / "results.json").read_text())["kernel"]
     model = SimCLRForPreTraining.from_pretrained(tmp_path / "encoder" / "pretraining")
-    assert found == model.kernel_scale.numbers() and found["temperature"] != 1 and found["dof"] != 5
+    assert found == model.calibration.numbers() and found["temperature"] != 1 and found["dof"] != 5
 
 
 def test_script_refuses_a_temperature_that_is_no_number(capsys):

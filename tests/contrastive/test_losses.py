@@ -1,16 +1,18 @@
-"""Losses against loops written from the formulas, against scikit-learn's t-SNE, and in known limits."""
+"""Losses against loops written from their papers' formulas, against scikit-learn's t-SNE, and in known limits."""
 
 import math
 
+import loops
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.manifold._t_sne import _kl_divergence
+from loops import close, points, similarity, views
+from sklearn.manifold._t_sne import _joint_probabilities, _kl_divergence
 
-from hf_dpssl.contrastive.losses import info_nce, moco, t_simclr
+from hf_dpssl.contrastive.losses import alignment, clip, info_nce, moco, sne, sup_con, t_simclr, t_sne, uniformity
 
 SIZES = [(2, 1), (3, 4), (6, 2)]
-LOSSES = {
+PAIR_LOSSES = {
     "info_nce": lambda a, b, **kw: info_nce(a, b, temperature=0.5, **kw),
     "joint": lambda a, b, **kw: t_simclr(a, b, temperature=2.0, dof=3.0, **kw),
     "anchor": lambda a, b, **kw: t_simclr(a, b, temperature=2.0, dof=3.0, normalization="anchor", **kw),
@@ -19,104 +21,85 @@ MOCO = {
     "cosine": lambda q, k, queue: moco(q, k, queue, kernel="cosine", temperature=0.2),
     "student_t": lambda q, k, queue: moco(q, k, queue, kernel="student_t", temperature=5.0, dof=10.0),
 }
-
-
-def views(pairs: int, columns: int, seed: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    first = scale * torch.randn(pairs, columns, generator=generator, dtype=torch.float64)
-    return first, first + 0.3 * scale * torch.randn(pairs, columns, generator=generator, dtype=torch.float64)
+# Kernels of clip and sup_con, and the loop's.
+KERNELS = {
+    "cosine": (similarity("cosine", 0.7), {"kernel": "cosine"}),
+    "student_t": (similarity("student_t", 0.7, 3.0), {"kernel": "student_t", "dof": 3.0}),
+    "gaussian": (similarity("gaussian", 2 * 0.7), {"kernel": "student_t", "dof": math.inf}),
+}
 
 
 def pair_weights(pairs: int) -> torch.Tensor:
     return torch.arange(1, pairs + 1, dtype=torch.float64)
 
 
-# Oracles: plain loops over lists of floats, from the formulas in methods.md and the docstrings.
+# Values.
 
 
-def exp_cosine(a, b, temperature):
-    return math.exp(sum(p * q for p, q in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b) / temperature)
+def test_info_nce_equals_the_loop():
+    for pairs, columns in SIZES:
+        a, b = views(pairs, columns)
+        for weights in (None, pair_weights(pairs)):
+            for temperature in (0.1, 0.5, 2.0):
+                expected = loops.info_nce_per_anchor(a, b, similarity("cosine", temperature), weights)
+                assert close(info_nce(a, b, temperature=temperature, weights=weights), expected)
 
 
-def student_t(a, b, temperature, dof):
-    squared = sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
-    return (1 + squared / (temperature * dof)) ** (-(dof + 1) / 2)
+@pytest.mark.parametrize(
+    ("normalization", "oracle"), [("joint", loops.info_nce_joint), ("anchor", loops.info_nce_per_anchor)]
+)
+def test_t_simclr_equals_the_loop_and_tends_to_the_gaussian_kernel(normalization, oracle):
+    for pairs, columns in SIZES:
+        a, b = views(pairs, columns)
+        for weights in (None, pair_weights(pairs)):
+            for temperature, dof in [(0.5, 1.0), (1.0, 0.5), (8.0, 5.0), (2.0, 100.0)]:
+                options = {"temperature": temperature, "dof": dof, "normalization": normalization}
+                expected = oracle(a, b, similarity("student_t", temperature, dof), weights)
+                assert close(t_simclr(a, b, **options, weights=weights), expected)
+    limit = oracle(a, b, similarity("gaussian", 2 * 1.3))
+    options = {"temperature": 1.3, "normalization": normalization}
+    errors = [abs(float(t_simclr(a, b, dof=dof, **options)) - limit) for dof in (1e2, 1e4, 1e6)]
+    assert abs(float(t_simclr(a, b, dof=math.inf, **options)) - limit) < 1e-12
+    assert errors[2] < 1e-5
+    assert errors[0] > 50 * errors[1] > 2500 * errors[2], "the error should fall like 1/dof"
 
 
-def gaussian(a, b, temperature):
-    return math.exp(-sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) / temperature)
-
-
-def loop_anchor(view_1, view_2, kernel, weights=None):
-    n, z = len(view_1), view_1.tolist() + view_2.tolist()
-    weights = [1.0] * n if weights is None else weights.tolist()
-    total = 0.0
-    for i in range(2 * n):
-        denominator = sum(kernel(z[i], z[k]) for k in range(2 * n) if k != i)
-        total -= weights[i % n] * math.log(kernel(z[i], z[(i + n) % (2 * n)]) / denominator)
-    return total / 2 / sum(weights)
-
-
-def loop_joint(view_1, view_2, kernel, weights=None):
-    n, z = len(view_1), view_1.tolist() + view_2.tolist()
-    weights = [1.0] * n if weights is None else weights.tolist()
-    denominator = sum(kernel(z[j], z[k]) for j in range(2 * n) for k in range(2 * n) if j != k)
-    return sum(-w * math.log(kernel(z[i], z[i + n]) / denominator) for i, w in enumerate(weights)) / sum(weights)
-
-
-def loop_moco(queries, keys, queue, kernel):
-    total = 0.0
-    for query, key in zip(queries.tolist(), keys.tolist(), strict=True):
-        positive = kernel(query, key)
-        total -= math.log(positive / (positive + sum(kernel(query, other) for other in queue.tolist())))
-    return total / len(queries)
-
-
-def close(value: torch.Tensor, expected: float, tolerance: float = 1e-10) -> bool:
-    return math.isclose(float(value), expected, rel_tol=tolerance, abs_tol=tolerance)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
-@pytest.mark.parametrize(("pairs", "columns"), SIZES)
-def test_info_nce_equals_loop_form_oracle(pairs, columns, temperature, weighted):
-    a, b = views(pairs, columns)
-    weights = pair_weights(pairs) if weighted else None
-    expected = loop_anchor(a, b, lambda x, y: exp_cosine(x, y, temperature), weights)
-    assert close(info_nce(a, b, temperature=temperature, weights=weights), expected)
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("temperature", "dof"), [(0.5, 1.0), (1.0, 0.5), (8.0, 5.0), (2.0, 100.0)])
-@pytest.mark.parametrize(("pairs", "columns"), SIZES)
-@pytest.mark.parametrize(("normalization", "oracle"), [("joint", loop_joint), ("anchor", loop_anchor)])
-def test_t_simclr_equals_loop_form_oracle(normalization, oracle, pairs, columns, temperature, dof, weighted):
-    a, b = views(pairs, columns)
-    weights = pair_weights(pairs) if weighted else None
-    expected = oracle(a, b, lambda x, y: student_t(x, y, temperature, dof), weights)
-    value = t_simclr(a, b, temperature=temperature, dof=dof, normalization=normalization, weights=weights)
-    assert close(value, expected)
-
-
-@pytest.mark.parametrize("queue_size", [1, 5])
-@pytest.mark.parametrize(("pairs", "columns"), [(1, 1), *SIZES])
-@pytest.mark.parametrize("temperature", [0.2, 5.0])
-def test_moco_equals_loop_form_oracle(pairs, columns, queue_size, temperature):
-    query, key = views(pairs, columns)
-    queue = views(queue_size, columns, seed=1)[0]
-    expected = loop_moco(query, key, queue, lambda x, y: exp_cosine(x, y, temperature))
-    assert close(moco(query, key, queue, kernel="cosine", temperature=temperature), expected)
-    expected = loop_moco(query, key, queue, lambda x, y: student_t(x, y, temperature, 10.0))
-    assert close(moco(query, key, queue, kernel="student_t", temperature=temperature, dof=10.0), expected)
+def test_moco_equals_the_loop():
+    for pairs, columns in [(1, 1), *SIZES]:
+        query, key = views(pairs, columns)
+        for queue_size in (1, 5):
+            queue = points(queue_size, columns, seed=1)
+            for temperature in (0.2, 5.0):
+                expected = loops.moco(query, key, queue, similarity("cosine", temperature))
+                assert close(moco(query, key, queue, kernel="cosine", temperature=temperature), expected)
+                expected = loops.moco(query, key, queue, similarity("student_t", temperature, 10.0))
+                found = moco(query, key, queue, kernel="student_t", temperature=temperature, dof=10.0)
+                assert close(found, expected)
 
 
 def test_moco_with_cosine_equals_cross_entropy_of_the_positive():
     query, key = views(4, 8)
-    queue = F.normalize(views(9, 8, seed=1)[0], dim=1)
+    queue = F.normalize(points(9, 8, seed=1), dim=1)
     q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / 0.2
-    expected = F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64))
-    torch.testing.assert_close(moco(query, key, queue), expected)
+    torch.testing.assert_close(moco(query, key, queue), F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_clip_and_sup_con_equal_the_loops_and_sup_con_skips_lonely_anchors(name):
+    kernel, options = KERNELS[name]
+    image, text = views(6)
+    assert close(clip(image, text, temperature=0.7, **options), loops.clip(image, text, kernel))
+    x, labels = points(8), torch.tensor([0, 1, 0, 2, 1, 1, 0, 3])
+    assert close(sup_con(x, labels, temperature=0.7, **options), loops.sup_con(x, labels, kernel))
+
+
+def test_sup_con_of_one_positive_each_is_the_contrastive_loss():
+    a, b = views(5)
+    z, labels = torch.cat([a, b]), torch.arange(5).repeat(2)
+    torch.testing.assert_close(sup_con(z, labels, temperature=0.5), info_nce(a, b, temperature=0.5))
+    expected = t_simclr(a, b, temperature=0.5, dof=2.0, normalization="anchor")
+    torch.testing.assert_close(sup_con(z, labels, temperature=0.5, kernel="student_t", dof=2.0), expected)
 
 
 @pytest.mark.parametrize("dof", [1.0, 3.0, 7.0])
@@ -135,119 +118,208 @@ def test_joint_t_simclr_is_t_sne_with_pairs_as_neighbours(dof):
         torch.testing.assert_close(z.grad.flatten(), torch.from_numpy(gradient), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("pairs", [2, 5, 64])
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
-def test_value_at_collapse_is_the_log_of_the_number_of_candidates(pairs, value):
-    z = torch.full((pairs, 4), value, dtype=torch.float64)
-    assert close(LOSSES["info_nce"](z, z), math.log(2 * pairs - 1))
-    assert close(LOSSES["anchor"](z, z), math.log(2 * pairs - 1))
-    assert close(LOSSES["joint"](z, z), math.log(2 * pairs * (2 * pairs - 1)))
-    for loss in MOCO.values():
-        assert close(loss(z, z, z[:2]), math.log(3))
+def test_sne_equals_the_loop():
+    y, p = points(6, 2), torch.rand(6, 6, dtype=torch.float64).fill_diagonal_(0)
+    p[0, 1] = 0
+    p = p / p.sum(1, keepdim=True)
+    kernel = loops.matrix(y, y, similarity("gaussian", 1.5)).fill_diagonal_(0)
+    q = kernel / kernel.sum(1, keepdim=True)
+    expected = sum(loops.divergence(a, b, "kl", 0.5) for a, b in zip(p.tolist(), q.tolist(), strict=True)) / 6
+    assert close(sne(p, y, temperature=1.5), expected)
 
 
-@pytest.mark.parametrize(("normalization", "oracle"), [("joint", loop_joint), ("anchor", loop_anchor)])
-def test_t_simclr_tends_to_the_gaussian_kernel_of_twice_the_temperature(normalization, oracle):
-    a, b = views(4, 3)
-    limit = oracle(a, b, lambda x, y: gaussian(x, y, 2 * 1.3))
-    options = {"temperature": 1.3, "normalization": normalization}
-    errors = [abs(float(t_simclr(a, b, dof=dof, **options)) - limit) for dof in (1e2, 1e4, 1e6)]
-    assert errors[2] < 1e-5
-    assert abs(float(t_simclr(a, b, dof=math.inf, **options)) - limit) < 1e-12
-    assert errors[0] > 50 * errors[1] > 2500 * errors[2], "the error should fall like 1/dof"
+@pytest.mark.parametrize("dof", [1.0, 2.0, 7.0])
+def test_t_sne_equals_scikit_learns_objective_and_gradient(dof):
+    x, y = points(20, 6), points(20, 2, seed=3).requires_grad_()
+    condensed = _joint_probabilities(torch.cdist(x, x).pow(2).numpy().astype("float32"), 5.0, 0)
+    rows, columns = torch.triu_indices(20, 20, offset=1)
+    p = torch.zeros(20, 20, dtype=torch.float64)
+    p[rows, columns] = torch.from_numpy(condensed).double()
+    p = p + p.T
+    kl, gradient = _kl_divergence(y.detach().numpy().ravel(), condensed, dof, 20, 2)
+    loss = t_sne(p, y, dof=dof)
+    loss.backward()
+    assert close(loss.detach(), kl, 1e-6)
+    if dof == 1:  # the only one for which scikit-learn's gradient is that of its objective
+        torch.testing.assert_close(y.grad.flatten(), torch.from_numpy(gradient), rtol=1e-5, atol=1e-9)
 
 
-def test_t_simclr_of_one_degree_of_freedom_uses_the_cauchy_kernel():
-    a, b = views(4, 3)
-    expected = loop_joint(a, b, lambda x, y: 1 / (1 + sum((p - q) ** 2 for p, q in zip(x, y, strict=True)) / 2.5))
-    assert close(t_simclr(a, b, temperature=2.5, dof=1), expected)
+def test_neighbour_embedding_of_its_own_similarities_is_zero():
+    y = points(9, 2)
+    kernel = torch.exp(-torch.cdist(y, y).pow(2)).fill_diagonal_(0)
+    assert close(sne(kernel / kernel.sum(1, keepdim=True), y), 0.0, 1e-12)
+    kernel = (1 / (1 + torch.cdist(y, y).pow(2))).fill_diagonal_(0)
+    assert close(t_sne(kernel / kernel.sum(), y), 0.0, 1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_does_not_depend_on_the_order_of_pairs_or_views(name):
-    a, b = views(7, 3)
+def test_alignment_and_uniformity_equal_the_loops_and_their_bounds():
+    a, b = views(7)
+    unit_a, unit_b = ([[v / math.hypot(*row) for v in row] for row in part.tolist()] for part in (a, b))
+    for alpha in (1.0, 2.0):
+        expected = sum(math.dist(p, q) ** alpha for p, q in zip(unit_a, unit_b, strict=True)) / 7
+        assert close(alignment(a, b, alpha=alpha), expected)
+        assert close(alignment(a, -a, alpha=alpha), 2**alpha) and close(alignment(a, 3 * a), 0.0)
+    values = [math.exp(-2 * math.dist(unit_a[i], unit_a[j]) ** 2) for i in range(7) for j in range(i)]
+    assert close(uniformity(a), math.log(sum(values) / len(values)))
+    assert close(uniformity(a[:1].expand(7, 3)), 0.0, 1e-9)
+    assert close(uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64), t=3.0), -12.0)
+
+
+def test_value_at_collapse_is_the_log_of_the_number_of_candidates():
+    for pairs in (2, 5, 64):
+        for value in (0.0, 1.0, -3.0):
+            z = torch.full((pairs, 4), value, dtype=torch.float64)
+            assert close(PAIR_LOSSES["info_nce"](z, z), math.log(2 * pairs - 1))
+            assert close(PAIR_LOSSES["anchor"](z, z), math.log(2 * pairs - 1))
+            assert close(PAIR_LOSSES["joint"](z, z), math.log(2 * pairs * (2 * pairs - 1)))
+            assert close(clip(z, z, temperature=0.7), math.log(pairs))
+            for loss in MOCO.values():
+                assert close(loss(z, z, z[:2]), math.log(3))
+
+
+# Invariances and gradients.
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_only_the_pairing_and_the_ratio_of_weights_matter(name):
+    loss = PAIR_LOSSES[name]
+    a, b = views(7)
     weights, order = pair_weights(7), torch.randperm(7, generator=torch.Generator().manual_seed(0))
-    value = LOSSES[name](a, b, weights=weights)
-    torch.testing.assert_close(LOSSES[name](a[order], b[order], weights=weights[order]), value)
-    torch.testing.assert_close(LOSSES[name](b, a, weights=weights), value)
-    assert not torch.isclose(LOSSES[name](a, b[order], weights=weights), value), "broken pairs should show"
+    value = loss(a, b, weights=weights)
+    torch.testing.assert_close(loss(a[order], b[order], weights=weights[order]), value)
+    torch.testing.assert_close(loss(b, a, weights=weights), value)
+    torch.testing.assert_close(loss(a, b, weights=100 * weights), value)
+    torch.testing.assert_close(loss(a, b, weights=torch.full((7,), 7)), loss(a, b))
+    for other in (loss(a, b[order], weights=weights), loss(a, b, weights=weights[order]), loss(a, b)):
+        assert not torch.isclose(other, value), "broken pairs and other weights should show"
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_only_the_ratio_of_weights_matters(name):
-    a, b = views(5, 3)
-    plain = LOSSES[name](a, b)
-    torch.testing.assert_close(LOSSES[name](a, b, weights=torch.full((5,), 7)), plain)
-    weighted = LOSSES[name](a, b, weights=pair_weights(5))
-    torch.testing.assert_close(LOSSES[name](a, b, weights=100 * pair_weights(5)), weighted)
-    assert not torch.isclose(weighted, plain)
-
-
-@pytest.mark.parametrize("name", MOCO)
-def test_moco_does_not_depend_on_the_order_of_the_queue(name):
-    (query, key), queue = views(3, 4), views(6, 4, seed=1)[0]
-    torch.testing.assert_close(MOCO[name](query, key, queue.flip(0)), MOCO[name](query, key, queue))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradient_of_loss_equals_finite_differences(name):
-    a, b = (z.requires_grad_() for z in views(4, 3))
-    assert torch.autograd.gradcheck(lambda x, y: LOSSES[name](x, y, weights=pair_weights(4)), (a, b))
-
-
-@pytest.mark.parametrize("name", MOCO)
-def test_gradient_of_moco_equals_finite_differences(name):
-    query, key = (z.requires_grad_() for z in views(3, 4))
-    queue = views(5, 4, seed=1)[0]
-    assert torch.autograd.gradcheck(lambda q, k: MOCO[name](q, k, queue), (query, key))
-
-
-@pytest.mark.parametrize("name", MOCO)
-def test_queue_may_be_overwritten_before_the_backward_pass(name):
-    (query, key), queue = views(3, 4), views(6, 4, seed=1)[0]
-    expected = torch.autograd.grad(MOCO[name](query.requires_grad_(), key, queue), query)[0]
-    loss = MOCO[name](query, key, queue)
-    queue.fill_(7.0)
-    torch.testing.assert_close(torch.autograd.grad(loss, query)[0], expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_half_precision_embeddings_lose_nothing_but_their_own_rounding(dtype, scale):
-    a, b = (z.to(dtype) for z in views(32, 64, scale=scale))
-    queue = views(20, 64, seed=1, scale=scale)[0].to(dtype)
-    for loss in LOSSES.values():
-        value = loss(a, b)
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value.double(), loss(a.double(), b.double()), rtol=1e-5, atol=1e-5)
+def test_queue_may_come_in_any_order_and_be_overwritten_before_the_backward_pass():
     for loss in MOCO.values():
-        value = loss(a, b, queue)
-        torch.testing.assert_close(value.double(), loss(a.double(), b.double(), queue.double()), rtol=1e-5, atol=1e-5)
+        (query, key), queue = views(3, 4), points(6, 4, seed=1)
+        value = loss(query.requires_grad_(), key, queue)
+        (expected,) = torch.autograd.grad(value, query)
+        torch.testing.assert_close(loss(query, key, queue.flip(0)), value)
+        again = loss(query, key, queue)
+        queue.fill_(7.0)
+        assert torch.equal(torch.autograd.grad(again, query)[0], expected)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_autocast_does_not_lower_the_precision_of_a_loss(name):
+def test_gradients_equal_finite_differences():
+    a, b = (z.requires_grad_() for z in views(4))
+    for loss in PAIR_LOSSES.values():
+        assert torch.autograd.gradcheck(lambda x, y, loss=loss: loss(x, y, weights=pair_weights(4)), (a, b))
+    queue = points(5, seed=1)
+    for loss in MOCO.values():
+        assert torch.autograd.gradcheck(lambda q, k, loss=loss: loss(q, k, queue), (a, b))
+    p = torch.rand(4, 4, dtype=torch.float64).fill_diagonal_(0)
+    assert torch.autograd.gradcheck(lambda z: sne(p / p.sum(1, keepdim=True), z), (a,))
+    assert torch.autograd.gradcheck(lambda z: t_sne(p / p.sum(), z), (a,))
+
+
+# Precision.
+
+
+def test_half_precision_embeddings_lose_nothing_but_their_own_rounding():
+    for dtype in (torch.bfloat16, torch.float16):
+        for scale in (1.0, 30.0):
+            a, b = (z.to(dtype) for z in views(32, 64, scale=scale))
+            queue = points(20, 64, seed=1, scale=scale).to(dtype)
+            calls = [(loss, (a, b)) for loss in PAIR_LOSSES.values()]
+            calls += [(loss, (a, b, queue)) for loss in MOCO.values()]
+            for loss, embeddings in calls:
+                value = loss(*embeddings)
+                assert value.dtype == torch.float32
+                exact = loss(*(z.double() for z in embeddings))
+                torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_half_precision_embeddings_is_rounded_once():
+    a, b = (z.bfloat16().requires_grad_() for z in views(64, 8))
+    losses = [*PAIR_LOSSES.values(), lambda a, b: moco(a, b, b.detach(), temperature=0.2)]
+    for loss in [
+        *losses,
+        lambda a, b: clip(a, b, temperature=0.5),
+        lambda a, b: sup_con(a, b.argmax(1), temperature=0.5),
+    ]:
+        (found,) = torch.autograd.grad(loss(a, b), a)
+        exact_a, exact_b = (z.detach().double().requires_grad_() for z in (a, b))
+        (exact,) = torch.autograd.grad(loss(exact_a, exact_b), exact_a)
+        # Half a unit in the last of 8 bits; pull and push that were rounded apart would leave several.
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_autocast_does_not_lower_the_precision_of_a_loss():
     a, b = (z.float() for z in views(8, 16))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = LOSSES[name](a, b)
-    torch.testing.assert_close(value, LOSSES[name](a, b), rtol=0, atol=0)
+    for loss in PAIR_LOSSES.values():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(a, b)
+        assert torch.equal(value, loss(a, b))
 
 
-def extreme_points() -> dict[str, torch.Tensor]:
-    far = torch.zeros(4, 3)
-    far[0, 0], far[1, 1], far[2, 2] = 1e4, -1e4, 1e4
-    return {"coincident": torch.ones(4, 3), "at the origin": torch.zeros(4, 3), "distance 1e4": far}
+def test_extreme_points_give_finite_loss_and_gradient():
+    for z in (torch.ones(4, 3), torch.zeros(4, 3), loops.far_points(4)):
+        for loss in [
+            *PAIR_LOSSES.values(),
+            *(lambda a, b, loss=loss: loss(a, b, b.detach()) for loss in MOCO.values()),
+        ]:
+            a, b = z.clone().requires_grad_(), z.flip(0).requires_grad_()
+            value = loss(a, b)
+            value.backward()
+            assert value.isfinite() and a.grad.isfinite().all() and b.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", extreme_points())
-def test_extreme_points_give_finite_loss_and_gradient(kind):
-    for loss in LOSSES.values():
-        a, b = extreme_points()[kind].requires_grad_(), extreme_points()[kind].flip(0).requires_grad_()
-        value = loss(a, b)
-        value.backward()
-        assert value.isfinite() and a.grad.isfinite().all() and b.grad.isfinite().all()
-    for loss in MOCO.values():
-        a, b = extreme_points()[kind].requires_grad_(), extreme_points()[kind].flip(0)
-        value = loss(a, b, b)
-        value.backward()
-        assert value.isfinite() and a.grad.isfinite().all()
+# What is refused.
+
+
+def refused(message: str, function, *arguments, **options) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(*arguments, **options)
+
+
+def test_views_weights_and_embeddings_that_do_not_fit_are_refused():
+    a, b = views(4)
+    for loss in PAIR_LOSSES.values():
+        for first, second in [(a, b[:3]), (a, b[:, :2]), (a[0], b[0]), (a[None], b[None])]:
+            refused(r"\(N, D\)", loss, first, second)
+        refused("at least 2 pairs, got 1", loss, a[:1], b[:1])
+        refused(r"weights must have shape \(4,\)", loss, a, b, weights=torch.ones(3))
+        for weights in ([1, 1, 1, -1], [0, 0, 0, 0], [1, 1, 1, math.nan]):
+            refused("non-negative with a positive sum", loss, a, b, weights=torch.tensor(weights))
+    for value in (math.nan, math.inf):
+        bad = a.clone()
+        bad[1, 2] = value
+        for loss in PAIR_LOSSES.values():
+            refused("finite", loss, bad, b)
+        for loss in MOCO.values():
+            refused("finite", loss, bad, b, b)
+
+
+def test_options_out_of_range_are_refused_with_the_allowed_ones():
+    a, b = views(4)
+    for value in (0, -1, math.inf, math.nan):
+        refused("temperature", info_nce, a, b, temperature=value)
+        refused("temperature", moco, a, b, a, kernel="cosine", temperature=value)
+        for name in ("temperature", "dof") if value != math.inf else ("temperature",):  # infinite dof are Gaussian
+            options = {"temperature": 1.0, "dof": 1.0} | {name: value}
+            refused(name, t_simclr, a, b, **options)
+            refused(name, moco, a, b, a, kernel="student_t", **options)
+    refused("'joint', 'anchor'.*'row'", t_simclr, a, b, temperature=1.0, dof=1.0, normalization="row")
+    refused("'cosine', 'student_t'.*'gaussian'", moco, a, b, a, kernel="gaussian")
+    refused("'cosine', 'student_t'.*'gaussian'", clip, a, b, temperature=1.0, kernel="gaussian")
+    refused("alpha", alignment, a, b, alpha=0)
+    refused("t must be", uniformity, a, t=-1.0)
+
+
+def test_queues_labels_and_similarities_that_do_not_fit_are_refused():
+    a, b = views(4)
+    refused("must not ask for a gradient", moco, a, b, a.clone().requires_grad_())
+    refused("at least one negative", moco, a, b, a[:0])
+    for query, key, queue in [(a, b[:3], a), (a, b, a[:, :2]), (a[0], b[0], a), (a, b, a[0])]:
+        refused(r"query and key must be \(B, D\)", moco, query, key, queue)
+    refused("no class twice", sup_con, a, torch.arange(4), temperature=1.0)
+    refused(r"labels \(N,\)", sup_con, a, torch.arange(3), temperature=1.0)
+    refused("sum to 1 in every row", sne, torch.ones(4, 4).fill_diagonal_(0), a)
+    refused("sum to 1 over all pairs", t_sne, torch.ones(4, 4).fill_diagonal_(0), a)
+    refused("diagonal of 0", t_sne, torch.full((4, 4), 1 / 16), a)
+    refused("N >= 2", uniformity, a[:1])

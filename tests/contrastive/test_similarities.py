@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from loops import points
 from sklearn.manifold._utils import _binary_search_perplexity
 
-from hf_dpssl.contrastive.kernels import perplexity_temperatures
 from hf_dpssl.contrastive.matching import (
     NORMALIZATIONS,
     box_iou,
@@ -21,13 +21,10 @@ from hf_dpssl.contrastive.matching import (
     normalize_similarities,
     pair_similarities,
 )
+from hf_dpssl.contrastive.similarities import perplexity_temperatures
 from hf_dpssl.data.views import NATURAL, crop_boxes
 
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
-
-
-def points(rows: int, columns: int = 3, seed: int = 0) -> torch.Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def boxes(rows: int, seed: int = 0) -> torch.Tensor:
@@ -65,14 +62,14 @@ def test_similarities_are_distributions_over_other_points(name):
         BUILDERS[name]("row")
 
 
-@pytest.mark.parametrize("perplexity", [1.001, 2.0, 7.5, 30.0, 48.9])
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_bisection_meets_the_perplexity_to_1e_10(perplexity, scale):
-    x = scale * points(50) * torch.logspace(-2, 2, 50, dtype=torch.float64)[:, None]  # dense and sparse regions
-    distances = torch.cdist(x, x).square().fill_diagonal_(math.inf)
-    p = (-distances / perplexity_temperatures(distances, perplexity)[:, None]).softmax(1)
-    reached = [math.exp(-sum(v * math.log(v) for v in row if v > 0)) for row in p.tolist()]
-    assert max(abs(value - perplexity) for value in reached) < 1e-10 * perplexity
+def test_bisection_meets_the_perplexity_to_1e_10():
+    for scale in (1e-6, 1.0, 1e6):
+        x = scale * points(50) * torch.logspace(-2, 2, 50, dtype=torch.float64)[:, None]  # dense and sparse regions
+        distances = torch.cdist(x, x).square().fill_diagonal_(math.inf)
+        for perplexity in (1.001, 2.0, 7.5, 30.0, 48.9):
+            p = (-distances / perplexity_temperatures(distances, perplexity)[:, None]).softmax(1)
+            reached = [math.exp(-sum(v * math.log(v) for v in row if v > 0)) for row in p.tolist()]
+            assert max(abs(value - perplexity) for value in reached) < 1e-10 * perplexity
 
 
 def test_conditional_similarities_equal_those_of_scikit_learn():
@@ -109,14 +106,14 @@ def test_perplexity_that_cannot_be_met_is_refused():
         perplexity_temperatures(torch.full((3, 3), math.nan), 1.5)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_pair_similarities_equal_the_loop(weighted):
-    weights = torch.tensor([1.0, 5.0, 3.0]) if weighted else None
-    expected = torch.zeros(6, 6, dtype=torch.float64)
-    for i, weight in enumerate([1 / 3, 5 / 3, 1.0] if weighted else [1.0] * 3):
-        expected[i, i + 3] = expected[i + 3, i] = weight
-    torch.testing.assert_close(pair_similarities(3, normalization="anchor", weights=weights), expected)
-    torch.testing.assert_close(pair_similarities(3, normalization="joint", weights=weights), expected / 6)
+def test_pair_similarities_equal_the_loop():
+    for weights, relative in [(None, [1.0] * 3), (torch.tensor([1.0, 5.0, 3.0]), [1 / 3, 5 / 3, 1.0])]:
+        expected = torch.zeros(6, 6, dtype=torch.float64)
+        for i, weight in enumerate(relative):
+            expected[i, i + 3] = weight
+            expected[i + 3, i] = weight
+        torch.testing.assert_close(pair_similarities(3, normalization="anchor", weights=weights), expected)
+        torch.testing.assert_close(pair_similarities(3, normalization="joint", weights=weights), expected / 6)
 
 
 def test_box_iou_equals_torchvision_and_known_values():
@@ -208,9 +205,8 @@ def test_matrix_of_a_user_keeps_its_ratios_and_loses_diagonal_and_masked_pairs()
     torch.testing.assert_close(huge, normalize_similarities(matrix, normalization="joint"))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_bad_input_is_refused_with_the_reason():
+    for call, message in [
         (lambda: normalize_similarities(torch.ones(2, 3), normalization="joint"), r"square matrix, got \(2, 3\)"),
         (lambda: normalize_similarities(-torch.ones(2, 2), normalization="joint"), "non-negative"),
         (lambda: normalize_similarities(torch.full((2, 2), math.inf), normalization="joint"), "finite"),
@@ -229,14 +225,9 @@ def test_matrix_of_a_user_keeps_its_ratios_and_loses_diagonal_and_masked_pairs()
         (lambda: noise_similarities(points(1), noise_std=1, normalization="joint"), "at least 2 points"),
         (lambda: label_similarities(torch.arange(4), normalization="joint"), "no point has a neighbour"),
         (lambda: label_similarities(torch.ones(4), normalization="joint"), "integers"),
-    ],
-)
-def test_bad_input_is_refused_with_the_reason(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.parametrize("ratio", [0, -1, 1.5, math.nan])
-def test_mixing_ratio_out_of_range_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"ratio must lie in \(0, 1\]"):
-        mixup_similarities(points(4), ratio=ratio, components=points(2), component_std=1, normalization="joint")
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    for ratio in (0, -1, 1.5, math.nan):
+        with pytest.raises(ValueError, match=r"ratio must lie in \(0, 1\]"):
+            mixup_similarities(points(4), ratio=ratio, components=points(2), component_std=1, normalization="joint")

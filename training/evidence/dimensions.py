@@ -33,7 +33,7 @@ from runs import claimed
 from torch import Tensor
 
 from hf_dpssl.contrastive.calibration import mean_perplexity
-from hf_dpssl.contrastive.kernels import log_cosine, log_student_t
+from hf_dpssl.contrastive.kernels import log_similarities
 from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
 from hf_dpssl.data import keyed_random, load_images
 from hf_dpssl.data.decoding import decode_image
@@ -182,11 +182,8 @@ def scale(model: SimCLRForPreTraining, output) -> dict[str, float]:
     """temperature, perplexity of Q over the last batch, and its mean squared embedding (per point, centred)."""
     z = torch.cat([output.embeddings, output.paired_embeddings])
     config = model.config
-    temperature = float(model.kernel_scale.temperature)
-    if config.kernel == "cosine":
-        log_q = log_cosine(z, z, temperature=temperature)
-    else:
-        log_q = log_student_t(z, z, temperature=temperature, dof=config.dof)
+    temperature = float(model.calibration.temperature)
+    log_q = log_similarities(z, z, kernel=config.kernel, temperature=temperature, dof=config.dof)
     perplexity = float(mean_perplexity(log_q.fill_diagonal_(-torch.inf)))
     spread = float((z - z.mean(0)).pow(2).sum(1).mean())
     return {name: float(f"{v:.4g}") for name, v in dict(t=temperature, perplexity=perplexity, spread=spread).items()}
