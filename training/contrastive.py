@@ -35,7 +35,7 @@ from hf_dpssl.data.views import PRESETS, TwoViews, normalize
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.runs.atomic_files import atomic_folder
-from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
@@ -227,7 +227,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         settings = {"k": args.knn_k, "metric": args.knn_metric}
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
         started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}
-        about |= provenance(loop.accelerator, data, [loop.seconds], started)
+        about |= lineage_of_run(loop.accelerator, data, [loop.seconds], started)
         write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
         write_card(folder)
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))

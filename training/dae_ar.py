@@ -45,7 +45,7 @@ from hf_dpssl.generation.pipeline_vq_token import VQTokenPipeline, code_nats, ma
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
-from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves, save_grid
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> Path:
         if args.extractor and held_out is not None:
             metrics |= judged(pipeline, args)
             samples["generated"] = args.num_generated
-        about = provenance(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
+        about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
         save(pipeline, args, data, metrics, loop, target, about | {"samples": samples})
     finish(accelerator, args, skipped)
     return target

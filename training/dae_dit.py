@@ -34,23 +34,28 @@ from torch import Tensor, nn
 
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
-from hf_dpssl.generation.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
-from hf_dpssl.generation.diffusion_losses import objective_loss
+from hf_dpssl.generation.diffusion import (
+    dropped_labels,
+    make_scheduler,
+    make_transformer,
+    objective_loss,
+    training_example,
+)
 from hf_dpssl.generation.generation_monitor import GenerationMonitor, sample_grid
 from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images
 from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
 from hf_dpssl.generation.token_alignment import (
-    AlignedTransformer,
     LatentsWithImages,
     SpatialFeatures,
-    alignment_loss,
+    TokenAlignedTransformer,
     default_block,
+    token_alignment_loss,
 )
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_contrastive import ContrastiveEncoder
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
-from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves, save_grid
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.sharding import copy_whole_
@@ -154,13 +159,15 @@ def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, data: ImageDa
 
 def align(
     args: DiTArguments, transformer: DiTTransformer2DModel, accelerator: Accelerator
-) -> tuple[AlignedTransformer, SpatialFeatures]:
+) -> tuple[TokenAlignedTransformer, SpatialFeatures]:
     """The transformer with a projector, and the frozen encoder that its tokens are aligned with."""
     encoder = ContrastiveEncoder.from_pretrained(args.align_encoder)
     side = transformer.config.sample_size // args.patch_size
     features = SpatialFeatures(encoder, side, accelerator.device)
     block = args.align_block or default_block(args.num_layers)
-    return AlignedTransformer(transformer, block=block, features=features.dimension, width=args.align_width), features
+    return TokenAlignedTransformer(
+        transformer, block=block, features=features.dimension, width=args.align_width
+    ), features
 
 
 def step_losses(
@@ -184,7 +191,7 @@ def step_losses(
     options = dict(objective=args.objective, scheduler=scheduler, min_snr_gamma=args.min_snr_gamma)
     losses = objective_loss(prediction, target, timesteps, **options)
     if features is not None:
-        losses["alignment"] = alignment_loss(output[1], features(batch["images"]))
+        losses["alignment"] = token_alignment_loss(output[1], features(batch["images"]))
         losses["loss"] = losses["loss"] + _ALIGN_WEIGHT * losses["alignment"]
     return losses
 
@@ -211,7 +218,7 @@ def save(
 ) -> None:
     """Write the complete pipeline folder with sample grids."""
     ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
-    metrics, about = {}, provenance(loop.accelerator, data, [loop.seconds], ancestors)
+    metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
     if monitor and monitor.metrics:
         metrics = monitor.metrics
         about["best"] = {"step": monitor.best_step, monitor.metric: monitor.best}

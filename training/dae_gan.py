@@ -47,7 +47,7 @@ from hf_dpssl.models.latent_density import LatentDensity
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.models.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
 from hf_dpssl.runs.atomic_files import atomic_folder
-from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves, save_grid
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> Path:
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
         ancestors = {"encoder of the latents": args.encoder if bank else None}
-        about = provenance(accelerator, data, seconds.values(), ancestors)
+        about = lineage_of_run(accelerator, data, seconds.values(), ancestors)
         save(model.eval(), args, source, bank, history, target, about)
     finish(accelerator, args, source.skipped)
     return target

@@ -56,7 +56,7 @@ from hf_dpssl.models.configuration_vq import VQConfig
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.models.modeling_vq import VQAutoencoder, VQAutoencoderOutput
 from hf_dpssl.runs.atomic_files import atomic_folder
-from hf_dpssl.runs.lineage import provenance
+from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves, save_grid
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
@@ -296,7 +296,7 @@ def save(
     about |= args.summary(stages, processes=source.process[1]) | curve_summary(history, stages)
     others = {"encoder and codebook": args.init_from}
     others |= {"perceptual loss": None if args.perceptual == "lpips" else args.perceptual}
-    about |= provenance(accelerator, data, [stage.seconds for stage in stages], others)
+    about |= lineage_of_run(accelerator, data, [stage.seconds for stage in stages], others)
     samples = {"train": len(training_table), "latent_statistics": len(train_rows), "evaluation": len(held_out_rows)}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)

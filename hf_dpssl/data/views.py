@@ -157,7 +157,7 @@ class TwoViews:
     the HSV circle keeps the largest and the smallest channel, the rotation the mean; without hue it is 0.2 and 6 on
     cifar10-jpeg.
 
-    Augmentations with rotation or translation resample once along a grid instead of cropping (`move`), equally in
+    Augmentations with rotation or translation resample once along a grid instead of cropping (`affine_resample`), equally in
     both modes.
 
     Args:
@@ -221,7 +221,7 @@ class TwoViews:
             sources = rows % count if images.ndim == 4 else 2 * (rows % count) + rows // count
             part = images.reshape(-1, *shape).index_select(0, sources)
             part_parameters = parameters.take(rows)
-            part = self._moved(part, draws[rows], part_parameters)
+            part = self._resampled(part, draws[rows], part_parameters)
             if self.mode == "fused":
                 part = self._fused_colours(part, part_parameters)
             else:
@@ -244,11 +244,13 @@ class TwoViews:
         for operations, rows in zip([(), *ORDERS], order.argsort(stable=True).split(counts), strict=True):
             yield from ((part, operations) for part in rows.split(limit) if len(part))
 
-    def _moved(self, images: Tensor, draws: Tensor, p: ViewParameters) -> Tensor:
+    def _resampled(self, images: Tensor, draws: Tensor, p: ViewParameters) -> Tensor:
         """Floats in [0, 255] of uint8 images: cropped, flipped, rotated."""
         a = self.augmentation
         if a.rotation > 0 or a.translation > 0:
-            return move(images.to(torch.float32), a, torch.cat([draws[:, :6], draws[:, 14:16]], 1), self.crop)
+            return affine_resample(
+                images.to(torch.float32), a, torch.cat([draws[:, :6], draws[:, 14:16]], 1), self.crop
+            )
         if self.crop:
             return resized_crop(images, p.boxes, p.flip, images.shape[-2:], may_round=self.mode == "fused")
         images, mirrored = images.to(torch.float32), p.flip.nonzero().squeeze(1)
@@ -290,7 +292,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def crop_boxes(augmentation: Augmentation, draws: Tensor) -> Tensor:
-    """Crop boxes (B, 4) of any size, not whole pixels, for `move`: left, top, right, bottom as shares of the image.
+    """Crop boxes (B, 4) of any size, not whole pixels, for `affine_resample`: left, top, right, bottom as shares of the image.
 
     draws: (B, 4) uniform numbers: area, log-ratio, x, y. A crop wider or higher than the image is
     clipped to it (`resample.resized_crop_boxes` tries again instead, as torchvision).
@@ -304,7 +306,7 @@ def crop_boxes(augmentation: Augmentation, draws: Tensor) -> Tensor:
     return torch.stack([left, top, left + width, top + height], dim=1)
 
 
-def move(images: Tensor, augmentation: Augmentation, draws: Tensor, crop: bool = True) -> Tensor:
+def affine_resample(images: Tensor, augmentation: Augmentation, draws: Tensor, crop: bool = True) -> Tensor:
     """Crop, flip, rotation and translation in one bilinear resampling.
 
     images: (B, C, H, W) float; draws: (B, 8) uniform: area, ratio, x, y, flip, angle, translation in x and y.

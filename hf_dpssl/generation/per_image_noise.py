@@ -12,7 +12,7 @@ Generators = torch.Generator | int | list | None
 
 
 @dataclass
-class ImageRows:
+class PerImageInputs:
     """What belongs to the images of a call, one row each; pictures and masks are None without `image`."""
 
     noise: Tensor  # (N, C, h, w)
@@ -25,10 +25,10 @@ class ImageRows:
     cells: Tensor | None = None  # (N, 1, h, w), likewise
     known: Tensor | None = None  # (N, C, h, w), latents of the pictures
 
-    def rows(self, start: int, stop: int) -> ImageRows:
+    def rows(self, start: int, stop: int) -> PerImageInputs:
         """Some of the images."""
         kept = {field.name: getattr(self, field.name) for field in fields(self)}
-        return ImageRows(**{name: value if value is None else value[start:stop] for name, value in kept.items()})
+        return PerImageInputs(**{name: value if value is None else value[start:stop] for name, value in kept.items()})
 
 
 def read_generator(generator: Generators, count: int) -> torch.Generator | list[torch.Generator] | None:
@@ -50,7 +50,7 @@ def read_generator(generator: Generators, count: int) -> torch.Generator | list[
     return torch.Generator().manual_seed(generator)
 
 
-def generators_of_steps(generator: torch.Generator | list | None, count: int) -> list[torch.Generator]:
+def step_generators(generator: torch.Generator | list | None, count: int) -> list[torch.Generator]:
     """One generator per image for the noise of stochastic schedulers; from a single one, seeds are drawn."""
     if isinstance(generator, list):
         return generator
@@ -70,7 +70,7 @@ def initial_noise(shape: tuple[int, ...], generator, latents: Tensor | None, dev
     return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
 
 
-def spherical(start: Tensor, end: Tensor, count: int) -> Tensor:
+def spherical_path(start: Tensor, end: Tensor, count: int) -> Tensor:
     """`count` noises (count, C, h, w) on the great circle from `start` to `end` (C, h, w), both included.
 
     Unlike a straight line it keeps the norm of noise (Shoemake 1985).

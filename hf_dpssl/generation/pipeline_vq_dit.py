@@ -22,11 +22,11 @@ from ..models.modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline i
 from . import stock_dit
 from .dit_modulation import Predictor
 from .guidance import Guidance
-from .per_image_noise import Generators, ImageRows, generators_of_steps, initial_noise, read_generator, spherical
+from .per_image_noise import Generators, PerImageInputs, initial_noise, read_generator, spherical_path, step_generators
 from .pipeline_classes import ClassConditionalPipeline, joined
 from .scheduler_steps import (
     PREDICTION_TYPES,
-    NoiseSteps,
+    SchedulerSteps,
     fitting_scheduler,
     keep_noise_schedule_,
     noise_schedule_of,
@@ -198,13 +198,13 @@ class VQDiTPipeline(ClassConditionalPipeline):
         device, config = self._execution_device, self.transformer.config
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         noise = initial_noise(shape, generator, latents, device)
-        generators = generators_of_steps(generator, len(labels))
-        images = ImageRows(noise, labels, others, weights, generators, pictures, mask, cells)
+        generators = step_generators(generator, len(labels))
+        images = PerImageInputs(noise, labels, others, weights, generators, pictures, mask, cells)
 
         self._interrupt, finished = False, []
         for start in range(0, len(labels), batch_size or len(labels)):
             part = images.rows(start, start + (batch_size or len(labels)))
-            steps = NoiseSteps(scheduler, num_inference_steps, device, strength, timesteps, sigmas)
+            steps = SchedulerSteps(scheduler, num_inference_steps, device, strength, timesteps, sigmas)
             callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
             finished.append(
                 self._finish(self._denoise(part, steps, guidance, guided, callback), part, quantize, output_type)
@@ -250,7 +250,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
             latents = [initial_noise(shape, one, None, self._execution_device)[0] for one in both]
         ends = [initial_noise(shape[1:], None, one, self._execution_device) for one in (latents[0], latents[-1])]
         steps = [torch.Generator().manual_seed(0) for _ in range(num_images)]  # the same noise in the steps of all
-        options |= {"latents": spherical(*ends, num_images), "generator": steps}
+        options |= {"latents": spherical_path(*ends, num_images), "generator": steps}
         if start is None and end is None:
             return self(None, num_images=num_images, **options)
         return self([(start, end, i / (num_images - 1)) for i in range(num_images)], **options)
@@ -306,7 +306,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         return (*given, None, None)[:3]
 
     def _denoise(
-        self, images: ImageRows, steps: NoiseSteps, guidance: Guidance, guided: bool, callback: tuple
+        self, images: PerImageInputs, steps: SchedulerSteps, guidance: Guidance, guided: bool, callback: tuple
     ) -> Tensor:
         """Latents (B, C, h, w) after all steps."""
         noise, channels = images.noise, images.noise.shape[1]
@@ -337,7 +337,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
                 latents = (changed or {}).get("latents", latents)
         return latents
 
-    def _finish(self, latents: Tensor, images: ImageRows, quantize: bool, output_type: str):
+    def _finish(self, latents: Tensor, images: PerImageInputs, quantize: bool, output_type: str):
         if output_type == "latent":
             return latents
         pixel_values = latent_codec.decode(self.vae, latents, quantize)

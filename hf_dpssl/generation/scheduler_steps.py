@@ -100,7 +100,7 @@ def uses_variance(scheduler: SchedulerMixin) -> bool:
     return scheduler.config.get("variance_type") in _LEARNED and type(scheduler).__name__ in kinds
 
 
-class NoiseSteps:
+class SchedulerSteps:
     """The steps of one run.
 
     Args:

@@ -1,8 +1,8 @@
 """Alignment of a transformer's tokens with the features of a frozen contrastive encoder, which speeds up its training.
 
-    aligned = AlignedTransformer(transformer, block=4, features=encoder_features.dimension)
+    aligned = TokenAlignedTransformer(transformer, block=4, features=encoder_features.dimension)
     sample, projected = aligned(noised, timestep=timesteps, class_labels=labels)
-    loss = loss + 0.5 * alignment_loss(projected, encoder_features(images))
+    loss = loss + 0.5 * token_alignment_loss(projected, encoder_features(images))
 
 Source: Yu et al. 2024 (REPA), equation 8.
 """
@@ -18,7 +18,7 @@ from ..data.image_table import ImageTable
 from ..models.modeling_contrastive import ContrastiveEncoder
 
 
-class AlignedTransformer(nn.Module):
+class TokenAlignedTransformer(nn.Module):
     """A transformer, and a projector of the tokens after one of its blocks: three linear layers with SiLU.
 
     Args:
@@ -98,7 +98,7 @@ class SpatialFeatures:
         return hidden.flatten(2).transpose(1, 2)
 
 
-def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
+def token_alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
     """Minus the mean cosine similarity of (B, T, D) and (B, T, D): in [-1, 1], -1 when all point the same way.
 
     Raises:

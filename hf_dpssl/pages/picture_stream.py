@@ -27,7 +27,7 @@ _GREY = 0.0  # of what has not been drawn yet, in [-1, 1]
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class PictureRequest:
     """What to draw: one seed per image, so that image i is the same alone and among others.
 
     labels: a class name per image; empty: `number` images without class.
@@ -63,7 +63,7 @@ class SampleRequest:
         return options | {"temperature": self.temperature} | ({"top_k": self.top_k} if self.top_k else {})
 
 
-def snippet(kind: type, source: str, request: SampleRequest) -> str:
+def snippet(kind: type, source: str, request: PictureRequest) -> str:
     """Python that draws the request's pictures again with `kind` (VQDiTPipeline or VQTokenPipeline) from `source`."""
     place = source_arguments(source)
     arguments = [repr(place.pop("pretrained_model_name_or_path")), *(f"{k}={v!r}" for k, v in place.items())]
@@ -86,8 +86,8 @@ def snippet(kind: type, source: str, request: SampleRequest) -> str:
     )
 
 
-def stream(
-    pipeline: VQDiTPipeline | VQTokenPipeline, request: SampleRequest, *, frame_seconds: float = 0.0
+def stream_pictures(
+    pipeline: VQDiTPipeline | VQTokenPipeline, request: PictureRequest, *, frame_seconds: float = 0.0
 ) -> Iterator[tuple[int, int, list[Image.Image]]]:
     """(steps done, steps in all, pictures so far) after each step; last, with done = all + 1, the finished pictures.
 

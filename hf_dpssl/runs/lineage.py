@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # not needed to read a card's files
 _FOLDERS = re.compile(r"""(?<![^\s"'=(,\[])(?:~|[A-Za-z]:|\.{1,2})?[/\\]+(?:[^\s"'/\\,]+[/\\]+)*""")
 
 
-def provenance(
+def lineage_of_run(
     accelerator: Accelerator,
     data: ImageData,
     seconds: Iterable[float | None],
@@ -48,14 +48,14 @@ def provenance(
         "device": accelerator.device.type,
         "precision": accelerator.mixed_precision,
     }
-    lineage = [{"part": part, **describe(source)} for part, source in ancestors.items() if source is not None]
+    lineage = [{"part": part, **describe_ancestor(source)} for part, source in ancestors.items() if source is not None]
     of_union = "+" in data.name  # whose entry is that of its first part
     hub_ids = [data.entry.hub_id] if data.entry.hub_id and not of_union else []
     about = {"licence_of_data": data.entry.licence, "hub_datasets": hub_ids}
     return about | {"training": training, "lineage": lineage}
 
 
-def describe(source: str | os.PathLike) -> dict:
+def describe_ancestor(source: str | os.PathLike) -> dict:
     """What can be said of a checkpoint in a folder or on the Hub without loading its weights.
 
     Returns:

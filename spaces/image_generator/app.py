@@ -22,7 +22,7 @@ from hf_dpssl import VQDiTPipeline, VQTokenPipeline
 from hf_dpssl.embedding.embedder import best_device
 from hf_dpssl.pages.demo_outputs import find_models, source_arguments
 from hf_dpssl.pages.page_pictures import picture_grid, progress_bar
-from hf_dpssl.pages.picture_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, SampleRequest, snippet, stream
+from hf_dpssl.pages.picture_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, PictureRequest, snippet, stream_pictures
 from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, readable_errors
 
 KINDS = {"dit": VQDiTPipeline, "token transformer": VQTokenPipeline}
@@ -48,8 +48,8 @@ class Models:
         }
         self.frames = on_gpu(self._frames)  # all else needs no GPU, and has to be where the page is
 
-    def _frames(self, name: str, request: SampleRequest) -> Iterator[tuple]:
-        yield from stream(self.pipelines[name], request, frame_seconds=FRAME_SECONDS)
+    def _frames(self, name: str, request: PictureRequest) -> Iterator[tuple]:
+        yield from stream_pictures(self.pipelines[name], request, frame_seconds=FRAME_SECONDS)
 
     def class_choices(self, name: str) -> list[str]:
         """What can be asked of a model."""
@@ -58,7 +58,7 @@ class Models:
 
 
 def read_request(models: Models, name: str, label: str, number, seed, guidance, steps, temperature, top_k):
-    """The controls as a SampleRequest; ValueError for a value that cannot be."""
+    """The controls as a PictureRequest; ValueError for a value that cannot be."""
     if seed is None or number is None:
         raise ValueError("Give a number of pictures and a seed.")
     names, count = models.pipelines[name].class_names, int(number)
@@ -69,7 +69,7 @@ def read_request(models: Models, name: str, label: str, number, seed, guidance, 
         labels = (label,) * min(count, MAX_IMAGES + 1)
     elif label != NONE:
         raise ValueError(f"This model has no class {label!r}: choose one of the list.")
-    return SampleRequest(labels, count, int(seed), float(guidance), int(steps), float(temperature), int(top_k))
+    return PictureRequest(labels, count, int(seed), float(guidance), int(steps), float(temperature), int(top_k))
 
 
 def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
@@ -96,7 +96,7 @@ def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
             yield grid, state, gr.DownloadButton(value=save(pictures, request, Path(folder)), interactive=True), code
 
 
-def save(pictures: list, request: SampleRequest, folder: Path) -> str:
+def save(pictures: list, request: PictureRequest, folder: Path) -> str:
     """A zip of the pictures as PNG in the folder; returns its path."""
     path = folder / "pictures.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -20,8 +20,13 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import EMAModel
 
-from hf_dpssl.generation.diffusion import dropped_labels, make_scheduler, make_transformer, training_example
-from hf_dpssl.generation.diffusion_losses import objective_loss
+from hf_dpssl.generation.diffusion import (
+    dropped_labels,
+    make_scheduler,
+    make_transformer,
+    objective_loss,
+    training_example,
+)
 from hf_dpssl.generation.dit_sizes import DiTSize, multiplications, preset
 from hf_dpssl.runs.results import write_results
 

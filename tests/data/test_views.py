@@ -8,7 +8,7 @@ import torch
 from pictures import batch, each, unit
 from torchvision.transforms.v2 import functional as F
 
-from hf_dpssl.data.views import MODES, PRESETS, Augmentation, TwoViews, crop_boxes, move, to_model_range
+from hf_dpssl.data.views import MODES, PRESETS, Augmentation, TwoViews, affine_resample, crop_boxes, to_model_range
 
 OFF = Augmentation(
     crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, jitter=0, brightness=0, contrast=0, saturation=0, hue=0, grey=0
@@ -27,7 +27,7 @@ def close(found, expected, tolerance=1e-5):
 
 
 def test_flip_equals_torchvision():
-    close(move(unit(), replace(OFF, flip=1), draws(8, 8), crop=False), F.horizontal_flip(unit()))
+    close(affine_resample(unit(), replace(OFF, flip=1), draws(8, 8), crop=False), F.horizontal_flip(unit()))
 
 
 @pytest.mark.parametrize("crop", [False, True])
@@ -36,7 +36,7 @@ def test_rotation_equals_torchvision_where_no_border_is_seen(crop):
     degrees = 30 * (2 * u[:, 5] - 1)
     expected = each(images, lambda image, angle: F.rotate(image, angle, BILINEAR), degrees)
     inside = (slice(None), slice(None), slice(7, -7), slice(7, -7))
-    close(move(images, replace(OFF, rotation=30), u, crop)[inside], expected[inside], 1e-4)
+    close(affine_resample(images, replace(OFF, rotation=30), u, crop)[inside], expected[inside], 1e-4)
 
 
 @pytest.mark.parametrize("crop", [False, True])
@@ -45,9 +45,9 @@ def test_translation_equals_torchvision_with_black_outside(right, down, crop):
     images, u = unit(8, 20), draws(8, 8)
     u[:, 6], u[:, 7] = 0.5 - right / 8, 0.5 - down / 8  # of at most 4 pixels
     expected = F.affine(images, angle=0, translate=[right, down], scale=1, shear=[0], interpolation=BILINEAR)
-    close(move(images, replace(OFF, translation=0.2, padding="zeros"), u, crop), expected, 1e-5)
+    close(affine_resample(images, replace(OFF, translation=0.2, padding="zeros"), u, crop), expected, 1e-5)
     repeated = F.pad(images, [4], padding_mode="edge")[..., 4 - down : 24 - down, 4 - right : 24 - right]
-    close(move(images, replace(OFF, translation=0.2), u, crop), repeated, 1e-5)
+    close(affine_resample(images, replace(OFF, translation=0.2), u, crop), repeated, 1e-5)
 
 
 def draws_of_box(augmentation, left, top, width, height, size):
@@ -72,7 +72,7 @@ def test_crop_equals_torchvision_resized_crop_inside(left, top, width, height):
     close(crop_boxes(augmentation, u[:, :4]), box)
     expected = F.resized_crop(images, top, left, height, width, [32, 32], BILINEAR, antialias=False)
     inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))
-    found = move(images, augmentation, u.expand(4, -1))
+    found = affine_resample(images, augmentation, u.expand(4, -1))
     close(found[inside], expected[inside], 1e-4)
     if width == height == 16:  # the whole picture at twice its size, then cut
         whole = F.resize(images, [64, 64], BILINEAR, antialias=False)
@@ -82,8 +82,8 @@ def test_crop_equals_torchvision_resized_crop_inside(left, top, width, height):
 def test_mirrored_crop_is_the_mirror_image_of_the_crop():
     images, u = unit(), draws(8, 8)
     augmentation = replace(OFF, crop_scale=(0.2, 1), crop_ratio=(3 / 4, 4 / 3))
-    expected = F.horizontal_flip(move(images, augmentation, u))
-    close(move(images, replace(augmentation, flip=1), u), expected)
+    expected = F.horizontal_flip(affine_resample(images, augmentation, u))
+    close(affine_resample(images, replace(augmentation, flip=1), u), expected)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,7 +10,7 @@ from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
 from hf_dpssl.generation.dit_arguments import DiTArguments
-from hf_dpssl.generation.token_alignment import AlignedTransformer
+from hf_dpssl.generation.token_alignment import TokenAlignedTransformer
 
 OBJECTIVES = {
     "flow": {"timestep_sampling": "logit_normal"},
@@ -44,7 +44,7 @@ def make_model(args: DiTArguments) -> torch.nn.Module:
     model = make_transformer(**size, learned_variance=args.learned_variance)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    return AlignedTransformer(model, block=1, features=5, width=8) if args.align_encoder else model
+    return TokenAlignedTransformer(model, block=1, features=5, width=8) if args.align_encoder else model
 
 
 def autoencoder() -> VQAutoencoder:

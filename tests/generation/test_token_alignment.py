@@ -6,11 +6,11 @@ import torch
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.generation.diffusion import make_transformer
 from hf_dpssl.generation.token_alignment import (
-    AlignedTransformer,
     LatentsWithImages,
     SpatialFeatures,
-    alignment_loss,
+    TokenAlignedTransformer,
     default_block,
+    token_alignment_loss,
 )
 
 PICTURES = {"input_size": [3, 16, 16], "mean": [0.2, 0.4, 0.6], "std": [0.5, 0.4, 0.3], "interpolation": "bicubic"}
@@ -69,10 +69,10 @@ def test_loss_is_minus_the_mean_cosine():
     expected = sum(
         -float(a @ b / (a.norm() * b.norm())) for a, b in zip(projected.view(-1, 5), features.view(-1, 5), strict=True)
     )
-    assert float(alignment_loss(projected, features.float())) == pytest.approx(expected / 12, rel=1e-5)
-    assert float(alignment_loss(features, features * 3)) == pytest.approx(-1)
+    assert float(token_alignment_loss(projected, features.float())) == pytest.approx(expected / 12, rel=1e-5)
+    assert float(token_alignment_loss(features, features * 3)) == pytest.approx(-1)
     with pytest.raises(ValueError, match="differ"):
-        alignment_loss(projected, features[:, :2])
+        token_alignment_loss(projected, features[:, :2])
 
 
 @pytest.mark.parametrize("block", [1, 3])
@@ -80,7 +80,7 @@ def test_projected_tokens_are_those_after_the_block_and_checkpointing_changes_no
     latents, timesteps, labels = torch.randn(2, 2, 8, 8), torch.tensor([5.0, 900.0]), torch.tensor([0, 3])
     gradients = []
     for checkpointing in (False, True):
-        aligned = AlignedTransformer(small_transformer(), block=block, features=6, width=8).train()
+        aligned = TokenAlignedTransformer(small_transformer(), block=block, features=6, width=8).train()
         if checkpointing:
             aligned.transformer.enable_gradient_checkpointing()
         torch.manual_seed(2)
@@ -93,7 +93,7 @@ def test_projected_tokens_are_those_after_the_block_and_checkpointing_changes_no
         torch.testing.assert_close(projected, aligned.projector(hidden))
         plain = aligned.transformer(latents, timestep=timesteps, class_labels=labels).sample
         torch.testing.assert_close(sample, plain)
-        (sample.square().mean() + alignment_loss(projected, torch.ones_like(projected))).backward()
+        (sample.square().mean() + token_alignment_loss(projected, torch.ones_like(projected))).backward()
         gradients.append({name: parameter.grad for name, parameter in aligned.named_parameters()})
     for name, gradient in gradients[0].items():
         if gradient is not None:
@@ -104,7 +104,7 @@ def test_projected_tokens_are_those_after_the_block_and_checkpointing_changes_no
 def test_papers_blocks_are_the_defaults_and_others_are_refused():
     assert [default_block(depth) for depth in (2, 4, 12, 24, 28)] == [1, 1, 4, 8, 8]
     with pytest.raises(ValueError, match=r"block lies in \[1, 3\], got 4"):
-        AlignedTransformer(small_transformer(), block=4, features=6)
+        TokenAlignedTransformer(small_transformer(), block=4, features=6)
 
 
 class Table(torch.utils.data.Dataset):

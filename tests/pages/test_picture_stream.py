@@ -11,9 +11,9 @@ from PIL import Image
 from test_pipeline_vq_dit import make_pipeline as make_dit
 from test_pipeline_vq_token import make_pipeline as make_tokens
 
-from hf_dpssl.pages.picture_stream import SampleRequest, emitted, snippet, stream
+from hf_dpssl.pages.picture_stream import PictureRequest, emitted, snippet, stream_pictures
 
-REQUEST = SampleRequest(("cat", "dog", "cat"), 3, seed=5, guidance=2.0, steps=4)
+REQUEST = PictureRequest(("cat", "dog", "cat"), 3, seed=5, guidance=2.0, steps=4)
 
 
 @pytest.fixture(scope="module", params=[make_dit, make_tokens], ids=["dit", "tokens"])
@@ -30,7 +30,7 @@ def arrays(pictures) -> np.ndarray:
 
 
 def test_last_pictures_are_those_of_the_pipeline_and_each_step_shows_some(pipeline):
-    parts = list(stream(pipeline, REQUEST))
+    parts = list(stream_pictures(pipeline, REQUEST))
     total = parts[0][1]
     assert [done for done, *_ in parts] == list(range(1, total + 2))
     assert total == (4 if hasattr(pipeline, "transformer") else pipeline.num_tokens)
@@ -41,14 +41,14 @@ def test_last_pictures_are_those_of_the_pipeline_and_each_step_shows_some(pipeli
 
 
 def test_pictures_between_two_frames_are_left_out_and_not_decoded(pipeline):
-    parts = list(stream(pipeline, REQUEST, frame_seconds=60))
+    parts = list(stream_pictures(pipeline, REQUEST, frame_seconds=60))
     assert [done for done, *_ in parts] == [1, parts[0][1] + 1]
-    assert np.array_equal(arrays(parts[-1][2]), arrays(list(stream(pipeline, REQUEST))[-1][2]))
+    assert np.array_equal(arrays(parts[-1][2]), arrays(list(stream_pictures(pipeline, REQUEST))[-1][2]))
 
 
 def test_codes_to_come_are_grey_and_those_drawn_are_final():
     tokens = make_tokens()
-    parts = list(stream(tokens, SampleRequest(("horse",), 1, guidance=1.0)))
+    parts = list(stream_pictures(tokens, PictureRequest(("horse",), 1, guidance=1.0)))
     side = 16 // tokens.vae.config.latent_size
     after_five = arrays(parts[4][2])[0]
     assert (after_five[side : 2 * side, side:] == 128).all()  # code 5 is the first of the second row
@@ -56,15 +56,15 @@ def test_codes_to_come_are_grey_and_those_drawn_are_final():
 
 
 def test_image_is_the_same_alone_and_among_others(pipeline):
-    among = list(stream(pipeline, REQUEST))[-1][2]
-    alone = list(stream(pipeline, SampleRequest(("dog",), 1, seed=6, guidance=2.0, steps=4)))[-1][2]
+    among = list(stream_pictures(pipeline, REQUEST))[-1][2]
+    alone = list(stream_pictures(pipeline, PictureRequest(("dog",), 1, seed=6, guidance=2.0, steps=4)))[-1][2]
     assert np.abs(arrays(among)[1].astype(int) - arrays(alone)[0]).max() <= 1  # rounding of another batch size
 
 
-@pytest.mark.parametrize("request_", [REQUEST, SampleRequest((), 2, seed=1, steps=3)], ids=["classes", "no class"])
+@pytest.mark.parametrize("request_", [REQUEST, PictureRequest((), 2, seed=1, steps=3)], ids=["classes", "no class"])
 def test_snippet_in_a_fresh_process_draws_the_same_pixels(pipeline, request_, tmp_path):
     pipeline.save_pretrained(tmp_path / "model")
-    expected = list(stream(pipeline, request_))[-1][2]
+    expected = list(stream_pictures(pipeline, request_))[-1][2]
     code = snippet(type(pipeline), str(tmp_path / "model"), request_)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=300)
     for i, picture in enumerate(expected):
@@ -72,18 +72,18 @@ def test_snippet_in_a_fresh_process_draws_the_same_pixels(pipeline, request_, tm
 
 
 def test_snippet_of_a_hub_id_names_its_revision(pipeline):
-    code = snippet(type(pipeline), "org/model@v2", SampleRequest(("cat", "cat"), 2))
+    code = snippet(type(pipeline), "org/model@v2", PictureRequest(("cat", "cat"), 2))
     assert "from_pretrained('org/model', revision='v2')" in code and "['cat'] * 2" in code
     compile(code, "snippet", "exec")
 
 
 def test_closing_the_stream_ends_the_run_and_the_pipeline_goes_on(pipeline):
     before = threading.active_count()
-    parts = stream(pipeline, REQUEST)
+    parts = stream_pictures(pipeline, REQUEST)
     next(parts)
     parts.close()
     assert threading.active_count() == before
-    assert len(list(stream(pipeline, SampleRequest(("cat",), 1, steps=2)))) >= 3
+    assert len(list(stream_pictures(pipeline, PictureRequest(("cat",), 1, steps=2)))) >= 3
 
 
 def test_an_error_of_the_run_is_raised_where_it_is_read():
@@ -99,7 +99,7 @@ def test_an_error_of_the_run_is_raised_where_it_is_read():
 
 def test_unknown_class_is_refused_with_the_known_ones(pipeline):
     with pytest.raises(ValueError, match="unknown class 'cow'"):
-        list(stream(pipeline, SampleRequest(("cow",), 1)))
+        list(stream_pictures(pipeline, PictureRequest(("cow",), 1)))
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_unknown_class_is_refused_with_the_known_ones(pipeline):
 )
 def test_requests_out_of_range_are_refused(values, said):
     with pytest.raises(ValueError, match=said):
-        SampleRequest(**values)
+        PictureRequest(**values)
 
 
 def test_two_runs_at_once_on_one_pipeline_do_not_disturb_each_other(pipeline):
-    other = SampleRequest(("horse",), 1, seed=9, guidance=1.5, steps=7)
-    expected = [arrays(list(stream(pipeline, request))[-1][2]) for request in (REQUEST, other)]
-    last, runs = {}, {0: stream(pipeline, REQUEST), 1: stream(pipeline, other)}
+    other = PictureRequest(("horse",), 1, seed=9, guidance=1.5, steps=7)
+    expected = [arrays(list(stream_pictures(pipeline, request))[-1][2]) for request in (REQUEST, other)]
+    last, runs = {}, {0: stream_pictures(pipeline, REQUEST), 1: stream_pictures(pipeline, other)}
     while runs:
         for number in list(runs):
             part = next(runs[number], None)

@@ -10,7 +10,7 @@ from tiny_checkpoints import save_checkpoints
 
 from hf_dpssl import VQAutoencoder
 from hf_dpssl.data.image_data import load_images
-from hf_dpssl.runs.lineage import describe, fingerprint_of, provenance, read_json, without_folders
+from hf_dpssl.runs.lineage import describe_ancestor, fingerprint_of, lineage_of_run, read_json, without_folders
 
 ACCELERATOR = SimpleNamespace(num_processes=2, device=SimpleNamespace(type="cpu"), mixed_precision="bf16")
 
@@ -23,17 +23,17 @@ def folders(tmp_path_factory) -> dict:
 
 def test_time_is_that_of_all_loops_and_unknown_where_one_is(folders):
     data = load_images("digits")
-    found = provenance(ACCELERATOR, data, [1.5, 2.25], {"autoencoder": None})
+    found = lineage_of_run(ACCELERATOR, data, [1.5, 2.25], {"autoencoder": None})
     training = {"seconds": 3.75, "processes": 2, "device": "cpu", "precision": "bf16"}
     licence = {"licence_of_data": data.entry.licence, "hub_datasets": []}
     assert found == licence | {"training": training, "lineage": []}
-    assert provenance(ACCELERATOR, data, [1.5, None], {})["training"]["seconds"] is None
+    assert lineage_of_run(ACCELERATOR, data, [1.5, None], {})["training"]["seconds"] is None
 
 
 def test_an_ancestor_is_named_by_folder_and_fingerprint_with_its_own_data_and_ancestors(folders):
     results = {"dataset": "/home/me/faces", "licence_of_data": "research", "lineage": [{"part": "x", "name": "org/y"}]}
     (folders["autoencoder"] / "results.json").write_text(json.dumps(results))
-    about = describe(folders["autoencoder"])
+    about = describe_ancestor(folders["autoencoder"])
     expected = {"name": "autoencoder", "dataset": "faces", "licence_of_data": "research"}
     assert {name: about[name] for name in expected} == expected and about["lineage"] == results["lineage"]
     assert about["fingerprint"] == VQAutoencoder.from_pretrained(folders["autoencoder"]).fingerprint()
@@ -48,9 +48,9 @@ def test_fingerprints_are_read_from_files_alone_and_link_generators_to_their_aut
 
 def test_an_ancestor_that_is_gone_is_named_and_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert describe("org/never-seen") == {"name": "org/never-seen"}
+    assert describe_ancestor("org/never-seen") == {"name": "org/never-seen"}
     (tmp_path / "model.ckpt").write_bytes(b"")
-    assert describe(tmp_path / "model.ckpt") == {"name": "model.ckpt"}
+    assert describe_ancestor(tmp_path / "model.ckpt") == {"name": "model.ckpt"}
 
 
 @pytest.mark.parametrize(
