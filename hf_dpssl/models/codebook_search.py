@@ -1,9 +1,9 @@
-"""Nearest rows of a codebook, exactly, in bounded memory, and what quantisers count about them.
+"""Nearest rows of a codebook, in bounded memory, and what quantisers count about them.
 
-Cheap products find candidates, an exact comparison decides. With the half squared norms in further columns, one product
-gives |v - e|^2 / 2, in bfloat16 where a processor is faster with it. Its error is at most a margin, so that the nearest
-code lies within twice the margin of the smallest product. Minima are found over blocks of codes first, and candidates
-only within the blocks whose minimum is small enough.
+Of few codes the smallest product decides. Of many, cheap products find candidates and an exact comparison decides. With
+the half squared norms in further columns, one product gives |v - e|^2 / 2, in bfloat16 where a processor is faster with
+it. Its error is at most a margin, so that the nearest code lies within twice the margin of the smallest product. Minima
+are found over blocks of codes first, and candidates only within the blocks whose minimum is small enough.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .matrix_products import PRODUCT_ERROR, ROUNDING, has_fast_bfloat16, product
 
 _TILE_VECTORS, _TILE_CODES, _BLOCK = 2048, 2048, 128  # measured: 8 MiB of bfloat16 products stay in the cache
 _GPU_TILE = 8192  # vectors, and codes, of a tile on a GPU
-_LEAST_CODES = 256  # from which on bfloat16 pays
+_MANY_CODES = 2048  # from which on candidates are faster than one product and its extremes (measured)
 _MOST_CANDIDATES = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # of a vector in a tile, on average
 _COMPARED_AT_ONCE = 2**17  # elements: within the second-level cache
 
@@ -25,10 +25,12 @@ _COMPARED_AT_ONCE = 2**17  # elements: within the second-level cache
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the Euclidean-nearest row of `codebook` (K, D) for each of `vectors` (N, D): (N,) int64.
 
-    Nearest by the sum of squared differences, in the inputs' precision and at least float32; of equals the first wins.
-    Where more than 16 codes per vector agree to the rounding of a product, any of them may be returned. An offset of
-    all numbers does no harm. Beyond a copy of the codebook, memory is bounded by tiles: 128 MiB (1 GiB on a GPU). A
-    vector with a NaN gets code 0.
+    Nearest by the sum of squared differences, in the inputs' precision and at least float32. From 2,048 codes on
+    exactly: of equals the first wins, and where more than 16 codes per vector agree to the rounding of a product, any
+    of them may be returned. Of fewer codes, among which a search for candidates is slower than all products, any may
+    be returned that agrees with the nearest to this rounding: about 1e-6 of the squared norms around the codes' mean.
+    An offset of all numbers does no harm. Beyond a copy of the codebook, memory is bounded by tiles: 128 MiB (1 GiB on
+    a GPU). A vector with a NaN gets code 0.
 
     Raises:
         ValueError: shapes that do not fit, or an empty codebook.
@@ -38,16 +40,22 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             f"vectors (N, D) and codebook (K >= 1, D) do not fit: {tuple(vectors.shape)} and {tuple(codebook.shape)}."
         )
     full = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
-    fast = full == torch.float32 and len(codebook) >= _LEAST_CODES and has_fast_bfloat16(codebook.device)
+    parts = vectors.split(_TILE_VECTORS if vectors.device.type == "cpu" else _GPU_TILE)
+    if len(codebook) < _MANY_CODES:
+        centre = codebook.to(full).mean(0)
+        codes = codebook.to(full) - centre
+        halves = codes.square().sum(1) / 2
+        return torch.cat([product(part.to(full) - centre, codes, -halves).argmax(1) for part in parts])
+    fast = full == torch.float32 and has_fast_bfloat16(codebook.device)
     search = _Search(codebook.to(full), torch.bfloat16 if fast else full)
-    parts = []
-    for part in vectors.split(_TILE_VECTORS if vectors.device.type == "cpu" else _GPU_TILE):
-        found = search.nearest(part.to(full))
-        if found is None:  # bfloat16 cannot tell these codes apart
+    found = []
+    for part in parts:
+        nearest = search.nearest(part.to(full))
+        if nearest is None:  # bfloat16 cannot tell these codes apart
             search = _Search(codebook.to(full), full)
-            found = search.nearest(part.to(full))
-        parts.append(found)
-    return torch.cat(parts)
+            nearest = search.nearest(part.to(full))
+        found.append(nearest)
+    return torch.cat(found)
 
 
 class _Search:
