@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ class Launched:
 def fork_server():
     """A multiprocessing context whose children start with the libraries imported but nothing run."""
     context = multiprocessing.get_context("forkserver")
-    ours = ["hf_dpssl", "hf_dpssl.runs.training_loop", "hf_dpssl.runs.plots", "hf_dpssl.cli.embed"]
+    ours = ["hf_dpssl", "hf_dpssl.runs.training_loop", "hf_dpssl.runs.plots", "hf_dpssl.embedding.embedding_job"]
     context.set_forkserver_preload(["torch", "torchvision", *ours])
     return context
 
@@ -154,7 +155,9 @@ def run_script(monkeypatch, capsys):
         capsys.readouterr()
         _forget_accelerator()
         try:
-            importlib.import_module(script).main(argv)
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")  # here warnings of ours are errors, for a user they are not
+                importlib.import_module(script).main(argv)
         finally:
             _forget_accelerator()
         printed = capsys.readouterr()

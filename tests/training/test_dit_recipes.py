@@ -8,9 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 from PIL import Image
 
-from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline
+from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.generation.dit_arguments import DiTArguments
 from hf_dpssl.generation.dit_sizes import PRESETS, multiplications
 from hf_dpssl.runs.recipe import find_recipe, parse
@@ -57,9 +58,8 @@ def test_recipe_has_the_size_of_its_name_and_says_what_it_costs(name, size, cost
     forward = multiplications(known, **shape, embedders=known.num_layers + 1)
     assert figures["operations_per_image"] == pytest.approx(6 * forward, rel=0.02)
     images = args.max_train_steps * args.batch_size * 8
-    expected = figures["operations_per_image"] * images / (8 * 312e12 * 0.2) / 3600
-    assert figures["hours"]["A100"]["0.2"] == pytest.approx(expected)
-    assert figures["bytes_per_gpu"]["total"] == sum(v for k, v in figures["bytes_per_gpu"].items() if k != "total")
+    expected = 6 * forward * images / (8 * 312e12 * 0.2) / 3600
+    assert figures["hours"]["A100"]["0.2"] == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.slow
@@ -79,10 +79,9 @@ def test_recipe_starts_for_two_steps_at_full_size_on_one_image(name, size, launc
     flags += ["--batch_size", 1, "--max_train_steps", 2, "--num_workers", 0, "--mixed_precision", "no"]
     flags += ["--sampling_steps", 1, "--grid_images_per_class", 1, "--output_dir", tmp_path / "run"]
     launch("dae_dit", flags).wait(1800)
-    pipeline = VQDiTPipeline.from_pretrained(tmp_path / "run/dit")
-    config = pipeline.transformer.config
+    transformer = DiTTransformer2DModel.from_pretrained(tmp_path / "run/dit", subfolder="transformer")
+    config = transformer.config
     assert (config.num_layers, config.num_attention_heads) == (PRESETS[size].num_layers, PRESETS[size].num_heads)
-    assert bool(
-        (pipeline.transformer.proj_out_2.weight != 0).any()
-    )  # the first that the zero initialisation lets learn
+    # It starts at 0, and is the first that the zero initialisation lets learn.
+    assert bool((transformer.proj_out_2.weight != 0).any())
     assert (tmp_path / "run/dit/samples.png").exists()
