@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-STEPS = 14
+STEPS = 10
 COMMON = ["--checkpointing_steps", 2, "--logging_steps", 2]
 CONTRASTIVE = [*COMMON, "--batch_size", 32, "--max_train_steps", STEPS]
 MOCO = ["--negatives", "queue", "--normalization", "anchor", "--queue_size", 100, "--feature_norm", "batch"]
@@ -28,7 +28,7 @@ RUNS = {  # script, flags, processes
     "t_simclr_calibrated": ("contrastive", [*CONTRASTIVE, "--temperature", "auto", "--learnable_dof"], 1),
     "t_moco": ("contrastive", [*CONTRASTIVE, *MOCO, *COSINE_MOMENTUM, "--projection_batch_norm"], 1),
     "t_moco_two_processes": ("contrastive", [*CONTRASTIVE, *MOCO, "--batch_norm", "global"], 2),
-    "t_simclr_two_processes": ("contrastive", CONTRASTIVE, 2),
+    "t_simclr_two_processes": ("contrastive", [*CONTRASTIVE, "--num_processes", 2], 2),
     "t_simclr_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS], 1),
     "t_simclr_stream_two_workers": ("contrastive", [*CONTRASTIVE, *TWO_WORKERS, "--streaming"], 1),
     "dae_vq": ("dae_vq", STAGES, 1),
@@ -44,16 +44,7 @@ RUNS = {  # script, flags, processes
     "dae_dit_options_two_processes": ("dae_dit", [*DIT, *DIT_OPTIONS, "--batch_size", 16], 2),
     "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
 }
-FAST = [
-    "t_simclr",
-    "t_moco",
-    "t_simclr_two_processes",
-    "t_simclr_stream_two_workers",
-    "dae_vq",
-    "vqgan",
-    "dae_gan",
-    "dae_dit",
-]
+FAST = ["t_moco", "t_simclr_two_processes", "t_simclr_stream_two_workers", "vqgan", "dae_gan", "dae_dit"]
 
 
 def weights(folder: Path) -> dict:
@@ -95,34 +86,21 @@ def run_with_kills(launch, script, flags, processes, folder, kills: int, generat
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"), [(n, 2) for n in FAST] + [pytest.param(n, 10, marks=pytest.mark.slow) for n in RUNS]
+    ("name", "kills"), [(n, 1) for n in FAST] + [pytest.param(n, 10, marks=pytest.mark.slow) for n in RUNS]
 )
 def test_killed_and_resumed_run_is_bit_identical(name, kills, launch, tmp_path):
     script, flags, processes = RUNS[name]
     launch(script, [*flags, "--output_dir", tmp_path / "whole"], processes).wait()
     struck = run_with_kills(launch, script, flags, processes, tmp_path / "killed", kills, random.Random(name))
-    assert struck >= kills // 2, "too few kills came in time"
+    assert struck >= max(1, kills // 2), "too few kills came in time"
     assert_identical(tmp_path / "killed", tmp_path / "whole")
     print(f"{name}: {struck} kills struck")
 
 
-def test_two_processes_really_were_two(launch, tmp_path):
-    output = launch("contrastive", [*CONTRASTIVE, "--output_dir", tmp_path, "--num_processes", 2], 2).wait()
-    assert "knn_top1" in output
-
-
-def test_resume_refuses_other_settings(launch, tmp_path):
-    script, flags, _ = RUNS["t_simclr"]
-    launch(script, [*flags, "--output_dir", tmp_path]).wait()
-    changed = [*flags, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest", "--learning_rate", "0.1"]
-    with pytest.raises(AssertionError, match="learning_rate: 0.002 -> 0.1"):
-        launch(script, changed).wait()
-
-
-def test_latest_starts_afresh_without_checkpoint_and_second_run_needs_overwrite(launch, tmp_path):
-    script, flags, _ = RUNS["t_simclr"]
-    flags = [*flags, "--output_dir", tmp_path]
-    assert "starting afresh" in launch(script, [*flags, "--resume_from_checkpoint", "latest"]).wait()
-    with pytest.raises(AssertionError, match="--overwrite"):
-        launch(script, flags).wait()
-    launch(script, [*flags, "--overwrite"]).wait()
+def test_resume_refuses_other_settings_and_a_second_run_needs_overwrite(run_script, refusal, tmp_path):
+    flags = ["--batch_size", 32, "--max_train_steps", 2, "--checkpointing_steps", 1, "--output_dir", tmp_path]
+    resume = [*flags, "--resume_from_checkpoint", "latest"]
+    assert "starting afresh" in run_script("contrastive", resume)
+    assert "learning_rate: 0.002 -> 0.1" in refusal("contrastive", [*resume, "--learning_rate", "0.1"])
+    assert "--overwrite" in refusal("contrastive", flags)
+    run_script("contrastive", [*flags, "--overwrite"])
