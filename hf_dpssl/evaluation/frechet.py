@@ -3,7 +3,8 @@
     d^2 = |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2)
 
 Heusel et al., "GANs trained by a two time-scale update rule ...", NeurIPS 2017, equation 6; Dowson and Landau 1982.
-Everything is float64 and real: with S_1 = F F^T the last trace is that of (F^T S_2 F)^(1/2), a symmetric matrix.
+Everything is float64 and real: with S_1 = F F^T the last trace is that of (F^T S_2 F)^(1/2), a symmetric matrix, and
+with S_2 = G G^T it is the sum of the singular values of F^T G.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import math
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
+from .feature_checks import check_clouds
 from .feature_statistics import FeatureStatistics
-from .matrix_square_root import trace_of_root_of_product
 
 _EPSILON = float(np.finfo(np.float64).eps)
 
@@ -35,7 +37,7 @@ def frechet_distance(mu_1, sigma_1, mu_2, sigma_2) -> float:
     _check(mu_1, sigma_1, mu_2, sigma_2)
     traces = float(np.trace(sigma_1) + np.trace(sigma_2))
     difference = mu_1 - mu_2
-    return float(difference @ difference) + traces - 2 * trace_of_root_of_product(sigma_1, sigma_2)
+    return float(difference @ difference) + traces - 2 * _trace_of_root(sigma_1, sigma_2)
 
 
 def frechet_distance_of_features(features_1: Tensor, features_2: Tensor) -> float:
@@ -47,30 +49,59 @@ def frechet_distance_of_features(features_1: Tensor, features_2: Tensor) -> floa
     Raises:
         ValueError: shapes that do not fit, fewer than two features, or values that are not finite.
     """
-    check_features(features_1, features_2)
+    check_clouds(features_1, features_2)
     if 2 * max(len(features_1), len(features_2)) > features_1.shape[1]:
         first, second = (FeatureStatistics().update(features) for features in (features_1, features_2))
         return frechet_distance(*first.moments, *second.moments)
-    (mean_1, rows_1), (mean_2, rows_2) = (centred_rows(features) for features in (features_1, features_2))
+    (mean_1, rows_1), (mean_2, rows_2) = (_centred_rows(features) for features in (features_1, features_2))
     nuclear = float(torch.linalg.svdvals(rows_1 @ rows_2.T).sum())
     return float((mean_1 - mean_2).square().sum() + rows_1.square().sum() + rows_2.square().sum()) - 2 * nuclear
 
 
-def centred_rows(features: Tensor) -> tuple[Tensor, Tensor]:
+def _trace_of_root(sigma_1: np.ndarray, sigma_2: np.ndarray) -> float:
+    """tr (S_1 S_2)^(1/2) of two (D, D) symmetric positive semi-definite float64 matrices.
+
+    Raises:
+        ValueError: a matrix with a negative eigenvalue beyond rounding.
+    """
+    factor = _triangular_factor(sigma_1)
+    if factor is None or _triangular_factor(sigma_2) is None:
+        # The root of an eigenvalue that is rounding is far from small; singular values have no root to be taken.
+        first, second = _thin_factor(sigma_1), _thin_factor(sigma_2)
+        return float(np.linalg.svd(first.T @ second, compute_uv=False).sum())
+    # LAPACK's upper triangle, by columns, is the lower one by rows, which is all that eigvalsh reads.
+    product, _ = lapack.dsygst(sigma_2.T, factor, itype=2, lower=0)
+    return float(np.sqrt(np.linalg.eigvalsh(product.T).clip(0)).sum())
+
+
+def _triangular_factor(sigma: np.ndarray) -> np.ndarray | None:
+    """Upper triangular F^T with F F^T = sigma, None unless the matrix has full rank beyond rounding."""
+    factor, failed = lapack.dpotrf(sigma.T, lower=0, clean=0)
+    if failed:
+        return None
+    pivots = np.diagonal(factor) ** 2
+    return factor if pivots.min() > len(sigma) * _EPSILON * pivots.max() else None
+
+
+def _thin_factor(sigma: np.ndarray) -> np.ndarray:
+    """(D, rank) with F F^T = sigma up to rounding, by Cholesky with complete pivoting (Higham 2002, section 10.3)."""
+    factor, order, rank, _ = lapack.dpstrf(sigma.T, lower=1)
+    factor, order = np.tril(factor)[:, :rank], order - 1
+    # All that the factor leaves over must be rounding: a negative eigenvalue would hide in it.
+    left_over = np.diagonal(sigma)[order] - (factor**2).sum(1)
+    largest = float(np.diagonal(sigma).max(initial=0))
+    if left_over.min(initial=0) < -1e-8 * largest:
+        raise ValueError(f"a covariance has a negative eigenvalue, at most {left_over.min():.3g}.")
+    thin = np.empty_like(factor)
+    thin[order] = factor
+    return thin
+
+
+def _centred_rows(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and rows X (N, D) with X^T X the covariance, in float64 on the CPU."""
     features = features.detach().cpu().double()
     mean = features.mean(0)
     return mean, (features - mean) / math.sqrt(len(features) - 1)
-
-
-def check_features(*clouds: Tensor) -> None:
-    """ValueError unless all are finite (N, D) with N >= 2 and one D."""
-    shapes = [tuple(cloud.shape) for cloud in clouds]
-    if any(len(shape) != 2 or shape[0] < 2 or shape[1] < 1 for shape in shapes) or len({s[1] for s in shapes}) > 1:
-        raise ValueError(f"features must be (N, D) with N >= 2 and the same D, got {', '.join(map(str, shapes))}.")
-    for cloud in clouds:
-        if not torch.isfinite(cloud).all():
-            raise ValueError("features must be finite: NaN or infinity was given.")
 
 
 def _double(values) -> np.ndarray:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .frechet import check_features, frechet_distance_of_features
+from .feature_checks import check_clouds
+from .frechet import frechet_distance_of_features
 
 
 def frechet_interval(
@@ -38,7 +39,7 @@ def frechet_interval(
     Raises:
         ValueError: shapes that do not fit, values that are not finite, or options outside their range.
     """
-    check_features(real, generated)
+    check_clouds(real, generated)
     if resamples < 2 or not 0 < level < 1:
         raise ValueError(f"resamples must be at least 2 and level in (0, 1), got {resamples} and {level}.")
     generator = generator or torch.Generator().manual_seed(0)
@@ -86,7 +87,7 @@ def frechet_extrapolation(
         ValueError: fewer than 4 D features (the line holds for more features than dimensions only), or options
             outside their range.
     """
-    check_features(real, generated)
+    check_clouds(real, generated)
     least, dimension = min(len(real), len(generated)), real.shape[1]
     if least < 4 * dimension:
         raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..contrastive import losses
 from ..contrastive.kernels import Kernel
 from ..contrastive.tiles import log_partition
-from .candidates import finite_norms
+from .feature_checks import finite_norms
 
 
 @torch.no_grad()

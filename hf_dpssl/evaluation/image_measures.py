@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .classifier_scores import inception_score
-from .frechet import check_features, frechet_distance_of_features
+from .feature_checks import check_clouds
+from .frechet import frechet_distance_of_features
 from .manifold import manifold_overlap
 from .maximum_mean_discrepancy import kernel_distance
 
@@ -83,7 +84,7 @@ def image_quality(
         raise ValueError(f"measures must be among {MEASURES}, got {unknown}.")
     name = extractor if isinstance(extractor, str) else extractor.name
     clouds = [_features(images, extractor, batch_size) for images in (real, generated)]
-    check_features(*clouds)
+    check_clouds(*clouds)
     found = {key: value for key, value in _distances(clouds, measures, seed, k, subsets, subset_size).items()}
     result = {metric_key(prefix, key, name): value for key, value in found.items()}
     judge = classifier or (None if isinstance(extractor, str) else extractor)

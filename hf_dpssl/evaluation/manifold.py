@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .frechet import check_features
+from .feature_checks import check_clouds
 
 _CHUNK = 1024
 
@@ -34,7 +34,7 @@ def manifold_overlap(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str
     Raises:
         ValueError: shapes that do not fit, k outside [1, min(N, M) - 1], or values that are not finite.
     """
-    check_features(real, generated)
+    check_clouds(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
         raise ValueError(f"k must lie in [1, {min(len(real), len(generated)) - 1}] (features - 1), got {k}.")
     real, generated = (features.detach().cpu().double() for features in (real, generated))

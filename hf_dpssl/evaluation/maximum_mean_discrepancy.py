@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .frechet import check_features
+from .feature_checks import check_clouds
 
 _CHUNK = 1024
 
@@ -20,7 +20,7 @@ def polynomial_mmd(features_1: Tensor, features_2: Tensor, *, degree: int = 3) -
     Raises:
         ValueError: shapes that do not fit, fewer than two features, or values that are not finite.
     """
-    check_features(features_1, features_2)
+    check_clouds(features_1, features_2)
     first, second = (features.detach().cpu().double() for features in (features_1, features_2))
     within = sum(_kernel_sum(x, x, degree, without_diagonal=True) / (len(x) * (len(x) - 1)) for x in (first, second))
     return within - 2 * _kernel_sum(first, second, degree) / (len(first) * len(second))
@@ -48,7 +48,7 @@ def kernel_distance(
     Raises:
         ValueError: as `polynomial_mmd`, or no subsets.
     """
-    check_features(real, generated)
+    check_clouds(real, generated)
     if subsets < 1 or subset_size < 2:
         raise ValueError(f"subsets must be at least 1 and subset_size at least 2, got {subsets} and {subset_size}.")
     size = min(subset_size, len(real), len(generated))

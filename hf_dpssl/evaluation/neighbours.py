@@ -6,59 +6,91 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from ..models.matrix_products import has_fast_bfloat16
-from .candidates import Search, inverse
+from ..models.matrix_products import product
+from .feature_checks import check_labels, finite_norms
 
 METRICS = ("cosine", "euclidean")
 WEIGHTINGS = ("uniform", "exponential", "inverse")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_QUERY_BYTES = 2**26  # of queries searched together
-_VOTE_CHUNK = 4096  # queries whose votes are counted at once
+_TILE_ROWS, _CHUNK_QUERIES = 8192, 1024  # 32 MiB of products at once
 _CENTRE_ROWS = 4096  # of the bank whose mean is taken for its centre
-# Below so many columns or products, converting to bfloat16 costs more than it saves (measured).
-_NARROW_COLUMNS, _FEW_PRODUCTS = 64, 2**31
+_GATHERED = 2**22  # numbers of neighbours held at once
+_NEAR = 1 / 4  # share of the squared norm below which a squared distance loses too much in a float32 product
+_VOTE_CHUNK = 4096  # queries whose votes are counted at once
 
 
 @torch.no_grad()
-def nearest_neighbours(
-    bank: Tensor, queries: Tensor, *, k: int, metric: str = "cosine", candidates: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """The k rows of `bank` nearest to each query, exactly.
+def nearest_neighbours(bank: Tensor, queries: Tensor, *, k: int, metric: str = "cosine") -> tuple[Tensor, Tensor]:
+    """The k rows of `bank` nearest to each query: all rows are compared, in float32.
 
-    Memory beyond the arguments and the result is bounded (about 0.1 GB), however many rows there are.
+    A row that is left out is not nearer than the last one found by more than 1e-6, of the cosine or relatively of the
+    distance. Memory beyond the arguments and the result is bounded (about 0.1 GB), however many rows there are.
 
     Args:
-        bank: (M, D) features, M < 2^32; half precision is widened tile by tile.
+        bank: (M, D) features; half precision is widened tile by tile.
         queries: (Q, D) features.
         k: neighbours, 1 to M.
         metric: "cosine" (a row of zeros has cosine 0) or "euclidean".
-        candidates: precision in which candidates are found: "float32", "bfloat16", or "auto" (bfloat16 where the
-            CPU multiplies it fast). They are compared in float32 afterwards: the result is the same.
 
     Returns:
-        similarities (Q, k) float32: the cosine, or MINUS the Euclidean distance; best first.
-        indices (Q, k) int64: rows of `bank`; of equally similar ones the smaller index comes first.
+        similarities (Q, k) float32: the cosine, or MINUS the Euclidean distance, 0 for equal rows; best first.
+        indices (Q, k) int64: rows of `bank`. Among rows that are equally similar up to rounding any may be found;
+        found ones of the same similarity stand in the order of the bank.
 
     Raises:
         ValueError: shapes that do not fit, k outside [1, M], an unknown option, or features that are not finite.
     """
-    _check_search(bank, queries, k, metric, candidates)
-    spread = bank[:: -(-len(bank) // _CENTRE_ROWS)].float()
-    spread = spread * inverse(spread.norm(dim=1))[:, None] if metric == "cosine" else spread
-    centre = torch.nan_to_num(spread.mean(0))  # rows that are not finite are found, and named, by the search
-    if candidates == "auto":
-        worthwhile = bank.shape[1] >= _NARROW_COLUMNS and bank.numel() * len(queries) >= _FEW_PRODUCTS
-        candidates = "bfloat16" if worthwhile and has_fast_bfloat16(bank.device) else "float32"
-    blocks = max(1, -(-queries.numel() * 4 // _QUERY_BYTES))
-    found = []
-    for block in queries.chunk(blocks):
-        first = sum(len(indices) for _, indices in found)
-        search = Search(block.float(), centre, k, metric, _DTYPES[candidates], first)
-        search.add(bank)
-        found.append(search.result())
-    similarities, indices = zip(*found, strict=True)
-    return torch.cat(similarities), torch.cat(indices)
+    _check_search(bank, queries, k, metric)
+    if metric == "cosine":
+        return _in_order(*_largest(bank, queries, k, None, torch.float32))
+    centre = torch.nan_to_num(bank[:: -(-len(bank) // _CENTRE_ROWS)].float().mean(0))
+    products, indices = _largest(bank, queries, k, centre, torch.float32)
+    norms = torch.cat([(part.float() - centre).square().sum(1) for part in queries.split(_CHUNK_QUERIES)])[:, None]
+    squares = norms - 2 * products
+    # A small difference of large numbers is lost: where the last one is small, others may be the nearest.
+    lost = (squares[:, -1:] < _NEAR * norms).nonzero()[:, 0]
+    if len(lost):
+        indices[lost] = _largest(bank, queries[lost], k, centre.double(), torch.float64)[1]
+        squares[lost] = 0.0
+    distances = squares.clamp_min(0).sqrt()
+    pairs = (squares < _NEAR * norms).nonzero()
+    for query, place in (part.T for part in pairs.split(max(1, _GATHERED // bank.shape[1]))):
+        differences = bank[indices[query, place]].float().sub_(queries[query].float())
+        distances[query, place] = differences.norm(dim=1)
+    return _in_order(-distances, indices)
+
+
+def _largest(bank: Tensor, queries: Tensor, k: int, centre: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(Q, k) largest cosines of rows; given their centre largest q.b - |b|^2 / 2 of centred rows. And indices."""
+    best = torch.full((len(queries), k), -torch.inf, dtype=dtype, device=queries.device)
+    indices = torch.zeros_like(best, dtype=torch.int64)
+    tiles = tqdm(bank.split(_TILE_ROWS), "nearest neighbours", unit="tile", leave=False, delay=5)
+    for number, tile in enumerate(tiles):
+        first = number * _TILE_ROWS
+        rows = _prepared(tile, "bank", first, centre, dtype)
+        bias = None if centre is None else -rows.square().sum(1) / 2
+        for start in range(0, len(queries), _CHUNK_QUERIES):
+            part = slice(start, start + _CHUNK_QUERIES)
+            similarity = product(_prepared(queries[part], "queries", start, centre, dtype), rows, bias)  # (n, M)
+            found, places = similarity.topk(min(k, len(rows)))
+            best[part], order = torch.cat([best[part], found], 1).topk(k)
+            indices[part] = torch.cat([indices[part], places + first], 1).gather(1, order)
+    return best, indices
+
+
+def _prepared(rows: Tensor, name: str, first: int, centre: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of unit length, or centred; ValueError unless they are finite."""
+    norms = finite_norms(rows.float(), name, first)
+    rows = rows.to(dtype)
+    return rows / norms.clamp_min(1e-12)[:, None] if centre is None else rows - centre
+
+
+def _in_order(similarities: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (Q, k), best first, of equals the smaller index."""
+    indices, order = indices.sort(1)
+    similarities, best = similarities.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarities, indices.gather(1, best)
 
 
 @torch.no_grad()
@@ -72,7 +104,6 @@ def knn(
     metric: str = "cosine",
     weighting: str = "uniform",
     temperature: float = 0.07,
-    candidates: str = "auto",
 ) -> dict[str, float]:
     """Accuracy of classifying `features` by their k nearest rows of `bank`.
 
@@ -89,7 +120,6 @@ def knn(
             weights="distance"): neighbours at distance 0 decide alone.
             A tie goes to the smallest class, as in scikit-learn.
         temperature: of the exponential votes, > 0; for distances in squared units of the features.
-        candidates: as in `nearest_neighbours`.
 
     Returns:
         {"knn_top1": percent correct} for one k; {"knn_top1_k1": ..., "knn_top1_k20": ...} for several.
@@ -100,7 +130,7 @@ def knn(
     """
     sizes = [k] if isinstance(k, int) else list(k)
     _check_vote(bank, bank_labels, features, labels, sizes, weighting, temperature)
-    similarities, indices = nearest_neighbours(bank, features, k=max(sizes), metric=metric, candidates=candidates)
+    similarities, indices = nearest_neighbours(bank, features, k=max(sizes), metric=metric)
     # Classes are numbered without gaps, so that a large label costs no memory; their order stays.
     classes, compact = torch.unique(bank_labels, return_inverse=True)
     correct = dict.fromkeys(sizes, 0)
@@ -130,16 +160,15 @@ def _votes(similarities: Tensor, metric: str, weighting: str, temperature: float
     return torch.where(nearest == 0, (distances == 0).to(distances), nearest / distances)
 
 
-def _check_search(bank, queries, k, metric, candidates) -> None:
+def _check_search(bank: Tensor, queries: Tensor, k: int, metric: str) -> None:
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(f"bank and features must be (M, D) and (N, D), got {bank.shape} and {queries.shape}.")
     if len(queries) == 0 or queries.shape[1] == 0:
         raise ValueError(f"there are no features to search for: got {tuple(queries.shape)}.")
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must lie in [1, {len(bank)}] (the size of the bank), got {k}.")
-    if metric not in METRICS or candidates not in ("auto", *_DTYPES):
-        allowed = f"metric is one of {METRICS}, candidates of {('auto', *_DTYPES)}"
-        raise ValueError(f"{allowed}; got {metric!r}, {candidates!r}.")
+    if metric not in METRICS:
+        raise ValueError(f"metric is one of {METRICS}; got {metric!r}.")
 
 
 def _check_vote(bank, bank_labels, features, labels, sizes, weighting, temperature) -> None:
@@ -154,14 +183,3 @@ def _check_vote(bank, bank_labels, features, labels, sizes, weighting, temperatu
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     check_labels(bank_labels, labels)
-
-
-def check_labels(*labels: Tensor) -> None:
-    """ValueError unless all are integers of at least 0."""
-    for given in labels:
-        if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
-            raise ValueError(f"labels must be integer class ids, got {given.dtype}.")
-        if int(given.min()) < 0:
-            raise ValueError(
-                f"labels must be 0 or larger, got {int(given.min())}: the data set has images without a class."
-            )

@@ -33,44 +33,41 @@ def fidelity(mu_1, sigma_1, mu_2, sigma_2) -> float:
     return metric_fid.fid_statistics_to_metric(*statistics, False)[metric_fid.KEY_METRIC_FID]
 
 
-@pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
-@pytest.mark.parametrize("size", [1, 2, 65, 300, 800])
-def test_full_rank_equals_torch_fidelity(size, condition):
-    mu_1, mu_2 = 0.1 * random(2, size).numpy()
-    given = mu_1, covariance(size, condition, 1), mu_2, 0.7 * covariance(size, condition, 2)
-    assert frechet_distance(*given) == pytest.approx(fidelity(*given), rel=1e-6)
-    assert frechet_distance(*map(torch.from_numpy, given)) == frechet_distance(*given)
+def test_full_rank_equals_torch_fidelity():
+    for size, condition in ((1, 1.0), (2, 1e4), (65, 1e8), (300, 1e4), (300, 1e8)):
+        mu_1, mu_2 = 0.1 * random(2, size).numpy()
+        given = mu_1, covariance(size, condition, 1), mu_2, 0.7 * covariance(size, condition, 2)
+        assert frechet_distance(*given) == pytest.approx(fidelity(*given), rel=1e-6), (size, condition)
+        assert frechet_distance(*map(torch.from_numpy, given)) == frechet_distance(*given)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_full_rank_equals_torch_fidelity_on_features(seed):
-    # Like pooled activations: not negative, of very different variance, correlated.
-    mixing = random(96, 96, seed=seed) / 10 * torch.logspace(0, -2, 96, dtype=torch.float64)
-    first, second = ((random(1000, 96, seed=10 + seed + s) @ mixing + 0.1 * s).relu() for s in (0, 1))
+def test_features_like_pooled_activations_equal_torch_fidelity():
+    # Not negative, of very different variance, correlated.
+    mixing = random(96, 96) / 10 * torch.logspace(0, -2, 96, dtype=torch.float64)
+    first, second = ((random(1000, 96, seed=10 + s) @ mixing + 0.1 * s).relu() for s in (0, 1))
     given = [value for x in (first, second) for value in (x.mean(0).numpy(), np.cov(x.numpy(), rowvar=False))]
     assert frechet_distance(*given) == pytest.approx(fidelity(*given), rel=1e-6)
     assert frechet_distance_of_features(first, second) == pytest.approx(fidelity(*given), rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [40, 800])
 @pytest.mark.parametrize("zeros", [(0, 0), (10, 0), (0, 10), (15, 25), (40, 40)])
-def test_commuting_covariances_give_the_closed_form(zeros, size):
-    directions = torch.linalg.qr(random(size, size)).Q
-    variances = [random(size, seed=s).square() for s in (1, 2)]
+def test_commuting_covariances_give_the_closed_form(zeros):
+    directions = torch.linalg.qr(random(40, 40)).Q
+    variances = [random(40, seed=s).square() for s in (1, 2)]
     for variance, count in zip(variances, zeros, strict=True):
         variance[:count] = 0
     sigmas = [(directions * v) @ directions.T for v in variances]
     expected = float((variances[0].sqrt() - variances[1].sqrt()).square().sum())
-    found = frechet_distance(torch.zeros(size), sigmas[0], torch.zeros(size), sigmas[1])
+    found = frechet_distance(torch.zeros(40), sigmas[0], torch.zeros(40), sigmas[1])
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
-@pytest.mark.parametrize("condition", [1e4, 1e8])
-@pytest.mark.parametrize("size", [300, 900])
-def test_ill_conditioned_covariances_with_common_directions_give_the_closed_form(size, condition):
-    first = covariance(size, condition, 1)  # the product has the square of that condition
-    expected = np.trace(first) * (1 - math.sqrt(0.7)) ** 2
-    assert frechet_distance(np.zeros(size), first, np.zeros(size), 0.7 * first) == pytest.approx(expected, rel=1e-6)
+def test_ill_conditioned_covariances_with_common_directions_give_the_closed_form():
+    for condition in (1e4, 1e8):  # the product has the square of that condition
+        first = covariance(300, condition, 1)
+        expected = np.trace(first) * (1 - math.sqrt(0.7)) ** 2
+        found = frechet_distance(np.zeros(300), first, np.zeros(300), 0.7 * first)
+        assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_covariances_on_orthogonal_subspaces_share_nothing():
@@ -87,11 +84,11 @@ def test_planted_low_rank_equals_the_nuclear_norm_in_the_small_space():
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("numbers", [(20, 30), (20, 300), (300, 20), (99, 101)])
-def test_features_fewer_than_dimensions_agree_with_their_covariances(numbers):
-    first, second = random(numbers[0], 200, seed=1), 2 + 1.5 * random(numbers[1], 200, seed=2)
-    moments = [value for x in (first, second) for value in (x.mean(0), torch.cov(x.T))]
-    assert frechet_distance_of_features(first, second) == pytest.approx(frechet_distance(*moments), rel=1e-6)
+def test_features_fewer_than_dimensions_agree_with_their_covariances():
+    for numbers in ((20, 30), (20, 300), (300, 20), (99, 101)):
+        first, second = random(numbers[0], 200, seed=1), 2 + 1.5 * random(numbers[1], 200, seed=2)
+        moments = [value for x in (first, second) for value in (x.mean(0), torch.cov(x.T))]
+        assert frechet_distance_of_features(first, second) == pytest.approx(frechet_distance(*moments), rel=1e-6)
 
 
 def test_equal_gaussians_are_at_distance_0_and_a_shift_adds_its_square():
@@ -125,22 +122,28 @@ def test_statistics_go_through_a_file(tmp_path):
     np.testing.assert_allclose(again.covariance, statistics.covariance, rtol=1e-12)
 
 
-def statistics_of_one_process(rows: list[int]) -> dict[str, torch.Tensor]:
-    rank = torch.distributed.get_rank()
-    own = random(60, 5)[sum(rows[:rank]) : sum(rows[: rank + 1])]
-    gathered = FeatureStatistics().update(own).gather()
-    return {"count": torch.tensor(gathered.count), "mean": gathered.mean, "covariance": gathered.covariance}
+SHARES = ([45, 15], [60, 0])
 
 
-@pytest.mark.parametrize("rows", [[45, 15], [60, 0]])
-def test_two_processes_have_the_statistics_of_one(run_in_two, rows):
+def statistics_of_one_process() -> dict[str, torch.Tensor]:
+    rank, found = torch.distributed.get_rank(), {}
+    for case, rows in enumerate(SHARES):
+        own = random(60, 5)[sum(rows[:rank]) : sum(rows[: rank + 1])]
+        gathered = FeatureStatistics().update(own).gather()
+        found |= {f"count_{case}": torch.tensor(gathered.count), f"mean_{case}": gathered.mean}
+        found[f"covariance_{case}"] = gathered.covariance
+    return found
+
+
+def test_two_processes_have_the_statistics_of_one(run_in_two):
     alone = FeatureStatistics().update(random(60, 5)).gather()
-    results = run_in_two(statistics_of_one_process, rows)
-    for result in results:
-        assert int(result["count"]) == 60
-        torch.testing.assert_close(result["mean"], alone.mean, rtol=0, atol=1e-14)
-        torch.testing.assert_close(result["covariance"], alone.covariance, rtol=1e-12, atol=1e-14)
-    assert torch.equal(results[0]["covariance"], results[1]["covariance"])
+    results = run_in_two(statistics_of_one_process)
+    for case in range(len(SHARES)):
+        for result in results:
+            assert int(result[f"count_{case}"]) == 60
+            torch.testing.assert_close(result[f"mean_{case}"], alone.mean, rtol=0, atol=1e-14)
+            torch.testing.assert_close(result[f"covariance_{case}"], alone.covariance, rtol=1e-12, atol=1e-14)
+        assert torch.equal(results[0][f"covariance_{case}"], results[1][f"covariance_{case}"])
 
 
 def test_extrapolation_removes_the_bias_of_few_features():
@@ -151,13 +154,30 @@ def test_extrapolation_removes_the_bias_of_few_features():
     assert all(f["fid_slope"] > 0 for f in found)
 
 
-def test_interval_covers_the_spread_of_fresh_draws():
-    fresh = [frechet_distance_of_features(random(400, 8, seed=s), 1 + random(400, 8, seed=50 + s)) for s in range(40)]
-    found = frechet_interval(random(400, 8, seed=99), 1 + random(400, 8, seed=98), resamples=100)
-    assert found["fid_low"] < found["fid"] < found["fid_high"]
-    assert found["fid_std"] == pytest.approx(float(np.std(fresh, ddof=1)), rel=0.35)
-    same = frechet_interval(random(400, 8, seed=99), 1 + random(400, 8, seed=98), resamples=100)
-    assert same == found
+def test_interval_covers_the_expected_distance_of_as_many_features_as_often_as_it_says():
+    # 16 dimensions and 60 features: the resamples lie three of their deviations above the distance they are drawn
+    # from, as a resample has the bias of 60 features once more. An interval of their quantiles would never cover it.
+    def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return random(60, 16, seed=seed), 0.5 + random(60, 16, seed=10_000 + seed)
+
+    expected = np.mean([frechet_distance_of_features(*draw(seed)) for seed in range(1000, 1400)])
+    assert expected > 16 * 0.25 + 1  # the distance of the two normal distributions is 4, the rest is bias
+    found = [frechet_interval(*draw(seed), resamples=60, level=0.9) for seed in range(60)]
+    covered = sum(f["fid_low"] <= expected <= f["fid_high"] for f in found)
+    assert covered >= 45  # of 60: 54 are expected
+    assert all(f["fid_low"] < f["fid"] < f["fid_high"] for f in found)
+
+
+def test_interval_of_many_features_covers_the_known_distance():
+    def draw(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return random(2000, 2, seed=seed), 1 + random(2000, 2, seed=10_000 + seed)
+
+    found = [frechet_interval(*draw(seed), resamples=60) for seed in range(40)]
+    covered = sum(f["fid_low"] <= 2 <= f["fid_high"] for f in found)
+    assert covered >= 33  # of 40: 38 are expected
+    fresh = [frechet_distance_of_features(*draw(seed)) for seed in range(100, 200)]
+    assert np.mean([f["fid_std"] for f in found]) == pytest.approx(float(np.std(fresh, ddof=1)), rel=0.25)
+    assert frechet_interval(*draw(0), resamples=60) == found[0]
 
 
 def test_bad_input_is_refused_with_what_was_given():
