@@ -64,12 +64,10 @@ class LpipsDistance(nn.Module):
 
     def __init__(self):
         super().__init__()
+        from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
+
         try:
-            from torchmetrics.functional.image.lpips import _LPIPS
-        except ImportError as error:
-            raise ImportError("LPIPS needs torchmetrics: pip install 'hf_dpssl[eval]'.") from error
-        try:
-            self.network = _LPIPS(pretrained=True, net="vgg", use_dropout=False, eval_mode=True)
+            self.network = LearnedPerceptualImagePatchSimilarity(net_type="vgg").net
         except OSError as error:
             raise OSError(
                 f"the VGG-16 of LPIPS cannot be downloaded ({error}): connect to the network, put it into its cache or "
@@ -97,7 +95,7 @@ def load_perceptual(name: str) -> nn.Module:
             or of timm.
 
     Raises:
-        ImportError, OSError: LPIPS without torchmetrics or without its weights. ValueError: weights that cannot be had,
+        OSError: LPIPS without its weights. ValueError: weights that cannot be had,
             or an encoder that has no intermediate features.
     """
     if name == "lpips":

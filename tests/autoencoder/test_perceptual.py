@@ -111,13 +111,9 @@ def test_models_without_intermediate_features_are_refused():
         PerceptualDistance(torch.nn.Identity(), [0.5] * 3, [0.5] * 3)
 
 
-def test_lpips_without_its_weights_says_how_to_go_on(monkeypatch):
-    pytest.importorskip("torchmetrics")
-    import torchmetrics.functional.image.lpips as lpips
-
-    def refuse(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(lpips, "_LPIPS", refuse)
+def test_lpips_without_its_weights_says_how_to_go_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for scheme in ("http", "https"):  # nobody listens there
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="name a frozen encoder instead"):
         load_perceptual("lpips")
