@@ -137,7 +137,7 @@ def launch(fork_server, tmp_path):
         launched.kill()
 
 
-def _forget_accelerator() -> None:
+def forget_accelerator() -> None:
     """accelerate keeps precision and accumulation of the first run of a process."""
     from accelerate.state import AcceleratorState, GradientState
 
@@ -153,13 +153,13 @@ def run_script(monkeypatch, capsys):
         argv = [str(item) for item in argv]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
         capsys.readouterr()
-        _forget_accelerator()
+        forget_accelerator()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("default")  # here warnings of ours are errors, for a user they are not
                 importlib.import_module(script).main(argv)
         finally:
-            _forget_accelerator()
+            forget_accelerator()
         printed = capsys.readouterr()
         return printed.out + printed.err
 

@@ -9,12 +9,19 @@ Every figure is on the 360 held-out images; a target that is missed is printed a
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 import sys
 import time
 from pathlib import Path
+
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.demo_arguments import demo_parser, parse_demo
+from hf_dpssl.runs.recipe import find_recipe
+
+if __name__ == "__main__":
+    parse_demo(demo_parser(__doc__))  # help and wrong flags end here, before the libraries are imported
 
 import contrastive
 import dae_dit
@@ -25,12 +32,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from hf_dpssl import SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline
-from hf_dpssl.cli.errors import reported
 from hf_dpssl.data import keyed_random, load_images
 from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.evaluation import class_consistency, copies, diversity, knn, psnr
 from hf_dpssl.runs.plots import plot_map, save_grid
-from hf_dpssl.runs.recipe import find_recipe
 from hf_dpssl.runs.results import write_results
 
 IMAGE_SIZE = 16
@@ -40,11 +45,7 @@ KNN = {"k": 20, "metric": "euclidean"}
 
 def main(argv: list[str] | None = None) -> Path:
     """Run the demo; returns the folder with report.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="outputs/demo", help="folder of the results; an older demo is replaced")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
-    parser.add_argument("--recipe", default="demo", help="recipe with the numbers of steps")
-    args = parser.parse_args(argv)
+    args = parse_demo(demo_parser(__doc__), argv)
     folder = Path(args.output_dir)
     for old in ("encoder", "autoencoder", "dit", "comparison", "checkpoints", "latents", "logs"):
         shutil.rmtree(folder / old, ignore_errors=True)
@@ -92,8 +93,9 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
 
     def __call__(self, name: str):
+        """The block that follows is the step of that name."""
         self.name, self.start = name, time.perf_counter()
-        print(f"\n== {name}")
+        say(f"\n== {name}")
         return self
 
     def __enter__(self):
@@ -287,13 +289,13 @@ def check_targets(report: dict) -> dict[str, dict]:
 
 def print_table(report: dict, targets: dict[str, dict], seconds: dict[str, float], folder: Path) -> None:
     """The report in short."""
-    print("\n== report, on held-out digits")
+    say("\n== report, on held-out digits")
     for name, entry in targets.items():
-        print(f"{'ok    ' if entry['met'] else 'MISSED'} {name:<45} {entry['value']:>7.2f}   target {entry['target']}")
+        say(f"{'ok    ' if entry['met'] else 'MISSED'} {name:<45} {entry['value']:>7.2f}   target {entry['target']}")
     decibels = ", ".join(f"{name} {value:.1f}" for name, value in report["reconstruction_psnr"].items())
-    print(f"reconstruction PSNR in dB: {decibels}")
-    print(f"seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}")
-    print(f"see {folder}/samples.png, reconstructions.png, map.png, report.json")
+    say(f"reconstruction PSNR in dB: {decibels}")
+    say(f"seconds: {', '.join(f'{name} {value:.0f}' for name, value in seconds.items())}")
+    say(f"see {folder}/samples.png, reconstructions.png, map.png, report.json")
 
 
 if __name__ == "__main__":

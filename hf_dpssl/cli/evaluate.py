@@ -7,22 +7,14 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from ..embedding.choices import BAD_IMAGES, KINDS, PROTOCOLS
+from ..evaluation.choices import CLASSIFIERS, METRICS, SOLVERS, WEIGHTINGS
+from .parsing import command_parser, parse_command
 
-from ..autoencoder.autoencoder_evaluation import measure_autoencoder_files
-from ..embedding.embedder import KINDS
-from ..embedding.encoder_evaluation import PROTOCOLS, measure_encoder
-from ..embedding.evaluation_entries import append_entry, evaluation_entry, with_entry
-from ..evaluation.neighbours import METRICS, WEIGHTINGS
-from ..evaluation.probes import CLASSIFIERS, SOLVERS
-from ..generation.generator_evaluation import measure_generator
-from ..hub.card_data import evaluation_results
-from ..hub.card_merge import add_results
-from ..hub.publishing import Target
-from ..hub.replay import checkpoint_kind
+if TYPE_CHECKING:
+    from ..embedding.evaluation_entries import Measured
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _ENCODERS, _AUTOENCODERS, _PIPELINES = ("encoder",), ("autoencoder",), ("dit", "token")
@@ -50,13 +42,13 @@ def _flag(kinds: tuple[str, ...], name: str, default: object, help: str, **how) 
 
 _FLAGS = [
     _flag(
-        _ENCODERS, "protocol", ["knn", "linear", "shape", "views"],
-        "what is measured: knn, linear, few_shot: accuracy on held-out images, percent, needs classes; shape: "
+        _ENCODERS, "protocol", ["knn", "linear", "geometry", "views"],
+        "what is measured: knn, linear, few_shot: accuracy on held-out images, percent, needs classes; geometry: "
         "uniformity and effective rank of their features; views: alignment of two random views",
         nargs="+", choices=PROTOCOLS,
     ),
     _flag(_ENCODERS, "features", "features", "of the backbone, or after the head", choices=KINDS),
-    _flag(_ENCODERS, "on_bad_image", "error", "unreadable pictures", choices=["error", "skip"]),
+    _flag(_ENCODERS, "on_bad_image", "error", "unreadable pictures", choices=BAD_IMAGES),
     _flag(_ENCODERS, "knn_k", [20], "neighbours; several give a key each", type=int, nargs="+"),
     _flag(_ENCODERS, "knn_metric", "cosine", "of the neighbours", choices=METRICS),
     _flag(_ENCODERS, "knn_weighting", "uniform", "votes of the neighbours", choices=WEIGHTINGS),
@@ -96,10 +88,42 @@ class _Checkpoint(NamedTuple):
     revision: str | None
 
 
-def evaluate_command(argv: list[str]) -> int:
-    """`hf-dpssl evaluate`: returns the exit status; errors are for `command_errors.reported`."""
-    given = vars(_parser().parse_args(argv))
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = command_parser(
+        "evaluate",
+        "Measure a checkpoint. Encoders (ours, timm's, transformers'): kNN, linear probe, few-shot, "
+        "effective rank, uniformity, alignment. Autoencoders (ours, diffusers' VQModel and AutoencoderKL): PSNR, SSIM, "
+        "rFID; hf-dpssl report measures more. Generators (VQDiTPipeline, VQTokenPipeline, diffusers' DiTPipeline, "
+        "VAEGAN): FID, inception score, class consistency. The numbers, with a fingerprint of all that decides them, "
+        "go into the list 'evaluations' of the folder's results.json.",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="folder or Hub id (id@revision)")
+    add("--dataset", default="digits", help="table name, Hub id, folder or parquet file")
+    add("--dataset_revision", help="branch, tag or commit of a Hub data set")
+    add("--image_column", help="column of pictures; found by its type when not given")
+    add("--label_column", help="column of classes; found by its type when not given")
+    add("--evaluation_images", type=int, default=10_000, help="real images of a split at most")
+    add("--batch_size", type=int, default=64, help="images at once")
+    add("--seed", type=int, default=0, help="of splits and draws")
+    add("--output", help="JSON file for the numbers, in place of the folder's results.json")
+    add("--push", action="store_true", help="put the numbers into results.json and the card of the Hub id, one commit")
+    add("--json", action="store_true", help="print the results as JSON")
+    groups = {kinds: parser.add_argument_group(f"only for {name}") for kinds, name in _GROUPS.items()}
+    for flag in _FLAGS:
+        default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
+        text = flag.help if default is None else f"{flag.help} (default: {default})"
+        groups[flag.kinds].add_argument(f"--{flag.name}", default=argparse.SUPPRESS, help=text, **flag.how)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`hf-dpssl evaluate`: returns the exit status; errors are for `errors.reported`."""
+    given = vars(parse_command(parser(), argv))
     output, push, as_json = (given.pop(name) for name in ("output", "push", "json"))
+    from ..embedding.evaluation_entries import append_entry
+
     checkpoint = _find(given.pop("checkpoint"))
     if push and checkpoint.repo_id is None:
         raise ValueError(f"--push is for a Hub id; hf-dpssl push publishes the folder {checkpoint.source}.")
@@ -114,42 +138,15 @@ def evaluate_command(argv: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl evaluate",
-        description="Measure a checkpoint. Encoders (ours, timm's, transformers'): kNN, linear probe, few-shot, "
-        "effective rank, uniformity, alignment. Autoencoders (ours, diffusers' VQModel and AutoencoderKL): PSNR, SSIM, "
-        "rFID; hf-dpssl report measures more. Generators (VQDiTPipeline, VQTokenPipeline, diffusers' DiTPipeline, "
-        "VAEGAN): FID, inception score, class consistency. The numbers, with a fingerprint of all that decides them, "
-        "go into the list 'evaluations' of the folder's results.json.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("checkpoint", help="folder or Hub id (id@revision)")
-    add("--dataset", default="digits", help="table name, Hub id, folder or parquet file (default: %(default)s)")
-    add("--dataset_revision", help="branch, tag or commit of a Hub data set")
-    add("--image_column", help="column of pictures; found by its type when not given")
-    add("--label_column", help="column of classes; found by its type when not given")
-    add("--evaluation_images", type=int, default=10_000, help="real images of a split at most (default: %(default)s)")
-    add("--batch_size", type=int, default=64, help="images at once (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of splits and draws (default: %(default)s)")
-    add("--output", help="JSON file for the numbers, in place of the folder's results.json")
-    add("--push", action="store_true", help="put the numbers into results.json and the card of the Hub id, one commit")
-    add("--json", action="store_true", help="print the results as JSON")
-    groups = {kinds: parser.add_argument_group(f"only for {name}") for kinds, name in _GROUPS.items()}
-    for flag in _FLAGS:
-        default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
-        text = flag.help if default is None else f"{flag.help} (default: {default})"
-        groups[flag.kinds].add_argument(f"--{flag.name}", default=argparse.SUPPRESS, help=text, **flag.how)
-    return parser
-
-
 def _find(source: str) -> _Checkpoint:
     """Where the checkpoint is and of what kind; of a Hub id only the config is downloaded.
 
     Raises:
         ValueError or OSError: there is none, it cannot be read, or it is of a kind that is not measured.
     """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
     if Path(source).exists():
         return _Checkpoint(source, Path(source), _kind(Path(source)), None, None)
     if not _HUB_ID.fullmatch(source):
@@ -177,6 +174,8 @@ def _find(source: str) -> _Checkpoint:
 
 
 def _kind(folder: Path) -> str:
+    from ..hub.replay import checkpoint_kind
+
     kind = checkpoint_kind(folder)
     if kind != "other":
         return kind
@@ -206,16 +205,30 @@ def _measure(checkpoint: _Checkpoint, given: dict) -> dict:
     args = argparse.Namespace(**options)
     folder = checkpoint.folder
     if checkpoint.repo_id and kind in ("autoencoder", "gan"):
+        from huggingface_hub import snapshot_download
+
         patterns = ["*.json", "*.safetensors", "*.bin"]
         folder = Path(snapshot_download(checkpoint.repo_id, revision=folder.name, allow_patterns=patterns))
-    if kind == "encoder":
-        measured = measure_encoder(checkpoint.source, args)
-    elif kind == "autoencoder":
-        measured = measure_autoencoder_files(folder, args)
-    else:
-        measured = measure_generator(checkpoint.source, folder, kind, args)
+    measured = _measured(checkpoint, folder, args)
     decide = {name: value for name, value in options.items() if name not in _INDIFFERENT}
+    from ..embedding.evaluation_entries import evaluation_entry
+
     return evaluation_entry(kind, measured, dataset=args.dataset, seed=args.seed, options=decide)
+
+
+def _measured(checkpoint: _Checkpoint, folder: Path, args: argparse.Namespace) -> Measured:
+    """By the room that knows this kind of checkpoint."""
+    if checkpoint.kind == "encoder":
+        from ..embedding.encoder_evaluation import measure_encoder
+
+        return measure_encoder(checkpoint.source, args)
+    if checkpoint.kind == "autoencoder":
+        from ..autoencoder.autoencoder_evaluation import measure_autoencoder_files
+
+        return measure_autoencoder_files(folder, args)
+    from ..generation.generator_evaluation import measure_generator
+
+    return measure_generator(checkpoint.source, folder, checkpoint.kind, args)
 
 
 def _summary(entry: dict, path: Path | None) -> str:
@@ -232,6 +245,11 @@ def _summary(entry: dict, path: Path | None) -> str:
 
 def _push(checkpoint: _Checkpoint, entry: dict) -> str:
     """One commit with the entry in results.json and in the card's model-index; returns its address."""
+    from ..embedding.evaluation_entries import with_entry
+    from ..hub.card_data import evaluation_results
+    from ..hub.card_merge import add_results
+    from ..hub.publishing import Target
+
     target = Target(checkpoint.repo_id, revision=checkpoint.revision)
     try:
         results = json.loads(target.read("results.json") or b"{}")

@@ -6,23 +6,23 @@ import argparse
 import json
 from dataclasses import asdict
 
-from ..convert.exports import FORMATS, export
-from .sample import json_object
+from ..convert.choices import FORMATS
+from ..runs.console import say
+from .parsing import command_parser, json_object, parse_command
 
 
-def export_command(argv: list[str]) -> int:
-    """`hf-dpssl export`: returns the exit status; raises as `export`."""
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl export",
-        description="Write a checkpoint for other libraries' own classes (timm and stock transformers, diffusers) or "
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = command_parser(
+        "export",
+        "Write a checkpoint for other libraries' own classes (timm and stock transformers, diffusers) or "
         "for onnxruntime. What was written is compared with our model on random inputs, and kept only if it agrees.",
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="FOLDER_OR_ID", help="finished checkpoint, or Hub id (id@revision)")
     parser.add_argument(
         "--format",
         required=True,
-        choices=list(FORMATS),
+        choices=FORMATS,
         help="timm: of an encoder; vqmodel: of an autoencoder; dit-pipeline: of a latent DiT; onnx: of an encoder, or "
         "of an autoencoder's two halves (needs hf_dpssl[onnx])",
     )
@@ -35,14 +35,21 @@ def export_command(argv: list[str]) -> int:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    options = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`hf-dpssl export`: returns the exit status; raises as `export`."""
+    options = vars(parse_command(parser(), argv))
+    from ..convert.exports import export
+
     as_json = options.pop("json")
     report = export(**options)
     if as_json:
         print(json.dumps(asdict(report), indent=2))
         return 0
     size = sum(report.files.values())
-    print(f"{report.output_dir}: {report.written}, {size:,} bytes in {len(report.files)} files")
+    say(f"{report.output_dir}: {report.written}, {size:,} bytes in {len(report.files)} files")
     for name, value in report.differences.items():
-        print(f"  {name} differs by {value:.2g} (at most {report.tolerance:g})")
+        say(f"  {name} differs by {value:.2g} (at most {report.tolerance:g})")
     return 0

@@ -1,24 +1,26 @@
-"""The subcommands `hf-dpssl push` and `hf-dpssl pull`."""
+"""The subcommand `hf-dpssl push`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from ..hub import replay
-from ..hub.publishing import PushReport, push
-from ..hub.pulling import pull
+from ..runs.console import say
+from .parsing import command_parser, parse_command
+
+if TYPE_CHECKING:
+    from ..hub.publishing import PushReport
 
 
-def push_command(argv: list[str]) -> int:
-    """`hf-dpssl push`: returns the exit status; raises as `push`."""
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl push",
-        description="Publish a finished checkpoint folder on the Hub as one commit, pull it back and replay its stored "
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = command_parser(
+        "push",
+        "Publish a finished checkpoint folder on the Hub as one commit, pull it back and replay its stored "
         "input and output. The token is that of `hf auth login` or HF_TOKEN. HF_HUB_DISABLE_XET=1 uploads through Git "
         "LFS instead of Xet storage.",
-        allow_abbrev=False,
     )
     parser.add_argument("folder", help="as a training script writes it: encoder/, autoencoder/, dit/, ar/, gan/")
     parser.add_argument("repo_id", metavar="ORG/NAME", help="repository; made when missing")
@@ -28,15 +30,29 @@ def push_command(argv: list[str]) -> int:
     parser.add_argument("--dry_run", action="store_true", help="list what would be sent; no request is made")
     parser.add_argument("--message", help="of the commit")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    options = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`hf-dpssl push`: returns the exit status; raises as `push`."""
+    options = vars(parse_command(parser(), argv))
+    from ..hub.publishing import push
+
     as_json = options.pop("json")
     options["private"] = options["private"] or None
     report = push(**options)
-    print(json.dumps(asdict(report), indent=2) if as_json else _summary(report))
+    if as_json:
+        print(json.dumps(asdict(report), indent=2))
+    elif report.commit is None:  # what was asked for
+        print(_summary(report))
+    else:
+        say(_summary(report))
     return 0
 
 
 def _summary(report: PushReport) -> str:
+    from ..hub import replay
+
     count, size = len(report.files), sum(report.files.values())
     left_out = f"left out: {', '.join(report.left_out)}" if report.left_out else "nothing is left out"
     if report.commit is None:
@@ -52,26 +68,3 @@ def _summary(report: PushReport) -> str:
         f"pulled back after {report.seconds:.1f} s in all: every byte is equal, {replayed}",
     ]
     return "\n".join(lines)
-
-
-def pull_command(argv: list[str]) -> int:
-    """`hf-dpssl pull`: returns the exit status; raises as `pull`."""
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl pull",
-        description="Download a repository of the Hub into a folder, and replay its stored input and output.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("repo_id", metavar="ID", help="repository on the Hub, ORG/NAME")
-    parser.add_argument("--revision", help="branch, tag, commit or refs/pr/NUMBER (default: main)")
-    parser.add_argument("--output_dir", required=True, help="folder of the result; it must not hold anything yet")
-    parser.add_argument("--json", action="store_true", help="print what was pulled as JSON")
-    args = parser.parse_args(argv)
-    difference = pull(args.repo_id, args.output_dir, revision=args.revision)
-    if args.json:
-        about = {"repo_id": args.repo_id, "revision": args.revision or "main", "output_dir": args.output_dir}
-        print(json.dumps(about | {"difference": difference}, indent=2))
-        return 0
-    print(f"{args.output_dir}: {args.repo_id} at {args.revision or 'main'}")
-    if difference is not None:
-        print(f"the stored pair is reproduced up to {difference:.2g} (at most {replay.TOLERANCE:g})")
-    return 0

@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm.auto import tqdm
+from ..autoencoder.choices import GENERATOR, PARTS
+from ..runs.console import say
+from .parsing import command_parser, parse_command
 
-from .. import evaluation
-from ..autoencoder.measures import (
-    GENERATOR,
-    PARTS,
-    encode_and_decode,
-    held_out_sources,
-    load_pictures,
-    measure_autoencoder,
-)
-from ..autoencoder.report_page import draw_page
-from ..embedding.feature_extractors import FeatureExtractor, load_extractor
-from ..models.modeling_vq import VQAutoencoder
-from ..runs.atomic_files import atomic_file
-from ..runs.results import write_results
+if TYPE_CHECKING:
+    from ..embedding.feature_extractors import FeatureExtractor
+    from ..models.modeling_vq import VQAutoencoder
 
 
-def report(argv: list[str]) -> int:
-    """`hf-dpssl report`: returns the exit status."""
-    args = _parser().parse_args(argv)
-    try:
-        entries, samples = measure(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"hf-dpssl report: {error}", file=sys.stderr)
-        return 2
-    folder = Path(args.output)
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = command_parser(
+        "report",
+        "Measure what the latent of an autoencoder is worth: reconstruction, informativeness, nats per "
+        "image, collapse, Lipschitz constants at a fixed scale of the latent, distances between spaces. Several "
+        "autoencoders are compared.",
+    )
+    parser.add_argument("autoencoders", nargs="+", help="folders or Hub ids of autoencoders")
+    parser.add_argument("--names", nargs="+", help="how they are called on the page; default: their folders")
+    parser.add_argument(
+        "--dataset", default="digits", help="digits, cifar10 ..., Hub id, folder, parquet file, or a union a+b"
+    )
+    parser.add_argument("--image_column", help="column of pictures; found by its type when not given")
+    parser.add_argument("--label_column", help="column of classes; found by its type when not given")
+    parser.add_argument(
+        "--extractor", help="of Frechet distances: inception, resnet56-cifar10, an encoder or timm:NAME"
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=[*PARTS, GENERATOR],
+        help=f"what is measured; {GENERATOR} trains generators of growing width, minutes per autoencoder",
+    )  # fmt: skip
+    parser.add_argument("--images", type=int, default=5000, help="at most so many of each split")
+    parser.add_argument("--lipschitz_images", type=int, default=128, help="of which local constants are taken")
+    parser.add_argument("--distance_images", type=int, default=200, help="of which distances of spaces are taken")
+    parser.add_argument("--seed", type=int, default=0, help="of probes, starts and subsets")
+    parser.add_argument("--output_dir", default="outputs/report", help="folder of report.json and report.png")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """`hf-dpssl report`: returns the exit status; raises as `measure`."""
+    args = parse_command(parser(), argv)
+    from ..autoencoder.report_page import draw_page
+    from ..runs.atomic_files import atomic_file
+    from ..runs.results import write_results
+
+    entries, samples = measure(args)
+    folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    options = {name: value for name, value in vars(args).items() if name not in ("output", "dataset", "seed", "json")}
+    options = {
+        name: value for name, value in vars(args).items() if name not in ("output_dir", "dataset", "seed", "json")
+    }
     metrics = {name: entry["metrics"] for name, entry in entries.items()}
     about = {name: entry["about"] for name, entry in entries.items()}
     more = {"dataset": args.dataset, "seed": args.seed, "samples": samples, "options": options, "autoencoders": about}
@@ -53,42 +77,19 @@ def report(argv: list[str]) -> int:
     for name in names:
         values = (f"{entry[name]:.4g}" if name in entry else "" for entry in metrics.values())
         print(f"{name:<{width}}" + "".join(f"{value:>18}" for value in values))
-    print(f"written to {folder / 'report.json'} and {folder / 'report.png'}")
+    say(f"written to {folder / 'report.json'} and {folder / 'report.png'}")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl report",
-        description="Measure what the latent of an autoencoder is worth: reconstruction, informativeness, nats per "
-        "image, collapse, Lipschitz constants at a fixed scale of the latent, distances between spaces. Several "
-        "autoencoders are compared.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("autoencoders", nargs="+", help="folders or Hub ids of autoencoders")
-    parser.add_argument("--names", nargs="+", help="how they are called on the page; default: their folders")
-    parser.add_argument("--dataset", default="digits", help="table name, Hub id, folder, parquet file, or a union a+b")
-    parser.add_argument("--image_column", help="column of pictures; found by its type when not given")
-    parser.add_argument("--label_column", help="column of classes; found by its type when not given")
-    parser.add_argument(
-        "--extractor", help="of Frechet distances: inception, resnet56-cifar10, an encoder or timm:NAME"
-    )
-    parser.add_argument(
-        "--parts", nargs="+", default=list(PARTS), choices=[*PARTS, GENERATOR],
-        help=f"what is measured; {GENERATOR} trains generators of growing width, minutes per autoencoder",
-    )  # fmt: skip
-    parser.add_argument("--images", type=int, default=5000, help="at most so many of each split")
-    parser.add_argument("--lipschitz_images", type=int, default=128, help="of which local constants are taken")
-    parser.add_argument("--distance_images", type=int, default=200, help="of which distances of spaces are taken")
-    parser.add_argument("--seed", type=int, default=0, help="of probes, starts and subsets")
-    parser.add_argument("--output", default="outputs/report", help="folder of report.json and report.png")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    return parser
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
     """{name: {"metrics", "curves", "about"}} of each autoencoder, and how many images there were."""
+    from tqdm.auto import tqdm
+
+    from ..autoencoder.measures import load_pictures, measure_autoencoder
+    from ..embedding.feature_extractors import load_extractor
+    from ..evaluation import quality_fingerprint
+    from ..models.modeling_vq import VQAutoencoder
+
     if args.images < 2:
         raise ValueError(f"--images must be at least 2, got {args.images}.")
     names = args.names or unique_names(args.autoencoders)
@@ -114,7 +115,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
             metrics |= per_source(model, args, extractor, columns)
         about = {"source": source, "fingerprint": model.fingerprint()}
         if extractor is not None:
-            about["quality"] = evaluation.quality_fingerprint(
+            about["quality"] = quality_fingerprint(
                 extractor, reference=f"{args.dataset} held-out", num_real=len(test.labels),
                 num_generated=len(test.labels), seed=args.seed,
             )  # fmt: skip
@@ -126,11 +127,14 @@ def per_source(
     model: VQAutoencoder, args: argparse.Namespace, extractor: FeatureExtractor, columns: dict
 ) -> dict[str, float]:
     """Reconstruction FID of each part of a union a+b on its own held-out images: {"rfid_<extractor>_<part>"}."""
+    from ..autoencoder.measures import encode_and_decode, held_out_sources
+    from ..evaluation import image_quality
+
     metrics = {}
     options = columns | {"num_channels": model.config.num_channels}
     for part, pictures in held_out_sources(args.dataset, model.config.image_size, args.images, **options).items():
         decoded = encode_and_decode(model, pictures).reconstructions
-        found = evaluation.image_quality(pictures, decoded, extractor, measures=("fid",), prefix="r", seed=args.seed)
+        found = image_quality(pictures, decoded, extractor, measures=("fid",), prefix="r", seed=args.seed)
         metrics |= {f"{name}_{part}": value for name, value in found.items()}
     return metrics
 

@@ -6,53 +6,21 @@ import argparse
 import json
 import sys
 
-from ..generation.bulk_sampling import DTYPES, FORMATS, LAYOUTS, OPTIONS, SampleJob, sample_images
-from ..runs.training_loop import check_launch
+from ..generation.choices import DTYPES, FORMATS, LAYOUTS, OPTIONS
+from ..runs.console import say
+from .errors import INTERRUPTED
+from .parsing import command_parser, json_object, parse_command
 
 
-def sample(argv: list[str]) -> int:
-    """`hf-dpssl sample`: returns the exit status."""
-    options = vars(_parser().parse_args(argv))
-    how, as_json = {name: options.pop(name) for name in ("num_processes", "overwrite")}, options.pop("json")
-    call = {name: value for name in OPTIONS if (value := options.pop(name)) is not None}
-    if "guidance_interval" in call:
-        call["guidance_interval"] = tuple(call["guidance_interval"])
-    try:
-        check_launch()
-        job = SampleJob(folder=options.pop("output_dir"), options=call, **options)
-        manifest = sample_images(job, **how)
-    except KeyboardInterrupt:
-        print("hf-dpssl sample: interrupted; the same command goes on.", file=sys.stderr)
-        return 130
-    if manifest is not None and as_json:
-        print(json.dumps(manifest, indent=2))
-    elif manifest is not None:
-        where = "samples.npz" if job.format == "npz" else "images"
-        print(f"{job.folder}/{where}: {manifest['images']} images, fingerprint {manifest['fingerprint'][:12]}")
-    return 0
-
-
-def json_object(text: str) -> dict:
-    """An argument that is a JSON object."""
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError(text)
-    return value
-
-
-json_object.__name__ = "JSON object"  # as argparse's message calls it
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl sample",
-        description="Draw many images from a pipeline, for example to measure its Frechet distance. Each image has its "
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = command_parser(
+        "sample",
+        "Draw many images from a pipeline, for example to measure its Frechet distance. Each image has its "
         "own random seed, so the set does not depend on batches or processes. The same command goes on after a kill. "
         "Several machines or GPUs: accelerate launch -m hf_dpssl.cli sample ... An argument @FILE stands for the "
         "file's lines, e.g. --class_labels @labels.txt.",
-        allow_abbrev=False,
         fromfile_prefix_chars="@",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("pipeline", help="folder or Hub id (id@revision) of a VQDiTPipeline or VQTokenPipeline")
@@ -65,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--unconditional", action="store_true", help="draw without class from a model that has classes")
     add("--seed", type=int, default=0, help="random seed; image i's own follows from it and from i")
     add("--batch_size", type=int, default=64, help="images drawn at once")
-    add("--dtype", default="float32", choices=list(DTYPES), help="of weights and noise")
+    add("--dtype", default="float32", choices=DTYPES, help="of weights and noise")
     add("--scheduler", help="diffusers scheduler in place of the pipeline's, with its config")
     add("--scheduler_config", type=json_object, default={}, help="what to change in the scheduler's config, as JSON")
     add("--guidance_scale", type=float, help="1: no guidance; default: the pipeline's, as of what follows")
@@ -80,3 +48,28 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="remove images that are in the folder already")
     add("--json", action="store_true", help="print the manifest as JSON")
     return parser
+
+
+def main(argv: list[str]) -> int:
+    """`hf-dpssl sample`: returns the exit status; raises as `sample_images`."""
+    options = vars(parse_command(parser(), argv))
+    from ..generation.bulk_sampling import SampleJob, sample_images
+    from ..runs.training_loop import check_launch
+
+    how, as_json = {name: options.pop(name) for name in ("num_processes", "overwrite")}, options.pop("json")
+    call = {name: value for name in OPTIONS if (value := options.pop(name)) is not None}
+    if "guidance_interval" in call:
+        call["guidance_interval"] = tuple(call["guidance_interval"])
+    check_launch()
+    job = SampleJob(folder=options.pop("output_dir"), options=call, **options)
+    try:
+        manifest = sample_images(job, **how)
+    except KeyboardInterrupt:
+        print("hf-dpssl sample: interrupted; the same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    if manifest is not None and as_json:
+        print(json.dumps(manifest, indent=2))
+    elif manifest is not None:
+        where = "samples.npz" if job.format == "npz" else "images"
+        say(f"{job.folder}/{where}: {manifest['images']} images, fingerprint {manifest['fingerprint'][:12]}")
+    return 0

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from ..pages.demo_outputs import MODELS
+from ..runs.console import say
 from ..runs.shipped_folders import shipped_folder
+from .parsing import command_parser, parse_command
 
 
 def space_names() -> list[str]:
@@ -18,9 +20,27 @@ def space_names() -> list[str]:
     return sorted(path.parent.name for path in shipped_folder("spaces").glob("*/app.py"))
 
 
-def space(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    parser = command_parser(
+        "space",
+        "Start a Gradio page on this machine, on the models that `hf-dpssl demo` wrote or on others; or "
+        "publish it as a Space with --push, with the token of `hf auth login` or HF_TOKEN.",
+    )
+    parser.add_argument("name", choices=space_names(), help="which page")
+    parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all")
+    parser.add_argument("--demo", metavar="FOLDER", help="outputs of `hf-dpssl demo` (default: outputs/demo)")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER_OR_ID",
+                        help=f"use this one; names: {', '.join(MODELS)}")  # fmt: skip
+    parser.add_argument("--push", metavar="ORG/NAME", help="publish the page as this Space instead of starting it")
+    parser.add_argument("--private", action="store_true", help="a Space that is made is private")
+    return parser
+
+
+def main(argv: list[str]) -> int:
     """`hf-dpssl space`: returns the exit status."""
-    options = _parser().parse_args(argv)
+    options = parse_command(parser(), argv)
     if options.push is not None:
         return _push(options)
     variables = {"GRADIO_SERVER_NAME": options.host, "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -67,33 +87,13 @@ def _push(options: argparse.Namespace) -> int:
             "--push takes no --port, --demo or --model: set the variables that the README names in the Space."
         )
     url = push_space(options.name, options.push, private=options.private or None)
-    print(f"{options.name} is published: {url}")
+    say(f"{options.name} is published: {url}")
     return 0
 
 
 def _refuse(message: str) -> int:
     print(f"hf-dpssl space: {message}", file=sys.stderr)
     return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl space",
-        description="Start a Gradio page on this machine, on the models that `hf-dpssl demo` wrote or on others; or "
-        "publish it as a Space with --push, with the token of `hf auth login` or HF_TOKEN.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("name", choices=space_names(), help="which page")
-    parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all (default: this machine)"
-    )
-    parser.add_argument("--demo", metavar="FOLDER", help="outputs of `hf-dpssl demo` (default: outputs/demo)")
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER_OR_ID",
-                        help=f"use this one; names: {', '.join(MODELS)}")  # fmt: skip
-    parser.add_argument("--push", metavar="ORG/NAME", help="publish the page as this Space instead of starting it")
-    parser.add_argument("--private", action="store_true", help="a Space that is made is private")
-    return parser
 
 
 def _port(text: str) -> int:

@@ -1,5 +1,5 @@
 """Autoencoders that other codes trained, and encoders of ours, as a `VQAutoencoder`, so that a decoder can be learned
-for them: `training/dae_vq.py --init_from SOURCE`, or `hf-dpssl import SOURCE OUTPUT` for the folder alone.
+for them: `training/dae_vq.py --init_from SOURCE`, or `hf-dpssl import SOURCE --output_dir FOLDER` for the folder alone.
 
 | source | becomes |
 |---|---|

@@ -1,4 +1,4 @@
-"""Encoders that other codes trained, as our encoder folder: `hf-dpssl import CHECKPOINT OUTPUT`.
+"""Encoders that other codes trained, as our encoder folder: `hf-dpssl import CHECKPOINT --output_dir FOLDER`.
 
 | code | file | backbone and head | momentum branch |
 |---|---|---|---|
@@ -16,7 +16,6 @@ its report and in config.json.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 import os
@@ -29,10 +28,8 @@ import timm
 from torch import Tensor, nn
 
 from ..contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
-from ..models.contrastive_options import STEMS
 from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..runs.atomic_files import atomic_folder
-from .autoencoder_importers import import_autoencoder, is_autoencoder_source
 from .foreign_layouts import (
     Origin,
     count_by_part,
@@ -94,7 +91,7 @@ def import_checkpoint(
         ValueError: unknown layout or ResNet, missing or unexpected keys, not finite; the message names them.
     """
     path, output = Path(path), Path(output)
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     if (mean is None) != (std is None):
         raise ValueError("mean and std belong together: give both or neither.")
     content = read_pickled_tensors(path, inert=inert)
@@ -126,7 +123,7 @@ def import_checkpoint(
     return report
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def check_output(output: Path, overwrite: bool) -> None:
     """Refuse what exists; `overwrite` replaces an encoder folder or an empty one, nothing else."""
     if not output.exists():
         return
@@ -236,71 +233,3 @@ def _record(report: Imported, path: Path) -> dict:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     lists = {name: getattr(report, name) for name in ("taken", "left_out", "notes")}
     return {"code": report.code, "file": path.name, "sha256": digest} | lists
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hf-dpssl import",
-        description="Write an encoder or autoencoder of another code as a folder of ours, and say what was taken over.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "checkpoint",
-        help="encoder: file of facebookresearch/moco, t-SimCLR, lightly, solo-learn, a state_dict; autoencoder: file "
-        "of taming-transformers or latent diffusion, folder or Hub id of diffusers' VQModel or AutoencoderKL, or of an "
-        "encoder whose features are to be decoded",
-    )
-    parser.add_argument("output", help="folder to write")
-    parser.add_argument("--architecture", help="timm name; default: read off the shapes of a ResNet")
-    parser.add_argument("--stem", choices=STEMS, help="default: told by the first convolution and the code")
-    parser.add_argument("--prefix", help="where the backbone's keys stand in a file of another code")
-    parser.add_argument("--mean", type=float, nargs=3, help="of images in [0, 1]; default: the code's")
-    parser.add_argument("--std", type=float, nargs=3, help="of images in [0, 1]; default: the code's")
-    parser.add_argument("--image_size", type=int, help="side in pixels; default: the code's")
-    parser.add_argument("--config", help="autoencoder: YAML of a taming or latent-diffusion file")
-    parser.add_argument("--subfolder", help="autoencoder: of the folder or Hub id, such as vae")
-    parser.add_argument("--level", type=int, help="autoencoder of an encoder's features: which (default: the last)")
-    parser.add_argument(
-        "--inert", nargs="*", default=[], metavar="CLASS", help="unknown pickled classes to leave unread"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    return parser
-
-
-def import_command(argv: list[str]) -> int:
-    """`hf-dpssl import`: prints the report; raises OSError or ValueError with the reason of a refusal."""
-    arguments = _parser().parse_args(argv)
-    try:
-        if is_autoencoder_source(arguments.checkpoint):
-            report = _import_autoencoder(arguments)
-            what = f"autoencoder from {report['kind']} ({report['source']})"
-        else:
-            names = "architecture stem prefix mean std image_size inert overwrite".split()
-            _refuse_flags(arguments, ("config", "subfolder", "level"), "autoencoders", "a file without decoder")
-            options = {name: getattr(arguments, name) for name in names}
-            imported = import_checkpoint(arguments.checkpoint, arguments.output, **options)
-            what = f"{imported.architecture}, stem {imported.stem}, {imported.method} from {imported.code}"
-            report = vars(imported)
-    except (OSError, ValueError) as error:
-        if arguments.checkpoint in str(error):
-            raise
-        raise ValueError(f"{arguments.checkpoint}: {error}") from error
-    print(f"{arguments.output}: {what}")
-    for title, lines in (("taken", report["taken"]), ("left out", report["left_out"]), ("note", report["notes"])):
-        for line in lines:
-            print(f"  {title}: {line}")
-    return 0
-
-
-def _import_autoencoder(arguments: argparse.Namespace) -> dict:
-    _check_output(Path(arguments.output), arguments.overwrite)
-    _refuse_flags(arguments, ("architecture", "stem", "prefix", "mean", "std"), "encoder files", "an autoencoder")
-    options = {"image_size": arguments.image_size, "config_file": arguments.config, "subfolder": arguments.subfolder}
-    level = -1 if arguments.level is None else arguments.level
-    return import_autoencoder(arguments.checkpoint, arguments.output, level=level, inert=arguments.inert, **options)
-
-
-def _refuse_flags(arguments: argparse.Namespace, names: Iterable[str], read_for: str, found: str) -> None:
-    given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
-    if given:
-        raise ValueError(f"{', '.join(given)} is read for {read_for}, and this is {found}.")

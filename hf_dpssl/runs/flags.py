@@ -42,6 +42,9 @@ class HelpFormatter(argparse.HelpFormatter):
             paragraphs.append(paragraph if indented else super()._fill_text(paragraph, width, indent))
         return "\n\n".join(paragraphs)
 
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X", None: "TEXT", str: "TEXT"}.get(action.type, action.dest.upper())
+
     def _get_help_string(self, action):
         default = action.default
         unsaid = default is None or default is False or default in ("", [], {}, argparse.SUPPRESS)
@@ -98,10 +101,7 @@ def _argument(entry: Field, kind: Any) -> dict:
         kind = next(inner for inner in get_args(kind) if inner is not type(None))
     if kind is bool:
         return how | {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-    how["type"] = kind
-    if how["choices"] is None:
-        how["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
-    return how
+    return how | {"type": kind}
 
 
 def _boolean(text: str) -> bool:

@@ -44,7 +44,7 @@ def test_report_of_two_autoencoders_writes_every_part_and_a_page(folders, tmp_pa
     parts = [part for part in PARTS if part != "prior"]
     sizes = ["--images", "120", "--lipschitz_images", "8", "--distance_images", "30"]
     sources = [str(folders / name) for name in ("codes", "gaussian")]
-    assert main(["report", *sources, *sizes, "--parts", *parts, "--output", str(tmp_path)]) == 0
+    assert main(["report", *sources, *sizes, "--parts", *parts, "--output_dir", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     codes, gaussian = report["metrics"]["codes"], report["metrics"]["gaussian"]
     shared = {
@@ -68,7 +68,7 @@ def test_report_of_two_autoencoders_writes_every_part_and_a_page(folders, tmp_pa
 def test_same_report_twice_is_the_same_and_printed_as_json(folders, tmp_path, capsys):
     flags = ["--images", "60", "--lipschitz_images", "4", "--parts", "reconstruction", "lipschitz", "collapse"]
     for run in ("a", "b"):
-        main(["report", str(folders / "codes"), *flags, "--output", str(tmp_path / run), "--json"])
+        main(["report", str(folders / "codes"), *flags, "--output_dir", str(tmp_path / run), "--json"])
         printed = json.loads(capsys.readouterr().out)
     first, second = (json.loads((tmp_path / run / "report.json").read_text())["metrics"] for run in "ab")
     assert first == second == printed
@@ -113,7 +113,7 @@ def test_names_are_the_shortest_ends_that_differ():
 )
 def test_user_errors_are_said_without_a_traceback(flags, message, folders, tmp_path, capsys):
     flags = [str(folders / "codes") if flag == "FOLDER" else flag for flag in flags]
-    assert main(["report", *flags, "--output", str(tmp_path)]) == 2
+    assert main(["report", *flags, "--output_dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -188,15 +188,16 @@ def test_incomplete_weights_are_refused(tmp_path):
 def test_command_writes_the_folder_and_says_what_it_took(tmp_path, capsys):
     drawn(AutoencoderKL).save_pretrained(tmp_path / "pipeline" / "vae")
     source, output = tmp_path / "pipeline", str(tmp_path / "ours")
-    assert main(["import", str(source), output, "--subfolder", "vae", "--image_size", "32"]) == 0
+    into = ["--output_dir", output]
+    assert main(["import", str(source), *into, "--subfolder", "vae", "--image_size", "32"]) == 0
     printed = capsys.readouterr().out
     assert "autoencoder from diffusers AutoencoderKL" in printed and "taken: decoder (" in printed
     found = VQAutoencoder.from_pretrained(output).config
     assert (found.quantizer, found.image_size) == ("kl", 32) and found.dpssl["imported"]["source"] == "pipeline"
-    assert main(["import", str(source), output, "--subfolder", "vae"]) == 2 and "exists" in capsys.readouterr().err
-    assert main(["import", str(source / "vae"), output, "--overwrite", "--stem", "timm"]) == 2
+    assert main(["import", str(source), *into, "--subfolder", "vae"]) == 2 and "exists" in capsys.readouterr().err
+    assert main(["import", str(source / "vae"), *into, "--overwrite", "--stem", "timm"]) == 2
     assert "--stem is read for encoder files" in capsys.readouterr().err
     torch.save({"state_dict": {"conv1.weight": torch.ones(2)}}, tmp_path / "last.pth")
-    assert main(["import", str(tmp_path / "last.pth"), output, "--overwrite", "--level", "2"]) == 2
+    assert main(["import", str(tmp_path / "last.pth"), *into, "--overwrite", "--level", "2"]) == 2
     assert "--level is read for autoencoders" in capsys.readouterr().err
     assert not is_autoencoder_source(tmp_path / "missing.ckpt") and not is_autoencoder_source(tmp_path / "last.pth")

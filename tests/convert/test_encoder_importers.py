@@ -263,7 +263,7 @@ def test_folder_with_a_foreign_stem_loads_with_remote_code(tmp_path):
 def test_command_line_imports_prints_the_report_and_refuses_with_status_2(tmp_path, capsys):
     state, *_ = moco_state()
     torch.save({"state_dict": copy.deepcopy(state)}, tmp_path / "moco.pth.tar")
-    argv = ["import", str(tmp_path / "moco.pth.tar"), str(tmp_path / "encoder")]
+    argv = ["import", str(tmp_path / "moco.pth.tar"), "--output_dir", str(tmp_path / "encoder")]
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert "resnet18, stem timm, MoCo-v2 from facebookresearch/moco" in printed and "taken: queue of 40 keys" in printed

@@ -13,7 +13,7 @@ from pictures import noise
 from PIL import Image
 from test_embedder import save_ours
 
-from hf_dpssl.cli.embed import embed
+from hf_dpssl.cli.commands import main
 from hf_dpssl.data.image_table import BadImageError
 from hf_dpssl.embedding.embedding_job import EmbedJob, embed_images
 
@@ -100,12 +100,12 @@ def _embed_in_child(argv: list[str], environment: dict[str, str], dies_at: int |
     os.environ.update(environment)
     if dies_at:
         die_at_rename(dies_at, "*/data/*.parquet")
-    os._exit(embed(argv))
+    os._exit(main(["embed", *argv]))
 
 
 def start(context, encoder, pictures, folder, world: int = 1, dies_at: int | None = None) -> list:
     """The first process is killed as it finishes its shard number `dies_at` of this run."""
-    argv = [str(encoder), str(pictures), "--output", str(folder), "--rows_per_shard", "2"]
+    argv = [str(encoder), str(pictures), "--output_dir", str(folder), "--rows_per_shard", "2"]
     started = []
     for rank in range(world):
         ranks = {"RANK": str(rank), "WORLD_SIZE": str(world)} if world > 1 else {}
@@ -134,20 +134,20 @@ def test_killed_run_goes_on_to_the_same_bytes(world, fork_server, encoder, pictu
 
 @pytest.mark.slow
 def test_two_processes_started_by_the_command_write_the_bytes_of_one(encoder, pictures, whole, tmp_path, capsys):
-    argv = [str(encoder), str(pictures), "--output", str(tmp_path / "two"), "--rows_per_shard", "2"]
-    assert embed([*argv, "--num_processes", "2"]) == 0
+    argv = [str(encoder), str(pictures), "--output_dir", str(tmp_path / "two"), "--rows_per_shard", "2"]
+    assert main(["embed", *argv, "--num_processes", "2"]) == 0
     assert "23 features of 16 numbers" in capsys.readouterr().out
     assert shards(tmp_path / "two") == shards(whole)
 
 
 def test_finished_run_is_not_repeated_and_another_one_is_refused(encoder, whole, tmp_path, capsys):
     folder, mine = tmp_path / "mine", write_pictures(tmp_path / "pictures", 5)
-    argv = [str(encoder), str(mine), "--output", str(folder), "--rows_per_shard", "2"]
-    assert embed(argv) == 0
+    argv = [str(encoder), str(mine), "--output_dir", str(folder), "--rows_per_shard", "2"]
+    assert main(["embed", *argv]) == 0
     first = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    assert embed(argv) == 0 and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == first
+    assert main(["embed", *argv]) == 0 and {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == first
     capsys.readouterr()
-    assert embed([*argv, "--json"]) == 0
+    assert main(["embed", *argv, "--json"]) == 0
     about = {"features": "features", "dimension": 16, "skipped": 0}
     assert json.loads(capsys.readouterr().out) == {"folder": str(folder), "pictures": 5} | about
     save_ours(tmp_path / "other", projection_dim=5, model_args={"channels": [8, 8, 16, 24]})
@@ -159,11 +159,11 @@ def test_finished_run_is_not_repeated_and_another_one_is_refused(encoder, whole,
     ]
     for changed, message in cases:
         capsys.readouterr()
-        assert embed(changed) == 2
+        assert main(["embed", *changed]) == 2
         assert re.search(message, capsys.readouterr().err)
     Image.fromarray(noise(99, 16, 16)).save(mine / "cat" / "000.png")  # the same name, another picture
-    assert embed(argv) == 2 and "dataset" in capsys.readouterr().err
-    assert embed([*argv, "--overwrite"]) == 0
+    assert main(["embed", *argv]) == 2 and "dataset" in capsys.readouterr().err
+    assert main(["embed", *argv, "--overwrite"]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} != first
 
 
@@ -187,7 +187,7 @@ def test_unreadable_picture_is_named_or_skipped_also_where_a_whole_shard_is_unre
 def test_bad_input_says_which_value_and_what_is_allowed(encoder, pictures, tmp_path, capsys):
     (tmp_path / "empty").mkdir(), (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    out = ["--output", str(tmp_path / "out")]
+    out = ["--output_dir", str(tmp_path / "out")]
     given, shown = str(encoder), str(pictures)
     for argv, message in [
         ([given, str(tmp_path / "empty"), *out], "empty is empty: put images (or parquet files) into it"),
@@ -196,10 +196,10 @@ def test_bad_input_says_which_value_and_what_is_allowed(encoder, pictures, tmp_p
         ([given, shown, *out, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
         ([given, shown, *out, "--split", "evaluation"], "has no evaluation split"),
         ([given, shown, *out, "--num_processes", "0"], "num_processes=0"),
-        ([given, shown, "--output", str(tmp_path / "full")], "is not empty and holds no embeddings"),
-        ([given, shown, "--output", str(tmp_path / "full"), "--overwrite"], "is not empty and holds no embeddings"),
+        ([given, shown, "--output_dir", str(tmp_path / "full")], "is not empty and holds no embeddings"),
+        ([given, shown, "--output_dir", str(tmp_path / "full"), "--overwrite"], "is not empty and holds no embeddings"),
     ]:
-        assert embed(argv) == 2
+        assert main(["embed", *argv]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and (tmp_path / "full" / "notes.txt").exists()
 
@@ -207,5 +207,5 @@ def test_bad_input_says_which_value_and_what_is_allowed(encoder, pictures, tmp_p
 def test_process_that_accelerate_started_alone_by_mistake_is_an_error(encoder, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no"), monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert embed([str(encoder), str(pictures), "--output", str(tmp_path / "out")]) == 2
+    assert main(["embed", str(encoder), str(pictures), "--output_dir", str(tmp_path / "out")]) == 1
     assert "accelerate was asked for several processes and started one" in capsys.readouterr().err

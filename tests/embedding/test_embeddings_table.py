@@ -10,7 +10,7 @@ from PIL import Image
 from test_embedder import save_ours
 from test_embedding_job import write_pictures
 
-from hf_dpssl.cli.embed import search
+from hf_dpssl.cli.commands import main
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.embedding.embedding_job import EmbedJob, embed_images
 from hf_dpssl.embedding.embeddings_table import EmbeddingsTable, search_images
@@ -63,12 +63,12 @@ def test_command_prints_rows_and_writes_json_and_grid(made, tmp_path, capsys):
     _, pictures, folder = made
     queries = [str(pictures / "cat" / "000.png"), str(pictures / "dog" / "001.png")]
     argv = [str(folder), *queries, "--k", "3", "--output", str(tmp_path / "found.json")]
-    assert search([*argv, "--grid", str(tmp_path / "grid.png")]) == 0
+    assert main(["search", *argv, "--grid", str(tmp_path / "grid.png")]) == 0
     printed = capsys.readouterr().out
     assert all(query in printed for query in queries) and "cat/000.png" in printed
     written = json.loads((tmp_path / "found.json").read_text())
     assert [len(entry["neighbours"]) for entry in written["queries"]] == [3, 3] and written["metric"] == "cosine"
-    assert search([*argv, "--json"]) == 0
+    assert main(["search", *argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["queries"] == written["queries"]
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 65 + 1, 4 * 65 + 1, 3)
@@ -101,7 +101,7 @@ def test_bad_input_says_what_is_allowed(made, tmp_path, capsys):
         ([str(tmp_path / "empty"), query], "empty: none"),
         ([str(tmp_path / "begun"), query], "unfinished: run the same hf-dpssl embed again"),
     ]:
-        assert search(argv) == 2
+        assert main(["search", *argv]) == 2
         assert message in capsys.readouterr().err
 
 

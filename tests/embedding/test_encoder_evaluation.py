@@ -46,7 +46,7 @@ def test_features_of_rows_are_those_of_their_pictures(encoder):
 
 def test_numbers_are_those_of_the_functions(encoder, tmp_path, capsys):
     output = tmp_path / "new" / "evaluation.json"
-    flags = ["--protocol", "knn", "linear", "few_shot", "shape", "--evaluation_images", "300", "--knn_k", "1", "20"]
+    flags = ["--protocol", "knn", "linear", "few_shot", "geometry", "--evaluation_images", "300", "--knn_k", "1", "20"]
     assert main(["evaluate", str(encoder), *flags, "--trials", "3", "--seed", "5", "--output", str(output)]) == 0
     (found,) = json.loads(output.read_text(encoding="utf-8"))["evaluations"]
     data, embedder = load_images("digits"), ImageEmbedder(str(encoder))
@@ -106,7 +106,7 @@ def test_encoders_of_timm_and_transformers_are_measured(tmp_path, capsys):
     ResNetModel(ResNetConfig(**sizes)).save_pretrained(tmp_path / "resnet")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "resnet")
     for name in ("timm", "resnet"):
-        flags = ["--evaluation_images", "30", "--knn_k", "1", "--protocol", "knn", "shape", "--json"]
+        flags = ["--evaluation_images", "30", "--knn_k", "1", "--protocol", "knn", "geometry", "--json"]
         assert main(["evaluate", str(tmp_path / name), *flags]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["kind"] == "encoder" and 1 <= found["metrics"]["effective_rank"] <= 16
@@ -129,7 +129,7 @@ def test_what_is_wrong_is_said_in_one_line(encoder, tmp_path, capsys):
         ([str(tmp_path / "empty")], "is no finished checkpoint"),
         ([str(unet)], "unet holds a UNet2DModel, which is not measured: give an image encoder"),
         ([str(damaged), *FEW], "hf-dpssl evaluate: "),
-        ([str(encoder), "--dataset", str(pictures)], "has no classes, which knn, linear need: use --protocol shape"),
+        ([str(encoder), "--dataset", str(pictures)], "has no classes, which knn, linear need: use --protocol geometry"),
         ([str(encoder), "--protocol", "knn", "--knn_k", "5000"], r"k must lie in [1, 1437]"),
         ([str(encoder), "--protocol", "few_shot", "--shots", "999"], "fewer than the 999 asked for"),
         ([str(encoder), "--evaluation_images", "0"], "--evaluation_images must be at least 1"),
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_said_in_one_line(encoder, tmp_path, capsys):
         assert error.splitlines()[-1].startswith("hf-dpssl evaluate: ")
     assert not (tmp_path / "out.json").exists()
     (tmp_path / "out.json").write_text('{"evaluations": [1]}')
-    few = ["--dataset", str(pictures), "--protocol", "shape", "--output", str(tmp_path / "out.json")]
+    few = ["--dataset", str(pictures), "--protocol", "geometry", "--output", str(tmp_path / "out.json")]
     assert main(["evaluate", str(encoder), *few]) == 2 and "must be a list of evaluations" in capsys.readouterr().err
     (tmp_path / "out.json").unlink()
     assert main(["evaluate", str(encoder), *few]) == 0

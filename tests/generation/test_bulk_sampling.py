@@ -19,7 +19,6 @@ from test_pipeline_vq_token import make_pipeline as make_token
 
 from hf_dpssl import VQDiTPipeline
 from hf_dpssl.cli.commands import main
-from hf_dpssl.cli.sample import sample
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.keyed_random import derive_seed
 from hf_dpssl.generation.bulk_sampling import SampleJob, draw_images, load_pipeline, sample_images
@@ -60,7 +59,7 @@ STEP_FLAGS = ("--num_inference_steps", "3")
 def whole(folder, tmp_path_factory) -> Path:
     """The uninterrupted result of one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert sample(argv(folder, out, *STEP_FLAGS)) == 0
+    assert main(["sample", *argv(folder, out, *STEP_FLAGS)]) == 0
     return out
 
 
@@ -109,7 +108,7 @@ def _sample_in_child(arguments, environment, dies_at):
     if dies_at:
         die_at_rename(dies_at, "*/0*.png")
     torch.set_num_threads(1)
-    os._exit(sample(arguments))
+    os._exit(main(["sample", *arguments]))
 
 
 def start(context, arguments, world=1, dies_at=None):
@@ -163,22 +162,25 @@ def test_accelerate_launch_and_num_processes_draw_the_pictures_of_one_process(fo
     done = launched("--cpu", "--num_processes", "2", arguments=argv(folder, tmp_path / "one", *STEP_FLAGS))
     assert "accelerate was asked for several processes and started one" in done.stderr
     assert not (tmp_path / "one").exists()
-    assert sample(argv(folder, tmp_path / "own", *STEP_FLAGS, "--num_processes", 2)) == 0
+    assert main(["sample", *argv(folder, tmp_path / "own", *STEP_FLAGS, "--num_processes", 2)]) == 0
     assert_same_pictures(pictures(tmp_path / "own"), pictures(whole))
 
 
 def test_finished_run_is_not_repeated(folder, whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    assert sample(argv(folder, whole, *STEP_FLAGS)) == 0
+    assert main(["sample", *argv(folder, whole, *STEP_FLAGS)]) == 0
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     assert f"{COUNT} images" in capsys.readouterr().out
-    assert sample(argv(folder, whole, *STEP_FLAGS, "--json")) == 0
+    assert main(["sample", *argv(folder, whole, *STEP_FLAGS, "--json")]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((whole / "manifest.json").read_text())
 
 
 def test_npz_holds_all_images_and_labels_as_its_readers_expect(token_folder, tmp_path):
     out = tmp_path / "npz"
-    assert sample(argv(token_folder, out, "--format", "npz", "--class_labels", "horse", "0", "--top_k", "4")) == 0
+    assert (
+        main(["sample", *argv(token_folder, out, "--format", "npz", "--class_labels", "horse", "0", "--top_k", "4")])
+        == 0
+    )
     packed = np.load(out / "samples.npz")
     images, labels = packed["arr_0"], packed["arr_1"]
     assert images.shape == (COUNT, 16, 16, 3) and images.dtype == np.uint8
@@ -186,26 +188,26 @@ def test_npz_holds_all_images_and_labels_as_its_readers_expect(token_folder, tmp
     drawn = draw_images(make_token(), list(range(COUNT)), [2, 0], seed=0, options={"top_k": 4})
     assert np.abs(images.astype(int) - (drawn * 255).round().permute(0, 2, 3, 1).numpy()).max() <= 1
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "plan.json", "samples.npz"]
-    sample(argv(token_folder, tmp_path / "none", "--format", "npz", "--unconditional"))
+    main(["sample", *argv(token_folder, tmp_path / "none", "--format", "npz", "--unconditional")])
     assert np.load(tmp_path / "none" / "samples.npz").files == ["arr_0"]
 
 
 def test_folders_by_class_are_read_back_as_a_labelled_data_set(folder, tmp_path):
-    sample(argv(folder, tmp_path / "out", *STEP_FLAGS, "--layout", "by_class"))
+    main(["sample", *argv(folder, tmp_path / "out", *STEP_FLAGS, "--layout", "by_class")])
     assert {name.split("/")[0] for name in pictures(tmp_path / "out")} == set(NAMES)
     data = load_images(str(tmp_path / "out" / "images"))
     assert data.class_names == NAMES and len(data.train) + len(data.evaluation or ()) == COUNT
     unsafe = tmp_path / "unsafe"
     make_dit(names=["a/b", "b"]).save_pretrained(unsafe)
-    sample(argv(unsafe, tmp_path / "by_id", *STEP_FLAGS, "--layout", "by_class", count=4))
+    main(["sample", *argv(unsafe, tmp_path / "by_id", *STEP_FLAGS, "--layout", "by_class", count=4)])
     assert list(pictures(tmp_path / "by_id")) == [f"0000{i % 2}/{i:08d}.png" for i in (0, 2, 1, 3)]
 
 
 def test_model_without_classes_and_folders_of_few_pictures(tmp_path):
     make_dit(names=[]).save_pretrained(tmp_path / "pipeline")
-    sample(argv(tmp_path / "pipeline", tmp_path / "out", *STEP_FLAGS, "--images_per_folder", 2, count=5))
+    main(["sample", *argv(tmp_path / "pipeline", tmp_path / "out", *STEP_FLAGS, "--images_per_folder", 2, count=5)])
     assert list(pictures(tmp_path / "out"))[-2:] == ["00001/00000003.png", "00002/00000004.png"]
-    sample(argv(tmp_path / "pipeline", tmp_path / "flat", *STEP_FLAGS, "--images_per_folder", 0, count=2))
+    main(["sample", *argv(tmp_path / "pipeline", tmp_path / "flat", *STEP_FLAGS, "--images_per_folder", 0, count=2)])
     assert list(pictures(tmp_path / "flat")) == ["00000000.png", "00000001.png"]
 
 
@@ -223,7 +225,12 @@ def test_folder_of_diffusers_own_pipeline_gives_its_own_images(tmp_path):
     )
     stock.save_pretrained(tmp_path / "stock")
     stock.set_progress_bar_config(disable=True)
-    assert sample(argv(tmp_path / "stock", tmp_path / "out", *STEP_FLAGS, "--class_labels", "999", "7", count=4)) == 0
+    assert (
+        main(
+            ["sample", *argv(tmp_path / "stock", tmp_path / "out", *STEP_FLAGS, "--class_labels", "999", "7", count=4)]
+        )
+        == 0
+    )
     for number, picture in enumerate(pictures(tmp_path / "out").values()):
         generator = [torch.Generator().manual_seed(derive_seed(0, "sample", number))]
         drawn = stock([(999, 7)[number % 2]], guidance_scale=1.5, generator=generator, **STEPS).images[0]
@@ -268,7 +275,7 @@ def test_folder_of_another_pipeline_or_of_other_options_is_not_mixed(folder, who
     assert main(["sample", *argv(folder, tmp_path / "old", *STEP_FLAGS)]) == 2
     assert "versions torch 1.0, not" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
-    assert sample(argv(folder, tmp_path / "old", *STEP_FLAGS, "--overwrite", count=2)) == 0
+    assert main(["sample", *argv(folder, tmp_path / "old", *STEP_FLAGS, "--overwrite", count=2)]) == 0
 
 
 def test_bad_input_says_which_value_and_what_is_allowed(folder, token_folder, tmp_path, capsys):
@@ -296,5 +303,5 @@ def test_bad_input_says_which_value_and_what_is_allowed(folder, token_folder, tm
         assert message in capsys.readouterr().err
     assert not out.exists() and (tmp_path / "full" / "notes.txt").exists()
     with pytest.raises(SystemExit):
-        sample(argv(folder, out, "--scheduler_config", "[1]"))
+        main(["sample", *argv(folder, out, "--scheduler_config", "[1]")])
     assert "invalid JSON object value" in capsys.readouterr().err

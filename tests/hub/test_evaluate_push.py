@@ -11,7 +11,7 @@ from tiny_checkpoints import save_checkpoints
 from hf_dpssl.cli.commands import main
 from hf_dpssl.hub.publishing import push
 
-FEW = ["--evaluation_images", "60", "--protocol", "shape"]
+FEW = ["--evaluation_images", "60", "--protocol", "geometry"]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from hf_dpssl.cli.space import space, space_names
+from hf_dpssl.cli.space import main, space_names
 from hf_dpssl.pages.demo_outputs import MODELS, find_models, source_arguments
 from hf_dpssl.runs.shipped_folders import shipped_folder
 
@@ -137,7 +137,7 @@ def test_models_come_from_the_variable_then_from_the_demo_and_else_the_message_s
     ],
 )
 def test_wrong_values_of_the_command_are_one_line_and_status_2(argv, said, capsys):
-    assert space(argv) == 2
+    assert main(argv) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
@@ -145,7 +145,7 @@ def test_wrong_values_of_the_command_are_one_line_and_status_2(argv, said, capsy
 @pytest.mark.parametrize("argv", [["nonsense"], ["matching_lab", "--port", "70000"], []])
 def test_unknown_space_or_port_ends_with_usage_and_status_2(argv, capsys):
     with pytest.raises(SystemExit) as ended:
-        space(argv)
+        main(argv)
     assert ended.value.code == 2 and "usage:" in capsys.readouterr().err
 
 

@@ -1,0 +1,96 @@
+"""The subcommand `hf-dpssl train`: the flags of a script are parsed here, then it starts in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+from ..autoencoder.arguments import VQArguments
+from ..generation.dit_arguments import DiTArguments
+from ..generation.gan_arguments import GANArguments
+from ..generation.token_arguments import ARArguments
+from ..runs.contrastive_arguments import ContrastiveArguments
+from ..runs.flags import FlagParser
+from ..runs.map_arguments import MapArguments
+from ..runs.recipe import make_parser, parse
+from ..runs.shipped_folders import shipped_folder
+from .errors import BAD_INPUT
+from .parsing import command_parser
+
+SCRIPTS = {
+    "contrastive": ContrastiveArguments,
+    "dae_ar": ARArguments,
+    "dae_dit": DiTArguments,
+    "dae_gan": GANArguments,
+    "dae_vq": VQArguments,
+    "map": MapArguments,
+}
+_DESCRIPTION = (
+    "Start a training script, in one process or as a configuration of accelerate says. hf-dpssl train SCRIPT --help "
+    "lists the flags of a script."
+)
+
+
+def script_description(name: str) -> str:
+    """The docstring of a script of training/, which is not imported for it."""
+    path = shipped_folder("training") / f"{name}.py"
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def run_script(name: str, arguments: list[str], launcher: list[str] | None = None) -> int:
+    """Run a script of training/ in a process of its own; returns its exit status."""
+    script = shipped_folder("training") / f"{name}.py"
+    return subprocess.call([*(launcher or [sys.executable]), str(script), *arguments])
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line, with a subcommand for each script."""
+    whole = command_parser("train", _DESCRIPTION)
+    scripts = whole.add_subparsers(dest="script", metavar="SCRIPT", parser_class=FlagParser)
+    for name, arguments_class in SCRIPTS.items():
+        flags = make_parser(arguments_class, "", add_help=False)
+        scripts.add_parser(name, parents=[flags, _launcher_parser()], add_help=False)
+    return whole
+
+
+def main(argv: list[str]) -> int:
+    """`hf-dpssl train`: returns the exit status."""
+    launcher, rest = _launcher_parser().parse_known_args(argv)
+    if not rest or rest[0] not in SCRIPTS:
+        whole = command_parser("train", _DESCRIPTION, usage="%(prog)s SCRIPT [--FLAG VALUE ...]")
+        whole.add_argument("script", metavar="SCRIPT", choices=SCRIPTS, help=f"what to train: {', '.join(SCRIPTS)}")
+        _add_launcher(whole)
+        if not rest:
+            whole.print_help(sys.stderr)
+            return BAD_INPUT
+        whole.parse_args(rest)
+    script, flags = rest[0], rest[1:]
+    hint = "Flag of hf-dpssl train: --accelerate_config FILE starts the script through accelerate, once per process."
+    settings = {"prog": f"hf-dpssl train {script}", "epilog": hint}
+    parse(SCRIPTS[script], flags, script_description(script), **settings)
+    if launcher.accelerate_config is None:
+        return run_script(script, flags)
+    config = _accelerate_configs().get(launcher.accelerate_config, Path(launcher.accelerate_config))
+    if not config.is_file():
+        known = sorted(_accelerate_configs())
+        raise FileNotFoundError(f"no accelerate config {launcher.accelerate_config!r}: give a file or one of {known}.")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
+    return run_script(script, flags, command)
+
+
+def _accelerate_configs() -> dict[str, Path]:
+    return {path.stem: path for path in (shipped_folder("training") / "accelerate").glob("*.yaml")}
+
+
+def _add_launcher(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(sorted(_accelerate_configs()))
+    parser.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {known}")
+
+
+def _launcher_parser() -> argparse.ArgumentParser:
+    parser = FlagParser(add_help=False)
+    _add_launcher(parser)
+    return parser
