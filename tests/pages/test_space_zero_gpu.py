@@ -94,8 +94,8 @@ CODE = """
     "name, granted, shown, said",
     [
         ("image_generator", 1, "2 pictures in", "Give a number of pictures and a seed"),
-        ("latent_lab", 2, "reconstruction", "no picture of a known type"),
-        ("encoder_explorer", 1, "nearest neighbours", "no picture of a known type"),
+        pytest.param("latent_lab", 2, "reconstruction", "no picture of a known type", marks=pytest.mark.slow),
+        pytest.param("encoder_explorer", 1, "nearest neighbours", "no picture of a known type", marks=pytest.mark.slow),
     ],
 )
 def test_space_works_behind_the_decorator_and_its_errors_stay_readable(tmp_path, name, granted, shown, said):
