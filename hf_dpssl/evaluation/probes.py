@@ -16,9 +16,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .candidates import finite_norms
 from .choices import CLASSIFIERS, SOLVERS
-from .neighbours import check_labels
+from .feature_checks import check_labels, finite_norms
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn: larger is less regularised
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
