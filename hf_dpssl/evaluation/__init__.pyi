@@ -1,8 +1,7 @@
 from .cai_lim_distance import cai_lim as cai_lim
-from .cai_lim_distance import gaussian_cai_lim as gaussian_cai_lim
 from .classifier_scores import inception_score as inception_score
-from .code_predictability import code_prior as code_prior
-from .codebook import codebook_usage as codebook_usage
+from .codes import code_prior as code_prior
+from .codes import codebook_usage as codebook_usage
 from .feature_statistics import FeatureStatistics as FeatureStatistics
 from .frechet import frechet_distance as frechet_distance
 from .frechet import frechet_distance_of_features as frechet_distance_of_features
@@ -24,14 +23,11 @@ from .lipschitz_constants import lipschitz_pair_values as lipschitz_pair_values
 from .lipschitz_constants import local_lipschitz_values as local_lipschitz_values
 from .loading import MODULES as MODULES
 from .loading import load as load
-from .loading import write_space as write_space
 from .manifold import manifold_overlap as manifold_overlap
 from .maximum_mean_discrepancy import kernel_distance as kernel_distance
 from .maximum_mean_discrepancy import polynomial_mmd as polynomial_mmd
 from .neighbours import knn as knn
 from .neighbours import nearest_neighbours as nearest_neighbours
-from .operator_norms import operator_norm as operator_norm
-from .operator_norms import operator_norms as operator_norms
 from .preservation import continuity as continuity
 from .preservation import trustworthiness as trustworthiness
 from .probes import few_shot as few_shot

@@ -103,33 +103,6 @@ def cai_lim(
     }
 
 
-def gaussian_cai_lim(covariance_x: Tensor, covariance_z: Tensor) -> float:
-    """The Cai-Lim distance (W2) between normal distributions on R^n and R^m, m <= n, in closed form.
-
-    V Sigma_x V^T can have any eigenvalues that interlace those of Sigma_x, so that each standard deviation of z moves
-    into its interval: root of sum_i dist( sqrt(b_i), [sqrt(a_{n-m+i}), sqrt(a_i)] )^2, eigenvalues descending. For
-    m = 1: 0 if the standard deviation s of z lies between the smallest and the largest of x, else its distance from
-    the nearer end.
-
-    Args:
-        covariance_x, covariance_z: (n, n) and (m, m), symmetric and positive semi-definite.
-
-    Raises:
-        ValueError: other shapes, or m > n.
-
-    Source: Cai and Lim 2022 (m = 1); Fan and Pall 1957 (the interlacing is attained).
-    """
-    for covariance in (covariance_x, covariance_z):
-        if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-            raise ValueError(f"covariances must be square, got {tuple(covariance.shape)}.")
-    n, m = len(covariance_x), len(covariance_z)
-    if m > n:
-        raise ValueError(f"covariance_z ({m} dimensions) must not be larger than covariance_x ({n}).")
-    a, b = (torch.linalg.eigvalsh(c.double()).clamp_min(0).sqrt().flip(0) for c in (covariance_x, covariance_z))
-    low, high = a[n - m :], a[:m]
-    return float((b - b.maximum(low).minimum(high)).norm())
-
-
 def _checked(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     if len(x) != len(z) or not 2 <= len(x) <= _MAX_POINTS:
         raise ValueError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import os
 from pathlib import Path
 
 import datasets
@@ -12,8 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-
-from ..runs.atomic_files import atomic_folder
 
 _FOLDER = Path(__file__).parent / "modules"
 MODULES = tuple(sorted(path.stem for path in _FOLDER.glob("*.py")))
@@ -40,32 +36,6 @@ def load(name: str, **options):
 
     # A file, not a name: evaluate then never asks the Hub. In memory: runs that share a cache do not meet.
     return evaluate.load(str(_FOLDER / f"{name}.py"), **{"keep_in_memory": True} | options)
-
-
-def write_space(name: str, folder: str | os.PathLike) -> Path:
-    """A module as a folder of its own below `folder`, which `evaluate.load` takes, and which can be pushed as a Space.
-
-    `hf upload ORG/NAME FOLDER --repo-type space` publishes it, after `hf repo create ORG/NAME --repo-type space
-    --space-sdk static`; `evaluate.load("ORG/NAME")` then works where hf_dpssl is installed.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    info = load(name).info
-    title = name.replace("_", " ").capitalize()
-    texts = [info.description, f"Source: {info.citation}.", "It needs the package hf_dpssl.", info.inputs_description]
-    head = f"---\ntitle: {title}\nsdk: static\ntags:\n- evaluate\n- metric\nlicense: apache-2.0\n---\n\n"
-    page = "".join(f"<pre>{html.escape(text.strip())}</pre>\n" for text in texts)
-    files = {
-        f"{name}.py": (_FOLDER / f"{name}.py").read_text(encoding="utf-8"),
-        "README.md": f"{head}# {title}\n\n" + "\n\n".join([*texts[:3], f"```\n{texts[3].strip()}\n```"]) + "\n",
-        "index.html": f"<!doctype html>\n<title>{title}</title>\n<h1>{title}</h1>\n{page}",
-        "requirements.txt": "hf_dpssl\n",
-    }
-    with atomic_folder(Path(folder) / name) as target:
-        for path, text in files.items():
-            (target / path).write_text(text, encoding="utf-8")
-    return Path(folder) / name
 
 
 def metric_info(*, description: str, citation: str, inputs: str, **columns):

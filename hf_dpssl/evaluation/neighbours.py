@@ -9,10 +9,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models.matrix_products import product
+from .choices import METRICS, WEIGHTINGS
 from .feature_checks import check_labels, finite_norms
 
-METRICS = ("cosine", "euclidean")
-WEIGHTINGS = ("uniform", "exponential", "inverse")
 _TILE_ROWS, _CHUNK_QUERIES = 8192, 1024  # 32 MiB of products at once
 _CENTRE_ROWS = 4096  # of the bank whose mean is taken for its centre
 _GATHERED = 2**22  # numbers of neighbours held at once

@@ -1,61 +1,49 @@
 """The `evaluate` modules work offline, equal the functions, and gather what several processes and batches add."""
 
-import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import HfApi, RepoCard, snapshot_download
 from scipy.linalg import sqrtm
 from sklearn.metrics import accuracy_score
 
 from hf_dpssl import evaluation
 
-OFFLINE = """
-import json, socket, sys
+MODULE_FILES = str(Path(evaluation.__file__).parent / "modules")
 
-def refuse(*_):
+
+def refuse(*_, **__):
     raise AssertionError("the network was asked")
 
-socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = socket.create_connection = refuse
-import numpy as np
-from hf_dpssl import evaluation
 
-x = np.random.default_rng(0).normal(size=(80, 6)).astype("float32")
-y = x[:, :3].argmax(1)
-labelled = dict(predictions=x[60:], references=y[60:], bank=x[:60], bank_labels=y[:60])
-inputs = {"alignment": dict(predictions=x, references=x + 0.1)}
-inputs |= {name: labelled for name in ("knn", "linear_probe")} | {"few_shot": labelled | {"shots": [1, 2]}}
-images = np.random.default_rng(1).uniform(-1, 1, size=(4, 3, 9, 7)).astype("float32")
-inputs |= {"frechet_distance": dict(predictions=x[60:], real=x[:60])}
-inputs |= {"class_consistency": dict(predictions=x, references=y)}
-inputs["reconstruction"] = dict(predictions=images * 0.9, references=images)
-found = {}
-for name in evaluation.MODULES:
-    found |= evaluation.load(name).compute(**inputs.get(name, dict(predictions=x)))
-print(json.dumps(found))
-"""
-
-
-def test_all_modules_work_offline_and_equal_the_functions(tmp_path):
-    variables = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE], env=os.environ | variables, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_all_modules_work_offline_and_equal_the_functions(monkeypatch):
+    for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket, "getaddrinfo")):
+        monkeypatch.setattr(owner, name, refuse)
     x = torch.from_numpy(np.random.default_rng(0).normal(size=(80, 6)).astype("float32"))
     y = x[:, :3].argmax(1)
+    images = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, size=(4, 3, 9, 7)).astype("float32"))
+    labelled = dict(predictions=x[60:], references=y[60:], bank=x[:60], bank_labels=y[:60])
+    inputs = {
+        "alignment": dict(predictions=x, references=x + 0.1),
+        "class_consistency": dict(predictions=x, references=y),
+        "few_shot": labelled | {"shots": [1, 2]},
+        "frechet_distance": dict(predictions=x[60:], real=x[:60]),
+        "knn": labelled,
+        "linear_probe": labelled,
+        "reconstruction": dict(predictions=images * 0.9, references=images),
+    }
+    found = {}
+    for name in evaluation.MODULES:
+        arrays = {
+            key: v.numpy() if torch.is_tensor(v) else v for key, v in inputs.get(name, {"predictions": x}).items()
+        }
+        found |= evaluation.load(name).compute(**arrays)
     split = (x[:60], y[:60], x[60:], y[60:])
     expected = evaluation.knn(*split) | evaluation.linear_probe(*split) | evaluation.few_shot(*split, shots=[1, 2])
     expected |= evaluation.alignment(x, x + 0.1) | evaluation.uniformity(x) | evaluation.effective_rank(x)
-    images = torch.from_numpy(np.random.default_rng(1).uniform(-1, 1, size=(4, 3, 9, 7)).astype("float32"))
     expected |= evaluation.psnr(images, images * 0.9) | evaluation.ssim(images, images * 0.9)
     moments = [(part.double().mean(0), part.double().T.cov()) for part in (x[:60], x[60:])]
     expected |= {"frechet_distance": evaluation.frechet_distance(*moments[0], *moments[1])}
@@ -74,53 +62,54 @@ def test_modules_collect_batches_and_take_options():
 
 
 def test_there_is_a_module_for_each_measure_and_no_other():
-    names = (
-        "alignment class_consistency effective_rank few_shot frechet_distance inception_score knn linear_probe "
-        "reconstruction uniformity"
+    assert evaluation.MODULES == (
+        "alignment",
+        "class_consistency",
+        "effective_rank",
+        "few_shot",
+        "frechet_distance",
+        "inception_score",
+        "knn",
+        "linear_probe",
+        "reconstruction",
+        "uniformity",
     )
-    assert evaluation.MODULES == tuple(names.split())
     with pytest.raises(ValueError, match="no evaluate module 'fid'; there are alignment, .*knn"):
         evaluation.load("fid")
 
 
-MODULE_FILES = str(Path(evaluation.__file__).parent / "modules")
-SHARE = """
-import os, sys
-import numpy as np
-from hf_dpssl import evaluation
+def shared_by_two(folder: str) -> dict[str, torch.Tensor]:
+    """In each of two processes: add batches to modules that share a folder, and compute."""
+    rank = torch.distributed.get_rank()
+    random = np.random.default_rng(0)
+    x, images = random.normal(size=(40, 4)).astype("float32"), random.uniform(-1, 1, (40, 1, 8, 8)).astype("float32")
+    inputs = {
+        "frechet_distance": {"predictions": x},
+        "inception_score": {"predictions": x},
+        "class_consistency": {"predictions": x, "references": np.arange(40) % 4},
+        "reconstruction": {"predictions": images * 0.8, "references": images},
+    }
+    shared = {"num_process": 2, "process_id": rank, "experiment_id": "test", "cache_dir": folder}
+    found = {}
+    for name, columns in inputs.items():
+        several, options = evaluation.load(name, keep_in_memory=False, **shared), {}
+        if name == "frechet_distance":
+            options["real"] = x[:20] + 1
+        for part in [slice(0, 7), slice(7, 24)] if rank == 0 else [slice(24, 40)]:
+            several.add_batch(**{column: values[part] for column, values in columns.items()})
+        result = several.compute(**options)
+        assert (result is None) == (rank == 1)
+        if rank == 0:
+            alone = evaluation.load(name).compute(**columns, **options)
+            assert result == alone and len(result) > 0, (name, result, alone)
+            found |= {key: torch.tensor(value) for key, value in result.items()}
+    return found
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-random = np.random.default_rng(0)
-x, images = random.normal(size=(40, 4)).astype("float32"), random.uniform(-1, 1, (40, 1, 8, 8)).astype("float32")
-inputs = {"frechet_distance": {"predictions": x}, "inception_score": {"predictions": x}}
-inputs["class_consistency"] = {"predictions": x, "references": np.arange(40) % 4}
-inputs["reconstruction"] = {"predictions": images * 0.8, "references": images}
-parts = [slice(0, 7), slice(7, 24)] if rank == 0 else [slice(24, 40)]
-shared = {"num_process": 2, "process_id": rank, "experiment_id": "test", "cache_dir": folder, "keep_in_memory": False}
-found = {}
-for name, columns in inputs.items():
-    several, options = evaluation.load(name, **shared), {"real": x[:20] + 1} if name == "frechet_distance" else {}
-    for part in parts:
-        several.add_batch(**{column: values[part] for column, values in columns.items()})
-    result = several.compute(**options)
-    assert (result is None) == (rank == 1)
-    if rank == 0:
-        alone = evaluation.load(name).compute(**columns, **options)
-        assert result == alone and len(result) > 0, (name, result, alone)
-        print(name)
-"""
 
-
-def test_batches_of_two_processes_give_what_one_process_gives(tmp_path):
-    variables = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", SHARE]
-    started = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=variables, stdout=-1, stderr=-1, text=True)
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
-    assert outputs[0][0].split() == ["frechet_distance", "inception_score", "class_consistency", "reconstruction"]
+def test_batches_of_two_processes_give_what_one_process_gives(run_in_two, tmp_path):
+    first, second = run_in_two(shared_by_two, str(tmp_path))
+    names = {"frechet_distance", "inception_score", "inception_score_std", "class_consistency", "psnr", "ssim"}
+    assert set(first) == names and not second
 
 
 def test_modules_are_loaded_by_path_and_combined_by_the_evaluate_library(monkeypatch):
@@ -142,23 +131,6 @@ def test_modules_are_loaded_by_path_and_combined_by_the_evaluate_library(monkeyp
         "uniformity_raw",
         "effective_rank",
     }
-
-
-def test_a_module_is_pushed_as_a_space_whose_folder_evaluate_loads(hub, tmp_path):
-    from hub_server_write import TOKEN
-
-    folder = evaluation.write_space("class_consistency", tmp_path)
-    api = HfApi(endpoint=hub.endpoint, token=TOKEN)
-    api.create_repo("org/class_consistency", repo_type="space", space_sdk="static")
-    api.upload_folder(repo_id="org/class_consistency", folder_path=folder, repo_type="space")
-    options = {"repo_type": "space", "endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
-    pulled = tmp_path / "pulled" / "class_consistency"
-    snapshot_download("org/class_consistency", local_dir=pulled, **options)
-    data = RepoCard.load(pulled / "README.md").data.to_dict()
-    assert data["sdk"] == "static" and data["tags"] == ["evaluate", "metric"] and (pulled / "index.html").is_file()
-    module = evaluate.load(str(pulled), keep_in_memory=True)
-    found = module.compute(predictions=np.eye(3, dtype="float32"), references=[0, 1, 1])
-    assert found == {"class_consistency": pytest.approx(200 / 3)}
 
 
 def test_the_frechet_module_equals_the_formula_by_scipy():

@@ -13,16 +13,13 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dimension", [1, 3, 16])
-@pytest.mark.parametrize("rows", [16, 200])
-def test_effective_rank_of_equal_singular_values_is_the_dimension(dimension, rows):
-    orthonormal = torch.linalg.qr(random(rows, dimension)).Q
-    assert effective_rank(7 * orthonormal)["effective_rank"] == pytest.approx(dimension, rel=1e-6)
-
-
-@pytest.mark.parametrize("rows", [5, 300])
-def test_effective_rank_of_multiples_of_one_vector_is_1(rows):
-    assert effective_rank(random(rows, 1).double() * random(1, 8).double())["effective_rank"] == pytest.approx(1)
+def test_effective_rank_of_equal_singular_values_is_the_dimension_and_of_one_vector_1():
+    for dimension, rows in ((1, 16), (3, 200), (16, 16), (16, 200)):
+        orthonormal = torch.linalg.qr(random(rows, dimension)).Q
+        assert effective_rank(7 * orthonormal)["effective_rank"] == pytest.approx(dimension, rel=1e-6)
+    for rows in (5, 300):
+        line = random(rows, 1).double() * random(1, 8).double()
+        assert effective_rank(line)["effective_rank"] == pytest.approx(1)
 
 
 def test_effective_rank_is_exp_of_the_entropy_of_the_singular_values():
@@ -44,8 +41,8 @@ def test_effective_rank_ignores_scale_and_with_centring_also_the_mean():
     assert effective_rank(moved, centre=True)["effective_rank"] == pytest.approx(centred, rel=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 2.0])
-def test_alignment_equals_the_loops(alpha):
+def test_alignment_equals_the_loops():
+    alpha = 1.5
     first, second = random(20, 5), random(20, 5, seed=1)
     points = torch.cat([first, second]).double()
     pairs = [(i, j) for i in range(40) for j in range(i)]
@@ -85,17 +82,17 @@ def test_raw_forms_ignore_shift_and_scale():
 
 
 def test_raw_uniformity_of_a_uniform_sphere_is_that_on_the_sphere():
-    sphere = torch.nn.functional.normalize(random(3000, 32), dim=1)
+    sphere = torch.nn.functional.normalize(random(1000, 32), dim=1)
     found = uniformity(5 * sphere)
-    assert found["uniformity_raw"] == pytest.approx(found["uniformity"], abs=0.01)
+    assert found["uniformity_raw"] == pytest.approx(found["uniformity"], abs=0.02)
 
 
-@pytest.mark.parametrize("function", [effective_rank, uniformity, lambda x: alignment(x, x)])
-def test_clouds_that_are_not_finite_or_empty_are_refused(function):
-    with pytest.raises(ValueError, match="NaN|finite"):
-        function(torch.full((3, 2), math.nan))
-    with pytest.raises(ValueError):
-        function(torch.zeros(0, 2))
+def test_clouds_that_are_not_finite_or_empty_are_refused():
+    for function in (effective_rank, uniformity, lambda x: alignment(x, x)):
+        with pytest.raises(ValueError, match="NaN|finite"):
+            function(torch.full((3, 2), math.nan))
+        with pytest.raises(ValueError):
+            function(torch.zeros(0, 2))
 
 
 def test_clouds_without_extent_are_refused():

@@ -30,23 +30,15 @@ def brute_force(x: torch.Tensor, z: torch.Tensor) -> float:
     return min(costs) ** 0.5
 
 
-@pytest.mark.parametrize("n", [2, 4, 5, 6])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_equals_the_best_of_all_permutations(n, seed):
+def test_equals_the_best_of_all_permutations():
     # Euclidean distances are conditionally negative: the cost is concave in the coupling, a permutation is best.
-    x, z = random(n, 3, seed=seed).double(), random(n, 2, seed=seed + 10).double()
-    found = gromov_wasserstein(x, z, scaled=False, random_starts=30)
-    exact = brute_force(x, z)
-    assert found["gromov_wasserstein"] == pytest.approx(exact, abs=1e-6)
-    assert found["gromov_wasserstein_lower"] <= exact + 1e-9
-    assert found["pairing_distortion"] >= exact - 1e-9
-
-
-def test_seven_points_are_bounded_from_above_and_below():
-    x, z = random(7, 3).double(), random(7, 2, seed=1).double()
-    found, exact = gromov_wasserstein(x, z, scaled=False), brute_force(x, z)
-    assert found["gromov_wasserstein_lower"] <= exact <= found["gromov_wasserstein"] + 1e-9
-    assert found["gromov_wasserstein"] <= found["pairing_distortion"]
+    for n, seed in ((2, 0), (4, 1), (5, 2), (6, 0), (6, 1)):
+        x, z = random(n, 3, seed=seed).double(), random(n, 2, seed=seed + 10).double()
+        found = gromov_wasserstein(x, z, scaled=False, random_starts=30)
+        exact = brute_force(x, z)
+        assert found["gromov_wasserstein"] == pytest.approx(exact, abs=1e-6)
+        assert found["gromov_wasserstein_lower"] <= exact + 1e-9
+        assert found["pairing_distortion"] >= exact - 1e-9
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -63,8 +55,8 @@ def test_isometric_sets_have_distance_0_however_they_are_ordered(scaled):
     assert shuffled["gromov_wasserstein"] < 0.1 * shuffled["pairing_distortion"]  # found without the pairing
 
 
-@pytest.mark.parametrize("factor", [0.1, 30.0])
-def test_scaling_law(factor):
+def test_scaling_law():
+    factor = 30.0
     x, z = random(30, 4), random(30, 2, seed=1)
     plain, both = gromov_wasserstein(x, z, scaled=False), gromov_wasserstein(factor * x, factor * z, scaled=False)
     for key in KEYS:
@@ -88,17 +80,15 @@ def test_convention_is_the_root_of_pots_cost_and_twice_memolis():
     assert found == pytest.approx(float(peer) ** 0.5)
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_cost_of_a_coupling_equals_the_fourfold_sum(mixed):
+def test_cost_of_a_coupling_equals_the_fourfold_sum():
     first, second = (torch.cdist(p, p).numpy() for p in (random(5, 3).double(), random(5, 2, seed=1).double()))
-    plan = np.eye(5)[[2, 0, 1, 4, 3]] / 5
-    plan = (plan + np.full((5, 5), 1 / 25)) / 2 if mixed else plan
-    places = range(5)
-    total = sum(
-        (first[i, k] - second[j, m]) ** 2 * plan[i, j] * plan[k, m]
-        for i, j, k, m in itertools.product(places, places, places, places)
-    )
-    assert _cost(first, second, plan) == pytest.approx(total)
+    permutation = np.eye(5)[[2, 0, 1, 4, 3]] / 5
+    for plan in (permutation, (permutation + np.full((5, 5), 1 / 25)) / 2):
+        total = sum(
+            (first[i, k] - second[j, m]) ** 2 * plan[i, j] * plan[k, m]
+            for i, j, k, m in itertools.product(range(5), repeat=4)
+        )
+        assert _cost(first, second, plan) == pytest.approx(total)
 
 
 def test_a_seed_decides_and_large_sets_are_thinned_out():

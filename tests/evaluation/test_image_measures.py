@@ -24,7 +24,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 3), (7, 11, 4), (1500, 1030, 6)])
+@pytest.mark.parametrize("shape", [(2, 2, 3), (1100, 1030, 6)])
 def test_polynomial_mmd_equals_the_sum_over_pairs(shape):
     first = random(shape[0], shape[2]).double().numpy()
     second = random(shape[1], shape[2], seed=1).double().numpy() + 0.5
@@ -64,15 +64,15 @@ def test_kernel_distance_over_subsets_is_unbiased_with_the_spread_of_torch_fidel
     assert other["kid"] != found["kid"]
 
 
-@pytest.mark.parametrize("splits", [1, 3, 10])
-def test_inception_score_equals_torch_fidelity(splits):
+def test_inception_score_equals_torch_fidelity():
     metric_isc = pytest.importorskip("torch_fidelity.metric_isc")
     logits = 3 * random(103, 7)
     order = torch.randperm(103, generator=torch.Generator().manual_seed(0))
-    theirs = metric_isc.isc_features_to_metric(logits[order], splits, shuffle=False)
-    found = inception_score(logits, splits=splits)
-    assert found["inception_score"] == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_MEAN], rel=1e-9)
-    assert found["inception_score_std"] == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_STD], rel=1e-6, abs=1e-12)
+    for splits in (1, 10):
+        theirs = metric_isc.isc_features_to_metric(logits[order], splits, shuffle=False)
+        found = inception_score(logits, splits=splits)
+        assert found["inception_score"] == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_MEAN], rel=1e-9)
+        assert found["inception_score_std"] == pytest.approx(theirs[metric_isc.KEY_METRIC_ISC_STD], rel=1e-6, abs=1e-12)
 
 
 def test_inception_score_lies_between_1_and_the_number_of_classes():
@@ -81,13 +81,13 @@ def test_inception_score_lies_between_1_and_the_number_of_classes():
     assert inception_score(torch.zeros(30, 5))["inception_score"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_equal_torch_fidelity(k):
+def test_precision_and_recall_equal_torch_fidelity():
     metric_prc = pytest.importorskip("torch_fidelity.metric_prc")
     real, generated = random(1100, 5).double(), 0.5 + 0.8 * random(900, 5, seed=1).double()
-    found = manifold_overlap(real, generated, k=k)
-    theirs = metric_prc.calculate_precision_recall_full(generated, real, k)
-    assert (found["precision"], found["recall"]) == pytest.approx(theirs, abs=1e-6)
+    for k in (1, 5):
+        found = manifold_overlap(real, generated, k=k)
+        theirs = metric_prc.calculate_precision_recall_full(generated, real, k)
+        assert (found["precision"], found["recall"]) == pytest.approx(theirs, abs=1e-6)
 
 
 def test_overlaps_equal_the_loops():

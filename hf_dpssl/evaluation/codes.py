@@ -1,4 +1,4 @@
-"""How predictable the codes of images are: nats per image under a small prior that is the same for every autoencoder.
+"""What codes of images are like: how many are used, and how predictable they are, in nats under a fixed small prior.
 
 Source: van den Oord et al. 2017, section 3.3 (a prior over codes learned after the autoencoder); Vaswani et al. 2017
 (causal attention); additive smoothing of counts: Laplace 1814, as Krichevsky and Trofimov 1981 use it for coding.
@@ -15,6 +15,33 @@ from tqdm.auto import tqdm
 
 LAYERS, WIDTH, HEADS = 2, 64, 4
 STEPS, BATCH_TOKENS, LEARNING_RATE, WEIGHT_DECAY = 1000, 1024, 8e-3, 0.1
+
+
+def codebook_usage(codes: Tensor, num_codes: int) -> dict[str, float]:
+    """Usage of a codebook over a set of images.
+
+    Args:
+        codes: int64 code ids of any shape, of all images.
+        num_codes: size of the codebook.
+
+    Returns:
+        code_usage: percent of the codes that occur; code_perplexity: exp of the entropy (nats) of
+        their frequencies, in [1, num_codes]; dead_codes: codes that never occur.
+
+    Raises:
+        ValueError: no codes, or an id outside [0, num_codes).
+    """
+    if codes.numel() == 0 or int(codes.min()) < 0 or int(codes.max()) >= num_codes:
+        raise ValueError(f"codes must be non-empty and lie in [0, {num_codes - 1}].")
+    counts = torch.bincount(codes.flatten(), minlength=num_codes).double()
+    frequency = counts / counts.sum()
+    entropy = -torch.special.xlogy(frequency, frequency).sum()
+    dead = int((counts == 0).sum())
+    return {
+        "code_usage": 100 * (1 - dead / num_codes),
+        "code_perplexity": float(entropy.exp()),
+        "dead_codes": float(dead),
+    }
 
 
 def code_prior(
