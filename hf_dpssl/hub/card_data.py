@@ -53,6 +53,11 @@ class Figure(NamedTuple):
 
 
 _ACCURACY = "accuracy"
+_ENDS = {
+    "low": "lower end of its 95 % interval",
+    "high": "upper end of its 95 % interval",
+    "infinity": "extrapolated to infinitely many images",
+}
 _LABELS = {  # pattern of the key: type, label
     r"knn_top1": (_ACCURACY, "kNN accuracy of {of}, %"),
     r"linear_top1": (_ACCURACY, "accuracy of a linear probe on {of}, %"),
@@ -73,6 +78,7 @@ _LABELS = {  # pattern of the key: type, label
     r"copies": ("copies", "images suspiciously close to a training image, %"),
     r"copy_distance": ("copy_distance", "distance below which an image counts as a copy"),
     r"class_consistency": (_ACCURACY, "images that a classifier takes for their class, %"),
+    r"(?P<re>r?)fid(_(?P<by>.+))?_(?P<end>low|high|infinity)": ("fid_{end}", "{re}Fréchet distance{by}, {end}"),
     r"(?P<ceiling>ceiling_)?(?P<re>r?)fid(_(?P<by>.+))?": ("fid", "{ceiling}{re}Fréchet distance{by}, lower is better"),
     r"(?P<ceiling>ceiling_)?(?P<re>r?)kid(_(?!std)(?P<by>.+))?": (
         "kid",
@@ -117,7 +123,8 @@ def _described(name: str) -> tuple[str, str]:
             words["what"], words["judge"] = groups.get("what"), groups.get("by") or "Inception"
             words["ceiling"] = "real training images: " if groups.get("ceiling") else ""
             words["re"] = "reconstruction " if groups.get("re") else ""
-            return metric_type.format(**words), label.format(**words)
+            end = groups.get("end")
+            return metric_type.format(**words, end=end), label.format(**words, end=_ENDS.get(end))
     return name, name.replace("_", " ")
 
 
