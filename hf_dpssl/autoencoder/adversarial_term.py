@@ -36,7 +36,8 @@ class AdversarialTerm(AdversarialSettings):
             real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).float().tensor_split([len(real)])
             return loss(real_logits, fake_logits)
         real = real.detach().requires_grad_(True)
-        real_logits, fake_logits = discriminator(real).float(), discriminator(fake.detach()).float()
+        real_logits = discriminator(real).float()
+        fake_logits = discriminator(fake.detach()).float()
         penalty = r1_penalty_of_logits(real_logits, real)
         return loss(real_logits, fake_logits) + self.r1_weight * self.r1_interval * penalty
 
@@ -90,8 +91,10 @@ class ReconstructionGuard:
     def __init__(self, factor: float = 1.5, share: float = 0.5):
         if factor != 0 and factor <= 1 or not 0 <= share < 1:
             raise ValueError(f"factor must be above 1 (or 0: off) and share in [0, 1), got {factor} and {share}.")
-        self.factor, self.share = factor, share
-        self.scale, self.reference = 1.0, None
+        self.factor = factor
+        self.share = share
+        self.scale = 1.0
+        self.reference = None
         self.interventions: list[int] = []
 
     def check(self, error: float, step: int, started: bool) -> bool:
@@ -117,7 +120,8 @@ class ReconstructionGuard:
 
     def load_state_dict(self, state: dict) -> None:
         """From a checkpoint."""
-        self.scale, self.reference = state["scale"], state["reference"]
+        self.scale = state["scale"]
+        self.reference = state["reference"]
         self.interventions = list(state["interventions"])
 
 

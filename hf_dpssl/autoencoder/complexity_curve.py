@@ -100,7 +100,8 @@ def generator_complexity(
     drawn = latents if callable(latents) else rows_of(latents)
     fresh = drawn if held_out_latents is None else held_out_latents
     fresh = fresh if callable(fresh) else rows_of(fresh)
-    found, means = {}, []
+    found = {}
+    means = []
     for width in widths:
         generator = train_generator(drawn, train, width, seed=seed, budget=budget)
         gaps = generator_gaps(generator, drawn, fresh, train, test, critics=critics, seed=seed, budget=budget)
@@ -116,19 +117,20 @@ def train_generator(
 
     Arguments as `generator_complexity`. In eval mode and without gradients; output is in the units of the data.
     """
-    budget, random = budget or Budget(), torch.Generator().manual_seed(derive_seed(seed, "generator", width))
+    budget = budget or Budget()
+    random = torch.Generator().manual_seed(derive_seed(seed, "generator", width))
     z = latents(2, random)
     if z.ndim != 2 or len(z) != 2 or not z.is_floating_point():
         raise ValueError(f"a sampler must return floating point (count, d) latents, got {z.dtype} {tuple(z.shape)}.")
     centre, scale = _units(data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "weights", width))
-        generator, critic = _generator(z.shape[1], data.shape[1:], width), _critic(data.shape[1:], budget.critic_width)
+        generator = _generator(z.shape[1], data.shape[1:], width)
+        critic = _critic(data.shape[1:], budget.critic_width)
     average = copy.deepcopy(generator).requires_grad_(False)
-    optimizer_g, optimizer_d = (
-        torch.optim.Adam(model.parameters(), rate, betas=(0.0, 0.99), fused=True)
-        for model, rate in ((generator, budget.generator_learning_rate), (critic, budget.learning_rate))
-    )
+    options = {"betas": (0.0, 0.99), "fused": True}
+    optimizer_g = torch.optim.Adam(generator.parameters(), budget.generator_learning_rate, **options)
+    optimizer_d = torch.optim.Adam(critic.parameters(), budget.learning_rate, **options)
     for step in range(budget.generator_steps):
         for optimizer, rate in ((optimizer_g, budget.generator_learning_rate), (optimizer_d, budget.learning_rate)):
             optimizer.param_groups[0]["lr"] = rate * (1 - step / budget.generator_steps)
@@ -184,7 +186,8 @@ def critic_gap(
         held_out: the samples that it is read on; `generate` when None.
         seed, budget: as in `generator_complexity`.
     """
-    budget, random = budget or Budget(), torch.Generator().manual_seed(derive_seed(seed, "gap"))
+    budget = budget or Budget()
+    random = torch.Generator().manual_seed(derive_seed(seed, "gap"))
     centre, scale = _units(train)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "critic weights"))
@@ -192,7 +195,8 @@ def critic_gap(
     optimizer = torch.optim.Adam(critic.parameters(), budget.learning_rate, betas=(0.5, 0.99), fused=True)
     for step in range(budget.critic_steps):
         optimizer.param_groups[0]["lr"] = budget.learning_rate * (1 - step / budget.critic_steps)
-        real, fake = _rows(train, budget.batch_size, random), generate(budget.batch_size, random)
+        real = _rows(train, budget.batch_size, random)
+        fake = generate(budget.batch_size, random)
         _descend(
             optimizer, non_saturating_discriminator(critic((real - centre) / scale), critic((fake - centre) / scale))
         )
@@ -207,7 +211,8 @@ class _Affine(nn.Module):
 
     def __init__(self, centre: Tensor, scale: Tensor):
         super().__init__()
-        self.register_buffer("centre", centre), self.register_buffer("scale", scale)
+        self.register_buffer("centre", centre)
+        self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.centre

@@ -101,7 +101,9 @@ class Encoded:
 @torch.no_grad()
 def encode_and_decode(model: VQAutoencoder, pictures: Tensor, batch_size: int = 256) -> Encoded:
     """All that the measures need of an autoencoder in eval mode."""
-    latents, codes, images = [], [], []
+    latents = []
+    codes = []
+    images = []
     for batch in pictures.split(batch_size):
         output = model(batch.to(model.device))
         latents.append(output.latents.float().cpu())
@@ -143,7 +145,8 @@ def measure_autoencoder(
     unknown = sorted(set(parts) - {*PARTS, GENERATOR})
     if unknown:
         raise ValueError(f"parts must be among {(*PARTS, GENERATOR)}, got {unknown}.")
-    encoded_train, encoded = (encode_and_decode(model, p.pixel_values) for p in (train, test))
+    encoded_train = encode_and_decode(model, train.pixel_values)
+    encoded = encode_and_decode(model, test.pixel_values)
     metrics: dict[str, float] = {}
     curves: dict[str, list] = {}
     if "reconstruction" in parts:
@@ -157,12 +160,14 @@ def measure_autoencoder(
         metrics |= found
     if "lipschitz" in parts:
         found, more = lipschitz(model, test.first(lipschitz_images), seed)
-        metrics, curves = metrics | found, curves | more
+        metrics = metrics | found
+        curves = curves | more
     if "distances" in parts:
         metrics |= distances(test.first(distance_images), encoded.latents[:distance_images], seed)
     if GENERATOR in parts:
         found, more = generator_capacity(train, test, encoded_train.latents, encoded.latents, seed)
-        metrics, curves = metrics | found, curves | more
+        metrics = metrics | found
+        curves = curves | more
     return metrics, curves
 
 
@@ -199,7 +204,8 @@ def collapse(model: VQAutoencoder, test: Pictures, encoded: Encoded) -> tuple[di
     metrics = evaluation.effective_rank(flat, centre=True)
     curves = {"spectrum": evaluation.spectrum(flat).tolist()}
     kept = slice(0, 2000)
-    pictures, latents = test.pixel_values[kept].flatten(1), flat[kept]
+    pictures = test.pixel_values[kept].flatten(1)
+    latents = flat[kept]
     metrics |= evaluation.trustworthiness(pictures, latents, k=12) | evaluation.continuity(pictures, latents, k=12)
     if encoded.codes is not None:
         metrics |= evaluation.codebook_usage(encoded.codes, model.config.num_codes)
@@ -231,10 +237,12 @@ def distances(images: Tensor, latents: Tensor, seed: int) -> dict[str, float]:
     Cai-Lim compares principal components, so that the points are many more than the dimensions: up to 16 of the
     images and 8 of the latents, both scaled to unit total variance.
     """
-    x, z = images.flatten(1).cpu(), latents.flatten(1).cpu()
+    x = images.flatten(1).cpu()
+    z = latents.flatten(1).cpu()
     metrics = evaluation.gromov_wasserstein(x, z, seed=seed)
     size = min(16, x.shape[1], len(x) - 1)
-    pictures, codes = principal_components(x, size), principal_components(z, min(8, size, z.shape[1]))
+    pictures = principal_components(x, size)
+    codes = principal_components(z, min(8, size, z.shape[1]))
     return metrics | evaluation.cai_lim(pictures, codes, seed=seed)
 
 
@@ -257,14 +265,16 @@ def generator_capacity(
     options = {"widths": GENERATOR_WIDTHS, "seed": seed} | options
     pictures = [_small(part.pixel_values) for part in (train, test)]
     flat = [part.flatten(1) for part in (train_latents, test_latents)]
-    centre, scale = flat[0].mean(0), flat[0].std(0).clamp_min(1e-6)
+    centre = flat[0].mean(0)
+    scale = flat[0].std(0).clamp_min(1e-6)
     encoded = [(part - centre) / scale for part in flat]
 
     def gaussian(count: int, random: torch.Generator) -> Tensor:
         return torch.randn(count, flat[0].shape[1], generator=random)
 
     latents = {"encoded": (encoded[0], encoded[1]), "gaussian": (gaussian, None)}
-    metrics, curves = {}, {"generator_widths": list(options["widths"])}
+    metrics = {}
+    curves = {"generator_widths": list(options["widths"])}
     for name, (drawn, fresh) in latents.items():
         found = generator_complexity(drawn, *pictures, held_out_latents=fresh, **options)
         metrics |= {f"{key}_{name}": value for key, value in found.items()}

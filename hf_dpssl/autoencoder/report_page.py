@@ -95,7 +95,8 @@ def _decay(axis: Axes, entries: dict[str, dict], name: str, title: str, label: s
 def _capacity(axis: Axes, entries: dict[str, dict]) -> None:
     for place, (entry_name, entry) in enumerate(entries.items()):
         for latent, style in (("encoded", "-o"), ("gaussian", ":s")):
-            gaps, widths = entry["curves"].get(f"generator_{latent}"), entry["curves"].get("generator_widths")
+            gaps = entry["curves"].get(f"generator_{latent}")
+            widths = entry["curves"].get("generator_widths")
             if gaps:
                 axis.plot(widths, gaps, style, color=f"C{place}", label=f"{entry_name}, {latent}")
     axis.axhline(np.log(2), color="0.6", linewidth=0.8, linestyle="--")

@@ -73,7 +73,8 @@ def step_flops(model: VQAutoencoder, image_size: int, *, train_encoder: bool) ->
     as it was.
     """
     model = copy.deepcopy(model).to("meta")
-    model.quantizer, model.config.encoder_frozen = None, not train_encoder
+    model.quantizer = None
+    model.config.encoder_frozen = not train_encoder
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # what is recomputed is not counted again
@@ -104,7 +105,8 @@ class Validation:
         """Mean PSNR, dB, in eval mode; the model is left in the mode it was in."""
         was_training = model.training
         model.eval()
-        total = count = 0
+        total = 0
+        count = 0
         for batch in self.batches:
             pixel_values = batch.to(model.device)
             reconstructions = model(pixel_values).pixel_values.clamp(-1, 1).float()
@@ -123,14 +125,18 @@ class BestDecoder:
     """
 
     def __init__(self, latest: bool = False):
-        self.latest, self.start = latest, None
-        self.psnr, self.step, self.tensors = float("-inf"), -1, {}
+        self.latest = latest
+        self.start = None
+        self.psnr = float("-inf")
+        self.step = -1
+        self.tensors = {}
 
     def offer(self, model: VQAutoencoder, psnr: float, step: int) -> None:
         """Keep a copy of the decoder if it is the best so far, or with `latest` good enough; first comes the start."""
         self.start = psnr if self.start is None else self.start
         if psnr >= self.start if self.latest else psnr > self.psnr:
-            self.psnr, self.step = psnr, step
+            self.psnr = psnr
+            self.step = step
             self.tensors = {name: value.detach().cpu().clone() for name, value in _decoder_state(model).items()}
 
     def summary(self) -> dict[str, float | int]:
@@ -147,7 +153,10 @@ class BestDecoder:
 
     def load_state_dict(self, state: dict) -> None:
         """From a checkpoint."""
-        self.psnr, self.step, self.tensors, self.start = (state[key] for key in ("psnr", "step", "tensors", "start"))
+        self.psnr = state["psnr"]
+        self.step = state["step"]
+        self.tensors = state["tensors"]
+        self.start = state["start"]
 
 
 def _decoder_state(model: VQAutoencoder) -> dict[str, Tensor]:
@@ -204,7 +213,8 @@ def plateau(history: list[dict], stage: str) -> dict[str, float | bool] | None:
     points = [(e["step"], e["validation_psnr"]) for e in history if e.get("stage") == stage and "validation_psnr" in e]
     if len(points) < 3:
         return None
-    first, last = points[0][0], points[-1][0]
+    first = points[0][0]
+    last = points[-1][0]
     before = [value for step, value in points if step <= first + 0.8 * (last - first)]
     gain = points[-1][1] - before[-1]
     return {"gain_in_last_fifth": round(gain, 3), "converged": gain < FLAT_DECIBELS}
@@ -213,7 +223,9 @@ def plateau(history: list[dict], stage: str) -> dict[str, float | bool] | None:
 @torch.no_grad()
 def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range) -> None:
     """Store mean and standard deviation of each latent channel over training images in the config."""
-    count, total, squares = 0, 0.0, 0.0
+    count = 0
+    total = 0.0
+    squares = 0.0
     for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
         latents = (
             model.encode(unit_pixels(batch["images"], model.config.num_channels).to(model.device))
@@ -231,7 +243,10 @@ def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range) -> Non
 @torch.no_grad()
 def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict[str, float], Tensor]:
     """PSNR, SSIM and code statistics on held-out images, and a picture (16, C, H, W): eight of them, and as decoded."""
-    count, totals, codes, pictures = 0, {"psnr": 0.0, "ssim": 0.0}, [], None
+    count = 0
+    totals = {"psnr": 0.0, "ssim": 0.0}
+    codes = []
+    pictures = None
     for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
         pixel_values = unit_pixels(batch["images"], model.config.num_channels).to(model.device)
         output = model(pixel_values)

@@ -53,7 +53,8 @@ class SentencePairLoss(nn.Module):
 
     def __init__(self, model: nn.Module, loss: PairLoss):
         super().__init__()
-        self.model, self.loss = model, over_processes(loss)
+        self.model = model
+        self.loss = over_processes(loss)
         self._given = loss
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
@@ -65,7 +66,9 @@ class SentencePairLoss(nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Name and options of the loss, for the model card that sentence-transformers writes."""
-        given, options = self._given, {}
+        given = self._given
+        options = {}
         if isinstance(given, partial):
-            given, options = given.func, given.keywords
+            options = given.keywords
+            given = given.func
         return {"loss": getattr(given, "__name__", type(given).__name__)} | options

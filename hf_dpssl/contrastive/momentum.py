@@ -70,7 +70,8 @@ def ema_update_(target: Iterable[Tensor], source: Iterable[Tensor], momentum: fl
     """
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum is the share kept of the old value and lies in [0, 1], got {momentum}.")
-    target, source = list(target), list(source)
+    target = list(target)
+    source = list(source)
     if target:
         torch._foreach_lerp_(target, source, 1 - momentum)
 
@@ -85,7 +86,8 @@ def enqueue_(queue: Tensor, cursor: Tensor, filled: Tensor, keys: Tensor) -> Non
         filled: () int64, rows that hold a key, at most K.
         keys: (B, D) new keys, of every process; the last K of them are kept when B > K.
     """
-    size, count = len(queue), len(keys)
+    size = len(queue)
+    count = len(keys)
     rows = (int(cursor) + torch.arange(count, device=queue.device)[-size:]) % size
     queue[rows] = keys[-size:].to(queue.dtype)
     cursor.fill_((int(cursor) + count) % size)

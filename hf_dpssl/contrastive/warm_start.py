@@ -24,9 +24,11 @@ def start_from_encoder_(
         try:
             backbone.load_state_dict(encoder.state_dict())
         except RuntimeError as error:
-            given, wanted = (f"{config.architecture} {config.model_args}" for config in (encoder.config, model.config))
+            given = encoder.config
+            wanted = model.config
             raise ValueError(
-                f"{flag} holds {given}, the run asks for {wanted}: pass its --architecture and --model_args."
+                f"{flag} holds {given.architecture} {given.model_args}, the run asks for {wanted.architecture} "
+                f"{wanted.model_args}: pass its --architecture and --model_args."
             ) from error
 
 
@@ -45,7 +47,8 @@ def start_from_pretraining_(model: SimCLRForPreTraining | MoCoForPreTraining, fo
     """
     given = SimCLRForPreTraining.from_pretrained(folder, subfolder="pretraining")
     start_from_encoder_(model, given.encoder, "--init_pretraining")
-    (ours, last), (theirs, _) = last_layer(model), last_layer(given)
+    ours, last = last_layer(model)
+    theirs, _ = last_layer(given)
     fits = given.config.projection_dim == model.config.projection_dim
     pairs = list(zip(model.head, given.head, strict=False))[: None if fits else ours]
     try:

@@ -48,7 +48,11 @@ class _EpochOrder(Sampler):
                 f"{size} samples are fewer than one batch of all processes ({batch_size} x {process[1]}): "
                 "lower --batch_size."
             )
-        self.size, self.batch_size, self.seed, self.start, self.process = size, batch_size, seed, start, process
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.process = process
         whole_steps = size // (batch_size * process[1] * accumulate) * accumulate  # those of an epoch, in batches
         self.num_batches = whole_steps or size // (batch_size * process[1])
 
@@ -61,7 +65,8 @@ class _EpochOrder(Sampler):
             for first in range(batch * global_batch, self.num_batches * global_batch, global_batch):
                 mine = order[first + index * self.batch_size : first + (index + 1) * self.batch_size]
                 yield [(epoch, row) for row in mine]
-            epoch, batch = epoch + 1, 0
+            epoch += 1
+            batch = 0
 
 
 class _StreamBatches(TorchIterableDataset):
@@ -72,7 +77,8 @@ class _StreamBatches(TorchIterableDataset):
     """
 
     def __init__(self, source: ImageSource, start: tuple[int, int]):
-        self.source, self.start = source, start
+        self.source = source
+        self.start = start
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
@@ -92,7 +98,8 @@ class _StreamBatches(TorchIterableDataset):
                     f"the stream of {self.source.data.name!r} holds fewer images than one batch of all processes "
                     f"({self.source.batch_size * self.source.process[1]}): lower --batch_size."
                 )
-            epoch, first_batch = epoch + 1, 0
+            epoch += 1
+            first_batch = 0
 
     def _global_batches(self, epoch: int) -> Iterator[list[dict]]:
         seed = keyed_random.derive_seed(self.source.seed, "stream", epoch)
@@ -107,7 +114,8 @@ class _StreamBatches(TorchIterableDataset):
         first = batch * len(rows) + index * self.source.batch_size
         mine = rows[index * self.source.batch_size : (index + 1) * self.source.batch_size]
         ids = torch.arange(first, first + len(mine))
-        skipped, decoded = {}, []
+        skipped = {}
+        decoded = []
         for place, values in enumerate(mine):
             try:
                 decoded.append(decode_row(self.source.data, values, f"image {first + place} of epoch {epoch}"))
@@ -156,9 +164,15 @@ class ImageSource:
         preload_bytes: int = 2**30,
         views: TwoViews | None = None,
     ):
-        self.data, self.image_size, self.batch_size = data, image_size, batch_size
-        self.seed, self.process, self.num_workers = seed, process, num_workers
-        self.on_bad_image, self.preload_bytes, self.views = on_bad_image, preload_bytes, views
+        self.data = data
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.process = process
+        self.num_workers = num_workers
+        self.on_bad_image = on_bad_image
+        self.preload_bytes = preload_bytes
+        self.views = views
         self.skipped: dict[str, str] = {}
         self.table = None if isinstance(data.train, IterableDataset) else self._table(data.train, "train", views)
         if self.table is not None and len(self.table) < batch_size * process[1]:

@@ -75,7 +75,8 @@ def _shift_hue(images: Tensor, turns: Tensor) -> Tensor:
     smallest = torch.minimum(torch.minimum(red, green), blue)
     chroma = largest - smallest
     # Hue in sixths of the circle, times chroma. Masks of numbers and lerp: `where` is many times slower on a CPU.
-    sector, mask = (red - green).add_(chroma, alpha=4), torch.empty_like(chroma)
+    sector = (red - green).add_(chroma, alpha=4)
+    mask = torch.empty_like(chroma)
     sector.lerp_((blue - red).add_(chroma, alpha=2), torch.eq(green, largest, out=mask))
     sector.lerp_(green - blue, torch.eq(red, largest, out=mask))
     sector.div_(chroma.clamp(min=torch.finfo(chroma.dtype).tiny)).add_(6 * turns[:, 0])
@@ -106,11 +107,13 @@ def colour_matrix(
     Returns:
         matrix (B, 3, 3) and offset (B, 3), in the unit of the mean: the new colour is matrix @ colour + offset.
     """
-    identity, grey = torch.eye(3, device=hue.device), grey_matrix(mean_colour)
+    identity = torch.eye(3, device=hue.device)
+    grey = grey_matrix(mean_colour)
     turn = mean_colour.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # cross product with the axis
-    brightness, contrast, saturation, angle = (
-        x.view(-1, 1, 1) for x in (brightness, contrast, saturation, 2 * math.pi * hue)
-    )
+    brightness = brightness.view(-1, 1, 1)
+    contrast = contrast.view(-1, 1, 1)
+    saturation = saturation.view(-1, 1, 1)
+    angle = 2 * math.pi * hue.view(-1, 1, 1)
     rotation = angle.cos() * identity + angle.sin() * turn + (1 - angle.cos()) / 3
     matrix = contrast * brightness * (rotation @ (saturation * identity + (1 - saturation) * grey))
     offset = (1 - contrast) * brightness * (mean_colour @ grey.mT)[:, :, None]

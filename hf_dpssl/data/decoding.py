@@ -95,7 +95,8 @@ def to_square_tensor(image: Image.Image, size: int) -> Tensor:
         scale = size / min(width, height)
         new_size = (max(size, round(width * scale)), max(size, round(height * scale)))
         image = image.resize(new_size, RESAMPLING)
-        left, top = (new_size[0] - size) // 2, (new_size[1] - size) // 2
+        left = (new_size[0] - size) // 2
+        top = (new_size[1] - size) // 2
         image = image.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
 

@@ -236,14 +236,16 @@ def _choose_splits(name: str, splits: dict, entry: DatasetEntry, hold_out: bool)
         raise ValueError(f"data set {name!r} has the splits {names}, but no training split {train_name or 'train'!r}.")
     candidates = [entry.evaluation_split] if entry.evaluation_split else _EVALUATION_SPLITS
     evaluation_name = next((s for s in candidates if s in splits and s != train_name), None)
-    train, evaluation = splits[train_name], splits.get(evaluation_name)
+    train = splits[train_name]
+    evaluation = splits.get(evaluation_name)
     for split_name, split in ((train_name, train), (evaluation_name, evaluation)):
         if split is not None and not isinstance(split, IterableDataset) and len(split) == 0:
             raise ValueError(f"split {split_name!r} of data set {name!r} is empty.")
     if evaluation is None and hold_out and not isinstance(train, IterableDataset):
         held_out = max(1, int(len(train) * _HELD_OUT_SHARE))
         order = permutation(len(train), seed=0, epoch=0).numpy()
-        evaluation, train = train.select(np.sort(order[:held_out])), train.select(np.sort(order[held_out:]))
+        evaluation = train.select(np.sort(order[:held_out]))
+        train = train.select(np.sort(order[held_out:]))
         if len(train) == 0:
             raise ValueError(f"data set {name!r} holds a single image: nothing is left to train on.")
     return train, evaluation
@@ -295,7 +297,8 @@ def _class_labels(name: str, train, evaluation, column: str) -> tuple:
     if None in values:
         raise ValueError(f"column {column!r} of {name!r} has rows without a label: fill or drop them.")
     ordered = sorted(values)
-    to_id, names = {value: i for i, value in enumerate(ordered)}, [str(value) for value in ordered]
+    to_id = {value: i for i, value in enumerate(ordered)}
+    names = [str(value) for value in ordered]
 
     def relabel(split):
         if split is None:
@@ -334,7 +337,8 @@ def _union(name: str, parts: list[ImageData]) -> ImageData:
     evaluations = [unify(part.evaluation, part) for part in parts if part.evaluation is not None]
     evaluation = datasets.concatenate_datasets(evaluations) if evaluations else None
     entry = replace(parts[0].entry, licence="; ".join(sorted({part.entry.licence for part in parts})))
-    label_column, fingerprint = "class_id" if labelled else None, " + ".join(part.fingerprint for part in parts)
+    label_column = "class_id" if labelled else None
+    fingerprint = " + ".join(part.fingerprint for part in parts)
     return ImageData(name, train, evaluation, "image_bytes", label_column, names, entry, fingerprint)
 
 

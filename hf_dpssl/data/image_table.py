@@ -41,8 +41,12 @@ class ImageTable(torch.utils.data.Dataset):
     ):
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}.")
-        self.data, self.split, self.image_size = data, split, image_size
-        self.on_bad_image, self.views, self.first_row = on_bad_image, views, first_row
+        self.data = data
+        self.split = split
+        self.image_size = image_size
+        self.on_bad_image = on_bad_image
+        self.views = views
+        self.first_row = first_row
         self.skipped: dict[str, str] = {}  # unreadable rows met by `preload` and `evaluation_batches`
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
@@ -55,7 +59,8 @@ class ImageTable(torch.utils.data.Dataset):
         if self.views is not None or len(self.split) * 3 * self.image_size**2 > max_bytes:
             return {}
         bad: dict[int, str] = {}
-        images, labels = [], []
+        images = []
+        labels = []
         silent = {} if show_progress else {"disable": True}  # else TQDM_DISABLE decides
         rows = tqdm(range(len(self.split)), "reading images", unit="img", leave=False, **silent)
         for row in rows:
@@ -72,7 +77,8 @@ class ImageTable(torch.utils.data.Dataset):
             raise BadImageError(f"none of the {len(bad)} images of {self.data.name!r} can be read: {bad.get(0)}")
         if bad:
             self.split = self.split.select([row for row in range(len(self.split)) if row not in bad])
-        self.images, self.labels = torch.stack(images), torch.tensor(labels)
+        self.images = torch.stack(images)
+        self.labels = torch.tensor(labels)
         return bad
 
     def _row(self, row: int):
@@ -92,7 +98,8 @@ class ImageTable(torch.utils.data.Dataset):
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict:
         """The batch of these (epoch, row) pairs; keys as in `ImageSource.loader`."""
-        epoch, rows = items[0][0], torch.tensor([row for _, row in items])
+        epoch = items[0][0]
+        rows = torch.tensor([row for _, row in items])
         if self.images is not None:
             return dict(images=self.images[rows], labels=self.labels[rows], sample_ids=rows, epoch=epoch, skipped={})
         skipped: dict[int, str] = {}
@@ -104,7 +111,9 @@ class ImageTable(torch.utils.data.Dataset):
         """Those of the rows that can be read, none twice; keys as in `__getitems__`, None when none can be read."""
         if self.images is not None:
             return self.__getitems__([(0, row) for row in rows])
-        kept, pictures, labels = [], [], []
+        kept = []
+        pictures = []
+        labels = []
         for row in rows:
             try:
                 picture, label = self._row(row)
@@ -113,7 +122,9 @@ class ImageTable(torch.utils.data.Dataset):
                     raise
                 self.skipped[f"row {self.first_row + row}"] = str(error)
                 continue
-            kept.append(row), pictures.append(picture), labels.append(label)
+            kept.append(row)
+            pictures.append(picture)
+            labels.append(label)
         if not kept:
             return None
         images = stack(pictures, self.image_size, None, torch.tensor(kept), 0)

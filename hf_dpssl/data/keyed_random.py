@@ -34,10 +34,16 @@ def philox_4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
     key_0, key_1 = key
     for _ in range(10):
         # The product wraps modulo 2^64, so that shift-and-mask still gives its high word.
-        product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high_0, low_0 = (product_0 >> 32) & _MASK, product_0 & _MASK
-        high_1, low_1 = (product_1 >> 32) & _MASK, product_1 & _MASK
-        c0, c1, c2, c3 = high_1 ^ c1 ^ key_0, low_1, high_0 ^ c3 ^ key_1, low_0
+        product_0 = c0 * _MULTIPLIERS[0]
+        product_1 = c2 * _MULTIPLIERS[1]
+        high_0 = (product_0 >> 32) & _MASK
+        low_0 = product_0 & _MASK
+        high_1 = (product_1 >> 32) & _MASK
+        low_1 = product_1 & _MASK
+        c0 = high_1 ^ c1 ^ key_0
+        c1 = low_1
+        c2 = high_0 ^ c3 ^ key_1
+        c3 = low_0
         key_0 = (key_0 + _WEYL_INCREMENTS[0]) & _MASK
         key_1 = (key_1 + _WEYL_INCREMENTS[1]) & _MASK
     return torch.stack([c0, c1, c2, c3], dim=-1)
@@ -85,7 +91,8 @@ def normal(sample_ids: Tensor, shape: tuple[int, ...], *, seed: int, stream: str
     count = math.prod(shape)
     half = -(-count // 2)
     bits = _bits(sample_ids, 2 * half, seed, stream, epoch)
-    radius_bits, angle_bits = bits[:, :half], bits[:, half:]
+    radius_bits = bits[:, :half]
+    angle_bits = bits[:, half:]
     radius = ((radius_bits + 1).to(torch.float32) * 2.0**-32).log().mul(-2).sqrt()
     angle = (angle_bits >> 8).to(torch.float32) * (2.0**-24 * 2 * math.pi)
     values = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]

@@ -34,21 +34,25 @@ def resized_crop_boxes(
     Returns:
         (B, 4) int64: top, left, height, width.
     """
-    height, width = (torch.as_tensor(s, device=tries.device).expand(len(tries))[:, None] for s in (height, width))
+    height = torch.as_tensor(height, device=tries.device).expand(len(tries))[:, None]
+    width = torch.as_tensor(width, device=tries.device).expand(len(tries))[:, None]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
-    log_low, log_high = (math.log(r) for r in ratio)
+    log_low = math.log(ratio[0])
+    log_high = math.log(ratio[1])
     aspect = torch.exp(log_low + (log_high - log_low) * tries[..., 1])
-    tried_width, tried_height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    tried_width = (area * aspect).sqrt().round()
+    tried_height = (area / aspect).sqrt().round()
     fits = (tried_width > 0) & (tried_width <= width) & (tried_height > 0) & (tried_height <= height)
-    first, any_fits = fits.to(torch.uint8).argmax(1, keepdim=True), fits.any(1, keepdim=True)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    any_fits = fits.any(1, keepdim=True)
     central_width = torch.minimum(width, (height * ratio[1]).round())
     central_height = torch.minimum(height, (width / ratio[0]).round())
     crop_width = torch.where(any_fits, tried_width.gather(1, first), central_width)
     crop_height = torch.where(any_fits, tried_height.gather(1, first), central_height)
-    free_x, free_y = width - crop_width, height - crop_height
-    random_left, random_top = (
-        torch.minimum((u * (free + 1)).floor(), free) for u, free in ((place[:, :1], free_x), (place[:, 1:], free_y))
-    )
+    free_x = width - crop_width
+    free_y = height - crop_height
+    random_left = torch.minimum((place[:, :1] * (free_x + 1)).floor(), free_x)
+    random_top = torch.minimum((place[:, 1:] * (free_y + 1)).floor(), free_y)
     left = torch.where(any_fits, random_left, (free_x / 2).floor())
     top = torch.where(any_fits, random_top, (free_y / 2).floor())
     return torch.cat([top, left, crop_height, crop_width], dim=1).to(torch.int64)
@@ -88,7 +92,8 @@ def resized_crop(
 
 def _interpolation_weights(start: Tensor, length: Tensor, size_in: int, size_out: int, flip: Tensor) -> Tensor:
     """(B, size_out, size_in): rows of triangles as wide as a pixel of the larger of crop and result."""
-    start, length = start[:, None].float(), length[:, None].float()
+    start = start[:, None].float()
+    length = length[:, None].float()
     scale = length / size_out
     centre = (torch.arange(size_out, device=start.device) + 0.5) * scale
     centre = torch.where(flip[:, None], length - centre, centre) + start

@@ -28,7 +28,8 @@ from .resample import CROP_TRIES, gaussian_blur, resized_crop, resized_crop_boxe
 # 12 blur, 13 sigma, 14 and 15 translation, 16 order of the jitter, then area and log-ratio of the further tries.
 _DRAWS_PER_VIEW = 17 + 2 * (CROP_TRIES - 1)
 # Pixels worked on at a time on a CPU, so that they stay in its cache; a blur of few images would be slow.
-_PIXELS_AT_A_TIME, _BLURRED_PIXELS_AT_A_TIME = 2**17, 2**18
+_PIXELS_AT_A_TIME = 2**17
+_BLURRED_PIXELS_AT_A_TIME = 2**18
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def view_parameters(
     augmentation: Augmentation, draws: Tensor, height: int | Tensor, width: int | Tensor
 ) -> ViewParameters:
     """The parameters that uniform numbers (B, 35), as of `TwoViews.draws`, mean for images of this size in pixels."""
-    a, u = augmentation, draws
+    a = augmentation
+    u = draws
     tries = torch.cat([u[:, :2], u[:, 17:]], dim=1).unflatten(1, (CROP_TRIES, 2))
     signed = 2 * u[:, 7:11] - 1
     return ViewParameters(
@@ -157,8 +159,8 @@ class TwoViews:
     the HSV circle keeps the largest and the smallest channel, the rotation the mean; without hue it is 0.2 and 6 on
     cifar10-jpeg.
 
-    Augmentations with rotation or translation resample once along a grid instead of cropping (`affine_resample`), equally in
-    both modes.
+    Augmentations with rotation or translation resample once along a grid instead of cropping (`affine_resample`),
+    equally in both modes.
 
     Args:
         augmentation: strengths and probabilities.
@@ -182,8 +184,12 @@ class TwoViews:
     ):
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-        self.augmentation, self.seed, self.crop, self.mode = augmentation, seed, crop, mode
-        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        self.augmentation = augmentation
+        self.seed = seed
+        self.crop = crop
+        self.mode = mode
+        self.mean = torch.tensor(mean)
+        self.std = torch.tensor(std)
 
     def draws(self, sample_ids: Tensor, epoch: int, view: int) -> Tensor:
         """The uniform numbers (B, 35) that decide view 1 or 2 of these samples in this epoch."""
@@ -215,7 +221,8 @@ class TwoViews:
         # Both views as one batch, all first views before all second ones: half as many calls.
         draws = torch.cat([self.draws(sample_ids, epoch, view) for view in (1, 2)])
         parameters = view_parameters(a, draws, *images.shape[-2:])
-        count, shape = len(images), images.shape[-3:]
+        count = len(images)
+        shape = images.shape[-3:]
         views = torch.empty(2 * count, *shape, device=images.device)
         for rows, order in self._parts(parameters, _at_a_time(images, _PIXELS_AT_A_TIME)):
             sources = rows % count if images.ndim == 4 else 2 * (rows % count) + rows // count
@@ -253,7 +260,8 @@ class TwoViews:
             )
         if self.crop:
             return resized_crop(images, p.boxes, p.flip, images.shape[-2:], may_round=self.mode == "fused")
-        images, mirrored = images.to(torch.float32), p.flip.nonzero().squeeze(1)
+        images = images.to(torch.float32)
+        mirrored = p.flip.nonzero().squeeze(1)
         images[mirrored] = images[mirrored].flip(-1)
         return images
 
@@ -273,7 +281,8 @@ class TwoViews:
         factors = (torch.where(p.jitter, factor, 1) for factor in (p.brightness, p.contrast, p.saturation))
         matrix, offset = colour_matrix(*factors, torch.where(p.jitter, p.hue, 0), images.mean((2, 3)) / 255)
         matrix = torch.where(p.grey[:, None, None], grey_matrix(images) @ matrix, matrix)
-        mean, std = self.mean.to(images), self.std.to(images)
+        mean = self.mean.to(images)
+        std = self.std.to(images)
         images = apply_matrix(images, matrix / (255 * std[:, None]), (offset - mean) / std)
         for channel, (m, s) in enumerate(zip(self.mean.tolist(), self.std.tolist(), strict=True)):
             images[:, channel].clamp_(-m / s, (1 - m) / s)
@@ -292,17 +301,22 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def crop_boxes(augmentation: Augmentation, draws: Tensor) -> Tensor:
-    """Crop boxes (B, 4) of any size, not whole pixels, for `affine_resample`: left, top, right, bottom as shares of the image.
+    """Crop boxes (B, 4) of any size, not whole pixels, for `affine_resample`, as shares of the image.
+
+    They hold left, top, right and bottom.
 
     draws: (B, 4) uniform numbers: area, log-ratio, x, y. A crop wider or higher than the image is
     clipped to it (`resample.resized_crop_boxes` tries again instead, as torchvision).
     """
     low, high = augmentation.crop_scale
     area = low + (high - low) * draws[:, 0]
-    log_low, log_high = (math.log(r) for r in augmentation.crop_ratio)
+    log_low = math.log(augmentation.crop_ratio[0])
+    log_high = math.log(augmentation.crop_ratio[1])
     ratio = torch.exp(log_low + (log_high - log_low) * draws[:, 1])
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    left, top = draws[:, 2] * (1 - width), draws[:, 3] * (1 - height)
+    width = (area * ratio).sqrt().clamp(max=1)
+    height = (area / ratio).sqrt().clamp(max=1)
+    left = draws[:, 2] * (1 - width)
+    top = draws[:, 3] * (1 - height)
     return torch.stack([left, top, left + width, top + height], dim=1)
 
 
@@ -311,17 +325,20 @@ def affine_resample(images: Tensor, augmentation: Augmentation, draws: Tensor, c
 
     images: (B, C, H, W) float; draws: (B, 8) uniform: area, ratio, x, y, flip, angle, translation in x and y.
     """
-    a, size = augmentation, len(images)
+    a = augmentation
+    size = len(images)
     box = crop_boxes(a, draws[:, :4]) if crop else torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(size, 4).to(draws)
     if not crop and a.flip == a.rotation == a.translation == 0:
         return images
-    centre_x, centre_y = box[:, 0] + box[:, 2] - 1, box[:, 1] + box[:, 3] - 1  # in [-1, 1]
-    centre_x = centre_x + 2 * a.translation * (2 * draws[:, 6] - 1)
-    centre_y = centre_y + 2 * a.translation * (2 * draws[:, 7] - 1)
-    half_width, half_height = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
+    # In [-1, 1], as affine_grid has it.
+    centre_x = box[:, 0] + box[:, 2] - 1 + 2 * a.translation * (2 * draws[:, 6] - 1)
+    centre_y = box[:, 1] + box[:, 3] - 1 + 2 * a.translation * (2 * draws[:, 7] - 1)
+    half_width = box[:, 2] - box[:, 0]
+    half_height = box[:, 3] - box[:, 1]
     sign = torch.where(draws[:, 4] < a.flip, -1.0, 1.0)
     angle = (2 * draws[:, 5] - 1) * math.radians(a.rotation)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     row_x = torch.stack([half_width * cos * sign, -half_height * sin, centre_x], dim=1)
     row_y = torch.stack([half_width * sin * sign, half_height * cos, centre_y], dim=1)
     grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)

@@ -80,10 +80,12 @@ class ImageEmbedder:
     def __init__(self, encoder: str, *, kind: str = "features", device: torch.device | str | None = None):
         if kind not in KINDS:
             raise ValueError(f"features must be one of {KINDS}, got {kind!r}.")
-        name, revision = str(encoder), None
+        name = str(encoder)
+        revision = None
         if not Path(name).exists() and "@" in name:
             name, _, revision = name.partition("@")
-        self.name, self.kind = str(encoder), kind
+        self.name = str(encoder)
+        self.kind = kind
         self.preprocess = Preprocessor(name, revision)
         self.first_token = False
         load = _load_with_head if kind == "embeddings" else self._load
@@ -120,7 +122,8 @@ class ImageEmbedder:
     @torch.no_grad()
     def _check(self) -> int:
         pixel_values = self.preprocess([Image.linear_gradient("L").convert("RGB")] * 8)
-        first, second = self(pixel_values), self(pixel_values)
+        first = self(pixel_values)
+        second = self(pixel_values)
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-5):
             raise ValueError(
                 f"{self.name!r} gives other numbers for the same picture each time ({type(self.model).__name__} masks "

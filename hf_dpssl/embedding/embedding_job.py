@@ -29,7 +29,8 @@ from .choices import SPLITS
 from .embedder import ImageEmbedder, Preprocessor, best_device
 from .embeddings_table import EmbeddingsTable, dataset_fingerprint, load_splits, write_columns
 
-_DECIDES = "features encoder_fingerprint dataset_fingerprint splits rows_per_shard".split()
+# Entries of a plan that decide the files.
+_DECIDES = ["features", "encoder_fingerprint", "dataset_fingerprint", "splits", "rows_per_shard"]
 _METADATA = b"hf_dpssl"  # of a shard's schema, beside the one of datasets
 
 
@@ -164,7 +165,8 @@ def _claim(folder: Path, plan: dict) -> None:
         same_weights = name == "encoder_fingerprint" and then["features"] != plan["features"]  # as far as one can say
         if then[name] != plan[name] and not same_weights:
             kind = name.removesuffix("_fingerprint")
-            old, new = then[kind], plan[kind]
+            old = then[kind]
+            new = plan[kind]
             changed = f" ({then[name][:12]}, now {plan[name][:12]})" if kind != name else ""
             different.append(f"{kind} {old!r}, not {new!r}{changed}")
     if different:
@@ -204,7 +206,10 @@ class _Pictures(torch.utils.data.Dataset):
     """Batches, ready for the encoder, of (split, row) pairs."""
 
     def __init__(self, data: ImageData, splits: dict[str, Dataset], preprocess: Preprocessor, on_bad_image: str):
-        self.data, self.splits, self.preprocess, self.on_bad_image = data, splits, preprocess, on_bad_image
+        self.data = data
+        self.splits = splits
+        self.preprocess = preprocess
+        self.on_bad_image = on_bad_image
         root = Path(data.name).expanduser()
         self.root = root.resolve() if root.is_dir() else None
 
@@ -220,7 +225,8 @@ class _Pictures(torch.utils.data.Dataset):
                     raise
                 batch["skipped"][f"{split} row {row}"] = str(error)
                 continue
-            pictures.append(picture), batch["row"].append(row)
+            pictures.append(picture)
+            batch["row"].append(row)
             batch["label"].append(None if label < 0 else label)
             batch["file"].append(self._file(values[self.data.image_column]))
         return batch | {"pixel_values": self.preprocess(pictures) if pictures else None}
@@ -255,7 +261,8 @@ def _finish(folder: Path) -> None:
     shards = list(_shards(folder, plan))
     if (folder / "manifest.json").exists() or not all(shard.is_written() for shard in shards):
         return
-    written, skipped = [], {}
+    written = []
+    skipped = {}
     for shard in shards:
         path = shard.path if shard.path.exists() else shard.empty_path
         metadata = pq.read_metadata(path)

@@ -54,7 +54,8 @@ class EmbeddingsTable:
         table = pa.concat_tables([table for _, table in tables])
         flat = table["embedding"].combine_chunks().flatten().to_numpy()
         self.embeddings = torch.from_numpy(flat.reshape(len(table), self.manifest["dimension"]).copy())
-        self.rows, self.files = table["row"].to_numpy(), table["file"].to_pylist()
+        self.rows = table["row"].to_numpy()
+        self.files = table["file"].to_pylist()
         labels = table["label"].fill_null(-1).to_numpy() if self.class_names else np.full(len(table), -1)
         self.labels = torch.from_numpy(labels.copy())
 

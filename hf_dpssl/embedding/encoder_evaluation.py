@@ -41,11 +41,13 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
         )
     if data.evaluation is None:
         raise ValueError(f"{args.dataset!r} has no held-out images to evaluate on.")
-    embedder, digest = ImageEmbedder(encoder, kind=args.features), hashlib.sha256()
+    embedder = ImageEmbedder(encoder, kind=args.features)
+    digest = hashlib.sha256()
     rows = spread_rows(len(data.evaluation), args.evaluation_images)
     reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
     query, labels = extract_features(embedder, data, data.evaluation, rows, **reading, digest=digest)
-    metrics, samples = {}, {"evaluation": len(query)}
+    metrics = {}
+    samples = {"evaluation": len(query)}
     if labelled:
         bank_rows = spread_rows(len(data.train), args.evaluation_images)
         bank, bank_labels = extract_features(embedder, data, data.train, bank_rows, **reading, digest=digest)
@@ -97,7 +99,8 @@ def extract_features(
     Raises:
         BadImageError: an unreadable picture, or none that can be read. ValueError: a stream.
     """
-    features, labels = [], []
+    features = []
+    labels = []
     for pictures, classes, _ in _readable(data, split, rows, batch_size, on_bad_image):
         features.append(embedder.embed_pictures(pictures))
         labels += classes
@@ -136,7 +139,8 @@ def _readable(data: ImageData, split, rows: range, batch_size: int, on_bad_image
     """Batches of (pictures, labels, row numbers) of the rows that can be read."""
     if isinstance(split, IterableDataset):
         raise ValueError("features of a stream are not extracted: its length is not known.")
-    batch, count = [], 0
+    batch = []
+    count = 0
     for row in tqdm(rows, "features", unit="img", leave=False):
         try:
             batch.append((*decode_row(data, split[row], f"row {row}"), row))

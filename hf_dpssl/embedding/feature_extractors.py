@@ -55,11 +55,13 @@ class FeatureExtractor:
         device: torch.device | str | None = None,
     ):
         self.name = re.sub(r"[^0-9A-Za-z.-]+", "-", name).strip("-")
-        self.resize, self.num_channels = resize, num_channels
+        self.resize = resize
+        self.num_channels = num_channels
         self.device = torch.device(device or best_device())
         settings = hashlib.sha256(f"{resize} {num_channels}".encode()).hexdigest()
         self.fingerprint = combined_sha256(tensor_sha256(weights) | {"input": settings})
-        self._function, self._head = function, head
+        self._function = function
+        self._head = head
         self.head = None if head is None else self._logits_of_features
         self.logits = None if head is None else self._logits
 
@@ -125,14 +127,13 @@ def timm_extractor(model: nn.Module, name: str, *, device: torch.device | str | 
     stands there, without a crop, and normalised by its mean and std (their average, for a model of grey images).
     """
     settings = timm.data.resolve_data_config({}, model=model)
-    size, channels = settings["input_size"][1:], _channels(model)
+    size = settings["input_size"][1:]
+    channels = _channels(model)
     mode = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
     device = torch.device(device or best_device())
     model = model.eval().requires_grad_(False).to(device)
-    mean, std = (
-        values if len(values) == channels else [sum(values) / len(values)] * channels
-        for values in (settings["mean"], settings["std"])
-    )
+    mean = _of_channels(settings["mean"], channels)
+    std = _of_channels(settings["std"], channels)
     prepare = _Prepare(tuple(size), mode, mean, std)
     classifier = model.get_classifier()
 
@@ -150,6 +151,11 @@ def timm_extractor(model: nn.Module, name: str, *, device: torch.device | str | 
     )
 
 
+def _of_channels(values: tuple[float, ...], channels: int) -> list[float]:
+    """The values of so many channels: as given, or the mean of them for each."""
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
+
+
 def _channels(model: nn.Module) -> int:
     """Of the images: what the first convolution takes, as timm's configuration names it; that keeps 3 always."""
     first = model.pretrained_cfg.get("first_conv")
@@ -161,14 +167,18 @@ class _Prepare:
     """uint8 images (B, C, H, W) to normalised float32 of one size."""
 
     def __init__(self, size: tuple[int, int], mode: str, mean, std):
-        self.size, self.mode, self.mean, self.std = size, mode, tuple(mean), tuple(std)
+        self.size = size
+        self.mode = mode
+        self.mean = tuple(mean)
+        self.std = tuple(std)
         self.description = f"antialiased {mode} to {size[0]} x {size[1]}, mean {self.mean}, std {self.std}"
 
     def __call__(self, images: Tensor) -> Tensor:
         images = images.float() / 255
         if tuple(images.shape[2:]) != self.size:
             images = F.interpolate(images, self.size, mode=self.mode, antialias=True, align_corners=False).clamp_(0, 1)
-        mean, std = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        mean = images.new_tensor(self.mean).view(1, -1, 1, 1)
+        std = images.new_tensor(self.std).view(1, -1, 1, 1)
         return (images - mean) / std
 
 

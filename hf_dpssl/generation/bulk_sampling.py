@@ -117,7 +117,8 @@ def sample_images(job: SampleJob, *, num_processes: int = 1, overwrite: bool = F
 
 def load_pipeline(job: SampleJob, device: torch.device) -> ClassConditionalPipeline:
     """The pipeline of a job, with its scheduler, on a device, without progress bars; errors as `sample_images`."""
-    name, revision = job.pipeline, None
+    name = job.pipeline
+    revision = None
     if not Path(name).exists() and "@" in name:
         name, _, revision = name.partition("@")
     if Path(name).exists():
@@ -185,7 +186,8 @@ def _sample_share(job: SampleJob, rank: int, world: int, start_others: Callable[
     """Draw every `world`-th batch from number `rank` on, as far as its images lack."""
     pipeline = load_pipeline(job, best_device(int(os.environ.get("LOCAL_RANK", rank))))
     plan = _plan(job, pipeline)
-    folder, claimed = Path(job.folder), False
+    folder = Path(job.folder)
+    claimed = False
     check_folder(folder, plan)
     if (folder / "manifest.json").exists():
         return

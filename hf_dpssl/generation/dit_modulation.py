@@ -46,14 +46,17 @@ class Modulations:
         blend: tuple[Tensor, Tensor] | None = None,
         memory_limit: int = MEMORY_LIMIT,
     ):
-        self.transformer, self.timesteps = transformer, timesteps
+        self.transformer = transformer
+        self.timesteps = timesteps
         others, weights = blend or (labels, torch.zeros(len(labels), device=labels.device))
         rows = torch.stack([labels.double(), others.double(), weights.double()], dim=1).cpu()
         unique, index = torch.unique(rows, dim=0, return_inverse=True)  # (U, 3), (B,)
-        self.rows, self.index = unique.to(labels.device, torch.float32), index.to(labels.device)
+        self.rows = unique.to(labels.device, torch.float32)
+        self.index = index.to(labels.device)
         bytes_of_step = len(unique) * (6 * len(transformer.transformer_blocks) + 2) * transformer.inner_dim * 4
         self.steps_at_once = max(1, memory_limit // bytes_of_step)
-        self.first, self.table = 0, []
+        self.first = 0
+        self.table = []
 
     def at(self, step: int, rows: slice = slice(None)) -> list[Tensor]:
         """Per block (B, 6, 1, D), then of the output (B, 2, 1, D); B is 1 where all rows agree.
@@ -69,7 +72,8 @@ class Modulations:
 
     def _fill(self, step: int) -> None:
         timesteps = self.timesteps[step : step + self.steps_at_once]
-        self.first, self.table = step, []
+        self.first = step
+        self.table = []
         blocks = self.transformer.transformer_blocks
         for block in blocks:
             modulation = block.norm1.linear(F.silu(self._conditioning(block.norm1.emb, timesteps)))  # (S, U, 6D)
@@ -85,7 +89,8 @@ class Modulations:
         """(S, U, D): the sum of the embeddings of timestep and label."""
         time = embedder.timestep_embedder(embedder.time_proj(timesteps).to(self.transformer.dtype))  # (S, D)
         table = embedder.class_embedder.embedding_table
-        label, other = table(self.rows[:, 0].long()), table(self.rows[:, 1].long())  # (U, D)
+        label = table(self.rows[:, 0].long())  # (U, D)
+        other = table(self.rows[:, 1].long())
         label = torch.lerp(label, other, self.rows[:, 2:].to(label.dtype))
         return time[:, None] + label
 
@@ -101,7 +106,8 @@ def forward_with_modulations(transformer: DiTTransformer2DModel, latents: Tensor
         hidden = torch.addcmul(hidden, gate_2, block.ff(torch.addcmul(shift_2, block.norm3(hidden), scale_2)))
     shift, scale = of_output.unbind(1)
     patches = transformer.proj_out_2(torch.addcmul(shift, transformer.norm_out(hidden), scale))
-    side, patch = transformer.config.sample_size // transformer.patch_size, transformer.patch_size
+    side = transformer.config.sample_size // transformer.patch_size
+    patch = transformer.patch_size
     patches = patches.unflatten(1, (side, side)).unflatten(-1, (patch, patch, transformer.out_channels))
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, c, h, p, w, q) -> (B, c, hp, wq)
 
@@ -126,12 +132,15 @@ class Predictor:
         null_class: int | None,
         precompute: bool,
     ):
-        self.transformer, self.timesteps, self.count = transformer, timesteps, len(labels)
+        self.transformer = transformer
+        self.timesteps = timesteps
+        self.count = len(labels)
         if null_class is not None:
             null = torch.full_like(labels, null_class)
             labels = torch.cat([labels, null])
             blend = blend and (torch.cat([blend[0], null]), torch.cat([blend[1], torch.zeros_like(blend[1])]))
-        self.labels, self.modulations = labels, None
+        self.labels = labels
+        self.modulations = None
         if blend is not None or (precompute and can_be_split(transformer)):
             self.transformer = getattr(transformer, "_orig_mod", transformer)  # a compiled model's own
             self.modulations = Modulations(self.transformer, timesteps, labels, blend)

@@ -32,7 +32,8 @@ class FeatureBank:
 
     def __init__(self, embedder: ImageEmbedder, training: ImageTable, held_out: ImageTable | None):
         features = _features(embedder, training)
-        self.mean, self.std = features.mean(0), features.std(0).clamp_min(1e-6)
+        self.mean = features.mean(0)
+        self.std = features.std(0).clamp_min(1e-6)
         self.training = (features - self.mean) / self.std
         self.held_out = None if held_out is None else (_features(embedder, held_out) - self.mean) / self.std
         self.encoder = {"features": embedder.kind, "fingerprint": embedder.fingerprint}
@@ -111,7 +112,9 @@ class Judge:
     """
 
     def __init__(self, training: Tensor, held_out: Tensor, extractors: list[str], seed: int):
-        self.training, self.held_out, self.seed = training, held_out, seed
+        self.training = training
+        self.held_out = held_out
+        self.seed = seed
         self.extractors = [load_extractor(name) for name in extractors]
         self._real = [_of(extractor, held_out) for extractor in self.extractors]
 
@@ -124,7 +127,8 @@ class Judge:
 
     def ceiling(self, number: int) -> dict[str, float]:
         """The quality of so many real training images, evenly spread, in the place of generated ones: "ceiling_..."."""
-        rows, metrics = spread_rows(len(self.training), number), {}
+        rows = spread_rows(len(self.training), number)
+        metrics = {}
         for extractor, real in zip(self.extractors, self._real, strict=True):
             options = {"prefix": "ceiling_", "seed": self.seed}
             metrics |= evaluation.image_quality(real, self.training[list(rows)], extractor, **options)

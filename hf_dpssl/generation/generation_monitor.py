@@ -64,7 +64,9 @@ class GenerationMonitor:
     def __init__(
         self, args: DiTArguments, accelerator: Accelerator, pipeline: VQDiTPipeline, images: ImageTable | None
     ):
-        self.args, self.accelerator, self.pipeline = args, accelerator, pipeline
+        self.args = args
+        self.accelerator = accelerator
+        self.pipeline = pipeline
         self.best: float | None = None
         self.best_step: int | None = None
         self.metrics: dict[str, float] = {}
@@ -90,7 +92,9 @@ class GenerationMonitor:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a checkpoint."""
-        self.best, self.best_step, self.metrics = state["best"], state["best_step"], state["metrics"]
+        self.best = state["best"]
+        self.best_step = state["best_step"]
+        self.metrics = state["metrics"]
 
     def is_due(self, step: int) -> bool:
         """Whether the weights after that many steps are validated: every `validation_steps`, and the last."""
@@ -111,11 +115,15 @@ class GenerationMonitor:
     @torch.no_grad()
     def _generate(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Features, classes and logits of all processes' images, None where nothing needs them."""
-        args, index, count = self.args, self.accelerator.process_index, self.accelerator.num_processes
+        args = self.args
+        index = self.accelerator.process_index
+        count = self.accelerator.num_processes
         if self.extractor is None and self.classifier is None:
             return None, torch.empty(0, dtype=torch.int64), None
         mine = range(index, args.validation_images, count)
-        features, logits, classes = [], [], []
+        features = []
+        logits = []
+        classes = []
         for first in range(0, len(mine), args.batch_size):
             ids = list(mine[first : first + args.batch_size])
             labels = [i % len(self.pipeline.class_names) for i in ids] if self.pipeline.class_names else None
@@ -126,9 +134,14 @@ class GenerationMonitor:
             if self.classifier is not None:
                 logits.append(self.classifier.logits(images))
         parts = gather_object([(features, classes, logits)])
-        features, classes, logits = ([value for part in parts for value in part[i]] for i in range(3))
-        found = [torch.cat(values) if values else None for values in (features, logits)]
-        return found[0], torch.tensor(classes, dtype=torch.int64), found[1]
+        features = [value for part in parts for value in part[0]]
+        classes = [value for part in parts for value in part[1]]
+        logits = [value for part in parts for value in part[2]]
+        return (
+            torch.cat(features) if features else None,
+            torch.tensor(classes, dtype=torch.int64),
+            torch.cat(logits) if logits else None,
+        )
 
     def _sample(self, ids: list[int], labels: list[int] | None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of these numbers."""
@@ -145,7 +158,8 @@ class GenerationMonitor:
         return images.float() * 2 - 1
 
     def _real_features(self, images: ImageTable) -> Tensor:
-        index, count = self.accelerator.process_index, self.accelerator.num_processes
+        index = self.accelerator.process_index
+        count = self.accelerator.num_processes
         rows = spread_rows(len(images), self.args.evaluation_images)[index::count]
         batches = evaluation_batches(images, self.args.batch_size, rows)
         features = [self.extractor.features(batch["images"].float() / 127.5 - 1) for batch in batches]
@@ -166,7 +180,8 @@ class GenerationMonitor:
         better = self.best is None or (value < self.best if self.metric == "fid" else value > self.best)
         if not better:
             return
-        self.best, self.best_step = value, step
+        self.best = value
+        self.best_step = step
         with atomic_folder(Path(self.args.output_dir) / f"{self.args.name}-best") as folder:
             self.pipeline.save_pretrained(folder)
             save_recipe(self.args, folder / "recipe.yaml")

@@ -49,9 +49,11 @@ class Guidance:
 
     def combine(self, with_class: Tensor, without: Tensor, channels: int) -> Tensor:
         """The guided prediction (B, C, h, w); channels after the first `channels`, a variance, stay the class's."""
-        mean, rest = with_class[:, :channels], with_class[:, channels:]
+        mean = with_class[:, :channels]
+        rest = with_class[:, channels:]
         guided = without[:, :channels] + self.scale * (mean - without[:, :channels])
         if self.rescale:
-            wanted, found = (x.std(dim=(1, 2, 3), keepdim=True) for x in (mean, guided))
+            wanted = mean.std(dim=(1, 2, 3), keepdim=True)
+            found = guided.std(dim=(1, 2, 3), keepdim=True)
             guided = torch.lerp(guided, guided * (wanted / found), self.rescale)
         return torch.cat([guided, rest], dim=1) if rest.shape[1] else guided

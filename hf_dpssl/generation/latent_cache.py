@@ -34,7 +34,8 @@ from ..models.weight_hashes import combined_sha256
 from ..runs.atomic_files import atomic_file, write_json
 
 logger = logging.getLogger(__name__)
-_BLOCK, _BLOCKS = 4096, 16  # of a shard's check sum
+_BLOCK = 4096  # bytes that a shard's check sum reads at a time
+_BLOCKS = 16  # places of a shard that it reads
 
 
 class _CachedTable(torch.utils.data.Dataset):
@@ -43,14 +44,16 @@ class _CachedTable(torch.utils.data.Dataset):
     content = ""
 
     def __init__(self, folder: str | Path, flip_seed: int | None = None):
-        self.folder, self.flip_seed = Path(folder), flip_seed
+        self.folder = Path(folder)
+        self.flip_seed = flip_seed
         index = _read(self.folder / "index.json")
         if index is None:
             raise FileNotFoundError(f"{folder} holds no finished cache: build it with build_latent_cache.")
         held = index.get("content", "latents")
         if held != self.content:
             raise ValueError(f"{folder} is a cache of {held}, not of {self.content}: build one in another folder.")
-        self.fingerprint, self.flipped = index["fingerprint"], index["flipped"]
+        self.fingerprint = index["fingerprint"]
+        self.flipped = index["flipped"]
         if flip_seed is not None and not self.flipped:
             raise ValueError(f"{folder} holds no mirrored copies to draw from: build it with flipped=True.")
         self.labels = torch.from_numpy(np.load(self.folder / "labels.npy"))
@@ -80,7 +83,8 @@ class _CachedTable(torch.utils.data.Dataset):
         return torch.from_numpy(np.stack(picked))
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict:
-        epoch, rows = items[0][0], torch.tensor([row for _, row in items])
+        epoch = items[0][0]
+        rows = torch.tensor([row for _, row in items])
         batch = dict(labels=self.labels[rows], sample_ids=rows, epoch=epoch)
         if self.flip_seed is not None:
             batch["mirrored"] = self.mirrored(rows, epoch)
@@ -183,8 +187,10 @@ def build_latent_cache(
             f"this autoencoder (quantizer={autoencoder.config.quantizer!r}) has no codes to cache: "
             "take one with a codebook, or cache its latents."
         )
-    folder, sources = Path(folder), _sources(autoencoder, table, content, flipped)
-    fingerprint, (index, count) = combined_sha256(sources), process
+    folder = Path(folder)
+    sources = _sources(autoencoder, table, content, flipped)
+    fingerprint = combined_sha256(sources)
+    index, count = process
     if index == 0:
         _claim(folder, {"fingerprint": fingerprint, "sources": sources, "rows_per_shard": rows_per_shard})
     wait()
@@ -206,7 +212,8 @@ def build_latent_cache(
 
 def _claim(folder: Path, plan: dict) -> None:
     """Leave what goes on with this plan, and say what does not; afterwards there is an index only of a whole cache."""
-    index, then = _read(folder / "index.json"), _read(folder / "plan.json")
+    index = _read(folder / "index.json")
+    then = _read(folder / "plan.json")
     if index is None and then is None and folder.exists():
         if foreign := [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]:
             raise ValueError(f"{folder} holds {foreign[:3]} and no cache: choose another folder for the latents.")
@@ -216,7 +223,8 @@ def _claim(folder: Path, plan: dict) -> None:
             return
         (folder / "index.json").unlink()
     elif index is not None or then is not None:
-        old, new = (index or then).get("sources", {}), plan["sources"]
+        old = (index or then).get("sources", {})
+        new = plan["sources"]
         changed = [f"{k} ...{old[k][-24:]}, now ...{new[k][-24:]}" for k in new if k in old and old[k] != new[k]]
         if (index or then)["fingerprint"] != plan["fingerprint"]:
             reason = "; ".join(changed) or "by an older version"
@@ -267,11 +275,13 @@ def _parts(table: ImageTable, size: int) -> Iterator[tuple[ImageTable, range]]:
     if not isinstance(table.split, IterableDataset):
         yield from ((table, range(first, min(first + size, len(table)))) for first in range(0, len(table), size))
         return
-    rows, first = iter(table.split), 0
+    rows = iter(table.split)
+    first = 0
     while chunk := list(itertools.islice(rows, size)):
         split = Dataset.from_list(chunk, features=table.split.features)
         part = ImageTable(table.data, split, table.image_size, table.on_bad_image, first_row=first)
-        part.skipped, first = table.skipped, first + len(chunk)
+        part.skipped = table.skipped
+        first += len(chunk)
         yield part, range(len(chunk))
 
 
@@ -287,9 +297,11 @@ def _write_shard(
 ) -> None:
     config = autoencoder.config
     side = table.image_size * config.latent_size // config.image_size
-    shape, dtype = (config.latent_channels, side, side), np.float32
+    shape = (config.latent_channels, side, side)
+    dtype = np.float32
     if content == "codes":
-        shape, dtype = (side, side), np.int16 if config.num_codes <= 2**15 else np.int32
+        shape = (side, side)
+        dtype = np.int16 if config.num_codes <= 2**15 else np.int32
     values = np.empty((len(rows), 1 + flipped, *shape), dtype)
     labels: list[int] = []
     for batch in evaluation_batches(table, batch_size, rows):

@@ -82,7 +82,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
             prediction_type = prediction_type_of(scheduler)
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
-        config, classes = transformer.config, transformer.config.num_embeds_ada_norm
+        config = transformer.config
+        classes = transformer.config.num_embeds_ada_norm
         if id2label is None and classes > 1:
             id2label = {class_id: f"class {class_id}" for class_id in range(classes)}
         exported = classes == stock_dit.STOCK_CLASSES  # its rows beyond the names are copies of the null row
@@ -195,13 +196,15 @@ class VQDiTPipeline(ClassConditionalPipeline):
         scheduler = fitting_scheduler(self.scheduler, *trained_with, self.learned_variance)
         pictures, mask, cells = self._pictures_given(image, mask_image, len(labels))
         generator = read_generator(generator, len(labels))
-        device, config = self._execution_device, self.transformer.config
+        device = self._execution_device
+        config = self.transformer.config
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         noise = initial_noise(shape, generator, latents, device)
         generators = step_generators(generator, len(labels))
         images = PerImageInputs(noise, labels, others, weights, generators, pictures, mask, cells)
 
-        self._interrupt, finished = False, []
+        self._interrupt = False
+        finished = []
         for start in range(0, len(labels), batch_size or len(labels)):
             part = images.rows(start, start + (batch_size or len(labels)))
             steps = SchedulerSteps(scheduler, num_inference_steps, device, strength, timesteps, sigmas)
@@ -273,7 +276,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
         else:
             rows = [row for row in self.class_mixtures(class_labels, self.null_class) for _ in range(per_label)]
         device = self._execution_device
-        labels, others = (torch.tensor([row[i] for row in rows], dtype=torch.int64, device=device) for i in (0, 1))
+        labels = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device)
+        others = torch.tensor([row[1] for row in rows], dtype=torch.int64, device=device)
         weights = torch.tensor([row[2] for row in rows], dtype=torch.float32, device=device)
         return (labels, others, weights) if weights.any() else (labels, None, None)
 
@@ -309,7 +313,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
         self, images: PerImageInputs, steps: SchedulerSteps, guidance: Guidance, guided: bool, callback: tuple
     ) -> Tensor:
         """Latents (B, C, h, w) after all steps."""
-        noise, channels = images.noise, images.noise.shape[1]
+        noise = images.noise
+        channels = images.noise.shape[1]
         if images.pictures is None:
             latents = steps.start(noise)
         else:

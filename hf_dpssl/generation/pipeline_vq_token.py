@@ -137,8 +137,11 @@ class CodeSampler(LogitsProcessor):
             raise ValueError(f"top_k must be at least 1, or None for all {num_codes} codes, got {top_k}.")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], or be None for all codes, got {top_p}.")
-        self.num_codes, self.generator, self.guidance_scale = num_codes, generator, guidance_scale
-        self.temperature, self.warpers = temperature, LogitsProcessorList()
+        self.num_codes = num_codes
+        self.generator = generator
+        self.guidance_scale = guidance_scale
+        self.temperature = temperature
+        self.warpers = LogitsProcessorList()
         if temperature not in (0, 1):
             self.warpers.append(TemperatureLogitsWarper(float(temperature)))
         if top_k is not None and temperature and top_k < num_codes:
@@ -198,7 +201,8 @@ class VQTokenPipeline(ClassConditionalPipeline):
                 f"this autoencoder (quantizer={vae.config.quantizer!r}) has no codes: take one with a codebook."
             )
         self._register(id2label, vae, vae_fingerprint, "language model", language_model=language_model)
-        config, num_classes = language_model.config, len(id2label or {})
+        config = language_model.config
+        num_classes = len(id2label or {})
         expected = vae.config.num_codes + num_classes + 1
         if config.vocab_size != expected:
             raise ValueError(
@@ -259,7 +263,8 @@ class VQTokenPipeline(ClassConditionalPipeline):
         Raises:
             ValueError: an unknown class or output type, an option out of range, or a wrong number of generators.
         """
-        num_codes, side = self.vae.config.num_codes, self.vae.config.latent_size
+        num_codes = self.vae.config.num_codes
+        side = self.vae.config.latent_size
         count = 1 if num_images is None else num_images
         ids = [] if class_labels is None else self.class_ids(class_labels)
         first = [self.null_token] * count if class_labels is None else [num_codes + class_id for class_id in ids]

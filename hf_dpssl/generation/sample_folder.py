@@ -28,7 +28,19 @@ from ..runs.atomic_files import atomic_file, write_json
 from ..runs.results import command_line, environment
 
 # Entries of a plan that decide the files.
-DECIDES = "weights scheduler options seed class_ids num_images format layout images_per_folder dtype versions".split()
+DECIDES = [
+    "weights",
+    "scheduler",
+    "options",
+    "seed",
+    "class_ids",
+    "num_images",
+    "format",
+    "layout",
+    "images_per_folder",
+    "dtype",
+    "versions",
+]
 _CHANNELS = (1, 3, 4)  # of PNG
 
 

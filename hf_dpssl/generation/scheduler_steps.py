@@ -23,7 +23,8 @@ def prediction_type_of(scheduler: SchedulerMixin) -> str:
     Raises:
         ValueError: a scheduler of another kind (discrete codes, EDM's continuous noise levels, other arguments).
     """
-    name, config = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
+    config = scheduler.config
     if name.removesuffix("Scheduler") in _FLOW_CLASSES:
         return "flow"
     found = config.get("prediction_type")
@@ -123,7 +124,8 @@ class SchedulerSteps:
         timesteps: list | None = None,
         sigmas: list | None = None,
     ):
-        self.scheduler, first = scheduler, 0
+        self.scheduler = scheduler
+        first = 0
         given = {"timesteps": timesteps, "sigmas": sigmas}
         given = {name: value for name, value in given.items() if value is not None}
         self._set_timesteps(num_steps, device, given)
@@ -138,13 +140,15 @@ class SchedulerSteps:
         return len(self.timesteps)
 
     def _set_timesteps(self, num_steps: int, device: torch.device, given: dict) -> None:
-        allowed, name = inspect.signature(self.scheduler.set_timesteps).parameters, type(self.scheduler).__name__
+        allowed = inspect.signature(self.scheduler.set_timesteps).parameters
+        name = type(self.scheduler).__name__
         if missing := [key for key in given if key not in allowed]:
             raise ValueError(f"{name} takes no {missing[0]}; give num_inference_steps, or another scheduler.")
         self.scheduler.set_timesteps(**(given or {"num_inference_steps": num_steps}), device=device)
 
     def _first_step(self, calls: int, strength: float) -> int:
-        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        scheduler = self.scheduler
+        name = type(self.scheduler).__name__
         adds = hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")
         if name == "SASolverScheduler" and scheduler.config.use_flow_sigmas:
             adds = False  # its add_noise is that of epsilon models

@@ -48,7 +48,9 @@ def export_dit_pipeline(pipeline: DiffusionPipeline, folder: str | os.PathLike) 
 
 def reasons_against(pipeline: DiffusionPipeline) -> list[str]:
     """Why DiTPipeline cannot express a pipeline; empty when it can."""
-    scheduler, name, reasons = pipeline.scheduler, type(pipeline.scheduler).__name__, []
+    scheduler = pipeline.scheduler
+    name = type(pipeline.scheduler).__name__
+    reasons = []
     if pipeline.null_class > STOCK_CLASSES:
         reasons.append(f"it has {pipeline.null_class} classes, DiTPipeline at most {STOCK_CLASSES}")
     if not hasattr(scheduler, "scale_model_input"):
@@ -69,7 +71,8 @@ def reasons_against_autoencoder(vae: latent_codec.Autoencoder) -> list[str]:
     if not isinstance(vae, VQAutoencoder):
         shifted = getattr(vae.config, "shift_factor", None)
         return [f"DiTPipeline ignores the autoencoder's shift_factor {shifted}"] if shifted else []
-    config, reasons = vae.config, []
+    config = vae.config
+    reasons = []
     if config.quantizer == "none":
         reasons.append("diffusers has no plain autoencoder (quantizer 'none')")
     if config.quantizer == "vq" and config.code_distance != "l2":
@@ -77,7 +80,8 @@ def reasons_against_autoencoder(vae: latent_codec.Autoencoder) -> list[str]:
     if config.backbone is not None:
         reasons.append("its encoder is a timm backbone")
     for name in ("block_out_channels", "layers_per_block"):
-        encoder, decoder = getattr(config, f"encoder_{name}"), getattr(config, f"decoder_{name}")
+        encoder = getattr(config, f"encoder_{name}")
+        decoder = getattr(config, f"decoder_{name}")
         if encoder != decoder and config.backbone is None:
             reasons.append(f"encoder and decoder differ in {name} ({encoder} and {decoder})")
     if config.quantizer == "kl" and config.encoder_out_channels != config.latent_channels:

@@ -36,9 +36,13 @@ class TokenAlignedTransformer(nn.Module):
         if not 1 <= block <= len(transformer.transformer_blocks):
             raise ValueError(f"block lies in [1, {len(transformer.transformer_blocks)}], got {block}.")
         self.transformer = transformer
-        sizes = (transformer.inner_dim, width, width, features)
-        first, second, third = (nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
-        self.projector = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+        self.projector = nn.Sequential(
+            nn.Linear(transformer.inner_dim, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, features),
+        )
         self._tokens: Tensor | None = None
         self._recording = False  # a checkpointed block runs again in the backward pass
         transformer.transformer_blocks[block - 1].register_forward_hook(self._record)
@@ -51,7 +55,9 @@ class TokenAlignedTransformer(nn.Module):
         """Prediction (B, C, h, w) and projected tokens (B, T, D) of latents (B, C, h, w)."""
         self._recording = True
         sample = self.transformer(latents, timestep=timestep, class_labels=class_labels).sample
-        self._recording, tokens, self._tokens = False, self._tokens, None
+        self._recording = False
+        tokens = self._tokens
+        self._tokens = None
         return sample, self.projector(tokens)
 
 
@@ -73,10 +79,12 @@ class SpatialFeatures:
     """
 
     def __init__(self, encoder: ContrastiveEncoder, side: int, device: torch.device | str = "cpu"):
-        self.encoder, self.side = encoder.eval().requires_grad_(False).to(device), side
+        self.encoder = encoder.eval().requires_grad_(False).to(device)
+        self.side = side
         settings = encoder.timm_model.pretrained_cfg | (encoder.config.pretrained_cfg or {})
         self.size = tuple(settings["input_size"][1:])
-        self.mean, self.std = (torch.tensor(settings[k], device=device).view(1, -1, 1, 1) for k in ("mean", "std"))
+        self.mean = torch.tensor(settings["mean"], device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(settings["std"], device=device).view(1, -1, 1, 1)
         self.prefix_tokens = getattr(encoder.timm_model, "num_prefix_tokens", 0)
         self.dimension = self(torch.zeros(1, 3, *self.size, dtype=torch.uint8, device=device)).shape[-1]
 
@@ -125,7 +133,8 @@ class LatentsWithImages(torch.utils.data.Dataset):
                 f"{len(latents)} latents cannot be matched with {len(images)} images: repair or remove those that "
                 "cannot be read, or leave out the alignment."
             )
-        self.latents, self.images = latents, images
+        self.latents = latents
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.latents)

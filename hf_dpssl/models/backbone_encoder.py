@@ -37,8 +37,10 @@ class BackboneEncoder(nn.Module):
         lacking = [name for name in (*_NEEDED, "level", *_DERIVED) if backbone.get(name) is None]
         if lacking:
             raise ValueError(f"backbone lacks {lacking}: `complete_backbone` fills in all but the architecture.")
-        self.level, self.channels = backbone["level"], backbone["channels"]
-        self.reduction, self.norm = backbone["reduction"], backbone["norm"]
+        self.level = backbone["level"]
+        self.channels = backbone["channels"]
+        self.reduction = backbone["reduction"]
+        self.norm = backbone["norm"]
         self.timm_model = build_timm(backbone)
         self.input_channels = _input_channels(backbone, num_channels)
         if hasattr(self.timm_model, "prune_intermediate_layers"):
@@ -80,7 +82,8 @@ class BackboneEncoder(nn.Module):
 
 def build_timm(backbone: dict) -> nn.Module:
     """The timm model of a backbone entry, without classifier; ValueError for unknown architecture or stem."""
-    architecture, stem = backbone["architecture"], backbone.get("stem") or "timm"
+    architecture = backbone["architecture"]
+    stem = backbone.get("stem") or "timm"
     if stem not in ("timm", *SMALL_IMAGE_STEMS):
         raise ValueError(f"stem must be one of {('timm', *SMALL_IMAGE_STEMS)}, got {stem!r}.")
     if not timm.is_model(architecture):

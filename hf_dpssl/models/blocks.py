@@ -59,7 +59,8 @@ def use_small_image_stem_(resnet: nn.Module, stem: str = "small_image") -> None:
         raise ValueError(f"stem={stem!r} needs a timm ResNet with a single conv1, not {type(resnet).__name__}.")
     replacement = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=options["padding"], bias=False)
     nn.init.kaiming_normal_(replacement.weight, mode="fan_out", nonlinearity="relu")
-    resnet.conv1, resnet.maxpool = replacement.to(conv.weight.device, conv.weight.dtype), nn.Identity()
+    resnet.conv1 = replacement.to(conv.weight.device, conv.weight.dtype)
+    resnet.maxpool = nn.Identity()
     if not options["activation"]:
         resnet.act1 = nn.Identity()
 

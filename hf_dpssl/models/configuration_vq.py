@@ -6,7 +6,14 @@ from transformers import PretrainedConfig
 
 from .vq_options import CHOICES, PRESETS
 
-_COUNTS = "image_size num_channels latent_channels num_codes norm_num_groups encoder_layers_per_block".split()
+_COUNTS = [
+    "image_size",
+    "num_channels",
+    "latent_channels",
+    "num_codes",
+    "norm_num_groups",
+    "encoder_layers_per_block",
+]
 
 
 class VQConfig(PretrainedConfig):
@@ -170,7 +177,8 @@ class VQConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.backbone is not None:
             self._check_backbone()
-        encoder, decoder = self.encoder_block_out_channels, self.decoder_block_out_channels
+        encoder = self.encoder_block_out_channels
+        decoder = self.decoder_block_out_channels
         if len(encoder) != len(decoder):
             raise ValueError(f"encoder and decoder need the same number of levels, got widths {encoder} and {decoder}.")
         uneven = [width for width in encoder + decoder if width % self.norm_num_groups]

@@ -35,7 +35,8 @@ class LatentDensity(nn.Module):
                 f"dim and components must be at least 1, and only 'held_out' has a bank: got kind={kind!r}, dim={dim}, "
                 f"components={components}, bank_size={bank_size}."
             )
-        self.kind, self.dim = kind, dim
+        self.kind = kind
+        self.dim = dim
         components = components if kind == "mixture" else 1
         self.register_buffer("weights", torch.full((components,), 1 / components))
         self.register_buffer("means", torch.zeros(components, dim))

@@ -43,10 +43,13 @@ class PatchDiscriminatorConfig(PretrainedConfig):
     ):
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {norm!r}.")
-        self.num_channels, self.width, self.image_size = num_channels, width, image_size
+        self.num_channels = num_channels
+        self.width = width
+        self.image_size = image_size
         automatic = max(1, min(3, int(math.log2(max(2, image_size))) - 2))
         self.num_layers = automatic if num_layers is None else num_layers
-        self.norm, self.spectral_norm = norm, spectral_norm
+        self.norm = norm
+        self.spectral_norm = spectral_norm
         if min(num_channels, width, self.num_layers) < 1 or width % 4:
             raise ValueError(
                 "num_channels and num_layers must be at least 1, width a multiple of 4; "

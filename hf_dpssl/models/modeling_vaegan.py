@@ -62,9 +62,16 @@ class VAEGANConfig(PretrainedConfig):
                 f"num_channels and latent_dim must be positive, width a multiple of 8, dropout in [0, 1); got "
                 f"{num_channels}, {latent_dim}, {width}, {dropout}."
             )
-        self.image_size, self.num_channels, self.width, self.latent_dim = image_size, num_channels, width, latent_dim
-        self.latent, self.features, self.dropout = latent, features, dropout
-        self.density, self.components, self.bank_size = density, components, bank_size
+        self.image_size = image_size
+        self.num_channels = num_channels
+        self.width = width
+        self.latent_dim = latent_dim
+        self.latent = latent
+        self.features = features
+        self.dropout = dropout
+        self.density = density
+        self.components = components
+        self.bank_size = bank_size
         self.dpssl = dpssl or {}
         super().__init__(**kwargs)
 
@@ -196,7 +203,8 @@ class VAEGAN(PreTrainedModel):
             return VAEGANOutput(generated=generated)
         mean, log_variance = self.encode(pixel_values)
         images = self.decode(mean if noise is None else mean + (log_variance / 2).exp() * noise)
-        mu, log_v = mean.float(), log_variance.float()
+        mu = mean.float()
+        log_v = log_variance.float()
         kl = 0.5 * (mu.pow(2) + log_v.exp() - 1 - log_v).sum(1).mean()
         return VAEGANOutput(images, generated, mean, log_variance, kl, F.l1_loss(images.float(), pixel_values.float()))
 

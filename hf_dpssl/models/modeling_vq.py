@@ -22,9 +22,11 @@ from .blocks import use_small_image_stem_  # noqa: F401  ... of this file, so th
 from .codebook_search import nearest_codes  # noqa: F401
 from .complete_loading import load_complete
 from .configuration_vq import VQConfig
+from .contrastive_options import SMALL_IMAGE_STEMS  # noqa: F401
 from .gather import is_distributed  # noqa: F401
 from .matrix_products import product  # noqa: F401
 from .quantizer import QuantizerOutput, VectorQuantizer
+from .vq_options import CHOICES  # noqa: F401
 from .weight_hashes import combined_sha256, tensor_sha256
 
 FROZEN_MODULES = ("encoder", "quant_conv", "quantizer")
@@ -182,13 +184,23 @@ class VQAutoencoder(PreTrainedModel):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder_frozen):
             latents, log_variance = self._moments(pixel_values)
-        config, zero = self.config, latents.new_zeros((), dtype=torch.float32)
-        quantized, codes, perplexity = latents, None, None
-        commit = codebook = entropy = kl = zero
+        config = self.config
+        zero = latents.new_zeros((), dtype=torch.float32)
+        quantized = latents
+        codes = None
+        perplexity = None
+        commit = zero
+        codebook = zero
+        entropy = zero
+        kl = zero
         if self.quantizer is not None:
             output = self.quantizer(latents)
-            quantized, codes, perplexity = output.quantized, output.codes, output.perplexity
-            commit, codebook, entropy = output.commitment, output.codebook_loss, output.entropy
+            quantized = output.quantized
+            codes = output.codes
+            perplexity = output.perplexity
+            commit = output.commitment
+            codebook = output.codebook_loss
+            entropy = output.entropy
         elif log_variance is not None:
             quantized, kl = self._sample(latents, log_variance, pixel_values[0].numel())
         reconstruction = self.decode(quantized).pixel_values
@@ -202,7 +214,8 @@ class VQAutoencoder(PreTrainedModel):
 
     def _moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latents, or with KL their mean and log variance."""
-        channels, factor = self.config.num_channels, self.config.downsampling_factor
+        channels = self.config.num_channels
+        factor = self.config.downsampling_factor
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(f"pixel_values must be (B, {channels}, H, W), got {tuple(pixel_values.shape)}.")
         if any(side % factor or side < factor for side in pixel_values.shape[2:]):
@@ -218,7 +231,8 @@ class VQAutoencoder(PreTrainedModel):
 
     def _sample(self, mean: Tensor, log_variance: Tensor, pixel_count: int) -> tuple[Tensor, Tensor]:
         """Latents drawn in training mode (the mean otherwise), and the KL to the standard normal per pixel value."""
-        mu, log_variance = mean.float(), log_variance.float()
+        mu = mean.float()
+        log_variance = log_variance.float()
         kl = 0.5 * (mu.pow(2) + log_variance.exp() - 1 - log_variance).sum() / (len(mu) * pixel_count)
         if self.training and not self.config.encoder_frozen:
             return (mu + (log_variance / 2).exp() * torch.randn_like(mu)).to(mean.dtype), kl
@@ -236,7 +250,8 @@ class VQAutoencoder(PreTrainedModel):
 
     def check_encoder_unchanged(self) -> None:
         """Raise RuntimeError naming every frozen tensor whose hash is no longer `config.encoder_sha256`'s."""
-        expected, found = self.config.encoder_sha256 or {}, self.hash_encoder()
+        expected = self.config.encoder_sha256 or {}
+        found = self.hash_encoder()
         frozen = (name for name in expected.keys() | found.keys() if name.split(".")[0] in self.frozen_modules)
         changed = sorted(name for name in frozen if expected.get(name) != found.get(name))
         if changed:
@@ -252,10 +267,12 @@ class VQAutoencoder(PreTrainedModel):
         config = copy.copy(self.config)
         config.decoder_block_out_channels = list(block_out_channels)
         config.decoder_layers_per_block = layers_per_block
-        config.decoder_dropout, config.decoder_dropout_kind = dropout, dropout_kind
+        config.decoder_dropout = dropout
+        config.decoder_dropout_kind = dropout_kind
         config._check()
         self.config = config
-        old, reference = self.decoder, self.last_decoder_layer
+        old = self.decoder
+        reference = self.last_decoder_layer
         self._build_decoder()
         channels_last = reference.is_contiguous(memory_format=torch.channels_last) and not reference.is_contiguous()
         for module in (self.post_quant_conv, self.decoder):
@@ -300,7 +317,8 @@ class VQAutoencoder(PreTrainedModel):
                 "this autoencoder's config has no latent_mean and latent_std; training/dae_vq.py measures "
                 "them when training ends. Set both (one number per latent channel) before generating."
             )
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (self.config.latent_mean, self.config.latent_std))
+        mean = latents.new_tensor(self.config.latent_mean).view(1, -1, 1, 1)
+        std = latents.new_tensor(self.config.latent_std).view(1, -1, 1, 1)
         return mean, std
 
 

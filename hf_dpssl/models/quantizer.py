@@ -88,9 +88,13 @@ class VectorQuantizer(nn.Module):
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
         if entropy_temperature is not None and entropy_temperature <= 0:
             raise ValueError(f"entropy_temperature must be positive, got {entropy_temperature}.")
-        self.num_codes, self.code_dim = num_codes, code_dim
-        self.decay, self.revival_threshold = decay, revival_threshold
-        self.update, self.distance, self.gradient = update, distance, gradient
+        self.num_codes = num_codes
+        self.code_dim = code_dim
+        self.decay = decay
+        self.revival_threshold = revival_threshold
+        self.update = update
+        self.distance = distance
+        self.gradient = gradient
         self.entropy_temperature = entropy_temperature
         self.defer_update = False
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -151,15 +155,18 @@ class VectorQuantizer(nn.Module):
     def _entropy(self, vectors: Tensor, codebook: Tensor) -> Tensor:
         """Mean entropy of the soft assignments minus the entropy of their mean; low: sharp, and all codes used."""
         centre = codebook.detach().mean(0)  # an offset does not change distances, only their rounding
-        vectors, codebook = vectors - centre, codebook - centre
+        vectors = vectors - centre
+        codebook = codebook - centre
         parts = vectors.split(max(1, _ENTROPY_ELEMENTS // self.num_codes))
-        total, mean = vectors.new_zeros(()), vectors.new_zeros(self.num_codes)
+        total = vectors.new_zeros(())
+        mean = vectors.new_zeros(self.num_codes)
         for part in parts:
             if len(parts) > 1 and torch.is_grad_enabled():  # computed again in the backward pass, not kept for it
                 found = checkpoint(_assignments, part, codebook, self.entropy_temperature, use_reentrant=False)
             else:
                 found = _assignments(part, codebook, self.entropy_temperature)
-            total, mean = total + found[0], mean + found[1]
+            total = total + found[0]
+            mean = mean + found[1]
         mean = mean / len(vectors)
         # Codes so far away that their share is 0 have no gradient, instead of 0 / 0.
         return total / len(vectors) + torch.special.xlogy(mean, mean.clamp_min(torch.finfo(mean.dtype).tiny)).sum()
@@ -248,8 +255,10 @@ def rotate_onto(vectors: Tensor, targets: Tensor) -> Tensor:
     Source: Fifty et al. 2024, section 4.2.
     """
     exact = vectors.detach()
-    lengths, target_lengths = exact.norm(dim=1, keepdim=True), targets.norm(dim=1, keepdim=True)
-    v, t = F.normalize(exact, dim=1), F.normalize(targets, dim=1)
+    lengths = exact.norm(dim=1, keepdim=True)
+    target_lengths = targets.norm(dim=1, keepdim=True)
+    v = F.normalize(exact, dim=1)
+    t = F.normalize(targets, dim=1)
     middle = v + t
     w = F.normalize(middle, dim=1)
     turned = vectors - 2 * w * (w * vectors).sum(1, keepdim=True) + 2 * t * (v * vectors).sum(1, keepdim=True)

@@ -76,7 +76,8 @@ def code_colours(autoencoder: VQAutoencoder) -> Tensor:
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     places = centred @ directions[:3].T  # (K, up to 3)
     places = torch.nn.functional.pad(places, (0, 3 - places.shape[1]))
-    low, high = (places.quantile(share, dim=0) for share in (0.02, 0.98))  # one far code would grey out the others
+    low = places.quantile(0.02, dim=0)  # not the smallest and largest: one far code would grey out the others
+    high = places.quantile(0.98, dim=0)
     return ((places - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
 
 

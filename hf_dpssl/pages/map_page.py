@@ -94,7 +94,8 @@ def _sprite_sheet(images: Tensor) -> tuple[str, int, int]:
     columns = math.ceil(math.sqrt(count))
     sheet = np.zeros((math.ceil(count / columns) * side, columns * side, 3), np.uint8)
     for i, picture in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        top, left = i // columns * side, i % columns * side
+        top = i // columns * side
+        left = i % columns * side
         sheet[top : top + side, left : left + side] = picture
     kind = "png" if sheet.shape[0] * sheet.shape[1] <= _LOSSLESS_PIXELS else "jpeg"
     buffer = io.BytesIO()

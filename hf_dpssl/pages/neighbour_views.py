@@ -44,7 +44,8 @@ class PictureBank:
         table.preload(2**30, show_progress=False)
         if table.images is None:
             raise ValueError(f"{count} pictures of {size} pixels do not fit into memory: take fewer.")
-        self.dataset, self.labels = dataset, table.labels.tolist()
+        self.dataset = dataset
+        self.labels = table.labels.tolist()
         self.class_names = list(data.class_names or [])
         self.pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in table.images]
         self.thumbnails = table.images
@@ -69,7 +70,8 @@ class EncoderView:
     """
 
     def __init__(self, source: str, bank: PictureBank):
-        self.bank, self.embedder = bank, ImageEmbedder(source)
+        self.bank = bank
+        self.embedder = ImageEmbedder(source)
         self.features = self._embed(self.embedder)
         self.head = _two_dimensional_head(source)
         if self.head is not None:
@@ -102,16 +104,21 @@ class EncoderView:
 
     def map_page(self, picture: Image.Image | None, title: str) -> str:
         """The interactive map as an HTML page, with the picture on it, ringed, where one is given."""
-        bank, places, thumbnails = self.bank, self.places, self.bank.thumbnails
-        names, labels = [f"picture {i}" for i in range(len(bank))], list(bank.labels)
-        classes, marked = list(bank.class_names), None
+        bank = self.bank
+        places = self.places
+        thumbnails = self.bank.thumbnails
+        names = [f"picture {i}" for i in range(len(bank))]
+        labels = list(bank.labels)
+        classes = list(bank.class_names)
+        marked = None
         if picture is not None:
             marked = len(bank)
             side = thumbnails.shape[-1]
             pixels = torch.from_numpy(np.asarray(picture.resize((side, side))).copy()).permute(2, 0, 1)
             thumbnails = torch.cat([thumbnails, pixels[None]])
             places = torch.cat([places, self.place(picture)[None]])
-            names, labels = [*names, "your picture"], [*labels, -1]
+            names = [*names, "your picture"]
+            labels = [*labels, -1]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "map.html"
             write_map_page(

@@ -13,7 +13,18 @@ from torch import Tensor
 
 SIDE = 400  # of a map, in its own units
 # One per class, of at least 3:1 contrast on white and on dark grey.
-COLOURS = "#2f7fd0 #d9730d #2a9850 #dc4446 #8b63c9 #9c6b57 #d052a8 #768089 #a08a00 #0b97a8".split()
+COLOURS = [
+    "#2f7fd0",
+    "#d9730d",
+    "#2a9850",
+    "#dc4446",
+    "#8b63c9",
+    "#9c6b57",
+    "#d052a8",
+    "#768089",
+    "#a08a00",
+    "#0b97a8",
+]
 
 
 def map_svg(points: Tensor, labels: Sequence[int], glyphs: Sequence[str], description: str) -> str:
@@ -25,7 +36,8 @@ def map_svg(points: Tensor, labels: Sequence[int], glyphs: Sequence[str], descri
         glyphs: a character or so per class.
         description: read out by screen readers.
     """
-    low, high = points.amin(0), points.amax(0)
+    low = points.amin(0)
+    high = points.amax(0)
     scale = (SIDE - 30) / max(float((high - low).max()), 1e-9)
     places = ((points - (low + high) / 2) * scale + SIDE / 2).tolist()
     groups: dict[int, list[str]] = {}
@@ -97,7 +109,8 @@ def picture_grid(
     """
     figures = []
     for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        address, text = data_url(picture), html.escape(caption)
+        address = data_url(picture)
+        text = html.escape(caption)
         spoken = html.escape(alternatives[i]) if alternatives else text
         image = f'<img src="{address}" alt="{spoken}" style="width:{side}px">'
         if download is not None:

@@ -22,7 +22,9 @@ from ..generation.pipeline_vq_token import VQTokenPipeline
 from .demo_outputs import source_arguments
 from .page_pictures import to_pictures
 
-MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE = 16, 100, 10.0
+MAX_IMAGES = 16
+MAX_STEPS = 100
+MAX_GUIDANCE = 10.0
 _GREY = 0.0  # of what has not been drawn yet, in [-1, 1]
 
 
@@ -132,14 +134,19 @@ class _PartsOfPictures(BaseStreamer):
     """Decodes the codes drawn so far; cells to come are grey."""
 
     def __init__(self, pipeline: VQTokenPipeline, number: int, is_due: Callable, emit: Callable):
-        self.pipeline, self.number, self.is_due, self.emit = pipeline, number, is_due, emit
+        self.pipeline = pipeline
+        self.number = number
+        self.is_due = is_due
+        self.emit = emit
         self.codes: list[Tensor] = []
 
     def put(self, value: Tensor) -> None:
         if value.ndim != 1:  # the tokens that the images start with
             return
         self.codes.append(value[: self.number])
-        vae, total, done = self.pipeline.vae, self.pipeline.num_tokens, len(self.codes)
+        vae = self.pipeline.vae
+        total = self.pipeline.num_tokens
+        done = len(self.codes)
         if done > total or not self.is_due():
             return
         codes = torch.stack(self.codes, dim=1)  # (N, drawn)
@@ -164,7 +171,9 @@ def emitted(run: Callable[[Callable[[Any], None]], None]) -> Iterator:
     `run` works in a thread of its own, at most one item ahead; closing the iterator ends it at its next `emit`.
     """
     items: queue.Queue = queue.Queue(maxsize=1)
-    closed, finished, failure = threading.Event(), object(), []
+    closed = threading.Event()
+    finished = object()
+    failure = []
 
     def emit(item) -> None:
         while not closed.is_set():

@@ -68,7 +68,8 @@ def describe_ancestor(source: str | os.PathLike) -> dict:
         about |= {"revision": folder.name} if folder else {}
     if folder is None or not folder.is_dir():
         return about
-    config, results = (read_json(folder / name) or {} for name in ("config.json", "results.json"))
+    config = read_json(folder / "config.json") or {}
+    results = read_json(folder / "results.json") or {}
     notes = config.get("dpssl") or {}
     about["fingerprint"] = fingerprint_of(folder)
     for name in ("dataset", "licence_of_data", "lineage"):
@@ -83,18 +84,20 @@ def _cached(source: str) -> Path | None:
     repo_id, _, revision = source.partition("@")
     if repo_id.count("/") != 1:
         return None
+    folder = None
     try:
         folder = Path(hf_hub_download(repo_id, "config.json", revision=revision or None)).parent
         hf_hub_download(repo_id, "results.json", revision=folder.name)
     except Exception:  # no results.json, no network: what the model was loaded from is enough
-        return folder if "folder" in locals() else None
+        pass
     return folder
 
 
 def fingerprint_of(folder: Path) -> str | None:
     """One hash: of a VQAutoencoder its `fingerprint()`, of a pipeline that of its autoencoder, else the SHA-256 of the
     weights' file; None where there is none."""
-    index, config = (read_json(folder / name) or {} for name in ("model_index.json", "config.json"))
+    index = read_json(folder / "model_index.json") or {}
+    config = read_json(folder / "config.json") or {}
     if index.get("vae_fingerprint"):
         return index["vae_fingerprint"]
     if config.get("model_type") == VQConfig.model_type and config.get("encoder_sha256"):

@@ -39,7 +39,8 @@ def save_grid(images: Tensor, path: Path, *, columns: int, min_side: int = 32) -
     rows = -(-count // columns)
     canvas = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8)
     for i, picture in enumerate(pixels):
-        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        top = i // columns * (height + 1) + 1
+        left = i % columns * (width + 1) + 1
         canvas[top : top + height, left : left + width] = picture
     scale = max(1, -(-min_side // height))
     image = Image.fromarray(canvas)
@@ -53,7 +54,8 @@ def plot_map(maps: dict[str, tuple[np.ndarray, np.ndarray]], class_names: list[s
         np.atleast_1d(figure.subplots(1, len(maps))), maps.items(), strict=True
     ):
         for class_id, name in enumerate(class_names):
-            chosen, size = points[classes == class_id], min(8, 15_000 / len(points))
+            chosen = points[classes == class_id]
+            size = min(8, 15_000 / len(points))
             axis.scatter(chosen[:, 0], chosen[:, 1], s=size, linewidths=0, color=f"C{class_id % 10}", label=name)
             if len(chosen):
                 middle = np.median(chosen, axis=0)

@@ -12,10 +12,22 @@ import torch
 
 from .atomic_files import write_json
 
-_LIBRARIES = (
-    "hf_dpssl torch torchvision transformers diffusers accelerate datasets huggingface-hub timm evaluate safetensors "
-    "scikit-learn numpy pillow"
-).split()
+_LIBRARIES = [
+    "hf_dpssl",
+    "torch",
+    "torchvision",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "datasets",
+    "huggingface-hub",
+    "timm",
+    "evaluate",
+    "safetensors",
+    "scikit-learn",
+    "numpy",
+    "pillow",
+]
 
 
 def environment() -> dict:

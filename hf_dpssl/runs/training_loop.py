@@ -39,10 +39,18 @@ from .training_checkpoints import CheckpointFolder
 
 logger = logging.getLogger(__name__)
 # What may differ between a run and its continuation without changing the weights.
-_FREE_TO_CHANGE = set(
-    "output_dir overwrite num_workers logging_steps log_with checkpointing_steps checkpoints_total_limit "
-    "resume_from_checkpoint num_processes preload_gb".split()
-)
+_FREE_TO_CHANGE = {
+    "output_dir",
+    "overwrite",
+    "num_workers",
+    "logging_steps",
+    "log_with",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "num_processes",
+    "preload_gb",
+}
 
 
 def start_accelerator(args: RunArguments) -> Accelerator:
@@ -162,9 +170,14 @@ class TrainingLoop:
         make_loader: Callable[..., Iterable[dict]],
         skipped: dict[str, str],
     ):
-        self.args, self.accelerator, self.name = args, accelerator, name
-        self.total_steps, self.make_loader = total_steps, make_loader
-        self.step, self.epoch, self.batch = 0, 0, 0
+        self.args = args
+        self.accelerator = accelerator
+        self.name = name
+        self.total_steps = total_steps
+        self.make_loader = make_loader
+        self.step = 0
+        self.epoch = 0
+        self.batch = 0
         self.history: list[dict] = []
         # Wall-clock up to the last checkpoint, all processes at once; None: continued from one that did not note it.
         self.seconds: float | None = 0.0
@@ -207,8 +220,11 @@ class TrainingLoop:
         self._check_same_run(meta)
         for name, value in self._kept.items():
             load_whole_state_(value, self._modules(), state[name])
-        self.step, self.epoch, self.batch = meta["step"], meta["epoch"], meta["batch"]
-        self.history, self.seconds = meta["history"], meta.get("seconds")
+        self.step = meta["step"]
+        self.epoch = meta["epoch"]
+        self.batch = meta["batch"]
+        self.history = meta["history"]
+        self.seconds = meta.get("seconds")
         self.skipped.update(meta["skipped"])
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
         replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
@@ -216,11 +232,13 @@ class TrainingLoop:
 
     def _check_same_run(self, meta: dict) -> None:
         # An argument that came after the checkpoint had what is now its default.
-        then, now = asdict(type(self.args)()) | meta["arguments"], asdict(self.args)
+        then = asdict(type(self.args)()) | meta["arguments"]
+        now = asdict(self.args)
         changed = sorted(k for k in then.keys() | now.keys() if k not in _FREE_TO_CHANGE and then.get(k) != now.get(k))
         if meta["num_processes"] != self.accelerator.num_processes:
             changed.append("num_processes")
-            then, now = then | meta, now | {"num_processes": self.accelerator.num_processes}
+            then = then | meta
+            now = now | {"num_processes": self.accelerator.num_processes}
         if changed:
             listed = ", ".join(f"{k}: {then.get(k)!r} -> {now.get(k)!r}" for k in changed)
             raise ValueError(
@@ -229,7 +247,8 @@ class TrainingLoop:
             )
 
     def __iter__(self) -> Iterator[dict]:
-        args, accelerator = self.args, self.accelerator
+        args = self.args
+        accelerator = self.accelerator
         shown = accelerator.is_main_process and not is_quiet()
         silent = {} if shown else {"disable": True}  # else TQDM_DISABLE decides
         bar = tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5, **silent)
@@ -255,7 +274,8 @@ class TrainingLoop:
 
     def _advance(self, batch: dict) -> None:
         if batch["epoch"] != self.epoch:
-            self.epoch, self.batch = batch["epoch"], 0
+            self.epoch = batch["epoch"]
+            self.batch = 0
         self.batch += 1
         for row, reason in batch.get("skipped", {}).items():
             if str(row) not in self.skipped:
