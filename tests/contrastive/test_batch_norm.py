@@ -81,22 +81,22 @@ def layers_over_processes(run_in_two):
     return run_in_two(layers_over_processes_case)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_global_batch_norm_over_unequal_processes_equals_torchs_on_the_whole_batch(name, layers_over_processes):
-    expected = two_steps(make_layer(name), *batches(name))
-    parts = [{k.removeprefix(f"{name}: "): v for k, v in part.items() if k.startswith(f"{name}: ")}
-             for part in layers_over_processes]  # fmt: skip
-    found = {}
-    for key, value in parts[0].items():
-        if key.startswith("gradient of"):
-            found[key] = value + parts[1][key]  # each process has its share, which DDP would average
-        elif key.startswith(("output", "gradient")):
-            found[key] = torch.cat([value, parts[1][key]])
-        else:
-            found[key] = value
-            assert torch.equal(value, parts[1][key]), f"{key} differs between processes"
-    assert_same(found, expected, rtol=1e-12, atol=1e-12)
-    assert expected["gradient 0"].abs().max() > 1e-3
+def test_global_batch_norm_over_unequal_processes_equals_torchs_on_the_whole_batch(layers_over_processes):
+    for name in LAYERS:
+        expected = two_steps(make_layer(name), *batches(name))
+        parts = [{k.removeprefix(f"{name}: "): v for k, v in part.items() if k.startswith(f"{name}: ")}
+                 for part in layers_over_processes]  # fmt: skip
+        found = {}
+        for key, value in parts[0].items():
+            if key.startswith("gradient of"):
+                found[key] = value + parts[1][key]  # each process has its share, which DDP would average
+            elif key.startswith(("output", "gradient")):
+                found[key] = torch.cat([value, parts[1][key]])
+            else:
+                found[key] = value
+                assert torch.equal(value, parts[1][key]), f"{key} differs between processes"
+        assert_same(found, expected, rtol=1e-12, atol=1e-12)
+        assert expected["gradient 0"].abs().max() > 1e-3
 
 
 def hard_numbers_case() -> dict:
@@ -155,57 +155,59 @@ def test_in_turns_takes_one_of_each_part_and_inverts_itself():
 # In one process.
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_global_batch_norm_in_one_process_is_torchs_bit_by_bit(name):
-    layer = make_layer(name)
-    set_batch_norm_(layer, "global")
-    assert_same(two_steps(layer, *batches(name)), two_steps(make_layer(name), *batches(name)), rtol=0, atol=0)
+def test_global_batch_norm_in_one_process_is_torchs_bit_by_bit():
+    for name in LAYERS:
+        layer = make_layer(name)
+        set_batch_norm_(layer, "global")
+        assert_same(two_steps(layer, *batches(name)), two_steps(make_layer(name), *batches(name)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("splits", [2, 4])
-@pytest.mark.parametrize("name", LAYERS)
-def test_split_batch_norm_equals_one_torch_layer_per_part(name, splits):
-    layer = make_layer(name)
-    set_batch_norm_(layer, "split", splits)
-    found = two_steps(layer, *batches(name))
-    parts = [
-        two_steps(make_layer(name), *([x[part::splits] for x in tensors] for tensors in batches(name)))
-        for part in range(splits)
-    ]
-    tracked = [key for key in parts[0] if key.startswith("running")]
-    for key, value in found.items():
-        for part, expected in enumerate(parts):
-            if key.startswith(("output", "gradient 0", "gradient 1")):
-                torch.testing.assert_close(value[part::splits], expected[key], rtol=1e-12, atol=1e-12)
-        if key.startswith("gradient of"):
-            torch.testing.assert_close(value, sum(part[key] for part in parts), rtol=1e-12, atol=1e-12)
-        if key in tracked:
-            torch.testing.assert_close(value, torch.stack([part[key] for part in parts]).mean(0))
-    assert int(found.get("num_batches_tracked", 2)) == 2 and bool(tracked) == layer.track_running_stats
+def test_split_batch_norm_equals_one_torch_layer_per_part():
+    for name in LAYERS:
+        for splits in [2, 4]:
+            layer = make_layer(name)
+            set_batch_norm_(layer, "split", splits)
+            found = two_steps(layer, *batches(name))
+            parts = [
+                two_steps(make_layer(name), *([x[part::splits] for x in tensors] for tensors in batches(name)))
+                for part in range(splits)
+            ]
+            tracked = [key for key in parts[0] if key.startswith("running")]
+            for key, value in found.items():
+                for part, expected in enumerate(parts):
+                    if key.startswith(("output", "gradient 0", "gradient 1")):
+                        torch.testing.assert_close(value[part::splits], expected[key], rtol=1e-12, atol=1e-12)
+                if key.startswith("gradient of"):
+                    torch.testing.assert_close(value, sum(part[key] for part in parts), rtol=1e-12, atol=1e-12)
+                if key in tracked:
+                    torch.testing.assert_close(value, torch.stack([part[key] for part in parts]).mean(0))
+            assert int(found.get("num_batches_tracked", 2)) == 2 and bool(tracked) == layer.track_running_stats
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "regnetx_002", "efficientnet_b0"])
-def test_set_batch_norm_changes_neither_weights_names_nor_evaluation_of_a_timm_model(architecture):
-    torch.manual_seed(0)
-    model = timm.create_model(architecture, num_classes=0).double().eval()
-    stock, images = copy.deepcopy(model), random(8, 3, 40, 40)
-    for kind, splits in (("split", 2), ("global", 1)):
-        set_batch_norm_(model, kind, splits)
-        assert len(batch_norms(model)) == len(batch_norms(stock)) > 10
-        assert all(type(layer).__name__.startswith("Regrouped") for layer in batch_norms(model))
-        torch.testing.assert_close(dict(model.state_dict()), dict(stock.state_dict()), rtol=0, atol=0)
-        assert torch.equal(model(images), stock(images))
-    copied = pickle.loads(pickle.dumps(model))
-    assert "over all processes" in repr(copied) and torch.equal(copied(images), stock(images))
-    set_batch_norm_(model, "split", 2)
-    model.train(), stock.train()
-    parts = torch.empty_like(model(images))
-    for part in range(2):
-        parts[part::2] = stock(images[part::2])
-    torch.testing.assert_close(model(images), parts, rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(parts, stock(images), atol=1e-2)
-    set_batch_norm_(model, "local")
-    assert [type(layer) for layer in model.modules()] == [type(layer) for layer in stock.modules()]
+def test_set_batch_norm_changes_neither_weights_names_nor_evaluation_of_a_timm_model():
+    for architecture in ["resnet18", "efficientnet_b0"]:  # nn.BatchNorm2d; timm's BatchNormAct2d
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, num_classes=0).double().eval()
+        stock = copy.deepcopy(model)
+        images = random(4, 3, 40, 40)
+        for kind, splits in (("split", 2), ("global", 1)):
+            set_batch_norm_(model, kind, splits)
+            assert len(batch_norms(model)) == len(batch_norms(stock)) > 10
+            assert all(type(layer).__name__.startswith("Regrouped") for layer in batch_norms(model))
+            torch.testing.assert_close(dict(model.state_dict()), dict(stock.state_dict()), rtol=0, atol=0)
+            assert torch.equal(model(images), stock(images))
+        copied = pickle.loads(pickle.dumps(model))
+        assert "over all processes" in repr(copied) and torch.equal(copied(images), stock(images))
+        set_batch_norm_(model, "split", 2)
+        model.train()
+        stock.train()
+        parts = torch.empty_like(model(images))
+        for part in range(2):
+            parts[part::2] = stock(images[part::2])
+        torch.testing.assert_close(model(images), parts, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(parts, stock(images), atol=1e-2)
+        set_batch_norm_(model, "local")
+        assert [type(layer) for layer in model.modules()] == [type(layer) for layer in stock.modules()]
 
 
 def test_bad_batch_norms_are_refused_with_what_is_allowed():

@@ -72,13 +72,18 @@ def test_counts_equal_repeated_candidates():
     )
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("dof", [None, 1.0, 5.0, 100.0])
-def test_temperature_of_perplexity_equals_the_root_found_by_scipy(dof, share):
+def test_temperature_of_perplexity_equals_the_root_found_by_scipy():
     distances = torch.cdist(random(12, 2), random(30, 2, seed=1)).square()
-    rows, target = distances.tolist(), share * 30
-    expected = math.exp(brentq(lambda t: loop_perplexity(rows, math.exp(t), dof) - target, -12, 12, xtol=1e-12))
-    assert float(temperature_of_perplexity(distances, share=share, dof=dof)) == pytest.approx(expected, rel=1e-5)
+    rows = distances.tolist()
+
+    def excess(log_temperature: float, dof: float | None, share: float) -> float:
+        return loop_perplexity(rows, math.exp(log_temperature), dof) - share * 30
+
+    for dof in (None, 1.0, 5.0, 100.0):
+        for share in SHARES:
+            expected = math.exp(brentq(excess, -12, 12, args=(dof, share), xtol=1e-12))
+            found = float(temperature_of_perplexity(distances, share=share, dof=dof))
+            assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_perplexity_below_what_a_student_t_kernel_can_have_gives_the_lowest_temperature():
@@ -88,14 +93,14 @@ def test_perplexity_below_what_a_student_t_kernel_can_have_gives_the_lowest_temp
     assert loop_perplexity(distances.tolist(), low, 1.0) > 0.02 * 30
 
 
-@pytest.mark.parametrize("dof", [None, 3.0])
-def test_temperature_follows_the_scale_of_the_distances_and_not_the_order_of_candidates(dof):
-    distances = random(6, 20).square()
-    expected = temperature_of_perplexity(distances, share=0.5, dof=dof)
-    scaled = temperature_of_perplexity(1e6 * distances, share=0.5, dof=dof)
-    shuffled = temperature_of_perplexity(distances.flip(1), share=0.5, dof=dof)
-    torch.testing.assert_close(scaled, 1e6 * expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(shuffled, expected, rtol=1e-9, atol=0)
+def test_temperature_follows_the_scale_of_the_distances_and_not_the_order_of_candidates():
+    for dof in [None, 3.0]:
+        distances = random(6, 20).square()
+        expected = temperature_of_perplexity(distances, share=0.5, dof=dof)
+        scaled = temperature_of_perplexity(1e6 * distances, share=0.5, dof=dof)
+        shuffled = temperature_of_perplexity(distances.flip(1), share=0.5, dof=dof)
+        torch.testing.assert_close(scaled, 1e6 * expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(shuffled, expected, rtol=1e-9, atol=0)
 
 
 def test_candidates_left_out_do_not_count():
@@ -105,14 +110,14 @@ def test_candidates_left_out_do_not_count():
     torch.testing.assert_close(temperature_of_perplexity(padded, share=0.4), expected, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("share", SHARES)
-def test_calibrated_batch_has_the_perplexity_asked_for(share):
-    views = random(20, 6), random(20, 6, seed=1)
-    scale = KernelCalibration("student_t", "auto", share, 5.0).double()
-    scale.calibrate(*views)
-    distances = torch.cdist(torch.cat(views), torch.cat(views)).square().tolist()
-    rows = [[value for j, value in enumerate(row) if j != i] for i, row in enumerate(distances)]
-    assert loop_perplexity(rows, float(scale.temperature), 5.0) == pytest.approx(share * 39, rel=1e-4)
+def test_calibrated_batch_has_the_perplexity_asked_for():
+    for share in SHARES:
+        views = random(20, 6), random(20, 6, seed=1)
+        scale = KernelCalibration("student_t", "auto", share, 5.0).double()
+        scale.calibrate(*views)
+        distances = torch.cdist(torch.cat(views), torch.cat(views)).square().tolist()
+        rows = [[value for j, value in enumerate(row) if j != i] for i, row in enumerate(distances)]
+        assert loop_perplexity(rows, float(scale.temperature), 5.0) == pytest.approx(share * 39, rel=1e-4)
 
 
 def test_calibrated_queue_has_the_perplexity_asked_for_although_only_some_of_it_is_read():
@@ -182,9 +187,9 @@ def test_coinciding_and_distant_points_give_temperatures_within_the_bounds():
     assert 0 < float(collapsed.temperature) < 1e-6
 
 
-@pytest.mark.parametrize("dof", [0.11, 1.0, 5.0, 999.0])
-def test_dof_from_raw_inverts_raw_from_dof(dof):
-    assert float(dof_from_raw(raw_from_dof(dof).double())) == pytest.approx(dof, rel=1e-4)
+def test_dof_from_raw_inverts_raw_from_dof():
+    for dof in [0.11, 1.0, 5.0, 999.0]:
+        assert float(dof_from_raw(raw_from_dof(dof).double())) == pytest.approx(dof, rel=1e-4)
 
 
 def test_learned_dof_stay_in_their_range_whatever_the_step():
@@ -251,19 +256,16 @@ def test_learned_dof_get_a_gradient_and_fixed_ones_leave_no_trace_in_the_checkpo
     assert not fixed.undecayed_parameters() and not any("calibration" in name for name in fixed.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_config_refuses_bad_calibration_and_says_what_is_allowed():
+    for options, message in [
         ({"temperature": "automatic"}, "temperature must be positive and finite, or \"auto\", got 'automatic'"),
         ({"perplexity": 0.0}, r"perplexity is a share of the candidates, in \(0, 1\), got 0.0"),
         ({"perplexity": 30}, r"in \(0, 1\), got 30"),
         ({"learnable_dof": True, "dof": 2000.0}, r"start inside \(0.1, 1000.0\), got 2000.0"),
         ({"learnable_dof": True, "kernel": "cosine", "normalization": "anchor"}, "needs kernel='student_t'"),
-    ],
-)
-def test_config_refuses_bad_calibration_and_says_what_is_allowed(options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny(**options)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tiny(**options)
 
 
 def test_bad_dissimilarities_are_refused():
@@ -272,9 +274,9 @@ def test_bad_dissimilarities_are_refused():
             temperature_of_perplexity(torch.tensor([[1.0, bad]]), share=0.5)
 
 
-def test_script_writes_the_calibrated_temperature_and_the_learned_dof(launch, tmp_path):
+def test_script_writes_the_calibrated_temperature_and_the_learned_dof(run_script, tmp_path):
     flags = ["--temperature", "auto", "--learnable_dof", "--max_train_steps", 3, "--batch_size", 32]
-    launch("contrastive", ["--output_dir", tmp_path, *flags]).wait()
+    run_script("contrastive", ["--output_dir", tmp_path, *flags])
     found = json.loads((tmp_path / "encoder" / "results.json").read_text())["kernel"]
     model = SimCLRForPreTraining.from_pretrained(tmp_path / "encoder" / "pretraining")
     assert found == model.calibration.numbers() and found["temperature"] != 1 and found["dof"] != 5

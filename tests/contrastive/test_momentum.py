@@ -15,13 +15,13 @@ def tensors(seed: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in [(3, 2), (4,), ()]]
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9, 0.999, 1.0])
-def test_ema_update_equals_the_formula(momentum):
-    target, source = tensors(0), tensors(1)
-    expected = [momentum * old + (1 - momentum) * new for old, new in zip(target, source, strict=True)]
-    ema_update_(target, source, momentum)
-    torch.testing.assert_close(target, expected, rtol=1e-14, atol=1e-15)
-    torch.testing.assert_close(source, tensors(1), rtol=0, atol=0)
+def test_ema_update_equals_the_formula():
+    for momentum in [0.0, 0.3, 0.9, 0.999, 1.0]:
+        target, source = tensors(0), tensors(1)
+        expected = [momentum * old + (1 - momentum) * new for old, new in zip(target, source, strict=True)]
+        ema_update_(target, source, momentum)
+        torch.testing.assert_close(target, expected, rtol=1e-14, atol=1e-15)
+        torch.testing.assert_close(source, tensors(1), rtol=0, atol=0)
 
 
 def test_momentum_of_one_changes_no_bit_and_of_zero_copies_every_bit():
@@ -46,10 +46,10 @@ def test_ema_update_converges_to_the_source_like_a_geometric_series():
     assert float(target) == pytest.approx(1 - 0.9**50, rel=1e-12)
 
 
-@pytest.mark.parametrize("momentum", [-0.1, 1.1, float("nan")])
-def test_momentum_outside_0_1_is_refused(momentum):
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        ema_update_([torch.zeros(1)], [torch.ones(1)], momentum)
+def test_momentum_outside_0_1_is_refused():
+    for momentum in [-0.1, 1.1, float("nan")]:
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            ema_update_([torch.zeros(1)], [torch.ones(1)], momentum)
 
 
 def empty_queue(size: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -57,24 +57,22 @@ def empty_queue(size: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Te
     return torch.zeros(size, 1, dtype=dtype), count, count.clone()
 
 
-@pytest.mark.parametrize("size", [1, 4, 7])
-@pytest.mark.parametrize(
-    "batches", [[1] * 9, [3] * 6, [4, 4, 4], [2, 5, 1, 7, 3], [9], [20, 1, 8], [0, 3, 0, 8], [14, 7]], ids=str
-)
-def test_queue_holds_what_a_deque_of_the_same_length_holds(size, batches):
-    queue, cursor, filled = empty_queue(size)
-    reference: deque[float] = deque(maxlen=size)
-    start = 1
-    for count in batches:
-        keys = torch.arange(start, start + count, dtype=torch.float32)[:, None]
-        start += count
-        enqueue_(queue, cursor, filled, keys)
-        reference.extend(keys.flatten().tolist())
-        assert int(filled) == len(reference)
-        assert sorted(queue[: int(filled), 0].tolist()) == sorted(reference)
-        assert not queue[int(filled) :].any(), "a row that holds no key was written"
-        oldest_first = queue.roll(-int(cursor), 0) if int(filled) == size else queue[: int(filled)]
-        assert oldest_first.flatten().tolist() == list(reference)
+def test_queue_holds_what_a_deque_of_the_same_length_holds():
+    for batches in [[1] * 9, [3] * 6, [4, 4, 4], [2, 5, 1, 7, 3], [9], [20, 1, 8], [0, 3, 0, 8], [14, 7]]:
+        for size in [1, 4, 7]:
+            queue, cursor, filled = empty_queue(size)
+            reference: deque[float] = deque(maxlen=size)
+            start = 1
+            for count in batches:
+                keys = torch.arange(start, start + count, dtype=torch.float32)[:, None]
+                start += count
+                enqueue_(queue, cursor, filled, keys)
+                reference.extend(keys.flatten().tolist())
+                assert int(filled) == len(reference)
+                assert sorted(queue[: int(filled), 0].tolist()) == sorted(reference)
+                assert not queue[int(filled) :].any(), "a row that holds no key was written"
+                oldest_first = queue.roll(-int(cursor), 0) if int(filled) == size else queue[: int(filled)]
+                assert oldest_first.flatten().tolist() == list(reference)
 
 
 def test_enqueue_keeps_storage_and_dtype_of_the_queue_and_cuts_the_gradient():
@@ -96,24 +94,20 @@ def test_cosine_momentum_starts_at_the_given_value_and_ends_at_one():
     assert {momentum_at(step, 100, momentum=0.99) for step in range(101)} == {0.99}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_momentum_of_an_undefined_step_is_refused():
+    for arguments, message in [
         ({"schedule": "linear"}, "'constant', 'cosine'.*'linear'"),
         ({"step": 11}, r"\[0, total_steps\].*got 11, 10"),
         ({"step": -1}, "got -1, 10"),
         ({"step": 0, "total_steps": 0}, "got 0, 0"),
         ({"momentum": 1.5}, r"\[0, 1\], got 1.5"),
-    ],
-)
-def test_momentum_of_an_undefined_step_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        momentum_at(**{"step": 1, "total_steps": 10, "momentum": 0.9} | arguments)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            momentum_at(**{"step": 1, "total_steps": 10, "momentum": 0.9} | arguments)
 
 
-@pytest.mark.parametrize(
-    ("num_images", "batch_size", "expected"),
-    [
+def test_chosen_queue_is_the_largest_power_of_two_within_half_of_the_data():
+    for num_images, batch_size, expected in [
         (10_000, 256, 4096),
         (1_281_167, 256, 65536),  # ImageNet, as in the paper
         (131_072, 256, 65536),
@@ -125,10 +119,8 @@ def test_momentum_of_an_undefined_step_is_refused(arguments, message):
         (2, 2, 2),
         (None, 256, 65536),
         (None, 70_000, 70_000),
-    ],
-)
-def test_chosen_queue_is_the_largest_power_of_two_within_half_of_the_data(num_images, batch_size, expected):
-    assert choose_queue_size(num_images, batch_size) == expected
+    ]:
+        assert choose_queue_size(num_images, batch_size) == expected
 
 
 def tiny_moco(queue_size: int) -> MoCoForPreTraining:

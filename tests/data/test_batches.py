@@ -66,54 +66,54 @@ def marks(batches):
     return [known[image.permute(1, 2, 0).numpy().tobytes()] for batch in batches for image in batch["images"]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_sample_comes_at_most_once_per_epoch_and_the_incomplete_batch_is_dropped(make, kind):
-    source = make(kind)
-    assert source.steps_per_epoch == (None if kind == "stream" else 6)
-    batches = take(source, 12)
-    assert [batch["epoch"] for batch in batches] == [0] * 6 + [1] * 6
-    first, second = marks(batches[:6]), marks(batches[6:])
-    for epoch in (first, second):
-        assert len(epoch) == len(set(epoch)) == 24 and set(epoch) < set(range(27))
-    assert first != second and first != sorted(first)
-    ids = torch.cat([batch["sample_ids"] for batch in batches[:6]]).tolist()
-    assert ids == (list(range(24)) if kind == "stream" else first)
+def test_every_sample_comes_at_most_once_per_epoch_and_the_incomplete_batch_is_dropped(make):
+    for kind in KINDS:
+        source = make(kind)
+        assert source.steps_per_epoch == (None if kind == "stream" else 6)
+        batches = take(source, 12)
+        assert [batch["epoch"] for batch in batches] == [0] * 6 + [1] * 6
+        first, second = marks(batches[:6]), marks(batches[6:])
+        for epoch in (first, second):
+            assert len(epoch) == len(set(epoch)) == 24 and set(epoch) < set(range(27))
+        assert first != second and first != sorted(first)
+        ids = torch.cat([batch["sample_ids"] for batch in batches[:6]]).tolist()
+        assert ids == (list(range(24)) if kind == "stream" else first)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_order_is_a_function_of_the_seed_and_pictures_keep_their_labels(make, kind):
-    batches, again, other = take(make(kind), 6), take(make(kind), 6), take(make(kind, seed=1), 6)
-    assert_same(again, batches)
-    assert marks(other) != marks(batches)
-    labels = torch.cat([batch["labels"] for batch in batches])
-    assert labels.dtype == torch.int64 and labels.tolist() == [mark % 3 for mark in marks(batches)]
-    assert batches[0]["images"].dtype == torch.uint8 and batches[0]["images"].shape == (4, 3, 8, 8)
+def test_order_is_a_function_of_the_seed_and_pictures_keep_their_labels(make):
+    for kind in KINDS:
+        batches, again, other = take(make(kind), 6), take(make(kind), 6), take(make(kind, seed=1), 6)
+        assert_same(again, batches)
+        assert marks(other) != marks(batches)
+        labels = torch.cat([batch["labels"] for batch in batches])
+        assert labels.dtype == torch.int64 and labels.tolist() == [mark % 3 for mark in marks(batches)]
+        assert batches[0]["images"].dtype == torch.uint8 and batches[0]["images"].shape == (4, 3, 8, 8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_start_continues_exactly_from_every_point(make, kind):
-    source = make(kind)
-    whole = take(source, 14)
-    for start, position in (((0, 1), 1), ((0, 5), 5), ((0, 6), 6), ((1, 0), 6), ((1, 4), 10)):
-        assert_same(take(source, 3, start), whole[position : position + 3])
+def test_start_continues_exactly_from_every_point(make):
+    for kind in KINDS:
+        source = make(kind)
+        whole = take(source, 14)
+        for start, position in (((0, 1), 1), ((0, 5), 5), ((0, 6), 6), ((1, 0), 6), ((1, 4), 10)):
+            assert_same(take(source, 3, start), whole[position : position + 3])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_slices_of_two_processes_make_one_batch_of_double_size(make, kind):
-    together = take(make(kind, batch_size=8), 7)
-    halves = [take(make(kind, process=(index, 2)), 7) for index in (0, 1)]
-    for whole, first, second in zip(together, *halves, strict=True):
-        for key in ("images", "labels", "sample_ids"):
-            assert torch.equal(torch.cat([first[key], second[key]]), whole[key])
-        assert first["epoch"] == second["epoch"] == whole["epoch"]
+def test_slices_of_two_processes_make_one_batch_of_double_size(make):
+    for kind in KINDS:
+        together = take(make(kind, batch_size=8), 7)
+        halves = [take(make(kind, process=(index, 2)), 7) for index in (0, 1)]
+        for whole, first, second in zip(together, *halves, strict=True):
+            for key in ("images", "labels", "sample_ids"):
+                assert torch.equal(torch.cat([first[key], second[key]]), whole[key])
+            assert first["epoch"] == second["epoch"] == whole["epoch"]
 
 
-@pytest.mark.parametrize("kind", ["table", "stream"])
-@pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers_change_nothing(make, kind, num_workers):
+def test_workers_change_nothing(make):
     """Of a stream too, although iter() of a `datasets` stream in a worker leaves out other workers' shards."""
-    for count, start in ((13, (0, 0)), (5, (1, 3))):
-        assert_same(take(make(kind, num_workers=num_workers), count, start), take(make(kind), count, start))
+    for num_workers in [1, 2]:
+        for kind in ["table", "stream"]:
+            for count, start in ((13, (0, 0)), (5, (1, 3))):
+                assert_same(take(make(kind, num_workers=num_workers), count, start), take(make(kind), count, start))
 
 
 def test_workers_change_nothing_for_a_stream_of_several_files(tmp_path, monkeypatch):
@@ -140,17 +140,17 @@ def test_preloading_gives_the_tensors_of_reading_row_by_row(make):
         assert_same(take(preloaded, 8), take(table, 8))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_unreadable_picture_is_an_error_that_names_row_set_and_file(make, kind, num_workers):
-    place = "image [0-9]+ of epoch 0" if kind == "stream" else "row 9"
-    message = rf"{place} of data set '.*set-27-1-8' \(broken.png\) is not a readable picture: no picture format"
-    found = ""
-    try:
-        take(make(kind, broken=[9], num_workers=num_workers), 7)
-    except BadImageError as error:
-        error.__traceback__, found = None, str(error)  # its frames keep the loader's workers, for 5 s each
-    assert re.search(f"{message}.*--on_bad_image skip", found)
+def test_unreadable_picture_is_an_error_that_names_row_set_and_file(make):
+    for num_workers in [0, 2]:
+        for kind in KINDS:
+            place = "image [0-9]+ of epoch 0" if kind == "stream" else "row 9"
+            message = rf"{place} of data set '.*set-27-1-8' \(broken.png\) is not a readable picture: no picture format"
+            found = ""
+            try:
+                take(make(kind, broken=[9], num_workers=num_workers), 7)
+            except BadImageError as error:
+                error.__traceback__, found = None, str(error)  # its frames keep the loader's workers, for 5 s each
+            assert re.search(f"{message}.*--on_bad_image skip", found)
 
 
 def test_preloading_drops_and_counts_unreadable_pictures(make):
@@ -188,20 +188,21 @@ def test_unreadable_picture_of_a_stream_is_replaced_by_others_of_its_batch(make)
     assert set(marks(batches)) == set(range(28)) - {3, 4}
 
 
-@pytest.mark.parametrize(
-    "kind, message",
-    [("preloaded", "none of the 12 images"), ("table", "no image of .* can be read"), ("stream", "a whole batch of")],
-)
-def test_nothing_readable_is_an_error_also_when_skipping(make, kind, message):
-    with pytest.raises(BadImageError, match=f"{message}.*broken.png"):
-        take(make(kind, 12, broken=range(12), on_bad_image="skip"), 1)
+def test_nothing_readable_is_an_error_also_when_skipping(make):
+    for kind, message in [
+        ("preloaded", "none of the 12 images"),
+        ("table", "no image of .* can be read"),
+        ("stream", "a whole batch of"),
+    ]:
+        with pytest.raises(BadImageError, match=f"{message}.*broken.png"):
+            take(make(kind, 12, broken=range(12), on_bad_image="skip"), 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_fewer_images_than_one_batch_of_all_processes_is_an_error(make, kind):
-    with pytest.raises(ValueError, match=r"fewer (images )?than one batch .*: lower --batch_size"):
-        take(make(kind, batch_size=14, process=(0, 2)), 1)
-    assert len(take(make(kind, batch_size=13, process=(0, 2)), 2)) == 2
+def test_fewer_images_than_one_batch_of_all_processes_is_an_error(make):
+    for kind in KINDS:
+        with pytest.raises(ValueError, match=r"fewer (images )?than one batch .*: lower --batch_size"):
+            take(make(kind, batch_size=14, process=(0, 2)), 1)
+        assert len(take(make(kind, batch_size=13, process=(0, 2)), 2)) == 2
 
 
 def test_pictures_left_after_skipping_must_fill_a_batch(make):
@@ -256,41 +257,44 @@ def test_stream_with_views_and_workers_equals_the_one_without_workers(make):
     assert_same(take(make("stream", size=(30, 24), views=views(), num_workers=2), 7), plain)
 
 
-@pytest.mark.parametrize("side, cropped", [(8, False), (9, True)])
-def test_run_crops_while_loading_where_pictures_are_larger_than_asked_for(make, side, cropped):
-    arguments, both = RunArguments(batch_size=5, seed=3, preload_gb=0.001), TwoViews(NATURAL, [0.5] * 3, [0.5] * 3, 0)
-    data = make("table", size=(side, side)).data
-    source = ImageSource.from_arguments(data, arguments, PartialState(), 8, both)
-    assert both.crop is not cropped
-    (batch,) = take(source, 1)
-    assert batch["images"].shape == ((5, 2, 3, 8, 8) if cropped else (5, 3, 8, 8))
-    assert (source.batch_size, source.seed, source.process) == (5, 3, (0, 1))
-    assert source.training_table().__getitems__([(0, 1)])["images"].shape == (1, 3, 8, 8)
+def test_run_crops_while_loading_where_pictures_are_larger_than_asked_for(make):
+    for side, cropped in [(8, False), (9, True)]:
+        arguments, both = (
+            RunArguments(batch_size=5, seed=3, preload_gb=0.001),
+            TwoViews(NATURAL, [0.5] * 3, [0.5] * 3, 0),
+        )
+        data = make("table", size=(side, side)).data
+        source = ImageSource.from_arguments(data, arguments, PartialState(), 8, both)
+        assert both.crop is not cropped
+        (batch,) = take(source, 1)
+        assert batch["images"].shape == ((5, 2, 3, 8, 8) if cropped else (5, 3, 8, 8))
+        assert (source.batch_size, source.seed, source.process) == (5, 3, (0, 1))
+        assert source.training_table().__getitems__([(0, 1)])["images"].shape == (1, 3, 8, 8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_batches_hold_every_row_once_in_order(make, kind):
-    source = make(kind)
-    batches = list(evaluation_batches(source.training_table(), 10))
-    assert [len(batch["images"]) for batch in batches] == [10, 10, 7] and marks(batches) == list(range(27))
-    (held_out,) = evaluation_batches(source.evaluation_table(), 10)
-    assert held_out["labels"].tolist() == [0, 1, 2, 0, 1]
-    assert np.array_equal(held_out["images"][3].permute(1, 2, 0).numpy(), noise(1003))
+def test_evaluation_batches_hold_every_row_once_in_order(make):
+    for kind in KINDS:
+        source = make(kind)
+        batches = list(evaluation_batches(source.training_table(), 10))
+        assert [len(batch["images"]) for batch in batches] == [10, 10, 7] and marks(batches) == list(range(27))
+        (held_out,) = evaluation_batches(source.evaluation_table(), 10)
+        assert held_out["labels"].tolist() == [0, 1, 2, 0, 1]
+        assert np.array_equal(held_out["images"][3].permute(1, 2, 0).numpy(), noise(1003))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_batches_leave_out_unreadable_pictures(make, kind):
-    broken, readable = [0, 5, 6, 7, 8, 26], [1, 2, 3, 4, *range(9, 26)]
-    batches = list(evaluation_batches(make(kind, broken=broken, on_bad_image="skip").training_table(), 3))
-    assert all(len(batch["images"]) for batch in batches) and marks(batches) == readable
-    assert torch.cat([batch["labels"] for batch in batches]).tolist() == [i % 3 for i in readable]
+def test_evaluation_batches_leave_out_unreadable_pictures(make):
+    for kind in KINDS:
+        broken, readable = [0, 5, 6, 7, 8, 26], [1, 2, 3, 4, *range(9, 26)]
+        batches = list(evaluation_batches(make(kind, broken=broken, on_bad_image="skip").training_table(), 3))
+        assert all(len(batch["images"]) for batch in batches) and marks(batches) == readable
+        assert torch.cat([batch["labels"] for batch in batches]).tolist() == [i % 3 for i in readable]
 
 
-@pytest.mark.parametrize("size, limit", [(10, 3), (10, 10), (10, 99), (1, 1), (1000, 7)])
-def test_spread_rows_are_even_and_at_most_the_limit(size, limit):
-    rows = spread_rows(size, limit)
-    assert 0 < len(rows) <= limit and rows[0] == 0 and rows[-1] < size
-    assert len(rows) == size or len(rows) > limit / 2
+def test_spread_rows_are_even_and_at_most_the_limit():
+    for size, limit in [(10, 3), (10, 10), (10, 99), (1, 1), (1000, 7)]:
+        rows = spread_rows(size, limit)
+        assert 0 < len(rows) <= limit and rows[0] == 0 and rows[-1] < size
+        assert len(rows) == size or len(rows) > limit / 2
 
 
 def test_table_without_labels_gives_minus_one(tmp_path):

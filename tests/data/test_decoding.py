@@ -55,10 +55,10 @@ def test_palette_gives_its_colours():
     assert decoded(data) == [[[10, 20, 30], [200, 100, 50], [0, 0, 255]]]
 
 
-@pytest.mark.parametrize("format", ["PNG", "GIF"])
-def test_transparent_palette_entry_becomes_white(format):
-    data = encoded(palette_picture(), format, transparency=1)
-    assert decoded(data) == [[[10, 20, 30], [255, 255, 255], [0, 0, 255]]]
+def test_transparent_palette_entry_becomes_white():
+    for format in ["PNG", "GIF"]:
+        data = encoded(palette_picture(), format, transparency=1)
+        assert decoded(data) == [[[10, 20, 30], [255, 255, 255], [0, 0, 255]]]
 
 
 def test_half_transparent_palette_entries_are_mixed_with_white():
@@ -78,11 +78,11 @@ def test_grey_with_alpha_is_composited_over_white():
     assert decoded(data) == [[[0, 0, 0], [224, 224, 224], [255, 255, 255]]]
 
 
-@pytest.mark.parametrize("mode, key", [("L", 100), ("RGB", (100, 100, 100))])
-def test_transparent_colour_becomes_white(mode, key):
-    data = encoded(Image.fromarray(GREY).convert(mode), transparency=key)
-    assert mode_of(data) == mode
-    assert decoded(data) == [[[0, 0, 0], [255, 255, 255], [255, 255, 255]]]
+def test_transparent_colour_becomes_white():
+    for mode, key in [("L", 100), ("RGB", (100, 100, 100))]:
+        data = encoded(Image.fromarray(GREY).convert(mode), transparency=key)
+        assert mode_of(data) == mode
+        assert decoded(data) == [[[0, 0, 0], [255, 255, 255], [255, 255, 255]]]
 
 
 def test_cmyk_jpeg_without_cyan_is_red():
@@ -97,11 +97,11 @@ def test_16_bit_grey_is_scaled_by_65535():
     assert decoded(data) == DEEP_AS_BYTES
 
 
-@pytest.mark.parametrize("dtype", ["<u2", ">u2", "<i4"])
-def test_16_bit_tiff_is_scaled_by_65535_in_either_byte_order(dtype):
-    data = encoded(DEEP.astype(dtype), "TIFF")
-    assert mode_of(data).startswith("I")
-    assert decoded(data) == DEEP_AS_BYTES
+def test_16_bit_tiff_is_scaled_by_65535_in_either_byte_order():
+    for dtype in ["<u2", ">u2", "<i4"]:
+        data = encoded(DEEP.astype(dtype), "TIFF")
+        assert mode_of(data).startswith("I")
+        assert decoded(data) == DEEP_AS_BYTES
 
 
 def test_float_tiff_is_taken_as_0_to_1():
@@ -110,13 +110,10 @@ def test_float_tiff_is_taken_as_0_to_1():
     assert decoded(data) == DEEP_AS_BYTES
 
 
-@pytest.mark.parametrize(
-    "pixels, found",
-    [([[0, 255]], "0 to 255"), ([[-0.5, 1]], "-0.5 to 1"), ([[0, np.nan]], "nan")],
-)
-def test_float_image_outside_0_to_1_is_refused(pixels, found):
-    with pytest.raises(ValueError, match=f"mode F .*{found}.*rescale"):
-        decode_image(encoded(np.array(pixels, np.float32), "TIFF"))
+def test_float_image_outside_0_to_1_is_refused():
+    for pixels, found in [([[0, 255]], "0 to 255"), ([[-0.5, 1]], "-0.5 to 1"), ([[0, np.nan]], "nan")]:
+        with pytest.raises(ValueError, match=f"mode F .*{found}.*rescale"):
+            decode_image(encoded(np.array(pixels, np.float32), "TIFF"))
 
 
 def test_32_bit_image_above_65535_is_refused():
@@ -124,17 +121,23 @@ def test_32_bit_image_above_65535_is_refused():
         decode_image(encoded(np.array([[0, 70000]], np.int32), "TIFF"))
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation):
+def test_exif_orientation_is_applied():
     """The eight orientations of the EXIF standard: where the 0th row and the 0th column are to be seen."""
-    pixels = noise(1, 2, 3)
-    shown = {
-        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1],
-        5: pixels.swapaxes(0, 1), 6: np.rot90(pixels, -1), 7: pixels[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(pixels),
-    }  # fmt: skip
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert np.array_equal(decode_image(encoded(pixels, exif=exif)), shown[orientation])
+    for orientation in range(1, 9):
+        pixels = noise(1, 2, 3)
+        shown = {
+            1: pixels,
+            2: pixels[:, ::-1],
+            3: pixels[::-1, ::-1],
+            4: pixels[::-1],
+            5: pixels.swapaxes(0, 1),
+            6: np.rot90(pixels, -1),
+            7: pixels[::-1, ::-1].swapaxes(0, 1),
+            8: np.rot90(pixels),
+        }
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert np.array_equal(decode_image(encoded(pixels, exif=exif)), shown[orientation])
 
 
 def test_every_form_of_an_image_column_gives_the_same_picture(tmp_path):
@@ -146,9 +149,8 @@ def test_every_form_of_an_image_column_gives_the_same_picture(tmp_path):
         assert np.array_equal(decode_image(form), pixels)
 
 
-@pytest.mark.parametrize(
-    "value, message",
-    [
+def test_what_is_no_picture_is_a_value_error():
+    for value, message in [
         (b"", "0 bytes"),
         ({"bytes": b"", "path": "a.png"}, "0 bytes"),
         (b"<html>not found", r"no picture format .*15 bytes from b'<html>no' on"),
@@ -158,19 +160,17 @@ def test_every_form_of_an_image_column_gives_the_same_picture(tmp_path):
         ({"bytes": None, "path": None}, "found NoneType"),
         (7, "found int"),
         (np.zeros((3, 3, 7), np.uint8), "data type"),
-    ],
-)
-def test_what_is_no_picture_is_a_value_error(value, message):
-    with pytest.raises(ValueError, match=message):
-        decode_image(value)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            decode_image(value)
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
-def test_truncated_file_is_a_value_error(format):
-    data = encoded(noise(3, 64, 64), format)
-    for share in (0.1, 0.5, 0.9):
-        with pytest.raises(ValueError, match="truncated|no picture format|not processed|Truncated|bytes|decod"):
-            decode_image(data[: int(len(data) * share)])
+def test_truncated_file_is_a_value_error():
+    for format in ["PNG", "JPEG", "GIF", "BMP", "TIFF"]:
+        data = encoded(noise(3, 64, 64), format)
+        for share in (0.1, 0.5, 0.9):
+            with pytest.raises(ValueError, match="truncated|no picture format|not processed|Truncated|bytes|decod"):
+                decode_image(data[: int(len(data) * share)])
 
 
 def test_png_with_a_wrong_checksum_is_a_value_error():
@@ -210,14 +210,14 @@ def test_square_tensor_of_the_right_size_is_the_picture_itself():
     assert np.array_equal(result.permute(1, 2, 0).numpy(), pixels)
 
 
-@pytest.mark.parametrize("height, width", [(40, 40), (48, 96), (100, 64), (8, 12), (33, 57)])
-def test_square_tensor_equals_torchvision_resize_and_centre_crop(height, width):
-    picture = Image.fromarray(noise(6, height, width))
-    scale = 16 / min(height, width)
-    resized = F.resize(picture, [round(height * scale), round(width * scale)], F.InterpolationMode.BICUBIC)
-    top, left = (resized.height - 16) // 2, (resized.width - 16) // 2
-    expected = F.pil_to_tensor(F.crop(resized, top, left, 16, 16))
-    assert torch.equal(to_square_tensor(picture, 16), expected)
+def test_square_tensor_equals_torchvision_resize_and_centre_crop():
+    for height, width in [(40, 40), (48, 96), (100, 64), (8, 12), (33, 57)]:
+        picture = Image.fromarray(noise(6, height, width))
+        scale = 16 / min(height, width)
+        resized = F.resize(picture, [round(height * scale), round(width * scale)], F.InterpolationMode.BICUBIC)
+        top, left = (resized.height - 16) // 2, (resized.width - 16) // 2
+        expected = F.pil_to_tensor(F.crop(resized, top, left, 16, 16))
+        assert torch.equal(to_square_tensor(picture, 16), expected)
 
 
 def test_square_tensor_keeps_the_centre_of_a_wide_picture():
@@ -227,33 +227,39 @@ def test_square_tensor_keeps_the_centre_of_a_wide_picture():
     assert (result.flatten(1).float().mean(1) - torch.tensor([10.0, 200.0, 30.0])).abs().max() == 0
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 500), (500, 1), (3, 1000), (999, 1000)])
-def test_extreme_aspect_ratios_give_a_square(height, width):
-    result = to_square_tensor(Image.new("RGB", (width, height), (7, 77, 177)), 24)
-    assert result.shape == (3, 24, 24)
-    assert result.flatten(1).unique(dim=1).tolist() == [[7], [77], [177]]
+def test_extreme_aspect_ratios_give_a_square():
+    for height, width in [(1, 1), (1, 500), (500, 1), (3, 1000), (999, 1000)]:
+        result = to_square_tensor(Image.new("RGB", (width, height), (7, 77, 177)), 24)
+        assert result.shape == (3, 24, 24)
+        assert result.flatten(1).unique(dim=1).tolist() == [[7], [77], [177]]
 
 
-@pytest.mark.parametrize("box, size", [((10, 4, 42, 36), 32), ((0, 0, 60, 40), 16), ((0, 0, 60, 40), 64)])
-def test_crop_equals_torchvision_resized_crop(box, size):
+def test_crop_equals_torchvision_resized_crop():
     """Exactly, where no kernel reaches over the edge of the crop: at scale 1 and for the whole picture."""
-    picture = Image.fromarray(noise(7, 40, 60))
-    left, top, right, bottom = box
-    cropped = F.resized_crop(picture, top, left, bottom - top, right - left, [size] * 2, F.InterpolationMode.BICUBIC)
-    assert torch.equal(crop_to_tensor(picture, (top, left, bottom - top, right - left), size), F.pil_to_tensor(cropped))
+    for box, size in [((10, 4, 42, 36), 32), ((0, 0, 60, 40), 16), ((0, 0, 60, 40), 64)]:
+        picture = Image.fromarray(noise(7, 40, 60))
+        left, top, right, bottom = box
+        cropped = F.resized_crop(
+            picture, top, left, bottom - top, right - left, [size] * 2, F.InterpolationMode.BICUBIC
+        )
+        assert torch.equal(
+            crop_to_tensor(picture, (top, left, bottom - top, right - left), size), F.pil_to_tensor(cropped)
+        )
 
 
-@pytest.mark.parametrize("box, size", [((16, 8, 48, 40), 16), ((8, 16, 24, 32), 32)])
-def test_scaled_crop_equals_torchvision_inside_and_the_whole_picture_at_its_edge(box, size):
-    picture = Image.fromarray(noise(8, 64, 64))
-    left, top, right, bottom = box
-    result = crop_to_tensor(picture, (top, left, bottom - top, right - left), size)
-    cropped = F.resized_crop(picture, top, left, bottom - top, right - left, [size] * 2, F.InterpolationMode.BICUBIC)
-    inside, scale = (slice(None), slice(5, -5), slice(5, -5)), size / (right - left)
-    assert torch.equal(result[inside], F.pil_to_tensor(cropped)[inside])
-    whole = F.pil_to_tensor(F.resize(picture, [int(64 * scale)] * 2, F.InterpolationMode.BICUBIC))
-    first_row, first_column = int(top * scale), int(left * scale)
-    assert torch.equal(result, whole[:, first_row : first_row + size, first_column : first_column + size])
+def test_scaled_crop_equals_torchvision_inside_and_the_whole_picture_at_its_edge():
+    for box, size in [((16, 8, 48, 40), 16), ((8, 16, 24, 32), 32)]:
+        picture = Image.fromarray(noise(8, 64, 64))
+        left, top, right, bottom = box
+        result = crop_to_tensor(picture, (top, left, bottom - top, right - left), size)
+        cropped = F.resized_crop(
+            picture, top, left, bottom - top, right - left, [size] * 2, F.InterpolationMode.BICUBIC
+        )
+        inside, scale = (slice(None), slice(5, -5), slice(5, -5)), size / (right - left)
+        assert torch.equal(result[inside], F.pil_to_tensor(cropped)[inside])
+        whole = F.pil_to_tensor(F.resize(picture, [int(64 * scale)] * 2, F.InterpolationMode.BICUBIC))
+        first_row, first_column = int(top * scale), int(left * scale)
+        assert torch.equal(result, whole[:, first_row : first_row + size, first_column : first_column + size])
 
 
 def test_pillow_image_with_alpha_is_accepted_by_to_rgb():

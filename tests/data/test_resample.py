@@ -1,6 +1,5 @@
 """Crops and blur against torchvision, per image of a batch; the distribution of boxes against torchvision's."""
 
-import pytest
 import torch
 from pictures import batch, each, unit
 from scipy.stats import ks_2samp
@@ -37,45 +36,45 @@ def ratios(boxes):
     return boxes[:, 3] / boxes[:, 2]
 
 
-@pytest.mark.parametrize("height, width", [(16, 16), (40, 33), (100, 130)])
-@pytest.mark.parametrize("size", [(16, 16), (24, 20), (60, 64)])  # the last one by one, on a CPU
-def test_crop_equals_torchvision_enlarged_and_reduced(height, width, size):
-    images, boxes, flip = batch(8, height, width), random_boxes(8, height, width), torch.arange(8) % 3 == 0
-    boxes[0] = torch.tensor([0, 0, height, width])
-    boxes[1] = torch.tensor([height - 1, width - 1, 1, 1])
-    found = resized_crop(images, boxes, flip, size)
-    close(found / 255, torchvision_crops(images.float() / 255, boxes, flip, size))
-    whole_numbers = torchvision_crops(images, boxes, flip, size).float()
-    close(found, whole_numbers, 1.001)
-    close(resized_crop(images.float(), boxes, flip, size), found, 1e-3)
-    rounded = resized_crop(images, boxes, flip, size, may_round=True)
-    close(rounded, found, 1.001 if max(size) > 48 else 0)
-    assert max(size) <= 48 or torch.equal(rounded, rounded.round())
+def test_crop_equals_torchvision_enlarged_and_reduced():
+    for size in [(16, 16), (24, 20), (60, 64)]:
+        for height, width in [(16, 16), (40, 33), (100, 130)]:
+            images, boxes, flip = batch(8, height, width), random_boxes(8, height, width), torch.arange(8) % 3 == 0
+            boxes[0] = torch.tensor([0, 0, height, width])
+            boxes[1] = torch.tensor([height - 1, width - 1, 1, 1])
+            found = resized_crop(images, boxes, flip, size)
+            close(found / 255, torchvision_crops(images.float() / 255, boxes, flip, size))
+            whole_numbers = torchvision_crops(images, boxes, flip, size).float()
+            close(found, whole_numbers, 1.001)
+            close(resized_crop(images.float(), boxes, flip, size), found, 1e-3)
+            rounded = resized_crop(images, boxes, flip, size, may_round=True)
+            close(rounded, found, 1.001 if max(size) > 48 else 0)
+            assert max(size) <= 48 or torch.equal(rounded, rounded.round())
 
 
-@pytest.mark.parametrize(
-    "height, width, scale, ratio",
-    [
-        (32, 32, (0.2, 1), (3 / 4, 4 / 3)), (224, 224, (0.08, 1), (3 / 4, 4 / 3)), (30, 80, (0.08, 1), (3 / 4, 4 / 3)),
-        (80, 30, (0.2, 1), (3 / 4, 4 / 3)), (32, 32, (0.4, 1), (2, 3)),
-    ],
-)  # fmt: skip
-def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
-    count = 3000
-    crop, image = v2.RandomResizedCrop(8, scale, ratio), torch.empty(3, height, width)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        drawn = [crop.make_params([image]) for _ in range(count)]
-    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in drawn]).double()
-    ours = random_boxes(count, height, width, scale, ratio, seed=2).double()
-    for box in (0, 1, 2, 3):
-        assert ks_2samp(ours[:, box], theirs[:, box]).pvalue > 1e-4
-    for derive in (areas, ratios, lambda box: box[:, 0] - box[:, 1], lambda box: box[:, 0] - box[:, 2]):
-        assert ks_2samp(derive(ours), derive(theirs)).pvalue > 1e-4
-    central = theirs.mode(0).values  # where no try fits
-    shares = [(boxes == central).all(1).double().mean() for boxes in (ours, theirs)]
-    assert abs(shares[0] - shares[1]) < 4 * (2 * 0.25 / count) ** 0.5
-    assert (shares[1] > 0.05) == (ratio == (2, 3))
+def test_boxes_are_distributed_as_torchvisions():
+    for height, width, scale, ratio in [
+        (32, 32, (0.2, 1), (3 / 4, 4 / 3)),
+        (224, 224, (0.08, 1), (3 / 4, 4 / 3)),
+        (30, 80, (0.08, 1), (3 / 4, 4 / 3)),
+        (80, 30, (0.2, 1), (3 / 4, 4 / 3)),
+        (32, 32, (0.4, 1), (2, 3)),
+    ]:
+        count = 3000
+        crop, image = v2.RandomResizedCrop(8, scale, ratio), torch.empty(3, height, width)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            drawn = [crop.make_params([image]) for _ in range(count)]
+        theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in drawn]).double()
+        ours = random_boxes(count, height, width, scale, ratio, seed=2).double()
+        for box in (0, 1, 2, 3):
+            assert ks_2samp(ours[:, box], theirs[:, box]).pvalue > 1e-4
+        for derive in (areas, ratios, lambda box: box[:, 0] - box[:, 1], lambda box: box[:, 0] - box[:, 2]):
+            assert ks_2samp(derive(ours), derive(theirs)).pvalue > 1e-4
+        central = theirs.mode(0).values  # where no try fits
+        shares = [(boxes == central).all(1).double().mean() for boxes in (ours, theirs)]
+        assert abs(shares[0] - shares[1]) < 4 * (2 * 0.25 / count) ** 0.5
+        assert (shares[1] > 0.05) == (ratio == (2, 3))
 
 
 def test_boxes_lie_in_images_of_different_sizes_at_the_extremes_of_the_draws():
@@ -98,7 +97,11 @@ def test_no_fitting_try_gives_torchvisions_central_crop():
         assert box == [expected[name] for name in ("top", "left", "height", "width")]
 
 
-@pytest.mark.parametrize("size, kernel", [(16, 3), (32, 3), (64, 7), (96, 11)])
-def test_blur_equals_torchvision_with_a_kernel_of_a_tenth(size, kernel):
-    images, sigma = unit(6, size), torch.tensor([0.1, 0.3, 0.5, 1.0, 1.5, 2.0])
-    close(gaussian_blur(images, sigma), each(images, lambda image, s: F.gaussian_blur(image, kernel, s), sigma), 1e-5)
+def test_blur_equals_torchvision_with_a_kernel_of_a_tenth():
+    for size, kernel in [(16, 3), (32, 3), (64, 7), (96, 11)]:
+        images, sigma = unit(6, size), torch.tensor([0.1, 0.3, 0.5, 1.0, 1.5, 2.0])
+        close(
+            gaussian_blur(images, sigma),
+            each(images, lambda image, s, kernel=kernel: F.gaussian_blur(image, kernel, s), sigma),
+            1e-5,
+        )

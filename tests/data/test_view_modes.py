@@ -37,17 +37,17 @@ def torchvision_view(image, p, i, kernel):
     return F.normalize(image, MEAN, STD)
 
 
-@pytest.mark.parametrize("size, count, kernel", [(16, 100, 3), (64, 20, 7)])  # the second one by one, on a CPU
-def test_exact_views_are_torchvisions_pixels_with_the_same_parameters(size, count, kernel):
-    images, ids = batch(count, size), torch.arange(count) + 7
-    views = TwoViews(STRONG, MEAN, STD, seed=3, mode="exact")
-    for number, found in enumerate(views(images, ids, epoch=2), start=1):
-        p = views.parameters(ids, 2, number, size, size)
-        expected = [torchvision_view(image / 255, p, i, kernel) for i, image in enumerate(images)]
-        difference = (found - torch.stack(expected)) * torch.tensor(STD).view(3, 1, 1)
-        assert difference.abs().max() < 1e-3  # of the range: a quarter of 1/255
-        for name in ("flip", "jitter", "grey", "blur"):
-            assert 0 < getattr(p, name).sum() < count
+def test_exact_views_are_torchvisions_pixels_with_the_same_parameters():
+    for size, count, kernel in [(16, 100, 3), (64, 20, 7)]:
+        images, ids = batch(count, size), torch.arange(count) + 7
+        views = TwoViews(STRONG, MEAN, STD, seed=3, mode="exact")
+        for number, found in enumerate(views(images, ids, epoch=2), start=1):
+            p = views.parameters(ids, 2, number, size, size)
+            expected = [torchvision_view(image / 255, p, i, kernel) for i, image in enumerate(images)]
+            difference = (found - torch.stack(expected)) * torch.tensor(STD).view(3, 1, 1)
+            assert difference.abs().max() < 1e-3  # of the range: a quarter of 1/255
+            for name in ("flip", "jitter", "grey", "blur"):
+                assert 0 < getattr(p, name).sum() < count
 
 
 def differences(images, augmentation):
@@ -63,15 +63,15 @@ def quantile(values, q):
     return values.flatten().kthvalue(round(q * values.numel())).values
 
 
-@pytest.mark.parametrize("size", [32, 96])
-def test_fused_views_differ_from_exact_ones_by_what_is_stated(size):
-    images = photograph_patches(100, size)
-    found = differences(images, NATURAL)
-    assert 2.5 < found.mean() < 4.2 and 20 < quantile(found, 0.99) < 32
-    without_hue = differences(images, replace(NATURAL, hue=0))
-    assert without_hue.mean() < 1 and quantile(without_hue, 0.99) < 15
-    rounding = 0.01 if size == 32 else 1.01
-    assert differences(images, replace(NATURAL, jitter=0, blur=0.5)).max() < rounding
+def test_fused_views_differ_from_exact_ones_by_what_is_stated():
+    for size in [32, 96]:
+        images = photograph_patches(100, size)
+        found = differences(images, NATURAL)
+        assert 2.5 < found.mean() < 4.2 and 20 < quantile(found, 0.99) < 32
+        without_hue = differences(images, replace(NATURAL, hue=0))
+        assert without_hue.mean() < 1 and quantile(without_hue, 0.99) < 15
+        rounding = 0.01 if size == 32 else 1.01
+        assert differences(images, replace(NATURAL, jitter=0, blur=0.5)).max() < rounding
 
 
 def test_fused_views_of_cifar10_jpeg_differ_from_exact_ones_by_what_is_stated(data_folder):
@@ -113,35 +113,32 @@ def test_parameters_are_drawn_independently_of_each_other_and_of_the_other_view(
     assert (correlation - torch.eye(len(values))).abs().max() < 5 / 4000**0.5
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_both_views_of_a_loader_that_cropped_get_the_colours_of_the_same_parameters(mode):
-    images, ids = batch(12), torch.arange(12)
-    whole = replace(STRONG, crop_scale=(1, 1), crop_ratio=(1, 1))  # the crop is the image itself
-    expected = TwoViews(whole, MEAN, STD, 0, crop=True, mode=mode)(images, ids, 4)
-    found = TwoViews(whole, MEAN, STD, 0, crop=False, mode=mode)(torch.stack([images, images], 1), ids, 4)
-    for a, b in zip(found, expected, strict=True):
-        assert (a - b).abs().max() < 1e-4
+def test_both_views_of_a_loader_that_cropped_get_the_colours_of_the_same_parameters():
+    for mode in MODES:
+        images, ids = batch(12), torch.arange(12)
+        whole = replace(STRONG, crop_scale=(1, 1), crop_ratio=(1, 1))  # the crop is the image itself
+        expected = TwoViews(whole, MEAN, STD, 0, crop=True, mode=mode)(images, ids, 4)
+        found = TwoViews(whole, MEAN, STD, 0, crop=False, mode=mode)(torch.stack([images, images], 1), ids, 4)
+        for a, b in zip(found, expected, strict=True):
+            assert (a - b).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("augmentation", [NATURAL, DIGITS])
-def test_fused_views_stay_on_the_device_of_the_images_and_never_wait_for_it(augmentation):
+def test_fused_views_stay_on_the_device_of_the_images_and_never_wait_for_it():
     """Tensors of the device "meta" hold no data: to read a value on the host is an error, so is a second device."""
-    images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="meta")
-    for view in TwoViews(augmentation, MEAN, STD, 0)(images, torch.arange(8, device="meta"), 0):
-        assert view.device.type == "meta" and view.shape == (8, 3, 32, 32) and view.dtype == torch.float32
+    for augmentation in [NATURAL, DIGITS]:
+        images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device="meta")
+        for view in TwoViews(augmentation, MEAN, STD, 0)(images, torch.arange(8, device="meta"), 0):
+            assert view.device.type == "meta" and view.shape == (8, 3, 32, 32) and view.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "images, message",
-    [
+def test_images_of_another_kind_are_refused():
+    for images, message in [
         (torch.zeros(2, 3, 8, 8), r"must be uint8 .*torch.float32 of shape \(2, 3, 8, 8\)"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), r"shape \(3, 8, 8\)"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "need images of 3 channels, got 1"),
-    ],
-)
-def test_images_of_another_kind_are_refused(images, message):
-    with pytest.raises(ValueError, match=message):
-        TwoViews(NATURAL, MEAN, STD, 0)(images, torch.arange(len(images)), 0)
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TwoViews(NATURAL, MEAN, STD, 0)(images, torch.arange(len(images)), 0)
 
 
 def test_unknown_mode_is_refused():

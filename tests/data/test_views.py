@@ -30,24 +30,24 @@ def test_flip_equals_torchvision():
     close(affine_resample(unit(), replace(OFF, flip=1), draws(8, 8), crop=False), F.horizontal_flip(unit()))
 
 
-@pytest.mark.parametrize("crop", [False, True])
-def test_rotation_equals_torchvision_where_no_border_is_seen(crop):
-    images, u = unit(8, 33), draws(8, 8)
-    degrees = 30 * (2 * u[:, 5] - 1)
-    expected = each(images, lambda image, angle: F.rotate(image, angle, BILINEAR), degrees)
-    inside = (slice(None), slice(None), slice(7, -7), slice(7, -7))
-    close(affine_resample(images, replace(OFF, rotation=30), u, crop)[inside], expected[inside], 1e-4)
+def test_rotation_equals_torchvision_where_no_border_is_seen():
+    for crop in [False, True]:
+        images, u = unit(8, 33), draws(8, 8)
+        degrees = 30 * (2 * u[:, 5] - 1)
+        expected = each(images, lambda image, angle: F.rotate(image, angle, BILINEAR), degrees)
+        inside = (slice(None), slice(None), slice(7, -7), slice(7, -7))
+        close(affine_resample(images, replace(OFF, rotation=30), u, crop)[inside], expected[inside], 1e-4)
 
 
-@pytest.mark.parametrize("crop", [False, True])
-@pytest.mark.parametrize("right, down", [(3, -2), (-4, 4), (0, 1)])
-def test_translation_equals_torchvision_with_black_outside(right, down, crop):
-    images, u = unit(8, 20), draws(8, 8)
-    u[:, 6], u[:, 7] = 0.5 - right / 8, 0.5 - down / 8  # of at most 4 pixels
-    expected = F.affine(images, angle=0, translate=[right, down], scale=1, shear=[0], interpolation=BILINEAR)
-    close(affine_resample(images, replace(OFF, translation=0.2, padding="zeros"), u, crop), expected, 1e-5)
-    repeated = F.pad(images, [4], padding_mode="edge")[..., 4 - down : 24 - down, 4 - right : 24 - right]
-    close(affine_resample(images, replace(OFF, translation=0.2), u, crop), repeated, 1e-5)
+def test_translation_equals_torchvision_with_black_outside():
+    for right, down in [(3, -2), (-4, 4), (0, 1)]:
+        for crop in [False, True]:
+            images, u = unit(8, 20), draws(8, 8)
+            u[:, 6], u[:, 7] = 0.5 - right / 8, 0.5 - down / 8  # of at most 4 pixels
+            expected = F.affine(images, angle=0, translate=[right, down], scale=1, shear=[0], interpolation=BILINEAR)
+            close(affine_resample(images, replace(OFF, translation=0.2, padding="zeros"), u, crop), expected, 1e-5)
+            repeated = F.pad(images, [4], padding_mode="edge")[..., 4 - down : 24 - down, 4 - right : 24 - right]
+            close(affine_resample(images, replace(OFF, translation=0.2), u, crop), repeated, 1e-5)
 
 
 def draws_of_box(augmentation, left, top, width, height, size):
@@ -62,21 +62,21 @@ def draws_of_box(augmentation, left, top, width, height, size):
 BOXES = [(4, 8, 16, 16), (0, 0, 16, 16), (16, 16, 16, 16), (3, 5, 24, 20), (10, 2, 18, 24), (0, 0, 32, 32)]
 
 
-@pytest.mark.parametrize("left, top, width, height", BOXES)
-def test_crop_equals_torchvision_resized_crop_inside(left, top, width, height):
+def test_crop_equals_torchvision_resized_crop_inside():
     """At its edge torchvision repeats the last pixel, where we see the picture's next one."""
-    images = unit(4, 32)
-    augmentation = replace(OFF, crop_scale=(0.2, 1), crop_ratio=(3 / 4, 4 / 3))
-    u = draws_of_box(augmentation, left, top, width, height, 32)
-    box = torch.tensor([[left, top, left + width, top + height]]) / 32
-    close(crop_boxes(augmentation, u[:, :4]), box)
-    expected = F.resized_crop(images, top, left, height, width, [32, 32], BILINEAR, antialias=False)
-    inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))
-    found = affine_resample(images, augmentation, u.expand(4, -1))
-    close(found[inside], expected[inside], 1e-4)
-    if width == height == 16:  # the whole picture at twice its size, then cut
-        whole = F.resize(images, [64, 64], BILINEAR, antialias=False)
-        close(found, whole[:, :, 2 * top : 2 * top + 32, 2 * left : 2 * left + 32], 1e-4)
+    for left, top, width, height in BOXES:
+        images = unit(4, 32)
+        augmentation = replace(OFF, crop_scale=(0.2, 1), crop_ratio=(3 / 4, 4 / 3))
+        u = draws_of_box(augmentation, left, top, width, height, 32)
+        box = torch.tensor([[left, top, left + width, top + height]]) / 32
+        close(crop_boxes(augmentation, u[:, :4]), box)
+        expected = F.resized_crop(images, top, left, height, width, [32, 32], BILINEAR, antialias=False)
+        inside = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+        found = affine_resample(images, augmentation, u.expand(4, -1))
+        close(found[inside], expected[inside], 1e-4)
+        if width == height == 16:  # the whole picture at twice its size, then cut
+            whole = F.resize(images, [64, 64], BILINEAR, antialias=False)
+            close(found, whole[:, :, 2 * top : 2 * top + 32, 2 * left : 2 * left + 32], 1e-4)
 
 
 def test_mirrored_crop_is_the_mirror_image_of_the_crop():
@@ -86,19 +86,19 @@ def test_mirrored_crop_is_the_mirror_image_of_the_crop():
     close(affine_resample(images, replace(augmentation, flip=1), u), expected)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_crop_boxes_lie_in_the_image_and_keep_area_and_ratio(name):
-    augmentation = PRESETS[name]
-    left, top, right, bottom = crop_boxes(augmentation, draws(4000, 4)).double().T
-    assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
-    width, height = right - left, bottom - top
-    whole = (width < 1 - 1e-6) & (height < 1 - 1e-6)  # not clipped
-    area, ratio = (width * height)[whole], (width / height)[whole]
-    (low, high), (narrow, wide) = augmentation.crop_scale, augmentation.crop_ratio
-    assert low - 1e-6 <= area.min() < low + 0.01 and area.max() <= high + 1e-6
-    assert narrow - 1e-6 <= ratio.min() < narrow + 0.02 and wide - 0.02 < ratio.max() <= wide + 1e-6
-    assert whole.double().mean() > 0.6
-    assert left[whole].min() < 0.01 and (right[whole] > 0.99).any()
+def test_crop_boxes_lie_in_the_image_and_keep_area_and_ratio():
+    for name in PRESETS:
+        augmentation = PRESETS[name]
+        left, top, right, bottom = crop_boxes(augmentation, draws(4000, 4)).double().T
+        assert min(left.min(), top.min()) >= 0 and max(right.max(), bottom.max()) <= 1
+        width, height = right - left, bottom - top
+        whole = (width < 1 - 1e-6) & (height < 1 - 1e-6)  # not clipped
+        area, ratio = (width * height)[whole], (width / height)[whole]
+        (low, high), (narrow, wide) = augmentation.crop_scale, augmentation.crop_ratio
+        assert low - 1e-6 <= area.min() < low + 0.01 and area.max() <= high + 1e-6
+        assert narrow - 1e-6 <= ratio.min() < narrow + 0.02 and wide - 0.02 < ratio.max() <= wide + 1e-6
+        assert whole.double().mean() > 0.6
+        assert left[whole].min() < 0.01 and (right[whole] > 0.99).any()
 
 
 @pytest.fixture(params=MODES)
@@ -157,30 +157,30 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("probability", [0.2, 0.5, 1.0])
-@pytest.mark.parametrize("name", CHANGES)
-def test_share_of_changed_images_is_the_probability_asked_for(views_of, name, probability):
-    image = unit(1, 4) * 0.5 + 0.2
-    images = (image * 255).round().to(torch.uint8)
-    augmentation = replace(OFF, brightness=0.5 if name == "jitter" else 0, **{name: probability})
-    views = views_of(augmentation, images.expand(len(IDS), -1, -1, -1), IDS, crop=False)
-    changed = [CHANGES[name](view, images / 255).double() for view in views]
-    sigma = (probability * (1 - probability) / len(IDS)) ** 0.5
-    for view in changed:
-        assert abs(view.mean() - probability) <= 4 * sigma
-    if probability < 1:  # the two views are independent
-        assert abs(torch.corrcoef(torch.stack(changed))[0, 1]) < 4 / len(IDS) ** 0.5
+def test_share_of_changed_images_is_the_probability_asked_for(views_of):
+    for name in CHANGES:
+        for probability in [0.2, 0.5, 1.0]:
+            image = unit(1, 4) * 0.5 + 0.2
+            images = (image * 255).round().to(torch.uint8)
+            augmentation = replace(OFF, brightness=0.5 if name == "jitter" else 0, **{name: probability})
+            views = views_of(augmentation, images.expand(len(IDS), -1, -1, -1), IDS, crop=False)
+            changed = [CHANGES[name](view, images / 255).double() for view in views]
+            sigma = (probability * (1 - probability) / len(IDS)) ** 0.5
+            for view in changed:
+                assert abs(view.mean() - probability) <= 4 * sigma
+            if probability < 1:  # the two views are independent
+                assert abs(torch.corrcoef(torch.stack(changed))[0, 1]) < 4 / len(IDS) ** 0.5
 
 
-@pytest.mark.parametrize("probability", [0.5, 1.0])
-def test_share_of_images_blurred_with_sigma_above_a_half_is_the_one_asked_for(views_of, probability):
-    point = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
-    point[:, :, 1, 1] = 255
-    blurred = F.gaussian_blur(point / 255, 3, 0.5)[0, 0, 1, 2]  # of its neighbour: more for every larger sigma
-    expected = probability * (2 - 0.5) / (2 - 0.1)
-    sigma = (expected * (1 - expected) / len(IDS)) ** 0.5
-    for view in views_of(replace(OFF, blur=probability), point.expand(len(IDS), -1, -1, -1), IDS, crop=False):
-        assert abs((view[:, 0, 1, 2] > blurred).double().mean() - expected) < 4 * sigma
+def test_share_of_images_blurred_with_sigma_above_a_half_is_the_one_asked_for(views_of):
+    for probability in [0.5, 1.0]:
+        point = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+        point[:, :, 1, 1] = 255
+        blurred = F.gaussian_blur(point / 255, 3, 0.5)[0, 0, 1, 2]  # of its neighbour: more for every larger sigma
+        expected = probability * (2 - 0.5) / (2 - 0.1)
+        sigma = (expected * (1 - expected) / len(IDS)) ** 0.5
+        for view in views_of(replace(OFF, blur=probability), point.expand(len(IDS), -1, -1, -1), IDS, crop=False):
+            assert abs((view[:, 0, 1, 2] > blurred).double().mean() - expected) < 4 * sigma
 
 
 def test_operations_are_chosen_independently_of_each_other_and_of_the_other_view(views_of):
@@ -209,21 +209,30 @@ def test_digits_are_never_mirrored_recoloured_or_made_grey(views_of):
         assert both.sum() > 300 and (red < blue)[both].all()
 
 
-@pytest.mark.parametrize(
-    "strength, message",
-    [
-        (dict(crop_scale=(0, 1)), "crop_scale"), (dict(crop_scale=(0.5, 0.2)), "crop_scale"),
-        (dict(crop_scale=(0.5, 1.5)), r"crop_scale .*\(0.5, 1.5\)"), (dict(crop_ratio=(0, 1)), "crop_ratio"),
-        (dict(crop_ratio=(2, 1)), "crop_ratio"), (dict(flip=1.5), "flip .*1.5"), (dict(jitter=-0.1), "jitter"),
-        (dict(grey=2), "grey"), (dict(blur=-1), "blur"), (dict(hue=0.6), "hue .*0.6"), (dict(hue=-0.1), "hue"),
-        (dict(brightness=-0.4), "brightness"), (dict(contrast=1.1), "contrast"), (dict(saturation=2), "saturation"),
-        (dict(rotation=-10), "rotation"), (dict(rotation=270), "rotation .*270"), (dict(flip=math.nan), "flip"),
-        (dict(translation=1.5), "translation .*1.5"), (dict(padding="mirror"), "padding .*'mirror'"),
-    ],
-)  # fmt: skip
-def test_strength_out_of_range_is_refused(strength, message):
-    with pytest.raises(ValueError, match=message):
-        Augmentation(**strength)
+def test_strength_out_of_range_is_refused():
+    for strength, message in [
+        (dict(crop_scale=(0, 1)), "crop_scale"),
+        (dict(crop_scale=(0.5, 0.2)), "crop_scale"),
+        (dict(crop_scale=(0.5, 1.5)), r"crop_scale .*\(0.5, 1.5\)"),
+        (dict(crop_ratio=(0, 1)), "crop_ratio"),
+        (dict(crop_ratio=(2, 1)), "crop_ratio"),
+        (dict(flip=1.5), "flip .*1.5"),
+        (dict(jitter=-0.1), "jitter"),
+        (dict(grey=2), "grey"),
+        (dict(blur=-1), "blur"),
+        (dict(hue=0.6), "hue .*0.6"),
+        (dict(hue=-0.1), "hue"),
+        (dict(brightness=-0.4), "brightness"),
+        (dict(contrast=1.1), "contrast"),
+        (dict(saturation=2), "saturation"),
+        (dict(rotation=-10), "rotation"),
+        (dict(rotation=270), "rotation .*270"),
+        (dict(flip=math.nan), "flip"),
+        (dict(translation=1.5), "translation .*1.5"),
+        (dict(padding="mirror"), "padding .*'mirror'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Augmentation(**strength)
 
 
 def test_model_range_equals_torchvision_normalisation():

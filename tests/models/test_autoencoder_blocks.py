@@ -77,19 +77,19 @@ def test_latents_codes_and_images_are_those_of_vqmodel_with_the_same_weights():
         torch.testing.assert_close(ours(images()).pixel_values, theirs(images()).sample, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("legacy", "weight"), [(True, 1.0), (False, 0.25)], ids=["bug", "paper"])
-def test_gradients_are_those_of_vqmodel_with_the_weight_that_its_flag_puts_on_the_commitment(legacy, weight):
-    ours, theirs = make_vq_pair(weight)
-    codebook = theirs.quantize.embedding
-    theirs.quantize = DiffusersQuantizer(12, 5, beta=0.25, sane_index_shape=False, legacy=legacy)
-    theirs.quantize.embedding = codebook
-    ours(images()).loss.backward()
-    output = theirs(images())
-    (F.mse_loss(output.sample, images()) + output.commit_loss).backward()
-    others = {name: p.grad for name, p in theirs.named_parameters() if not name.startswith("quantize.")}
-    assert others.keys() == {name for name, _ in ours.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, others[name], atol=1e-6, rtol=1e-5)
+def test_gradients_are_those_of_vqmodel_with_the_weight_that_its_flag_puts_on_the_commitment():
+    for legacy, weight in [(True, 1.0), (False, 0.25)]:
+        ours, theirs = make_vq_pair(weight)
+        codebook = theirs.quantize.embedding
+        theirs.quantize = DiffusersQuantizer(12, 5, beta=0.25, sane_index_shape=False, legacy=legacy)
+        theirs.quantize.embedding = codebook
+        ours(images()).loss.backward()
+        output = theirs(images())
+        (F.mse_loss(output.sample, images()) + output.commit_loss).backward()
+        others = {name: p.grad for name, p in theirs.named_parameters() if not name.startswith("quantize.")}
+        assert others.keys() == {name for name, _ in ours.named_parameters()}
+        for name, parameter in ours.named_parameters():
+            torch.testing.assert_close(parameter.grad, others[name], atol=1e-6, rtol=1e-5)
 
 
 def test_gaussian_latents_and_images_are_those_of_autoencoder_kl_with_the_same_weights():
@@ -134,30 +134,27 @@ def taming_size(ch: int, multiples: tuple[int, ...], z: int, embed: int, codes: 
     return encoder + decoder + z * embed + embed + embed * z + z + codes * embed
 
 
-@pytest.mark.parametrize(
-    ("preset", "layout"),
-    [
+def test_presets_have_as_many_parameters_as_the_published_first_stages():
+    for preset, layout in [
         ("f4", (128, (1, 2, 4), 3, 3, 8192, set())),
         ("f8", (128, (1, 2, 2, 4), 4, 4, 16384, {3})),
         ("f16", (128, (1, 1, 2, 2, 4), 256, 256, 1024, {4})),
-    ],
-)
-def test_presets_have_as_many_parameters_as_the_published_first_stages(preset, layout):
-    with torch.device("meta"):
-        model = VQAutoencoder(VQConfig.preset(preset))
-    assert model.num_parameters() + model.quantizer.codebook.numel() == taming_size(*layout)
-    assert model.config.downsampling_factor == int(preset[1:])
+    ]:
+        with torch.device("meta"):
+            model = VQAutoencoder(VQConfig.preset(preset))
+        assert model.num_parameters() + model.quantizer.codebook.numel() == taming_size(*layout)
+        assert model.config.downsampling_factor == int(preset[1:])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("size", [16, 256])
-def test_presets_take_images_of_16_to_256_pixels(preset, size):
-    config = VQConfig.preset(preset, image_size=size, quantizer="kl")
-    with torch.device("meta"):
-        encoder, decoder = build_encoder(config), build_decoder(config)
-        latents = encoder(torch.empty(1, 3, size, size))
-        assert latents.shape == (1, 2 * config.encoder_out_channels, config.latent_size, config.latent_size)
-        assert decoder(latents[:, : config.encoder_out_channels]).shape == (1, 3, size, size)
+def test_presets_take_images_of_16_to_256_pixels():
+    for size in [16, 256]:
+        for preset in PRESETS:
+            config = VQConfig.preset(preset, image_size=size, quantizer="kl")
+            with torch.device("meta"):
+                encoder, decoder = build_encoder(config), build_decoder(config)
+                latents = encoder(torch.empty(1, 3, size, size))
+                assert latents.shape == (1, 2 * config.encoder_out_channels, config.latent_size, config.latent_size)
+                assert decoder(latents[:, : config.encoder_out_channels]).shape == (1, 3, size, size)
 
 
 def test_unknown_preset_is_refused_with_the_known_ones():
@@ -183,29 +180,29 @@ def before_second_convolution(block: ResnetBlock2D, inputs: torch.Tensor) -> tor
     return seen[0]
 
 
-@pytest.mark.parametrize("kind", ["element", "channel", "depth"])
-def test_dropout_is_nothing_in_eval_mode_and_keeps_the_expectation(kind):
-    block, inputs = one_block(kind, 0.3, 20_000)
-    plain, _ = one_block(kind, 0.0, 1)
-    with torch.no_grad():
-        expected = plain.eval()(inputs[:1], None)
-        assert torch.equal(block.eval()(inputs[:1], None), expected)
-        drawn = block.train()(inputs, None)
-        error = (drawn.mean(0) - expected[0]) / (drawn.std(0) / len(drawn) ** 0.5)
-    assert error.abs().max() < 5 and drawn.std(0).min() > 0  # 200 normal deviates
+def test_dropout_is_nothing_in_eval_mode_and_keeps_the_expectation():
+    for kind in ["element", "channel", "depth"]:
+        block, inputs = one_block(kind, 0.3, 20_000)
+        plain, _ = one_block(kind, 0.0, 1)
+        with torch.no_grad():
+            expected = plain.eval()(inputs[:1], None)
+            assert torch.equal(block.eval()(inputs[:1], None), expected)
+            drawn = block.train()(inputs, None)
+            error = (drawn.mean(0) - expected[0]) / (drawn.std(0) / len(drawn) ** 0.5)
+        assert error.abs().max() < 5 and drawn.std(0).min() > 0  # 200 normal deviates
 
 
-@pytest.mark.parametrize("kind", ["element", "channel"])
-def test_dropout_of_elements_and_channels_zeroes_what_it_says(kind):
-    block, inputs = one_block(kind, 0.3, 500)
-    with torch.no_grad():
-        reference = before_second_convolution(block.eval(), inputs)
-        ratio = before_second_convolution(block.train(), inputs) / reference
-    kept = ratio > 0.5
-    torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.7))
-    assert (ratio[~kept] == 0).all() and abs(kept.float().mean() - 0.7) < 0.03
-    whole = kept.flatten(2).float().mean(2)
-    assert set(whole.unique().tolist()) == {0, 1} if kind == "channel" else not (whole % 1 == 0).any()
+def test_dropout_of_elements_and_channels_zeroes_what_it_says():
+    for kind in ["element", "channel"]:
+        block, inputs = one_block(kind, 0.3, 500)
+        with torch.no_grad():
+            reference = before_second_convolution(block.eval(), inputs)
+            ratio = before_second_convolution(block.train(), inputs) / reference
+        kept = ratio > 0.5
+        torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / 0.7))
+        assert (ratio[~kept] == 0).all() and abs(kept.float().mean() - 0.7) < 0.03
+        whole = kept.flatten(2).float().mean(2)
+        assert set(whole.unique().tolist()) == {0, 1} if kind == "channel" else not (whole % 1 == 0).any()
 
 
 def test_stochastic_depth_drops_the_branch_of_whole_images():
@@ -220,12 +217,12 @@ def test_stochastic_depth_drops_the_branch_of_whole_images():
     assert set(ratio.mul(0.7).round(decimals=3).tolist()) == {0.0, 1.0}
 
 
-@pytest.mark.parametrize("kind", ["element", "channel", "depth"])
-def test_every_residual_block_of_the_decoder_and_none_of_the_encoder_is_weakened(kind):
-    model = VQAutoencoder(VQConfig(**SMALL, decoder_dropout=0.4, decoder_dropout_kind=kind)).train()
-    for part, weakened in ((model.encoder, False), (model.decoder, True)):
-        blocks = [module for module in part.modules() if isinstance(module, ResnetBlock2D)]
-        assert len(blocks) == (8 if part is model.encoder else 11)
-        for block in blocks:
-            inputs = torch.randn(64, block.in_channels, 4, 4)
-            assert torch.equal(block(inputs, None), block(inputs, None)) != weakened
+def test_every_residual_block_of_the_decoder_and_none_of_the_encoder_is_weakened():
+    for kind in ["element", "channel", "depth"]:
+        model = VQAutoencoder(VQConfig(**SMALL, decoder_dropout=0.4, decoder_dropout_kind=kind)).train()
+        for part, weakened in ((model.encoder, False), (model.decoder, True)):
+            blocks = [module for module in part.modules() if isinstance(module, ResnetBlock2D)]
+            assert len(blocks) == (8 if part is model.encoder else 11)
+            for block in blocks:
+                inputs = torch.randn(64, block.in_channels, 4, 4)
+                assert torch.equal(block(inputs, None), block(inputs, None)) != weakened

@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from test_without_package import run_foreign
 
-from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder
 from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
 from hf_dpssl.models.backbone_encoder import BackboneEncoder, complete_backbone
 
@@ -118,28 +117,6 @@ def test_gradients_reach_the_images_and_no_weight(tmp_path):
     model, x = convert_autoencoder(tmp_path).train(), images().requires_grad_()
     model.encode_latents(x).sum().backward()
     assert x.grad.abs().max() > 0 and all(p.grad is None for p in model.encoder.parameters())
-
-
-def test_loads_without_the_package_through_auto_model(tmp_path):
-    encoder_folder(tmp_path / "encoder", "resnet18", RESNET, "small_image")
-    VQConfig.register_for_auto_class()
-    VQAutoencoder.register_for_auto_class("AutoModel")
-    model = convert_autoencoder(tmp_path / "encoder")
-    model.save_pretrained(tmp_path / "autoencoder")
-    torch.save(images(), tmp_path / "images.pt")
-    with torch.no_grad():
-        torch.save(model(images()).pixel_values, tmp_path / "ours.pt")
-    found = run_foreign(
-        """
-from transformers import AutoModel
-model = AutoModel.from_pretrained("autoencoder", trust_remote_code=True, local_files_only=True)
-with torch.no_grad():
-    found = model(torch.load("images.pt", weights_only=True)).pixel_values
-print(json.dumps({"equal": torch.equal(found, torch.load("ours.pt", weights_only=True))}))
-""",
-        tmp_path,
-    )
-    assert found == {"equal": True}
 
 
 def test_features_that_cannot_be_latents_are_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import copy
 
-import pytest
 import torch
 from test_modeling_contrastive import config, images
 
@@ -10,22 +9,22 @@ from hf_dpssl import ContrastiveEncoder, SimCLRForPreTraining
 from hf_dpssl.models.blocks import OnePixelConv2d, guard_one_pixel_convolutions_
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_strided_convolution_of_one_pixel_is_float32_under_autocast_and_of_more_is_not(size):
-    plain = torch.nn.Conv2d(8, 12, 3, stride=2, padding=1)
-    guarded = torch.nn.Sequential(copy.deepcopy(plain), torch.nn.Conv2d(12, 4, 1))
-    guard_one_pixel_convolutions_(guarded)
-    assert [type(module) for module in guarded] == [OnePixelConv2d, torch.nn.Conv2d]
-    inputs = torch.randn(5, 8, size, size).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        output = guarded[0](inputs)
-    assert output.dtype == (torch.float32 if size == 1 else torch.bfloat16)
-    output.float().square().sum().backward()
-    plain(inputs.float()).square().sum().backward()
-    tolerance = 0 if size == 1 else 0.05
-    for (name, found), (_, expected) in zip(guarded[0].named_parameters(), plain.named_parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=tolerance, atol=tolerance, msg=name)
-    assert guarded[0](inputs.float()).equal(plain(inputs.float()))  # without autocast nothing differs
+def test_strided_convolution_of_one_pixel_is_float32_under_autocast_and_of_more_is_not():
+    for size in [1, 2]:
+        plain = torch.nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        guarded = torch.nn.Sequential(copy.deepcopy(plain), torch.nn.Conv2d(12, 4, 1))
+        guard_one_pixel_convolutions_(guarded)
+        assert [type(module) for module in guarded] == [OnePixelConv2d, torch.nn.Conv2d]
+        inputs = torch.randn(5, 8, size, size).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = guarded[0](inputs)
+        assert output.dtype == (torch.float32 if size == 1 else torch.bfloat16)
+        output.float().square().sum().backward()
+        plain(inputs.float()).square().sum().backward()
+        tolerance = 0 if size == 1 else 0.05
+        for (name, found), (_, expected) in zip(guarded[0].named_parameters(), plain.named_parameters(), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad, rtol=tolerance, atol=tolerance, msg=name)
+        assert guarded[0](inputs.float()).equal(plain(inputs.float()))  # without autocast nothing differs
 
 
 def test_last_stage_of_a_resnet_at_16_px_is_guarded_and_its_names_stay():

@@ -44,7 +44,8 @@ class ProjectedLoss(torch.nn.Module):
 
     def __init__(self, loss):
         super().__init__()
-        self.projection, self.loss = torch.nn.Linear(6, 3, dtype=torch.float64), loss
+        self.projection = torch.nn.Linear(6, 3, dtype=torch.float64)
+        self.loss = loss
 
     def forward(self, view_1, view_2, weights):
         a, b = (gather_with_gradient(self.projection(view)) for view in (view_1, view_2))
@@ -71,9 +72,33 @@ def quantizer_case(revival_threshold: float) -> dict:
         latents = random(WORLD_SIZE * PAIRS, 3, 4, 4, seed=step, dtype=torch.float32)
         codes.append(gather_without_gradient(vq(own_share(latents)).codes))
         if step == STEPS - 2:
-            vq.sums[3], vq.counts[3] = 1000.0, 1.0  # far from all latents: dead in the last step
+            vq.sums[3] = 1000.0  # far from all latents: dead in the last step
+            vq.counts[3] = 1.0
             vq.codebook[3] = 1000.0
     return {"codes": torch.stack(codes)} | {name: value.clone() for name, value in vq.state_dict().items()}
+
+
+def all_cases() -> dict:
+    """Results by "case: name"; one start of two processes for all of them."""
+    cases = {name: loss_case(name) for name in LOSSES}
+    cases["quantizer"] = quantizer_case(0.0)
+    cases["revival"] = quantizer_case(0.2)
+    if is_distributed():
+        cases["gather"] = gather_case()
+    return {f"{case}: {name}": value for case, results in cases.items() for name, value in results.items()}
+
+
+@pytest.fixture(scope="module")
+def two_processes(run_in_two):
+    """By case: the results of both processes."""
+    both = run_in_two(all_cases)
+    cases = sorted({key.split(": ")[0] for key in both[0]})
+    return {
+        case: [
+            {key.split(": ")[1]: value for key, value in part.items() if key.startswith(f"{case}: ")} for part in both
+        ]
+        for case in cases
+    }
 
 
 def gather_case() -> dict:
@@ -99,8 +124,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(run_in_two):
-    for rank, result in enumerate(run_in_two(gather_case)):
+def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(two_processes):
+    for rank, result in enumerate(two_processes["gather"]):
         expected = torch.tensor([1.0, 1, 2, 2])[:, None].expand(4, 3)
         assert torch.equal(result["gathered"], expected)
         assert torch.equal(result["detached"], expected) and not result["detached has gradient"]
@@ -110,23 +135,23 @@ def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(run_i
         assert result["broadcast"].tolist() == [0]
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_loss_and_gradient_over_two_processes_equal_one_process_with_the_whole_batch(name, run_in_two):
-    expected = loss_case(name)
-    assert expected["projection.weight"].abs().max() > 1e-3
-    for result in run_in_two(loss_case, name):
-        assert_same(result, expected, **EXACT)
+def test_loss_and_gradient_over_two_processes_equal_one_process_with_the_whole_batch(two_processes):
+    for name in LOSSES:
+        expected = loss_case(name)
+        assert expected["projection.weight"].abs().max() > 1e-3
+        for result in two_processes[name]:
+            assert_same(result, expected, **EXACT)
 
 
-def test_quantizer_statistics_over_two_processes_equal_one_process_with_the_whole_batch(run_in_two):
+def test_quantizer_statistics_over_two_processes_equal_one_process_with_the_whole_batch(two_processes):
     expected = quantizer_case(0.0)
-    first, second = run_in_two(quantizer_case, 0.0)
+    first, second = two_processes["quantizer"]
     assert_same(first, second, rtol=0, atol=0)
     assert_same(first, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_revived_codes_are_the_same_on_both_processes_and_vectors_of_the_first(run_in_two):
-    first, second = run_in_two(quantizer_case, 0.2)
+def test_revived_codes_are_the_same_on_both_processes_and_vectors_of_the_first(two_processes):
+    first, second = two_processes["revival"]
     assert_same(first, second, rtol=0, atol=0)
     last = random(WORLD_SIZE * PAIRS, 3, 4, 4, seed=STEPS - 1, dtype=torch.float32)
     candidates = last.chunk(WORLD_SIZE)[0].permute(0, 2, 3, 1).reshape(-1, 3)

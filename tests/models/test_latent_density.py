@@ -35,15 +35,15 @@ def test_mixture_log_probabilities_equal_those_of_scikit_learn():
     torch.testing.assert_close(density.log_prob(points), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["diagonal", "full", "mixture"])
-def test_samples_have_the_mean_and_covariance_of_the_latents(kind):
-    points = cloud(2000)
-    density = LatentDensity(kind, 3, components=2).fit_(points)
-    samples = density.sample(40_000, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(samples.mean(0), points.mean(0), rtol=0, atol=0.05)
-    expected = points.T.cov(correction=0)
-    expected = expected.diagonal().diag() if kind == "diagonal" else expected
-    torch.testing.assert_close(samples.T.cov(), expected, rtol=0.05, atol=0.1)
+def test_samples_have_the_mean_and_covariance_of_the_latents():
+    for kind in ["diagonal", "full", "mixture"]:
+        points = cloud(2000)
+        density = LatentDensity(kind, 3, components=2).fit_(points)
+        samples = density.sample(40_000, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(samples.mean(0), points.mean(0), rtol=0, atol=0.05)
+        expected = points.T.cov(correction=0)
+        expected = expected.diagonal().diag() if kind == "diagonal" else expected
+        torch.testing.assert_close(samples.T.cov(), expected, rtol=0.05, atol=0.1)
 
 
 def test_prior_is_the_standard_normal_even_after_a_fit():

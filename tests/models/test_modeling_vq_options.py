@@ -157,9 +157,8 @@ def test_checkpoint_from_before_the_new_fields_loads_and_gives_the_same(tmp_path
 BACKBONE = {"architecture": "resnet18", "channels": 64, "reduction": 2}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_config_refuses_what_is_not_defined_and_says_what_is():
+    for options, message in [
         ({"code_distance": "l1"}, "'l2', 'cosine'"),
         ({"codebook_update": "sgd"}, "'ema', 'gradient'"),
         ({"quantizer_gradient": "gumbel"}, "'straight_through', 'rotation'"),
@@ -171,35 +170,30 @@ BACKBONE = {"architecture": "resnet18", "channels": 64, "reduction": 2}
         ({"backbone": {"architecture": "resnet18"}}, "lacks .*channels.*complete_backbone"),
         ({"backbone": BACKBONE}, "latent_channels=3 must be 64"),
         ({"backbone": BACKBONE, "latent_channels": 64, "quantizer": "kl"}, "no variances"),
-    ],
-    ids=str,
-)
-def test_config_refuses_what_is_not_defined_and_says_what_is(options, message):
-    with pytest.raises(ValueError, match=message):
-        VQConfig(**(SMALL | options))
+    ]:
+        with pytest.raises(ValueError, match=message):
+            VQConfig(**(SMALL | options))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
+def test_wrong_images_latents_and_codes_are_refused_by_what_is_allowed():
+    for call, message in [
         (lambda model: model(torch.zeros(1, 3, 8, 0)), "a latent cell, got"),
         (lambda model: model(torch.zeros(1, 3, 1, 8)), "multiples of 2, the side of a latent cell"),
         (lambda model: model.decode(torch.zeros(1, 4, 4, 4)), r"\(B, 3, h, w\), got \(1, 4, 4, 4\)"),
         (lambda model: model.decode_codes(torch.zeros(4, 16).long()), r"\(B, h, w\).*reshape"),
         (lambda model: model.decode_codes(torch.zeros(1, 4, 4)), "torch.float32"),
         (lambda model: model.decode_codes(torch.zeros(1, 4, 4, dtype=torch.uint8)), "torch.uint8"),
-    ],
-)
-def test_wrong_images_latents_and_codes_are_refused_by_what_is_allowed(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(make())
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call(make())
 
 
-def test_model_file_names_every_sibling_that_its_siblings_need():
+def test_model_files_name_every_sibling_that_their_siblings_need():
     # transformers before 5.13 copies only these next to the weights.
     def named(module: str) -> set[str]:
         source = (Path(modeling_vq.__file__).parent / f"{module}.py").read_text(encoding="utf-8")
         return set(re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE))
 
-    direct = named("modeling_vq")
-    assert "backbone_encoder" in direct and set().union(*map(named, direct)) <= direct
+    for module in ("modeling_vq", "modeling_contrastive", "modeling_vaegan", "modeling_discriminator"):
+        direct = named(module)
+        assert "complete_loading" in direct and set().union(*map(named, direct)) <= direct, module

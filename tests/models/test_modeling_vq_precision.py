@@ -36,16 +36,16 @@ def saved_bytes(model: VQAutoencoder, pixel_values: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("kind", ["element", "depth"])
-def test_checkpointing_gives_the_same_gradients_and_keeps_fewer_activations(kind):
-    plain = make(decoder_dropout=0.3, decoder_dropout_kind=kind, attention_levels=[1]).train()
-    thrifty = copy.deepcopy(plain)
-    thrifty.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found, expected = gradients(thrifty, images(1)), gradients(plain, images(1))
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6)
-    assert saved_bytes(thrifty, images(1)) < 0.4 * saved_bytes(plain, images(1))
+def test_checkpointing_gives_the_same_gradients_and_keeps_fewer_activations():
+    for kind in ["element", "depth"]:
+        plain = make(decoder_dropout=0.3, decoder_dropout_kind=kind, attention_levels=[1]).train()
+        thrifty = copy.deepcopy(plain)
+        thrifty.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        found, expected = gradients(thrifty, images(1)), gradients(plain, images(1))
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6)
+        assert saved_bytes(thrifty, images(1)) < 0.4 * saved_bytes(plain, images(1))
 
 
 def test_new_decoder_keeps_checkpointing_precision_and_memory_format():
@@ -77,27 +77,27 @@ def test_channels_last_changes_the_layout_and_not_the_result():
     torch.testing.assert_close(other.quantizer.codebook, model.quantizer.codebook)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16_model", "autocast"])
-def test_codebook_stays_float32_in_bfloat16_and_codes_come_back_exactly(autocast):
-    model = make()
-    if not autocast:
-        model.to(torch.bfloat16)
-    start = model.quantizer.codebook.clone()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with torch.no_grad():
-            output = model(images(1))
-            assert output.latents.dtype == output.pixel_values.dtype == torch.bfloat16
-            assert torch.equal(model.decode_codes(output.codes).pixel_values, output.pixel_values)
-        loss = model.train()(images(1)).loss
-    loss.backward()
-    codebook = model.quantizer.codebook
-    assert loss.dtype == codebook.dtype == model.quantizer.sums.dtype == torch.float32
-    assert not torch.equal(codebook, start) and not torch.equal(codebook, codebook.bfloat16().float())
-    vectors = output.latents.double().permute(0, 2, 3, 1).reshape(-1, 3)
-    distances = torch.cdist(vectors, start.double())
-    chosen = distances.gather(1, output.codes.view(-1, 1))[:, 0]
-    torch.testing.assert_close(chosen, distances.min(1).values, atol=1e-6, rtol=1e-5)
-    assert model.encoder.conv_in.weight.grad.isfinite().all()
+def test_codebook_stays_float32_in_bfloat16_and_codes_come_back_exactly():
+    for autocast in [False, True]:
+        model = make()
+        if not autocast:
+            model.to(torch.bfloat16)
+        start = model.quantizer.codebook.clone()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with torch.no_grad():
+                output = model(images(1))
+                assert output.latents.dtype == output.pixel_values.dtype == torch.bfloat16
+                assert torch.equal(model.decode_codes(output.codes).pixel_values, output.pixel_values)
+            loss = model.train()(images(1)).loss
+        loss.backward()
+        codebook = model.quantizer.codebook
+        assert loss.dtype == codebook.dtype == model.quantizer.sums.dtype == torch.float32
+        assert not torch.equal(codebook, start) and not torch.equal(codebook, codebook.bfloat16().float())
+        vectors = output.latents.double().permute(0, 2, 3, 1).reshape(-1, 3)
+        distances = torch.cdist(vectors, start.double())
+        chosen = distances.gather(1, output.codes.view(-1, 1))[:, 0]
+        torch.testing.assert_close(chosen, distances.min(1).values, atol=1e-6, rtol=1e-5)
+        assert model.encoder.conv_in.weight.grad.isfinite().all()
 
 
 def test_frozen_encoder_keeps_no_graph():

@@ -55,15 +55,15 @@ def test_first_training_batch_starts_the_codebook_at_its_clusters():
     torch.testing.assert_close(vq.counts, 0.9 * 100 / 16 + 0.1 * used)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_quantized_value_is_bit_equal_to_the_codebook_row(training):
-    vq = started().train(training)
-    before = vq.codebook.clone()
-    output = vq(random(2, 3, 4, 5, scale=100))
-    assert output.codes.shape == (2, 4, 5) and output.codes.dtype == torch.int64
-    assert torch.equal(as_vectors(output.quantized), before[output.codes.flatten()])
-    if not training:
-        assert torch.equal(output.quantized, vq.lookup(output.codes))
+def test_quantized_value_is_bit_equal_to_the_codebook_row():
+    for training in [False, True]:
+        vq = started().train(training)
+        before = vq.codebook.clone()
+        output = vq(random(2, 3, 4, 5, scale=100))
+        assert output.codes.shape == (2, 4, 5) and output.codes.dtype == torch.int64
+        assert torch.equal(as_vectors(output.quantized), before[output.codes.flatten()])
+        if not training:
+            assert torch.equal(output.quantized, vq.lookup(output.codes))
 
 
 def test_gradient_passes_straight_through():
@@ -82,23 +82,25 @@ def test_commitment_is_the_mean_squared_error_and_pulls_latents_to_their_codes()
     torch.testing.assert_close(latents.grad, 2 * error / error.numel())
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.7, 0.99])
-def test_codebook_update_equals_the_running_means_by_hand(decay):
-    vq = started(decay=decay, revival_threshold=0)
-    counts, sums, codebook = [1.0] * 6, vq.codebook.double().tolist(), vq.codebook.double().tolist()
-    for step in range(3):
-        latents = random(2, 3, 4, 4, seed=step)
-        codes = vq(latents).codes.flatten().tolist()
-        vectors = as_vectors(latents).double().tolist()
-        for k in range(6):
-            mine = [v for v, code in zip(vectors, codes, strict=True) if code == k]
-            counts[k] = decay * counts[k] + (1 - decay) * len(mine)
-            sums[k] = [decay * sums[k][d] + (1 - decay) * sum(v[d] for v in mine) for d in range(3)]
-            if counts[k] > 0:
-                codebook[k] = [s / counts[k] for s in sums[k]]
-        torch.testing.assert_close(vq.counts.double(), torch.tensor(counts, dtype=torch.float64), rtol=1e-5, atol=1e-6)
-        expected = torch.tensor(codebook, dtype=torch.float64)
-        torch.testing.assert_close(vq.codebook.double(), expected, rtol=1e-4, atol=1e-5)
+def test_codebook_update_equals_the_running_means_by_hand():
+    for decay in [0.0, 0.7, 0.99]:
+        vq = started(decay=decay, revival_threshold=0)
+        counts, sums, codebook = [1.0] * 6, vq.codebook.double().tolist(), vq.codebook.double().tolist()
+        for step in range(3):
+            latents = random(2, 3, 4, 4, seed=step)
+            codes = vq(latents).codes.flatten().tolist()
+            vectors = as_vectors(latents).double().tolist()
+            for k in range(6):
+                mine = [v for v, code in zip(vectors, codes, strict=True) if code == k]
+                counts[k] = decay * counts[k] + (1 - decay) * len(mine)
+                sums[k] = [decay * sums[k][d] + (1 - decay) * sum(v[d] for v in mine) for d in range(3)]
+                if counts[k] > 0:
+                    codebook[k] = [s / counts[k] for s in sums[k]]
+            torch.testing.assert_close(
+                vq.counts.double(), torch.tensor(counts, dtype=torch.float64), rtol=1e-5, atol=1e-6
+            )
+            expected = torch.tensor(codebook, dtype=torch.float64)
+            torch.testing.assert_close(vq.codebook.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def far_code(**options) -> tuple[VectorQuantizer, torch.Tensor]:
@@ -169,24 +171,24 @@ def test_eval_mode_changes_nothing_not_even_the_start():
     assert int(vq.is_initialized) == 0
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()])
-def test_statistics_stay_float32_and_bit_equal_under_a_change_of_precision(cast):
-    vq = started()
-    before = state(vq)
-    cast(torch.nn.ModuleDict({"inner": vq}))
-    for name in FLOAT_BUFFERS:
-        assert getattr(vq, name).dtype == torch.float32
-        assert torch.equal(getattr(vq, name), before[name])
+def test_statistics_stay_float32_and_bit_equal_under_a_change_of_precision():
+    for cast in [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()]:
+        vq = started()
+        before = state(vq)
+        cast(torch.nn.ModuleDict({"inner": vq}))
+        for name in FLOAT_BUFFERS:
+            assert getattr(vq, name).dtype == torch.float32
+            assert torch.equal(getattr(vq, name), before[name])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_latents_are_assigned_and_averaged_in_float32(dtype):
-    latents = random(2, 3, 4, 4).to(dtype)
-    vq, reference = started(), started()
-    output, expected = vq(latents), reference(latents.float())
-    assert output.quantized.dtype == dtype and output.commitment.dtype == torch.float32
-    assert torch.equal(output.codes, expected.codes)
-    assert all(torch.equal(value, state(reference)[name]) for name, value in state(vq).items())
+def test_half_precision_latents_are_assigned_and_averaged_in_float32():
+    for dtype in [torch.bfloat16, torch.float16]:
+        latents = random(2, 3, 4, 4).to(dtype)
+        vq, reference = started(), started()
+        output, expected = vq(latents), reference(latents.float())
+        assert output.quantized.dtype == dtype and output.commitment.dtype == torch.float32
+        assert torch.equal(output.codes, expected.codes)
+        assert all(torch.equal(value, state(reference)[name]) for name, value in state(vq).items())
 
 
 def test_autocast_does_not_change_codes_or_statistics():
@@ -233,17 +235,13 @@ def test_perplexity_is_one_for_one_code_and_their_number_for_evenly_used_codes()
     assert float(vq(as_latents(vq.codebook[[0, 0, 0, 1]])).perplexity) == pytest.approx(math.exp(entropy))
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (2, 3, 4), (3,)])
-def test_latents_of_wrong_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-        started()(torch.zeros(shape))
+def test_latents_of_wrong_shape_are_refused():
+    for shape in [(2, 4, 4, 4), (2, 3, 4), (3,)]:
+        with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+            started()(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"num_codes": 0}, {"code_dim": 0}, {"decay": 1.0}, {"decay": -0.1}, {"revival_threshold": 1.0}],
-    ids=str,
-)
-def test_quantizer_options_out_of_range_are_refused_by_name(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        VectorQuantizer(**({"num_codes": 4, "code_dim": 2} | options))
+def test_quantizer_options_out_of_range_are_refused_by_name():
+    for options in [{"num_codes": 0}, {"code_dim": 0}, {"decay": 1.0}, {"decay": -0.1}, {"revival_threshold": 1.0}]:
+        with pytest.raises(ValueError, match=next(iter(options))):
+            VectorQuantizer(**({"num_codes": 4, "code_dim": 2} | options))

@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_backbone_encoder import RESNET, encoder_folder
 
-from hf_dpssl import ContrastiveEncoder, VQAutoencoder
+from hf_dpssl import ContrastiveEncoder, VQAutoencoder, VQConfig
+from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
 from hf_dpssl.data.decoding import decode_image, to_square_tensor
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.views import normalize
@@ -43,7 +45,8 @@ def run_foreign(code: str, folder) -> dict:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, fork_server):
-    """The demo's encoder and autoencoder, trained for three steps, with pictures and our own outputs beside them."""
+    """The demo's encoder and autoencoder, trained for three steps, an autoencoder on a frozen encoder's features, and
+    pictures and our own outputs beside them."""
     from conftest import Launched
 
     folder = tmp_path_factory.mktemp("foreign")
@@ -51,6 +54,11 @@ def checkpoints(tmp_path_factory, fork_server):
     Launched(fork_server, "contrastive", steps, 1, folder / "log").wait()
     stages = ["--output_dir", str(folder), "--stage_1_steps", "3", "--stage_2_steps", "3"]
     Launched(fork_server, "dae_vq", stages, 1, folder / "log").wait()
+    encoder_folder(folder / "frozen", "resnet18", RESNET, "small_image")
+    VQConfig.register_for_auto_class()
+    VQAutoencoder.register_for_auto_class("AutoModel")
+    on_features = convert_autoencoder(folder / "frozen")
+    on_features.save_pretrained(folder / "on_features")
     data = load_images("digits")
     pictures = [decode_image(data.evaluation[row]["image"]) for row in range(4)]
     for number, picture in enumerate(pictures):
@@ -66,14 +74,14 @@ def checkpoints(tmp_path_factory, fork_server):
             "features": encoder(pixel_values).pooler_output,
             "codes": autoencoder.encode(pixel_values).codes,
             "reconstructions": autoencoder(pixel_values).pixel_values,
+            "larger": (larger := torch.rand(2, 3, 32, 32)),
+            "of_features": on_features(larger).pixel_values,
         }
     save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, folder / "ours.safetensors")
     return folder
 
 
-def test_encoder_loads_with_stock_transformers_and_timm_bit_equal(checkpoints):
-    found = run_foreign(
-        """
+STOCK = """
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 import timm
 ours = load_file("ours.safetensors")
@@ -89,48 +97,60 @@ from_pipeline = torch.tensor([piped(picture)[0] for picture in pictures])
 
 classifier = AutoModelForImageClassification.from_pretrained("encoder", num_labels=7)
 optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
-labels, losses = torch.tensor([0, 1, 2, 6]), []
+labels = torch.tensor([0, 1, 2, 6])
+losses = []
 for _ in range(2):
     loss = classifier(pixel_values, labels=labels).loss
-    optimizer.zero_grad(); loss.backward(); optimizer.step(); losses.append(loss.item())
-print(json.dumps({
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+stock = {
     "class": type(model).__name__,
     "pixels": torch.equal(pixel_values, ours["pixel_values"]),
     "features": torch.equal(features, ours["features"]),
     "timm": torch.equal(stock_timm, ours["features"]),
     "pipeline": (from_pipeline - ours["features"]).abs().max().item(),
-    "logits": list(classifier(pixel_values).logits.shape), "losses": losses,
-}))
-""",
-        checkpoints,
-    )
+    "logits": list(classifier(pixel_values).logits.shape),
+    "losses": losses,
+}
+"""
+REMOTE_CODE = """
+autoencoder = AutoModel.from_pretrained("autoencoder", trust_remote_code=True).eval()
+encoder = AutoModel.from_pretrained("encoder", trust_remote_code=True).eval()
+on_features = AutoModel.from_pretrained("on_features", trust_remote_code=True, local_files_only=True)
+with torch.no_grad():
+    encoded = autoencoder.encode(ours["pixel_values"])
+    reconstructions = autoencoder(ours["pixel_values"]).pixel_values
+    features = encoder(ours["pixel_values"]).pooler_output
+    of_features = on_features(ours["larger"]).pixel_values
+remote_code = {
+    "classes": [type(model).__name__ for model in (autoencoder, encoder, on_features)],
+    "codes": torch.equal(encoded.codes, ours["codes"]),
+    "reconstructions": torch.equal(reconstructions, ours["reconstructions"]),
+    "features": torch.equal(features, ours["features"]),
+    "of_features": torch.equal(of_features, ours["of_features"]),
+}
+print(json.dumps({"stock": stock, "remote_code": remote_code}))
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign(checkpoints, tmp_path_factory):
+    """What a process without hf_dpssl found, with an empty cache of remote code."""
+    home = str(tmp_path_factory.mktemp("home"))
+    return run_foreign(f"import os\nos.environ['HF_HOME'] = {home!r}\n" + STOCK + REMOTE_CODE, checkpoints)
+
+
+def test_encoder_loads_with_stock_transformers_and_timm_bit_equal(foreign):
+    found = foreign["stock"]
     assert found["class"] == "TimmWrapperModel"
     assert found["pixels"] and found["features"] and found["timm"]
     assert found["pipeline"] < 1e-5  # one picture at a time
     assert found["logits"] == [4, 7] and found["losses"][1] < found["losses"][0]
 
 
-def test_autoencoder_and_encoder_load_with_trust_remote_code_bit_equal(checkpoints, tmp_path):
-    found = run_foreign(
-        f"""
-import os
-os.environ["HF_HOME"] = {str(tmp_path)!r}
-from transformers import AutoModel
-ours = load_file("ours.safetensors")
-autoencoder = AutoModel.from_pretrained("autoencoder", trust_remote_code=True).eval()
-encoder = AutoModel.from_pretrained("encoder", trust_remote_code=True).eval()
-with torch.no_grad():
-    encoded = autoencoder.encode(ours["pixel_values"])
-    reconstructions = autoencoder(ours["pixel_values"]).pixel_values
-    features = encoder(ours["pixel_values"]).pooler_output
-print(json.dumps({{
-    "classes": [type(autoencoder).__name__, type(encoder).__name__],
-    "codes": torch.equal(encoded.codes, ours["codes"]),
-    "reconstructions": torch.equal(reconstructions, ours["reconstructions"]),
-    "features": torch.equal(features, ours["features"]),
-}}))
-""",
-        checkpoints,
-    )
-    assert found["classes"] == ["VQAutoencoder", "ContrastiveEncoder"]
-    assert found["codes"] and found["reconstructions"] and found["features"]
+def test_encoder_and_both_kinds_of_autoencoder_load_with_trust_remote_code_bit_equal(foreign):
+    found = foreign["remote_code"]
+    assert found["classes"] == ["VQAutoencoder", "ContrastiveEncoder", "VQAutoencoder"]
+    assert found["codes"] and found["reconstructions"] and found["features"] and found["of_features"]
