@@ -131,14 +131,8 @@ class CodeTable(_CachedTable):
 _TABLES = {"latents": LatentTable, "codes": CodeTable}
 
 
-def cache_fingerprint(
-    autoencoder: VQAutoencoder, table: ImageTable, content: str = "latents", flipped: bool = False
-) -> str:
-    """Hash of what decides the cached numbers: autoencoder with its codebook, data set and split, image size."""
-    return combined_sha256(_sources(autoencoder, table, content, flipped))
-
-
 def _sources(autoencoder: VQAutoencoder, table: ImageTable, content: str, flipped: bool) -> dict[str, str]:
+    """What decides the cached numbers: autoencoder with its codebook, data set and split, image size."""
     rows = "stream" if isinstance(table.split, IterableDataset) else str(len(table))
     return {
         "autoencoder": autoencoder.fingerprint(),

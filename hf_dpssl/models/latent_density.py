@@ -6,8 +6,6 @@ training images would give back reconstructions and reward memorising: they are 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -100,18 +98,6 @@ class LatentDensity(nn.Module):
             rows = chosen == component
             latents[rows] = self.means[component].cpu() + noise[rows] @ self.factors[component].cpu().T
         return latents.to(self.means.device)
-
-    def log_prob(self, latents: Tensor) -> Tensor:
-        """Log density (N,) float64 of latents (N, dim); ValueError for a bank, which has none."""
-        if self.kind == "held_out":
-            raise ValueError("latents of held-out images have no density.")
-        points = latents.double()
-        terms = []
-        for weight, mean, factor in zip(self.weights.double(), self.means.double(), self.factors.double(), strict=True):
-            white = torch.linalg.solve_triangular(factor, (points - mean).T, upper=False)
-            log_scale = factor.diagonal().log().sum() + self.dim / 2 * math.log(2 * math.pi)
-            terms.append(weight.log() - white.pow(2).sum(0) / 2 - log_scale)
-        return torch.stack(terms).logsumexp(0)
 
 
 def _factor(covariance: Tensor) -> Tensor:

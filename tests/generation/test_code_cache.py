@@ -7,7 +7,7 @@ import torch
 from test_latent_cache import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
 
 from hf_dpssl.data.image_table import ImageTable
-from hf_dpssl.generation.latent_cache import CodeTable, LatentTable, cache_fingerprint
+from hf_dpssl.generation.latent_cache import CodeTable, LatentTable
 
 
 @pytest.fixture(autouse=True)
@@ -67,10 +67,13 @@ def test_cache_of_codes_is_reused_finished_and_rebuilt_as_that_of_latents(autoen
 
 
 def test_codes_latents_and_splits_are_not_taken_for_one_another(autoencoder, table, tmp_path):
-    prints = [cache_fingerprint(autoencoder, table, content) for content in ("latents", "codes")]
     held_out = ImageTable(table.data, table.data.evaluation, 16)
-    prints += [cache_fingerprint(autoencoder, held_out, content) for content in ("latents", "codes")]
-    assert len(set(prints)) == 4
+    fingerprints = {
+        build(autoencoder, images, tmp_path / f"{name} {content}", content=content).fingerprint
+        for name, images in (("train", table), ("held out", held_out))
+        for content in ("latents", "codes")
+    }
+    assert len(fingerprints) == 4
     build(autoencoder, table, tmp_path / "cache", content="codes")
     with pytest.raises(ValueError, match="is a cache of codes, not of latents"):
         LatentTable(tmp_path / "cache")

@@ -95,8 +95,13 @@ def test_codes_of_features_learn_while_the_encoder_stays(tmp_path):
     encoder_folder(tmp_path, "convnext_atto", CONVNEXT)
     model = convert_autoencoder(tmp_path, quantizer="vq", num_codes=6, decoder_block_out_channels=[16] * 4).train()
     assert not model.config.codebook_frozen and int(model.quantizer.is_initialized) == 0
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
     model(images())
     assert int(model.quantizer.is_initialized) == 1
+    started = model.quantizer.codebook.clone()
+    model(images().flip(0) * 0.5)
+    assert not torch.equal(model.quantizer.codebook, started)
+    torch.testing.assert_close(dict(model.encoder.state_dict()), before, rtol=0, atol=0)
     model.check_encoder_unchanged()
     codes = model.eval().encode(images()).codes
     assert codes.shape == (2, 4, 4) and model.decode_codes(codes).pixel_values.shape == (2, 3, 32, 32)

@@ -120,9 +120,17 @@ def test_loss_terms_are_those_of_the_formula():
 
 
 def test_gradient_reaches_the_encoder_through_the_quantiser_and_not_the_codebook():
-    model = make().train()
-    model(images()).recon.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.conv_in.parameters())
+    model = make()
+    encoder = [*model.encoder.parameters(), *model.quant_conv.parameters()]
+    found = torch.autograd.grad(model(images()).recon, encoder)
+    # Straight through: the gradient of the quantised value is put on the latents.
+    latents = model.encode(images()).latents
+    quantized = model.quantize(latents).quantized.detach().requires_grad_()
+    recon = (model.decode(quantized).pixel_values - images()).pow(2).mean()
+    expected = torch.autograd.grad(latents, encoder, torch.autograd.grad(recon, quantized))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+        assert other.abs().sum() > 0
     assert not any(name.startswith("quantizer") for name, _ in model.named_parameters())
 
 
@@ -198,7 +206,7 @@ def test_frozen_encoder_takes_no_update_in_train_mode_also_after_loading(tmp_pat
         before = state(frozen)
         train_steps(frozen)
         assert same(state(frozen, *FROZEN_MODULES), {k: before[k] for k in hashes})
-        assert not same(state(frozen, "decoder"), {k: v for k, v in before.items() if k.startswith("decoder.")})
+        assert not any(torch.equal(value, before[name]) for name, value in state(frozen, "decoder").items())
         assert not frozen.encoder.training and frozen.decoder.training
         assert frozen.config.encoder_sha256 == hashes
         frozen.check_encoder_unchanged()
@@ -209,7 +217,7 @@ def test_unfrozen_encoder_and_codebook_are_updated_in_train_mode():
     before = state(model)
     train_steps(model)
     changed = {name for name, value in state(model).items() if not torch.equal(value, before[name])}
-    assert {"encoder.conv_in.weight", "quant_conv.weight", "quantizer.codebook", "decoder.conv_out.weight"} <= changed
+    assert {name for name, _ in model.named_parameters()} | {"quantizer.codebook", "quantizer.sums"} <= changed
 
 
 def test_tampering_with_a_frozen_tensor_is_detected_by_name():
