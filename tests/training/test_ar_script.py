@@ -109,7 +109,8 @@ def test_halves_of_a_batch_leave_the_trajectory_unchanged(way, autoencoder, run_
 
 def test_classes_can_be_ignored_and_images_are_judged(autoencoder, run_script, tmp_path):
     judge = tmp_path / "judge"
-    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24]})).save_pretrained(judge)
+    seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
+    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24]}, seen)).save_pretrained(judge)
     flags = ["--autoencoder", autoencoder, "--unconditional", True, "--output_dir", tmp_path]
     run_script("dae_ar", [*SMALL, *flags, "--extractor", judge, "--num_generated", 70])
     results = read(tmp_path / "ar" / "results.json")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import forget_accelerator
 from pictures import noise
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,14 +38,14 @@ def write_pictures(folder: Path, classes: list[str], count: int = 48) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folders(fork_server, tmp_path_factory) -> tuple[Path, Path]:
+def folders(tmp_path_factory) -> tuple[Path, Path]:
     """(pictures, finished map) of 48 pictures of two classes."""
-    from conftest import Launched
-
     base = tmp_path_factory.mktemp("map")
     pictures = write_pictures(base / "pictures", ["dark", "light"])
     flags = [*TINY, "--dataset", pictures, "--output_dir", base / "map"]
-    Launched(fork_server, "map", [str(flag) for flag in flags], 1, base / "log").wait()
+    forget_accelerator()
+    map_script.main([str(flag) for flag in flags])
+    forget_accelerator()
     return pictures, base / "map"
 
 

@@ -91,6 +91,7 @@ def test_saved_autoencoder_is_that_of_two_plain_loops_with_a_codebook_of_running
     )
     second = starts["autoencoder/stage-2"]["model"]
     assert second.decoder.conv_in.weight.shape[0] == 16  # the real decoder is drawn anew
+    assert not any(p.requires_grad for name in ("encoder", "quant_conv") for p in getattr(second, name).parameters())
     second = plain_autoencoder(second, ["post_quant_conv", "decoder"], train_codebook=False)
     assert_same(saved.decoder.parameters(), second.decoder.parameters())
     pixels, _ = all_digits()
