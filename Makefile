@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test test-slow test-lowest test-browser check bench clean
+.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser check bench clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -28,6 +28,13 @@ test: $(PEERS)
 
 test-slow: $(PEERS)
 	$(BIN)/python -m pytest -q -m slow
+
+# Planted defects, each of which the tests named for it must notice; the sample is another one after every commit.
+mutants: $(PEERS)
+	$(BIN)/python tests/mutants/run.py
+
+mutants-sample: $(PEERS)
+	$(BIN)/python tests/mutants/run.py --sample 8 --seed $$(git rev-list --count HEAD || echo 0)
 
 # The Spaces in a real Chromium: CHROMIUM_PATH, or one on PATH (apt-get install -y chromium); skipped without.
 test-browser: $(INSTALLED)

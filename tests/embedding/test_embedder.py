@@ -18,6 +18,8 @@ from transformers import (
     ViTImageProcessor,
     ViTMAEConfig,
     ViTMAEModel,
+    ViTMSNConfig,
+    ViTMSNModel,
 )
 
 from hf_dpssl import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining
@@ -81,11 +83,13 @@ def test_fingerprint_follows_weights_and_input_but_not_the_place(tmp_path):
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
-@pytest.mark.parametrize("name", ["vit classifier", "resnet", "clip"])
+@pytest.mark.parametrize("name", ["vit classifier", "tokens", "resnet", "clip"])
 def test_stock_encoder_equals_the_model_called_by_hand(name, tmp_path):
     torch.manual_seed(0)
     if name == "vit classifier":
         model = ViTForImageClassification(ViTConfig(**SMALL, **SMALL_IMAGES))
+    elif name == "tokens":
+        model = ViTMSNModel(ViTMSNConfig(**SMALL, **SMALL_IMAGES))
     elif name == "resnet":
         model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]))
     else:
@@ -98,6 +102,8 @@ def test_stock_encoder_equals_the_model_called_by_hand(name, tmp_path):
     with torch.no_grad():
         if name == "vit classifier":  # the checkpoint has no pooler: the first token, as the classifier takes it
             expected = model.vit(pixel_values).last_hidden_state[:, 0]
+        elif name == "tokens":  # it has no pooler
+            expected = model(pixel_values).last_hidden_state.mean(1)
         elif name == "resnet":
             expected = model(pixel_values).last_hidden_state.mean((2, 3))
         else:
