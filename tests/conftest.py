@@ -117,8 +117,9 @@ class Launched:
 def fork_server():
     """A multiprocessing context whose children start with the libraries imported but nothing run."""
     context = multiprocessing.get_context("forkserver")
-    ours = ["hf_dpssl", "hf_dpssl.runs.training_loop", "hf_dpssl.runs.plots", "hf_dpssl.embedding.embedding_job"]
-    context.set_forkserver_preload(["torch", "torchvision", *ours])
+    rooms = ["runs.training_loop", "runs.plots", "embedding.embedding_job", "convert.autoencoder_importers"]
+    ours = [f"hf_dpssl.{module}" for module in [*rooms, "generation.pipeline_vq_token", "hub.model_card"]]
+    context.set_forkserver_preload(["torch", "torchvision", "diffusers.optimization", *ours])
     return context
 
 

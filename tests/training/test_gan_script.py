@@ -97,7 +97,7 @@ print(json.dumps({{"same": torch.equal(images, load_file("ours.safetensors")["im
     )
     assert found["same"]
     # transformers refuses remote code whose unguarded imports are not installed.
-    assert set(get_imports(latent_density.__file__)) == {"__future__", "math", "torch"}
+    assert set(get_imports(latent_density.__file__)) - {"__future__", "math"} == {"torch"}
 
 
 def test_arms_start_from_the_same_discriminator_and_a_generator_of_the_same_shape(
