@@ -1,4 +1,4 @@
-"""Write the measured tables of README.md from JSON files, so that no figure in it is typed.
+"""Write the measured tables of the READMEs from JSON files, so that no figure in them is typed.
 
     python training/evidence/readme.py --demo outputs/demo   # take over a demo's report and pictures, then write
     python training/evidence/readme.py                       # write from the files that are there
@@ -49,6 +49,11 @@ GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, fo
     "kid_extractor": ("KID, self-supervised", "{:.4f}"),
 }
 PICTURES = ("samples.png", "map.png")
+PAGES = {  # which tables stand on which page
+    "README.md": ["demo"],
+    "training/evidence/README.md": ["modes", "dimensions", "latents", "gan_latents", "dit", "solvers"],
+    "tests/benchmarks/README.md": ["speed"],
+}
 
 
 def demo_table(report: dict) -> str:
@@ -282,12 +287,12 @@ def fill(text: str, blocks: dict[str, str]) -> str:
         pattern = f"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
         text, count = re.subn(pattern, lambda m, b=block: f"{m[1]}\n{b}\n\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md needs one pair of markers <!-- {name}:begin --> and <!-- {name}:end -->.")
+            raise ValueError(f"the page needs one pair of markers <!-- {name}:begin --> and <!-- {name}:end -->.")
     return text
 
 
 def main() -> None:
-    """Take over a demo's results when asked, and write README.md."""
+    """Take over a demo's results when asked, and write the tables into their pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="folder that the demo wrote")
     args = parser.parse_args()
@@ -296,8 +301,11 @@ def main() -> None:
         shutil.copyfile(args.demo / "report.json", DEMO)
         for picture in PICTURES:
             shutil.copyfile(args.demo / picture, EVIDENCE / picture)
-    readme = REPOSITORY / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), tables()), encoding="utf-8")
+    blocks = tables()
+    for page, names in PAGES.items():
+        path = REPOSITORY / page
+        text = fill(path.read_text(encoding="utf-8"), {name: blocks[name] for name in names})
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
