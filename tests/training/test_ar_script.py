@@ -82,13 +82,16 @@ def test_measuring_held_out_codes_leaves_training_alone(autoencoder, run_script,
 
 @pytest.mark.parametrize(
     ("kills", "processes"),
-    [(2, 1), pytest.param(10, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+    [(1, 1), pytest.param(10, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
 )
-def test_killed_and_resumed_run_is_bit_identical(kills, processes, autoencoder, launch, tmp_path):
+def test_killed_and_resumed_run_is_bit_identical(kills, processes, autoencoder, run_script, launch, tmp_path):
     flags = [*SMALL, "--max_train_steps", 16, "--autoencoder", autoencoder]
-    launch("dae_ar", [*flags, "--output_dir", tmp_path / "whole"], processes).wait()
+    if processes == 1:
+        run_script("dae_ar", [*flags, "--output_dir", tmp_path / "whole"])
+    else:
+        launch("dae_ar", [*flags, "--output_dir", tmp_path / "whole"], processes).wait()
     struck = run_with_kills(launch, "dae_ar", flags, processes, tmp_path / "killed", kills, random.Random(kills))
-    assert struck >= kills // 2, "too few kills came in time"
+    assert struck >= max(1, kills // 2), "too few kills came in time"
     assert_identical(tmp_path / "killed", tmp_path / "whole")
 
 

@@ -50,24 +50,30 @@ def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encode
     assert model.config.dpssl["encoder"]["fingerprint"] == embedder.fingerprint
 
 
-@pytest.mark.parametrize(
-    ("latent", "more", "sampled_from"),
-    [
+def test_every_latent_leaves_a_folder_that_generates_and_starts_from_the_same_discriminator(
+    run_script, starts, tmp_path
+):
+    discriminators, shapes = [], []
+    for latent, more, sampled_from in [
         ("noise", [], "prior"),
         ("vae", ["--sample_from", "full", "--reconstruction", "discriminator"], "full"),
-        ("dae", ["--sample_from", "held_out", "--r1_weight", 0.1], "held_out"),
-    ],
-)
-def test_every_latent_leaves_a_folder_that_generates(latent, more, sampled_from, run_script, tmp_path):
-    run_script("dae_gan", [*COMMON, "--latent", latent, *more, "--output_dir", tmp_path])
-    folder = tmp_path / "gan"
-    assert {file.name for file in folder.iterdir()} >= FILES
-    model = VAEGAN.from_pretrained(folder).eval()
-    assert (model.config.latent, model.density.kind) == (latent, sampled_from)
-    assert model.generate(3, torch.Generator().manual_seed(0)).shape == (3, 3, 16, 16)
-    results = json.loads((folder / "results.json").read_text())
-    assert results["sampled_from"] == sampled_from and 0 <= results["metrics"]["copies"] <= 100
-    assert f"with latents of kind `{latent}`" in (folder / "README.md").read_text()
+        ("dae", ["--sample_from", "held_out", "--r1_weight", 0.1, "--stage_1_dropout", 0], "held_out"),
+    ]:
+        run_script("dae_gan", [*COMMON, "--latent", latent, *more, "--output_dir", tmp_path / latent])
+        folder = tmp_path / latent / "gan"
+        assert {file.name for file in folder.iterdir()} >= FILES
+        model = VAEGAN.from_pretrained(folder).eval()
+        assert (model.config.latent, model.density.kind) == (latent, sampled_from)
+        assert model.generate(3, torch.Generator().manual_seed(0)).shape == (3, 3, 16, 16)
+        results = json.loads((folder / "results.json").read_text())
+        assert results["sampled_from"] == sampled_from and 0 <= results["metrics"]["copies"] <= 100
+        assert f"with latents of kind `{latent}`" in (folder / "README.md").read_text()
+        discriminators.append(starts["gan/generator"]["discriminator"].state_dict())
+        generator = starts["gan/generator"]["model"].generator
+        shapes.append({name: tuple(tensor.shape) for name, tensor in generator.state_dict().items()})
+    for discriminator, shape in zip(discriminators, shapes, strict=True):
+        assert [n for n, t in discriminators[0].items() if not t.equal(discriminator[n])] == []
+        assert shape == shapes[0]
 
 
 def test_run_in_bfloat16_leaves_a_float32_model(run_script, tmp_path):
@@ -98,24 +104,6 @@ print(json.dumps({{"same": torch.equal(images, load_file("ours.safetensors")["im
     assert found["same"]
     # transformers refuses remote code whose unguarded imports are not installed.
     assert set(get_imports(latent_density.__file__)) - {"__future__", "math"} == {"torch"}
-
-
-def test_arms_start_from_the_same_discriminator_and_a_generator_of_the_same_shape(
-    run_script, starts, encoder, tmp_path
-):
-    """Latents of 24 numbers as the encoder's features, so that the generators can be compared."""
-    arms = {"noise": [], "vae": [], "dae": ["--stage_1_dropout", 0], "simclr": ["--encoder", encoder]}
-    discriminators, shapes = {}, {}
-    for latent, more in arms.items():
-        argv = [*COMMON, "--latent", latent, *more, "--latent_dim", 24, "--max_train_steps", 1, "--stage_1_steps", 1]
-        run_script("dae_gan", [*argv, "--output_dir", tmp_path / latent])
-        discriminators[latent] = starts["gan/generator"]["discriminator"].state_dict()
-        generator = starts["gan/generator"]["model"].generator
-        shapes[latent] = {name: tuple(tensor.shape) for name, tensor in generator.state_dict().items()}
-    for latent in arms:
-        different = [n for n, t in discriminators["noise"].items() if not t.equal(discriminators[latent][n])]
-        assert not different, latent
-        assert shapes[latent] == shapes["noise"]
 
 
 def test_flags_that_do_not_fit_are_refused(refusal, tmp_path):

@@ -36,6 +36,7 @@ def test_encoder_keeps_the_modes_apart_and_is_the_same_in_every_process():
     assert not torch.equal(given["train"], given["test"])
 
 
+@pytest.mark.slow
 def test_page_writes_picture_and_numbers(tmp_path):
     folder = tmp_path / "page"
     latents_2d.main(f"--widths 3 2 --steps 5 --critic_steps 5 --workers 1 --output_dir {folder}".split())

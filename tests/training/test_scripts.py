@@ -112,6 +112,7 @@ def final_weights(folder, loop: str) -> dict:
     return torch.load(last, weights_only=True)["model"]
 
 
+@pytest.mark.slow  # in the fast tests two processes train a VQGAN and encoders
 def test_two_processes_follow_one_process_of_twice_the_batch(run_script, launch, tmp_path):
     flags = [*SHORT_STAGES, "--auxiliary_dropout", 0]
     two = launch("dae_vq", [*flags, "--batch_size", 16, "--num_processes", 2, "--output_dir", tmp_path / "two"], 2)

@@ -55,12 +55,6 @@ def test_gaussian_latents_train_decoupled_and_stay_frozen(run_script, tmp_path):
     model.check_encoder_unchanged()
 
 
-def test_codebook_may_go_on_learning_beside_the_frozen_encoder_and_the_config_says_so(run_script, tmp_path):
-    run(run_script, tmp_path, "--train_codebook_in_stage_2", "True")
-    config = VQAutoencoder.from_pretrained(tmp_path / "autoencoder").config
-    assert config.encoder_frozen and config.codebook_frozen is False
-
-
 def test_decoder_of_a_taken_over_autoencoder_never_ends_below_its_start(run_script, tmp_path):
     first, _, _ = run(run_script, tmp_path / "first", "--arm", "joint")
     source = tmp_path / "first" / "autoencoder"
@@ -131,10 +125,12 @@ def test_flags_that_do_not_fit_are_refused(refusal, tmp_path):
         assert message in refusal("dae_vq", [*COMMON, *flags, "--output_dir", tmp_path, "--overwrite"]), flags
 
 
-def test_resolved_recipe_runs_again(run_script, tmp_path):
-    run(run_script, tmp_path / "a", "--arm", "weak_width", "--attention_levels", 1)
+def test_resolved_recipe_runs_again_and_a_codebook_that_goes_on_learning_is_named_in_the_config(run_script, tmp_path):
+    flags = ["--arm", "weak_width", "--attention_levels", 1, "--train_codebook_in_stage_2", "True"]
+    run(run_script, tmp_path / "a", *flags)
     folder = tmp_path / "a" / "autoencoder"
-    assert VQAutoencoder.from_pretrained(folder).config.attention_levels == [1]
+    config = VQAutoencoder.from_pretrained(folder).config
+    assert config.attention_levels == [1] and config.encoder_frozen and config.codebook_frozen is False
     run_script("dae_vq", ["--recipe", folder / "recipe.yaml", "--output_dir", tmp_path / "b"])
     first, second = (load_file(tmp_path / run / "autoencoder" / "model.safetensors") for run in "ab")
     assert all(torch.equal(first[name], second[name]) for name in first)
