@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import snapshot_download
 
 from .digits import load_digits
+from .folder_scan import FolderScan, scan_folder
 from .keyed_random import permutation
 
 _GREY = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -189,21 +191,35 @@ def _local_files(stem: str) -> dict[str, str]:
 
 
 def _load_path(path: Path, streaming: bool) -> dict:
-    parquet = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{path} is one {path.suffix or 'unnamed'} file: give a folder of images or parquet files.")
-    if not parquet:
-        if not any(file.is_file() for file in path.rglob("*")):
-            raise ValueError(
-                f"the folder {path} is empty: put images (or parquet files) into it, one folder per class."
-            )
-        return _load("imagefolder", data_dir=str(path), streaming=streaming)
+    if path.is_dir():
+        scan = scan_folder(path)
+        if scan.splits:
+            return _scanned_splits(scan, streaming)
+        parquet = sorted(path / file for file in scan.parquet)
+    else:
+        parquet = [path]
     files: dict[str, list[str]] = {}
     for file in parquet:
         words = file.stem.lower().replace("_", "-").split("-") + [file.parent.name.lower()]
         split = next((s for s in _EVALUATION_SPLITS if s in words), "train")
         files.setdefault(split, []).append(str(file))
     return _load("parquet", data_files=files, streaming=streaming)
+
+
+def _scanned_splits(scan: FolderScan, streaming: bool) -> dict:
+    """The splits of a folder of images; files that are left out are said on stderr."""
+    if scan.left_out:
+        print(f"{scan.root}: {scan.account()}", file=sys.stderr)
+    features = datasets.Features({"image": Image(decode=False)})
+    if scan.class_names:
+        features["label"] = ClassLabel(names=scan.class_names)
+    splits = {}
+    for name, rows in scan.splits.items():
+        columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
+        splits[name] = Dataset.from_dict({column: columns[column] for column in features}, features=features)
+    return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
 
 
 def _load(source: str, config: str | None = None, **options) -> dict:
