@@ -12,7 +12,8 @@ from ..models.matrix_products import product
 from .choices import METRICS, WEIGHTINGS
 from .feature_checks import check_labels, finite_norms
 
-_TILE_ROWS, _CHUNK_QUERIES = 8192, 1024  # 32 MiB of products at once
+_TILE_ROWS, _CHUNK_QUERIES = 2**15, 256  # 32 MiB of products at once; each tile costs a topk
+_TILE_ELEMENTS = 2**24  # of the bank, widened and scaled at once
 _CENTRE_ROWS = 4096  # of the bank whose mean is taken for its centre
 _GATHERED = 2**22  # numbers of neighbours held at once
 _NEAR = 1 / 4  # share of the squared norm below which a squared distance loses too much in a float32 product
@@ -24,7 +25,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, *, k: int, metric: str = "
     """The k rows of `bank` nearest to each query: all rows are compared, in float32.
 
     A row that is left out is not nearer than the last one found by more than 1e-6, of the cosine or relatively of the
-    distance. Memory beyond the arguments and the result is bounded (about 0.1 GB), however many rows there are.
+    distance. Memory beyond the arguments and the result is bounded (about 0.2 GB), however many rows there are.
 
     Args:
         bank: (M, D) features; half precision is widened tile by tile.
@@ -64,9 +65,10 @@ def _largest(bank: Tensor, queries: Tensor, k: int, centre: Tensor | None, dtype
     """(Q, k) largest cosines of rows; given their centre largest q.b - |b|^2 / 2 of centred rows. And indices."""
     best = torch.full((len(queries), k), -torch.inf, dtype=dtype, device=queries.device)
     indices = torch.zeros_like(best, dtype=torch.int64)
-    tiles = tqdm(bank.split(_TILE_ROWS), "nearest neighbours", unit="tile", leave=False, delay=5)
+    size = max(1, min(_TILE_ROWS, _TILE_ELEMENTS // bank.shape[1]))
+    tiles = tqdm(bank.split(size), "nearest neighbours", unit="tile", leave=False, delay=5)
     for number, tile in enumerate(tiles):
-        first = number * _TILE_ROWS
+        first = number * size
         rows = _prepared(tile, "bank", first, centre, dtype)
         bias = None if centre is None else -rows.square().sum(1) / 2
         for start in range(0, len(queries), _CHUNK_QUERIES):

@@ -1,4 +1,4 @@
-"""What `hf-dpssl evaluate` measures of a generator: FID, inception score, class consistency, by `evaluate` modules.
+"""What `hf-dpssl evaluate` measures of a generator: FID with its interval, inception score, class consistency.
 
 Pipelines draw by bulk_sampling.py, one random seed per image, by any number of processes.
 """
@@ -25,7 +25,8 @@ from ..embedding.evaluation_entries import Measured
 from ..embedding.feature_extractors import FeatureExtractor, load_extractor
 from ..evaluation.image_measures import metric_key
 from ..models.modeling_vaegan import VAEGAN
-from .bulk_sampling import OPTIONS, SampleJob, sample_images
+from .bulk_sampling import SampleJob, sample_images
+from .choices import OPTIONS
 from .generation_monitor import check_classifier
 from .sample_folder import picture_path
 
