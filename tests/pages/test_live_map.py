@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from statistics import median
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from hf_dpssl.contrastive.matching import DIVERGENCES, KERNELS, NORMALIZATIONS
 from hf_dpssl.pages.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, class_gap, map_data
 
 
-def test_default_settings_reach_the_divergence_of_scikit_learns_t_sne():
-    points, labels = map_data("digits", 120)
-    one = LiveMap(points, labels)
-    reached = one.advance(MapSettings(perplexity=15), 400)
-    peer = TSNE(perplexity=15, method="exact", random_state=0).fit(points.numpy())
-    assert reached < 1.1 * peer.kl_divergence_
+def test_default_settings_reach_the_divergence_of_scikit_learns_t_sne_in_the_median_of_eight_seeds():
+    points, labels = map_data("digits", 256)
+    settings = MapSettings(perplexity=20)
+    reached = [LiveMap(points, labels, seed=seed).advance(settings, 400) for seed in range(8)]
+    peer = TSNE(perplexity=20, method="exact", random_state=0).fit(points.numpy())
+    assert median(reached) < 1.1 * peer.kl_divergence_
 
 
 def test_student_t_leaves_larger_gaps_between_digits_than_the_gaussian_within_80_steps():
