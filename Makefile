@@ -62,6 +62,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/frechet.py
 	$(BIN)/python tests/benchmarks/token_guidance.py
 	$(BIN)/python tests/benchmarks/dit.py
+	$(BIN)/python tests/benchmarks/front_door.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs
