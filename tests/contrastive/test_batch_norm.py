@@ -185,7 +185,7 @@ def test_split_batch_norm_equals_one_torch_layer_per_part():
 
 
 def test_set_batch_norm_changes_neither_weights_names_nor_evaluation_of_a_timm_model():
-    for architecture in ["resnet18", "efficientnet_b0"]:  # nn.BatchNorm2d; timm's BatchNormAct2d
+    for architecture in ["test_resnet", "test_efficientnet"]:  # nn.BatchNorm2d; timm's BatchNormAct2d
         torch.manual_seed(0)
         model = timm.create_model(architecture, num_classes=0).double().eval()
         stock = copy.deepcopy(model)

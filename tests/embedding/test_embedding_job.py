@@ -185,12 +185,13 @@ def test_unreadable_picture_is_named_or_skipped_also_where_a_whole_shard_is_unre
 
 
 def test_bad_input_says_which_value_and_what_is_allowed(encoder, pictures, tmp_path, capsys):
-    (tmp_path / "empty").mkdir(), (tmp_path / "full").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     out = ["--output_dir", str(tmp_path / "out")]
     given, shown = str(encoder), str(pictures)
     for argv, message in [
-        ([given, str(tmp_path / "empty"), *out], "empty is empty: put images (or parquet files) into it"),
+        ([given, str(tmp_path / "empty"), *out], "empty holds no image that can be read (no file at all): put images"),
         ([given, str(tmp_path / "nowhere"), *out], "is no path"),
         ([str(tmp_path / "no-encoder"), shown, *out], "no-encoder"),
         ([given, shown, *out, "--batch_size", "0"], "batch_size must be at least 1, got 0"),

@@ -53,7 +53,7 @@ def test_kl_weight_pulls_the_latents_to_the_standard_normal():
     reached = {}
     for weight in (0.0, 10.0):
         model = make(quantizer="kl", kl_weight=weight).train()
-        train_steps(model, 30)
+        train_steps(model, 12)
         reached[weight] = model.eval()(images()).kl.item()
     assert reached[10.0] < 0.05 * reached[0.0]
 
