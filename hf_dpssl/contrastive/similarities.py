@@ -242,10 +242,9 @@ def mixup_similarities(
 ) -> Tensor:
     """P of mixup as augmentation: the density of the difference of two mixed views of one original.
 
-    A view is o + ratio (a - b) with a, b drawn from the data; two views of one o differ by
-    ratio (a - b - c + d), and P(x, y) is the density of that at x - y (flat measure of o). With
-    the data as a mixture of M Gaussians it is a mixture of at most M^4 of variance 4 ratio^2
-    component_std^2: all of them when M^4 <= samples (closed form), else a sample of them.
+    A view is o + ratio (a - o) with a drawn from the data; two views of one o differ by ratio (a - c), and P(x, y)
+    is the density of that at x - y (flat measure of o). With the data as a mixture of M Gaussians it is a mixture of
+    M^2 of variance 2 ratio^2 component_std^2: all of them when M^2 <= samples (closed form), else a sample of them.
 
     Args:
         points: (n, D) at which the density is taken.
@@ -253,11 +252,11 @@ def mixup_similarities(
         components: (M, D) means of the data's Gaussians: its modes, or the data points themselves
             (kernel density estimate).
         component_std: their standard deviation, > 0; for data points, the kernel's width.
-        samples: number of quadruples (a, b, c, d) of components to draw when M^4 is larger.
+        samples: number of pairs (a, c) of components to draw when M^2 is larger.
         generator: random state of the draw.
 
     Returns:
-        (n, n) float64 P, symmetric, the density normalised over the given points; cost n^2 samples.
+        (n, n) float64 P, symmetric, the density normalised over the given points; cost n^2 min(M^2, 2 samples).
 
     Raises:
         ValueError: on bad points or components, or a number out of range.
@@ -269,15 +268,15 @@ def mixup_similarities(
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}.")
     points = _checked(points)
     components = _checked(components).to(points)
-    shifts = ratio * (components[:, None] - components).flatten(0, 1)  # (M^2, D) of one view
-    if len(shifts) ** 2 <= samples:
-        shifts = (shifts[:, None] - shifts).flatten(0, 1)  # (M^4, D)
+    count = len(components)
+    if count**2 <= samples:
+        shifts = ratio * (components[:, None] - components).flatten(0, 1)  # (M^2, D)
     else:
-        drawn = torch.randint(len(shifts), (2, samples), generator=generator).to(points.device)
-        shifts = shifts[drawn[0]] - shifts[drawn[1]]
+        drawn = torch.randint(count, (2, samples), generator=generator).to(points.device)
+        shifts = ratio * (components[drawn[0]] - components[drawn[1]])
         shifts = torch.cat([shifts, -shifts])  # the density is even, and so is its estimate
     rows = [-_squared_distances(point - points, shifts) for point in points]  # n times (n, S)
-    log_density = torch.stack([(row / (8 * ratio**2 * component_std**2)).logsumexp(1) for row in rows])
+    log_density = torch.stack([(row / (4 * ratio**2 * component_std**2)).logsumexp(1) for row in rows])
     return _normalize_log(log_density, normalization)
 
 

@@ -145,7 +145,8 @@ def test_p_of_noise_on_finite_data_is_no_function_of_the_difference():
 def test_mixup_follows_the_span_of_the_class_means_where_noise_does_not():
     means = F.pad(RING.double(), (0, 8))  # a plane in 10 dimensions
     x = torch.zeros(3, 10, dtype=torch.float64)
-    x[1, 0], x[2, 9] = 0.3, 0.3  # the same step within the plane and out of it
+    step = 0.5 * (means[0] - means[1])  # from one view to another whose partners are of two classes
+    x[1], x[2, 9] = step, step.norm()  # the same length out of the plane
     mixup = mixup_similarities(x, ratio=0.5, components=means, component_std=0.1, normalization="joint")
     noise = noise_similarities(x, noise_std=0.1, normalization="joint")
     torch.testing.assert_close(noise[0, 1], noise[0, 2])
