@@ -7,7 +7,7 @@
 `temperature` always divides: the cosine, or the squared distance. As dof grows, Student-t tends to the Gaussian of
 twice the temperature, which infinite dof give. Every kernel returns LOG-similarities, so that losses can work with
 log-sum-exp. Half-precision inputs are computed in float32, since squared distances and exponentials do not survive
-bfloat16.
+bfloat16, and no product is rounded to TF32 or bfloat16 on its way, whatever torch's float32 precision says.
 
 Source: van der Maaten and Hinton 2008 (Gaussian, Student-t); Hu et al., ICLR 2023, section 4
 (Student-t with temperature and degrees of freedom).
@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..models.matrix_products import differentiable_product
 
 KERNELS = ("cosine", "gaussian", "student_t")
 
@@ -84,7 +86,7 @@ class Kernel(NamedTuple):
             return self.of_squared_distances(squared_distances(x, y))
         with torch.autocast(x.device.type, enabled=False):
             x, y = in_float32(x, y)
-            return self.scale * (F.normalize(x, dim=1) @ F.normalize(y, dim=1).T)
+            return self.scale * differentiable_product(F.normalize(x, dim=1), F.normalize(y, dim=1))
 
     def pairs(self, x: Tensor, y: Tensor) -> Tensor:
         """Log-similarities (N,) of x_i with y_i, both (N, D), exact also where they nearly coincide."""
@@ -121,7 +123,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
         centre = y.detach().mean(0)
         x = x - centre
         y = y - centre
-        distances = x.pow(2).sum(1)[:, None] + y.pow(2).sum(1)[None] - 2 * (x @ y.T)
+        distances = x.pow(2).sum(1)[:, None] + y.pow(2).sum(1)[None] - 2 * differentiable_product(x, y)
         return distances.clamp_min(0)
 
 

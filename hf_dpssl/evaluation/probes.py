@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..models.codebook_search import nearest_codes
 from .choices import CLASSIFIERS, SOLVERS
 from .feature_checks import check_labels, finite_norms
 
@@ -133,7 +134,7 @@ def few_shot(
             x, y = bank[rows], targets[rows]
             if classifier == "centroid":
                 means = torch.stack([x[y == c].mean(0) for c in range(len(classes))])
-                predicted = torch.cdist(features, means).argmin(1)
+                predicted = nearest_codes(features, means)
             else:
                 predicted = _fit_logistic(1.0, x, y)(features)
             scores[shot].append(100 * float((classes[predicted] == labels).double().mean()))

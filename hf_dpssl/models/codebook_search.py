@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .matrix_products import PRODUCT_ERROR, ROUNDING, has_fast_bfloat16, product
+from .matrix_products import ROUNDING, has_fast_bfloat16, product
 
 _TILE_VECTORS, _TILE_CODES, _BLOCK = 2048, 2048, 128  # measured: 8 MiB of bfloat16 products stay in the cache
 _GPU_TILE = 8192  # vectors, and codes, of a tile on a GPU
@@ -111,9 +111,7 @@ class _Search:
         factor, and 2^-16 of the half squared norms, which two numbers hold.
         """
         error = 2 * (self.codebook.shape[1] + 20) * ROUNDING[self.codebook.dtype]  # 20: centring, norms, comparison
-        if self.dtype == torch.bfloat16:
-            return error + 2.0**-16
-        return error + (PRODUCT_ERROR[torch.get_float32_matmul_precision()] if self.dtype == torch.float32 else 0.0)
+        return error + 2.0**-16 if self.dtype == torch.bfloat16 else error
 
     def _rounding(self, products: Tensor) -> Tensor:
         """What rounding the product itself may have changed."""

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .codebook_search import code_statistics, k_means, nearest_codes, perplexity_of
 from .gather import broadcast_, gather_without_gradient, is_distributed
+from .matrix_products import differentiable_product
 
 _LEAST_COUNT = 1e-6  # of a code whose row is still computed from its statistics
 _ENTROPY_ELEMENTS = 2**24  # probabilities held at once by the entropy term
@@ -241,7 +242,8 @@ class VectorQuantizer(nn.Module):
 
 def _assignments(vectors: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Of soft assignments to codes: their entropies summed up, and the sum of the assignments (K,)."""
-    log_p = ((2 * vectors @ codebook.T - codebook.pow(2).sum(1)) / temperature).log_softmax(1)  # |v|^2 cancels
+    products = differentiable_product(vectors, codebook)
+    log_p = ((2 * products - codebook.pow(2).sum(1)) / temperature).log_softmax(1)  # |v|^2 cancels
     p = log_p.exp()
     return -(p * log_p).sum(), p.sum(0)
 
