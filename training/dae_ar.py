@@ -40,7 +40,7 @@ from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.embedding.feature_extractors import load_extractor
 from hf_dpssl.generation.diffusion import dropped_labels
 from hf_dpssl.generation.latent_cache import CodeTable
-from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images
+from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
 from hf_dpssl.generation.pipeline_vq_token import VQTokenPipeline, code_nats, make_language_model
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_vq import VQAutoencoder
@@ -54,15 +54,15 @@ from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished pipeline."""
     args = parse(ARArguments, argv, __doc__)
+    data = load_images_for(args)
+    class_names = classes_of_run(args, data)
     autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
     accelerator = start_accelerator(args)
     set_seed(args.seed)
 
     # Data: codes of the images, encoded once
-    data = load_images_for(args)
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
     codes, held_out, skipped = cached_training_images(args, autoencoder, data, accelerator, "codes")
-    class_names = [] if args.unconditional else data.class_names or []
     num_codes, null_class = autoencoder.config.num_codes, len(class_names)
 
     # Model

@@ -42,7 +42,7 @@ from hf_dpssl.generation.diffusion import (
     training_example,
 )
 from hf_dpssl.generation.generation_monitor import GenerationMonitor, sample_grid
-from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images
+from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
 from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
 from hf_dpssl.generation.token_alignment import (
     LatentsWithImages,
@@ -67,12 +67,13 @@ _ALIGN_WEIGHT = 0.5  # of the alignment beside the denoising loss, as in Yu et a
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished pipeline."""
     args = parse(DiTArguments, argv, __doc__)
+    data = load_images_for(args)
+    names = dict(enumerate(classes_of_run(args, data)))
     autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
     accelerator = start_accelerator(args)
     set_seed(args.seed)
 
     # Data: latents of the training images, encoded once; the images themselves where something looks at them
-    data = load_images_for(args)
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
     latents, _, skipped = cached_training_images(args, autoencoder, data, accelerator, "latents")
     images = None
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> Path:
         images = source.training_table()
 
     # Model
-    transformer = transformer_of(args, autoencoder, data)
+    transformer = transformer_of(args, autoencoder, len(names))
     model, features = transformer, None
     if args.align_encoder:
         latents = LatentsWithImages(latents, images)
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> Path:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
     noise_scheduler, sampler = (make_scheduler(args.objective, args.learned_variance) for _ in range(2))
-    null_class, names = transformer.config.num_embeds_ada_norm, dict(enumerate(data.class_names or []))
+    null_class = transformer.config.num_embeds_ada_norm
     pipeline = VQDiTPipeline(sampled, autoencoder, sampler, names, autoencoder.fingerprint())
     process = (accelerator.process_index, accelerator.num_processes)
 
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> Path:
     return target_folder
 
 
-def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, data: ImageData) -> DiTTransformer2DModel:
+def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, num_classes: int) -> DiTTransformer2DModel:
     """The transformer of a run's latents and classes."""
     transformer = make_transformer(
         num_layers=args.num_layers,
@@ -149,7 +150,7 @@ def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, data: ImageDa
         patch_size=args.patch_size,
         latent_channels=autoencoder.config.latent_channels,
         latent_size=autoencoder.config.latent_size,
-        num_classes=len(data.class_names or []),
+        num_classes=num_classes,
         learned_variance=args.learned_variance,
     )
     if args.gradient_checkpointing:

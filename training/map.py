@@ -181,7 +181,7 @@ def save(args: MapArguments, data: ImageData, maps: dict, parts: dict, how: str,
     write_results(
         folder / "results.json", metrics, dataset=data.name, seed=args.seed,
         samples={"train": int((~held_out).sum()), "held_out": int(held_out.sum()), "page": len(shown)},
-        knn={"k": k, "metric": "euclidean"}, tsne=how, method=method,
+        knn={"k": k, "metric": "euclidean"}, tsne=how, method=method, images=data.account(),
     )  # fmt: skip
     say(f"{folder}/map.png, map.html: " + ", ".join(f"{name} {value:.1f} %" for name, value in metrics.items()))
 

@@ -16,6 +16,7 @@ case or Unicode form only, classes of a held-out split that the training split l
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -53,19 +54,13 @@ class FolderScan:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     parquet: list[str] = field(default_factory=list)
 
-    def account(self) -> str:
-        """One line: images and classes of each split, and how many files are left out, why, with examples."""
-        parts = []
-        for split, rows in self.splits.items():
-            classes = len({label for _, label in rows})
-            said = f"in {classes} classes" if self.class_names else "without classes"
-            parts.append(f"{len(rows)} images {said} ({split})")
-        total = sum(map(len, self.left_out.values()))
-        reasons = "; ".join(
-            f"{len(paths)} {reason} ({', '.join(paths[:_NAMED])}{', ...' if len(paths) > _NAMED else ''})"
-            for reason, paths in sorted(self.left_out.items())
-        )
-        return ", ".join(parts) + (f"; {total} files left out: {reasons}" if total else "; no file left out")
+    def counts(self) -> dict[str, int]:
+        """{reason: number of files left out}."""
+        return {reason: len(paths) for reason, paths in self.left_out.items()}
+
+    def examples(self) -> str:
+        """A few of the files left out, of each reason."""
+        return "; ".join(f"{reason}: {_shown(paths)}" for reason, paths in sorted(self.left_out.items()))
 
 
 def scan_folder(root: str | os.PathLike) -> FolderScan:
@@ -118,7 +113,8 @@ def _find_files(scan: FolderScan) -> tuple[list[tuple[str, ...]], list[str]]:
             continue
         if reason is None and suffix not in readable and not (suffix == "" and _looks_like_an_image(scan.root, parts)):
             picture = suffix in (".heic", ".heif", ".avif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".nef")
-            what = f"{suffix} files" if suffix else "files without suffix"
+            known = suffix if re.fullmatch(r"\.[a-z0-9]{1,8}", suffix) else "other"  # it goes into cards
+            what = f"{known} files" if suffix else "files without suffix"
             reason = f"{what} (a picture format that Pillow cannot read here: convert them)" if picture else what
         if reason is None:
             images.append(parts)

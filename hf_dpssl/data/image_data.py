@@ -1,8 +1,8 @@
 """Which images: one table of data sets, and the way from `--dataset` to splits with known columns and classes.
 
 `--dataset` takes a name of the table, a Hub id (`org/name`, `org/name@revision`), a folder of
-images or of parquet files, a parquet file, or a union `a+b`. Nothing is decoded here: the image
-column holds bytes and paths, and `batches.py` decodes them.
+images or of parquet files or one written by `save_to_disk`, a parquet file, or a union `a+b`.
+Nothing is decoded here: the image column holds bytes and paths, and `batches.py` decodes them.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ import difflib
 import hashlib
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
-import numpy as np
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+from datasets import ClassLabel, Dataset, Image, IterableDataset
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import snapshot_download
 
+from .classes import NoClasses, features_of, label_candidates, relabel_all, with_classes
 from .digits import load_digits
-from .folder_scan import FolderScan, scan_folder
-from .keyed_random import permutation
+from .folder_scan import SPLITS, FolderScan, scan_folder
+from .subsets import random_rows
 
 _GREY = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _HELD_OUT_SHARE = 0.1  # of a data set that has one split only
-_EVALUATION_SPLITS = ("validation", "valid", "val", "test")
+_EVALUATION_SPLITS = (*SPLITS["validation"], *SPLITS["test"])
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,11 @@ TABLE = {
 
 @dataclass
 class ImageData:
-    """Loaded splits. `image_column` holds bytes or paths; `class_names` is None for unlabelled data."""
+    """Loaded splits. `image_column` holds bytes or paths; `class_names` is None for unlabelled data.
+
+    `label_problem`: why there are no classes although columns may hold some, or None. `left_out`: how many files (or
+    splits) of what are no part of it.
+    """
 
     name: str
     train: Dataset | IterableDataset
@@ -112,6 +117,38 @@ class ImageData:
     class_names: list[str] | None
     entry: DatasetEntry
     fingerprint: str = field(default="")
+    label_problem: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    def account(self) -> str:
+        """One line without names of files or classes: images and classes of each split, and what was left out, why."""
+        splits = {"train": self.train, "evaluation": self.evaluation}
+        parts = [self._account_of(split, name) for name, split in splits.items() if split is not None]
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        return f"{', '.join(parts)}; left out: {reasons or 'nothing'}"
+
+    def _account_of(self, split, name: str) -> str:
+        if isinstance(split, IterableDataset):
+            classes = f"in {len(self.class_names)} classes" if self.class_names else "without classes"
+            return f"a stream {classes} ({name})"
+        if not self.class_names:
+            return f"{len(split)} images without classes ({name})"
+        counts = Counter(split[self.label_column][:])
+        bare = counts.pop(-1, 0)
+        more = f", {bare} of them without class" if bare else ""
+        return f"{len(split)} images in {len(counts)} classes ({name}{more})"
+
+    def require_classes(self, purpose: str) -> None:
+        """ValueError unless each image of both splits has a class; `purpose` is what needs it, and the way out."""
+        if self.class_names is None:
+            why = f" ({self.label_problem})" if self.label_problem else ""
+            raise ValueError(f"{self.name!r} has no classes{why}, which {purpose}.")
+        for name, split in (("training", self.train), ("held-out", self.evaluation)):
+            labels = [] if split is None or isinstance(split, IterableDataset) else split[self.label_column][:]
+            if bare := sum(label < 0 for label in labels):
+                raise ValueError(
+                    f"{bare} of {len(labels)} {name} images of {self.name!r} have no class, which {purpose}."
+                )
 
 
 def load_images(
@@ -139,28 +176,39 @@ def load_images(
     if "+" in name and not Path(name).exists():
         options = dict(image_column=image_column, label_column=label_column, streaming=streaming, revision=revision)
         return _union(name, [load_images(part.strip(), **options, hold_out=hold_out) for part in name.split("+")])
-    entry, splits = _open(name, streaming, revision)
-    train, evaluation = _choose_splits(name, splits, entry, hold_out)
+    entry, splits, scan = _open(name, streaming, revision)
+    train, evaluation, unused = _choose_splits(name, splits, entry)
     image_column = _find_image_column(name, train, image_column or entry.image_column)
-    label_column = _find_label_column(name, train, label_column or entry.label_column)
-    class_names = None
-    if label_column is not None:
-        train, evaluation, class_names = _class_labels(name, train, evaluation, label_column)
+    train, evaluation = (_undecoded(name, split, image_column) for split in (train, evaluation))
+    labels = _classes(name, train, evaluation, image_column, label_column or entry.label_column)
+    train, evaluation, label_column, class_names, problem = labels
+    if evaluation is None and hold_out and not isinstance(train, IterableDataset):
+        train, evaluation = _held_out(name, train, label_column)
     columns = [image_column] + ([label_column] if label_column else [])
-    splits = [None if s is None else _undecoded(s, image_column).select_columns(columns) for s in (train, evaluation)]
-    data = ImageData(name, *splits, image_column, label_column, class_names, entry)
+    splits = [None if s is None else s.select_columns(columns) for s in (train, evaluation)]
+    data = ImageData(name, *splits, image_column, label_column, class_names, entry, label_problem=problem)
     data.fingerprint = f"{name} {revision}" if streaming else f"{name} {len(data.train)} {data.train._fingerprint}"
+    data.left_out = scan.counts() if scan else {f"unused split {split!r}": 1 for split in unused}
+    _tell(data, scan)
     return data
 
 
-def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntry, dict]:
+def _tell(data: ImageData, scan: FolderScan | None) -> None:
+    """What of a data set is not used, on stderr, by the first process."""
+    if (data.left_out or data.label_problem) and int(os.environ.get("RANK", 0)) == 0:
+        examples = f" ({scan.examples()})" if scan and scan.left_out else ""
+        problem = f"; no classes: {data.label_problem}" if data.label_problem else ""
+        print(f"{data.name}: {data.account()}{examples}{problem}", file=sys.stderr)
+
+
+def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntry, dict, FolderScan | None]:
     if name == "digits":
         splits = load_digits()
-        return TABLE[name], {k: s.to_iterable_dataset(4) for k, s in splits.items()} if streaming else splits
+        return TABLE[name], {k: s.to_iterable_dataset(4) for k, s in splits.items()} if streaming else splits, None
     base, _, pinned = name.partition("@")
     entry = TABLE.get(base)
     if entry is not None and entry.local and not pinned and (files := _local_files(entry.local)):
-        return entry, _load("parquet", data_files=files, streaming=streaming)
+        return entry, _load("parquet", data_files=files, streaming=streaming), None
     if entry is not None and entry.hub_id is None:
         raise FileNotFoundError(
             f"data set {name!r} is read from {entry.local}*.parquet in the folder that the environment variable "
@@ -168,7 +216,7 @@ def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntr
         )
     if entry is None and (path := Path(name).expanduser()).exists():
         licence = f"as the owner of {path.name} says"
-        return DatasetEntry(image_size=64, licence=licence), _load_path(path, streaming)
+        return DatasetEntry(image_size=64, licence=licence), *_load_path(path, streaming)
     if entry is None and (base.count("/") != 1 or name.startswith((".", "/", "~"))):
         close = difflib.get_close_matches(name, TABLE, 3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -177,7 +225,7 @@ def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntr
         )
     entry = entry or DatasetEntry(base, image_size=64)
     revision = revision or pinned or entry.revision
-    return entry, _load(entry.hub_id, entry.config, revision=revision, streaming=streaming)
+    return entry, _load(entry.hub_id, entry.config, revision=revision, streaming=streaming), None
 
 
 def _local_files(stem: str) -> dict[str, str]:
@@ -191,28 +239,37 @@ def _local_files(stem: str) -> dict[str, str]:
     return {split: str(path) for split, path in files.items() if path.exists()}
 
 
-def _load_path(path: Path, streaming: bool) -> dict:
+def _load_path(path: Path, streaming: bool) -> tuple[dict, FolderScan | None]:
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{path} is one {path.suffix or 'unnamed'} file: give a folder of images or parquet files.")
-    if path.is_dir():
-        scan = scan_folder(path)
-        if scan.splits:
-            return _scanned_splits(scan, streaming)
-        parquet = sorted(path / file for file in scan.parquet)
-    else:
-        parquet = [path]
+    if (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and any(path.glob("*.arrow"))):
+        return _saved_to_disk(path, streaming), None
+    scan = scan_folder(path) if path.is_dir() else None
+    if scan and scan.splits:
+        return _scanned_splits(scan, streaming), scan
     files: dict[str, list[str]] = {}
-    for file in parquet:
+    for file in [path] if scan is None else sorted(path / name for name in scan.parquet):
         words = file.stem.lower().replace("_", "-").split("-") + [file.parent.name.lower()]
         split = next((s for s in _EVALUATION_SPLITS if s in words), "train")
         files.setdefault(split, []).append(str(file))
-    return _load("parquet", data_files=files, streaming=streaming)
+    return _load("parquet", data_files=files, streaming=streaming), scan
+
+
+def _saved_to_disk(path: Path, streaming: bool) -> dict:
+    """The splits of a folder that `save_to_disk` of `datasets` has written."""
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} looks like a folder of save_to_disk and cannot be read ({type(error).__name__}: {error}): copy "
+            "or save it again."
+        ) from error
+    splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+    return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
 
 
 def _scanned_splits(scan: FolderScan, streaming: bool) -> dict:
-    """The splits of a folder of images; files that are left out are said on stderr."""
-    if scan.left_out:
-        print(f"{scan.root}: {scan.account()}", file=sys.stderr)
+    """The splits of a folder of images."""
     features = datasets.Features({"image": Image(decode=False)})
     if scan.class_names:
         features["label"] = ClassLabel(names=scan.class_names)
@@ -257,9 +314,11 @@ def _load(source: str, config: str | None = None, **options) -> dict:
         raise ValueError(f"cannot load the data set {where}: {type(error).__name__}: {error}. {advice}") from error
 
 
-def _choose_splits(name: str, splits: dict, entry: DatasetEntry, hold_out: bool) -> tuple:
+def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
+    """The split to train on, the one to evaluate on or None, and the names of others."""
     names = list(splits)
-    train_name = entry.train_split or ("train" if "train" in splits else names[0] if len(names) == 1 else None)
+    train_name = entry.train_split or next((s for s in SPLITS["train"] if s in splits), None)
+    train_name = names[0] if len(names) == 1 and not entry.train_split else train_name
     if train_name not in splits:
         raise ValueError(f"data set {name!r} has the splits {names}, but no training split {train_name or 'train'!r}.")
     candidates = [entry.evaluation_split] if entry.evaluation_split else _EVALUATION_SPLITS
@@ -269,22 +328,20 @@ def _choose_splits(name: str, splits: dict, entry: DatasetEntry, hold_out: bool)
     for split_name, split in ((train_name, train), (evaluation_name, evaluation)):
         if split is not None and not isinstance(split, IterableDataset) and len(split) == 0:
             raise ValueError(f"split {split_name!r} of data set {name!r} is empty.")
-    if evaluation is None and hold_out and not isinstance(train, IterableDataset):
-        held_out = max(1, int(len(train) * _HELD_OUT_SHARE))
-        order = permutation(len(train), seed=0, epoch=0).numpy()
-        evaluation = train.select(np.sort(order[:held_out]))
-        train = train.select(np.sort(order[held_out:]))
-        if len(train) == 0:
-            raise ValueError(f"data set {name!r} holds a single image: nothing is left to train on.")
-    return train, evaluation
+    return train, evaluation, [s for s in names if s not in (train_name, evaluation_name)]
 
 
-def _features(split: Dataset | IterableDataset) -> datasets.Features:
-    return split.features if split.features is not None else split._resolve_features().features
+def _held_out(name: str, split: Dataset, label_column: str | None) -> tuple[Dataset, Dataset]:
+    """A split without a fixed tenth of its images, of each class its share, and that tenth."""
+    if len(split) == 1:
+        raise ValueError(f"data set {name!r} holds a single image: nothing is left to train on.")
+    labels = split[label_column][:] if label_column else None
+    chosen = set(random_rows(len(split), max(1, int(len(split) * _HELD_OUT_SHARE)), labels=labels))
+    return split.select([row for row in range(len(split)) if row not in chosen]), split.select(sorted(chosen))
 
 
 def _find_image_column(name: str, split, wanted: str | None) -> str:
-    features = _features(split)
+    features = features_of(split)
     if wanted is not None:
         if wanted not in features:
             raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --image_column.")
@@ -297,48 +354,32 @@ def _find_image_column(name: str, split, wanted: str | None) -> str:
     return found[0]
 
 
-def _find_label_column(name: str, split, wanted: str | None) -> str | None:
-    features = _features(split)
-    if wanted is not None:
-        if wanted not in features:
-            raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --label_column.")
-        return wanted
-    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    return found[0] if len(found) == 1 else "label" if "label" in features else None
+def _classes(name: str, train, evaluation, image_column: str, wanted: str | None) -> tuple:
+    """Both splits with class ids, the column, the names, and why there are none although there might be (or None)."""
+    features = features_of(train)
+    if wanted is not None and wanted not in features:
+        raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --label_column.")
+    found = [wanted] if wanted is not None else label_candidates(features, image_column)
+    if len(found) != 1:
+        problem = f"the columns {found} may all hold them: name one with --label_column" if found else None
+        return train, evaluation, None, None, problem
+    try:
+        *splits, names = with_classes(train, evaluation, found[0])
+    except NoClasses as error:
+        problem = f"column {found[0]!r} of {name!r} cannot be the classes: {error}"
+        if wanted is not None:
+            raise ValueError(f"{problem}, or choose another --label_column.") from error
+        return train, evaluation, None, None, problem
+    return *splits, found[0], names, None
 
 
-def _class_labels(name: str, train, evaluation, column: str) -> tuple:
-    """Both splits with labels 0 .. n - 1, and the n names."""
-    feature = _features(train)[column]
-    if isinstance(feature, ClassLabel):
-        if evaluation is not None and _features(evaluation)[column] != feature:
-            evaluation = evaluation.align_labels_with_mapping({n: i for i, n in enumerate(feature.names)}, column)
-        return train, evaluation, list(feature.names)
-    if isinstance(train, IterableDataset):
-        raise ValueError(
-            f"column {column!r} of {name!r} is {feature}, not a ClassLabel: its classes cannot be known while "
-            "streaming. Leave --streaming out, or choose another --label_column."
-        )
-    if not isinstance(feature, Value) or feature.dtype.startswith("float"):
-        raise ValueError(f"column {column!r} of {name!r} is {feature}: labels are integers, strings or a ClassLabel.")
-    values = set(train.unique(column)) | set(evaluation.unique(column) if evaluation is not None else [])
-    if None in values:
-        raise ValueError(f"column {column!r} of {name!r} has rows without a label: fill or drop them.")
-    ordered = sorted(values)
-    to_id = {value: i for i, value in enumerate(ordered)}
-    names = [str(value) for value in ordered]
-
-    def relabel(split):
-        if split is None:
-            return None
-        ids = [to_id[value] for value in split[column]]
-        return split.remove_columns(column).add_column(column, ids).cast_column(column, ClassLabel(names=names))
-
-    return relabel(train), relabel(evaluation), names
-
-
-def _undecoded(split, column: str):
-    if not isinstance(_features(split)[column], Image):
+def _undecoded(name: str, split, column: str):
+    if split is None:
+        return None
+    features = features_of(split)
+    if column not in features:
+        raise ValueError(f"the held-out split of {name!r} has no column {column!r}, only {list(features)}.")
+    if not isinstance(features[column], Image):
         return split
     if isinstance(split, IterableDataset) and split.features is not None:
         split = split.decode(False)  # a streamed folder of the Hub comes with a pool of threads that decode it
@@ -357,8 +398,7 @@ def _union(name: str, parts: list[ImageData]) -> ImageData:
         split = split.rename_columns({old: new for old, new in columns.items() if old != new})
         if labelled and part.class_names != names:
             lookup = [names.index(n) for n in part.class_names]
-            features = datasets.Features(_features(split) | {"class_id": ClassLabel(names=names)})
-            split = split.map(_relabel_row, fn_kwargs={"lookup": lookup}, features=features)
+            split = relabel_all(split, "class_id", lookup, names)
         return split.select_columns(list(columns.values()))
 
     train = datasets.concatenate_datasets([unify(part.train, part) for part in parts])
@@ -367,9 +407,10 @@ def _union(name: str, parts: list[ImageData]) -> ImageData:
     entry = replace(parts[0].entry, licence="; ".join(sorted({part.entry.licence for part in parts})))
     label_column = "class_id" if labelled else None
     fingerprint = " + ".join(part.fingerprint for part in parts)
-    return ImageData(name, train, evaluation, "image_bytes", label_column, names, entry, fingerprint)
-
-
-def _relabel_row(row: dict, lookup: list[int]) -> dict:
-    known = row["class_id"] is not None and row["class_id"] >= 0
-    return {"class_id": lookup[row["class_id"]] if known else -1}
+    bare = [part.name for part in parts if part.class_names is None]
+    problem = None if labelled else "; ".join(part.label_problem or "" for part in parts).strip("; ")
+    if bare and len(bare) < len(parts):
+        problem = f"{', '.join(bare)} of the union has none" + (f" ({problem})" if problem else "")
+    data = ImageData(name, train, evaluation, "image_bytes", label_column, names, entry, fingerprint, problem or None)
+    data.left_out = dict(sum((Counter(part.left_out) for part in parts), Counter()))
+    return data

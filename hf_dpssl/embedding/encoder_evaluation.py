@@ -35,10 +35,8 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     data = load_images(args.dataset, **columns, revision=args.dataset_revision)
     labelled = [name for name in args.protocol if name in _LABELLED]
-    if labelled and data.class_names is None:
-        raise ValueError(
-            f"{args.dataset!r} has no classes, which {', '.join(labelled)} need: use --protocol geometry views."
-        )
+    if labelled:
+        data.require_classes(f"{', '.join(labelled)} need: use --protocol geometry views, or mend the labels")
     if data.evaluation is None:
         raise ValueError(f"{args.dataset!r} has no held-out images to evaluate on.")
     embedder = ImageEmbedder(encoder, kind=args.features)

@@ -255,5 +255,26 @@ def _class_ids(job: SampleJob, pipeline: ClassConditionalPipeline) -> list[int] 
         return None
     if not job.class_labels:
         return list(range(len(names)))
-    is_id = [label not in names and str(label).lstrip("-").isdecimal() for label in job.class_labels]
-    return pipeline.class_ids([int(v) if given else v for v, given in zip(job.class_labels, is_id, strict=True)])
+    return pipeline.class_ids(_as_ids_or_names(job.class_labels, pipeline))
+
+
+def _as_ids_or_names(labels: list[int | str], pipeline: ClassConditionalPipeline) -> list[int | str]:
+    """Labels of one call, texts that are numbers turned into ids unless all of them are names of classes.
+
+    Raises:
+        ValueError: some are names only and others ids only, as "0" and "12" of classes called "1" to "12".
+    """
+    numbers = [label for label in labels if isinstance(label, str) and label.lstrip("-").isdecimal()]
+    names = set(pipeline.class_names)
+    known = [label for label in numbers if label in names]
+    if known and len(known) < len(numbers):
+        ids = {label for label in numbers if 0 <= int(label) < len(names)}
+        if not ids.issuperset(known):
+            other = next(label for label in numbers if label not in names)
+            only = next(label for label in known if label not in ids)
+            raise ValueError(
+                f"class_labels mix names and ids: {only!r} is a name and no id, {other!r} is no name. Give names only "
+                "or ids only."
+            )
+    as_names = len(known) == len(numbers)
+    return [int(label) if label in numbers and not as_names else label for label in labels]

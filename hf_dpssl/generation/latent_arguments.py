@@ -18,6 +18,7 @@ class LatentRunArguments(RunArguments):
     autoencoder_recipe: str | None = option(None, "recipe of training/dae_vq.py when it has to be trained")
     autoencoder_args: str = option("", "flags of training/dae_vq.py when it has to be trained, in one string")
     flip_cache: bool = option(False, "cache mirrored images too; each epoch shows a random half of the images mirrored")
+    unconditional: bool = option(False, "ignore the classes of the data set")
     class_dropout: float = option(
         0.1, "share of images whose label is dropped, for classifier-free guidance", group="optimiser"
     )

@@ -50,6 +50,19 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
     return train(argv + shlex.split(args.autoencoder_args))
 
 
+def classes_of_run(args: LatentRunArguments, data: ImageData) -> list[str]:
+    """Names of the classes that are learned; [] for a data set without, or with --unconditional.
+
+    Raises:
+        ValueError: the data set has columns that may be its classes, and they cannot be.
+    """
+    if args.unconditional:
+        return []
+    if data.label_problem:
+        raise ValueError(f"{data.label_problem}; or learn without classes by --unconditional.")
+    return data.class_names or []
+
+
 def cached_training_images(
     args: LatentRunArguments, autoencoder: VQAutoencoder, data: ImageData, accelerator: Accelerator, content: str
 ) -> tuple[LatentTable | CodeTable, LatentTable | CodeTable | None, dict[str, str]]:
@@ -60,7 +73,8 @@ def cached_training_images(
         content: "latents", or "codes", which are cached of the held-out images too.
 
     Returns:
-        The training images' table (with `--flip_cache` a random half of it mirrored in each epoch), that of the
+        The training images' table (with `--flip_cache` a random half of it mirrored in each epoch, with
+        `--unconditional` without labels), that of the
         held-out images (None for latents, or where the data set has none), and {row: reason} of unreadable images.
 
     Raises:
@@ -81,6 +95,8 @@ def cached_training_images(
     table = build(source.whole_training_table(), folder, "train", args.flip_cache)
     if args.flip_cache:
         table.flip_seed = args.seed
+    if args.unconditional:
+        table.labels.fill_(-1)
     if content == "codes" and (images := source.evaluation_table()) is not None:
         held_out = build(images, folder / "held-out", "evaluation")
     if len(table) < args.batch_size * accelerator.num_processes:

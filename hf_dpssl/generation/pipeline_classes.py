@@ -87,7 +87,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """Ids of classes given by id or name; of a name with commas ("tench, Tinca tinca") each part is one, too.
 
         Raises:
-            ValueError: an id out of range, an unknown name (with the closest known ones), or a part of several names.
+            ValueError: an id out of range, an unknown name (with the closest known ones), or a name of several classes
+                (of which diffusers' DiTPipeline takes the last).
         """
         class_labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
         labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
@@ -115,14 +116,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _class_of_name(self, label: str) -> int:
         names = self.class_names
-        if label in names:
-            return names.index(label)
-        parts = [[part.strip() for part in name.split(",")] for name in names]
+        parts = [[name, *(part.strip() for part in name.split(","))] for name in names]
         found = [class_id for class_id, of_class in enumerate(parts) if label in of_class]
         if len(found) > 1:
-            raise ValueError(f"{label!r} is a name of classes {found}: give the id.")
+            raise ValueError(f"{label!r} is a name of classes {found}: give the id (diffusers takes {found[-1]}).")
         if not found:
-            known = list(dict.fromkeys([*names, *(part for of_class in parts for part in of_class)]))
+            known = list(dict.fromkeys(part for of_class in parts for part in of_class))
             close = difflib.get_close_matches(label, known, 3) or names[:10]
             raise ValueError(f"unknown class {label!r}; known are for example {close} ({len(names)} in all).")
         return found[0]

@@ -19,7 +19,6 @@ class ARArguments(LatentRunArguments):
     width: int = option(64, "width of the transformer")
     num_heads: int = option(4, "attention heads")
     dropout: float = option(0.1, "dropout; of the attention weights alone with --architecture llama")
-    unconditional: bool = option(False, "ignore the classes of the data set")
     gradient_checkpointing: bool = option(False, "compute activations twice instead of storing them")
     ema_decay: float = option(0.995, "share of the old averaged weights kept at each step", group="optimiser")
     max_train_steps: int = option(800, "optimiser steps")

@@ -51,7 +51,7 @@ def facts_of(folder: Path) -> dict:
         "image_size": None,
         "num_channels": None,
         "latents": None,
-        "classes": list((index.get("id2label") or {}).values()) or list(notes.get("class_names") or []),
+        "classes": _class_names(index, notes),
         "parameters": count_parameters(folder),
         "fingerprint": fingerprint_of(folder),
         "dataset": None if dataset is None else without_folders(dataset),
@@ -65,6 +65,12 @@ def facts_of(folder: Path) -> dict:
     facts |= {name: results.get(name) or {} for name in ("metrics", "samples")}
     facts |= _images(kind, config, vae)
     return facts
+
+
+def _class_names(index: dict, notes: dict) -> list[str]:
+    """Names of classes in the order of their ids: in the file these are texts, "10" before "2"."""
+    names = index.get("id2label") or {}
+    return [names[class_id] for class_id in sorted(names, key=int)] or list(notes.get("class_names") or [])
 
 
 def _class_name(index: dict, config: dict) -> str | None:

@@ -113,10 +113,10 @@ def test_set_without_a_test_split_holds_out_a_fixed_tenth(tmp_path):
 
 def test_integer_labels_are_numbered_from_0_over_both_splits(tmp_path):
     labelled(tmp_path / "set" / "train.parquet", 4, Value("int64"), [700, 3, 700, 3])
-    labelled(tmp_path / "set" / "test.parquet", 2, Value("int64"), [3, 40], first=10)
+    labelled(tmp_path / "set" / "test.parquet", 2, Value("int64"), [700, 700], first=10)
     data = load_images(str(tmp_path / "set"))
-    assert data.class_names == ["3", "40", "700"]
-    assert data.train["label"][:] == [2, 0, 2, 0] and data.evaluation["label"][:] == [0, 1]
+    assert data.class_names == ["3", "700"]
+    assert data.train["label"][:] == [1, 0, 1, 0] and data.evaluation["label"][:] == [1, 1]
     assert pairs(data, data.train) == {(0, "700"), (1, "3"), (2, "700"), (3, "3")}
 
 
@@ -163,13 +163,13 @@ def test_union_with_an_unlabelled_part_is_unlabelled(tmp_path):
 
 
 def test_named_columns_override_the_search(tmp_path):
-    columns = {"first": ([0] * 20, CAT_DOG), "second": ([1] * 20, ClassLabel(names=["x", "y", "z"]))}
+    columns = {"first": ([0] * 20, CAT_DOG), "second": ([1, 2] * 10, ClassLabel(names=["x", "y", "z"]))}
     write_parquet(tmp_path / "set.parquet", [marked(5)] * 20, "photo", **columns)
     name = str(tmp_path / "set.parquet")
     assert load_images(name).label_column is None  # two candidates, none called label
     data = load_images(name, image_column="photo", label_column="second")
-    assert (data.image_column, data.label_column, data.class_names) == ("photo", "second", ["x", "y", "z"])
-    assert set(data.train["second"]) == {1} and data.train.column_names == ["photo", "second"]
+    assert (data.image_column, data.label_column, data.class_names) == ("photo", "second", ["y", "z"])
+    assert set(data.train["second"]) == {0, 1} and data.train.column_names == ["photo", "second"]
 
 
 @pytest.mark.parametrize(
@@ -191,24 +191,128 @@ def test_two_image_columns_ask_for_a_choice(tmp_path):
         load_images(str(tmp_path / "set.parquet"))
 
 
-@pytest.mark.parametrize(
-    "feature, labels, message",
-    [
-        (Value("float32"), [0.5, 1.5], r"Value\('float32'\).*integers, strings or a ClassLabel"),
-        (Value("int64"), [1, None], "rows without a label: fill or drop"),
-    ],
-)
-def test_unusable_labels_are_refused(tmp_path, feature, labels, message):
-    path = labelled(tmp_path / "set.parquet", 2, feature, labels)
-    with pytest.raises(ValueError, match=message):
-        load_images(str(path))
+def test_label_column_is_found_by_type_or_by_its_usual_names(tmp_path):
+    for i, column in enumerate(["label", "labels", "target", "Label", "class"]):
+        images = [marked(n) for n in range(20)]
+        kind = {column: (["b", "a"] * 10, Value("string")), "size": ([7] * 20, Value("int64"))}
+        data = load_images(str(write_parquet(tmp_path / f"{i}.parquet", images, **kind)))
+        assert data.label_column == column and data.class_names == ["a", "b"]
+        assert pairs(data, data.train) <= {(n, "ba"[n % 2]) for n in range(20)}
 
 
-def test_splits_that_number_their_classes_differently_are_aligned_by_name(tmp_path):
-    labelled(tmp_path / "train.parquet")
-    labelled(tmp_path / "test.parquet", feature=ClassLabel(names=["dog", "cat"]), labels=[0] * 20, first=100)
-    data = load_images(str(tmp_path))
-    assert {name for _, name in pairs(data, data.evaluation)} == {"dog"}
+def test_columns_that_cannot_be_classes_leave_images_unlabelled_and_are_refused_where_classes_are_needed(tmp_path):
+    cases = {
+        "floats": (Value("float32"), [0.5, 1.5] * 10, r"Value\('float32'\); classes are integers, strings or"),
+        "lists": (datasets.List(Value("int64")), [[0, 1], [1]] * 10, "List.*; classes are integers, strings or"),
+        "signs": (Value("int64"), [-1, 1] * 10, "-1 stands for no class: number the classes from 0"),
+        "empty": (Value("string"), [None] * 20, "no training image has a class"),
+    }
+    for case, (feature, labels, message) in cases.items():
+        name = str(labelled(tmp_path / f"{case}.parquet", 20, feature, labels))
+        data = load_images(name)
+        assert data.class_names is None and len(data.train) == 18 and data.train.column_names == ["image"]
+        with pytest.raises(ValueError, match=rf"{case}.parquet' has no classes .*{message}.*, which kNN needs"):
+            data.require_classes("kNN needs")
+        with pytest.raises(ValueError, match=f"column 'label' of .*{message}.*another --label_column"):
+            load_images(name, label_column="label")
+
+
+def test_images_without_label_have_class_minus_1_and_are_counted(tmp_path):
+    columns = [(CAT_DOG, -1), (CAT_DOG, None), (Value("int64"), None), (Value("int8"), -1)]
+    for case, (feature, none) in enumerate(columns):
+        path = labelled(tmp_path / f"{case}.parquet", 20, feature, [0, 1, none, 1] * 5)
+        data = load_images(str(path), hold_out=False)
+        assert data.train["label"][:] == [0, 1, -1, 1] * 5 and len(data.class_names) == 2
+        assert "20 images in 2 classes (train, 5 of them without class)" in data.account()
+        with pytest.raises(ValueError, match="5 of 20 training images of .* have no class, which kNN needs"):
+            data.require_classes("kNN needs")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_split_without_labels_is_without_class(tmp_path, streaming):
+    labelled(tmp_path / "set" / "train.parquet", 4)
+    write_parquet(tmp_path / "set" / "test.parquet", [marked(9)] * 3)
+    data = load_images(str(tmp_path / "set"), streaming=streaming)
+    assert [r["label"] for r in data.evaluation] == [-1] * 3 and data.class_names == ["cat", "dog"]
+    assert [r["label"] for r in data.train] == [0, 1, 0, 1]
+
+
+def held_out_names(tmp_path, train, test, number):
+    """A data set whose splits number these names in their order, one picture of each."""
+    folder = tmp_path / str(number)
+    for split, names in (("train", train), ("test", test)):
+        labelled(folder / f"{split}.parquet", len(names), ClassLabel(names=names), list(range(len(names))))
+    return str(folder)
+
+
+def test_splits_are_aligned_by_name_in_any_order_case_and_unicode_form(tmp_path):
+    cases = [
+        (["cat", "dog"], ["dog", "cat"]),
+        (["Polish", "polish", "x"], ["x", "polish", "Polish"]),  # the same but for case: two classes
+        (["caf\u00e9", "tea"], ["tea", "cafe\u0301"]),
+    ]
+    for number, (train, test) in enumerate(cases):
+        for streaming in (False, True):
+            data = load_images(held_out_names(tmp_path, train, test, number), streaming=streaming)
+            assert data.class_names == train
+            found = [data.class_names[r["label"]] for r in data.evaluation]
+            assert found == [{"cafe\u0301": "caf\u00e9"}.get(name, name) for name in test]
+
+
+def test_held_out_classes_that_no_training_image_has_are_no_classes(tmp_path, capsys):
+    for number, (train, test) in enumerate([(["cat", "dog"], ["cat", "Dog"]), (["cat", "dog"], ["cat", "dog", "ant"])]):
+        name = held_out_names(tmp_path, train, test, number)
+        data = load_images(name)
+        assert data.class_names is None and len(data.evaluation) == len(test)
+        message = rf"the held-out images have the classes \['{test[-1]}' *\], which no training image has"
+        assert "which no training image has" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=message.replace(" *", "")):
+            load_images(name, label_column="label")
+
+
+def test_classes_without_images_are_no_classes(tmp_path):
+    names = ["ant", "bee", "cat", "dog"]
+    for split in ("train", "test"):
+        labelled(tmp_path / "set" / f"{split}.parquet", 4, ClassLabel(names=names), [3, 1, 1, 3])
+    data = load_images(str(tmp_path / "set"))
+    assert data.class_names == ["bee", "dog"]
+    assert data.train["label"][:] == data.evaluation["label"][:] == [1, 0, 0, 1]
+    assert pairs(data, data.train) == {(0, "dog"), (1, "bee"), (2, "bee"), (3, "dog")}
+
+
+def test_folders_of_save_to_disk_are_read(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": CAT_DOG})
+    write_pictures(tmp_path / "pictures")
+    paths = sorted(map(str, (tmp_path / "pictures").iterdir()))
+    whole = datasets.Dataset.from_dict({"image": paths, "label": [0, 1] * 5}, features=features)
+    whole.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=whole.select(range(6)), test=whole.select(range(6, 10))).save_to_disk(tmp_path / "two")
+    expected = {(n, CAT_DOG.names[n % 2]) for n in range(10)}
+    for folder, sizes in (("one", (9, 1)), ("two", (6, 4))):
+        data = load_images(str(tmp_path / folder))
+        assert (len(data.train), len(data.evaluation)) == sizes
+        assert pairs(data, data.train) | pairs(data, data.evaluation) == expected
+    assert len(list(load_images(str(tmp_path / "two"), streaming=True).train)) == 6
+    next((tmp_path / "two" / "test").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match="two looks like a folder of save_to_disk and cannot be read"):
+        load_images(str(tmp_path / "two"))
+
+
+def test_account_counts_what_is_used_and_what_is_left_out_without_naming_files(tmp_path, capsys):
+    for split, name, count in (("train", "cat", 6), ("train", "dog", 5), ("val", "cat", 2)):
+        write_pictures(tmp_path / "set" / split / name, count)
+    (tmp_path / "set" / "train" / "cat" / "secret-notes.txt").write_text("no picture")
+    data = load_images(str(tmp_path / "set"))
+    account = "11 images in 2 classes (train), 2 images in 1 classes (evaluation); left out: 1 .txt files"
+    assert data.account() == account
+    assert "secret-notes.txt" in capsys.readouterr().err
+    splits = {split: datasets.Dataset.from_dict({"image": [marked(1)] * 4}) for split in ("train", "val", "extra")}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.DatasetDict({s: d.cast(features) for s, d in splits.items()}).save_to_disk(tmp_path / "three")
+    account = (
+        "4 images without classes (train), 4 images without classes (evaluation); left out: 1 unused split 'extra'"
+    )
+    assert load_images(str(tmp_path / "three")).account() == account
 
 
 @pytest.mark.parametrize("empty", ["train", "test"])
@@ -271,10 +375,11 @@ def test_streams_hold_the_same_rows_as_tables(tmp_path):
     assert list(stream.train) == list(data.train) and list(stream.evaluation) == list(data.evaluation)
 
 
-def test_streaming_needs_known_classes(tmp_path):
-    path = labelled(tmp_path / "set.parquet", 4, Value("int64"))
-    with pytest.raises(ValueError, match=r"'label' .*Value\('int64'\), not a ClassLabel.*Leave --streaming out"):
-        load_images(str(path), streaming=True)
+def test_streams_have_the_classes_of_a_class_label_only(tmp_path):
+    name = str(labelled(tmp_path / "set.parquet", 4, Value("int64")))
+    assert load_images(name, streaming=True).class_names is None
+    with pytest.raises(ValueError, match=r"'label' .*Value\('int64'\), not a ClassLabel.*leave --streaming out"):
+        load_images(name, label_column="label", streaming=True)
 
 
 CLASSES = {

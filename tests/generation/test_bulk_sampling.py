@@ -21,7 +21,7 @@ from hf_dpssl import VQDiTPipeline
 from hf_dpssl.cli.commands import main
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.keyed_random import derive_seed
-from hf_dpssl.generation.bulk_sampling import SampleJob, draw_images, load_pipeline, sample_images
+from hf_dpssl.generation.bulk_sampling import SampleJob, _as_ids_or_names, draw_images, load_pipeline, sample_images
 from hf_dpssl.runs.shipped_folders import shipped_folder
 
 STEPS = {"num_inference_steps": 3}
@@ -276,6 +276,15 @@ def test_folder_of_another_pipeline_or_of_other_options_is_not_mixed(folder, who
     assert "versions torch 1.0, not" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
     assert main(["sample", *argv(folder, tmp_path / "old", *STEP_FLAGS, "--overwrite", count=2)]) == 0
+
+
+def test_numbers_of_a_call_are_names_or_ids_and_never_a_mixture():
+    pipeline = make_dit([str(number) for number in range(1, 13)])
+    labels = {("0", "1", "2"): [0, 1, 2], ("1", "2", "3"): [0, 1, 2], ("12",): [11], (12 - 1, "12"): [11, 11]}
+    for given, expected in labels.items():
+        assert pipeline.class_ids(_as_ids_or_names(list(given), pipeline)) == expected
+    with pytest.raises(ValueError, match="mix names and ids: '12' is a name and no id, '0' is no name"):
+        _as_ids_or_names(["0", "12"], pipeline)
 
 
 def test_bad_input_says_which_value_and_what_is_allowed(folder, token_folder, tmp_path, capsys):

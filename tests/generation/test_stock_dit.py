@@ -84,11 +84,19 @@ def test_names_of_a_stock_folder_work_with_each_synonym(ours):
         ours.class_ids(1000)
 
 
-def test_names_of_several_classes_are_refused(ours):
-    pipeline = make_pipeline(["crane, bird", "crane, machine", "dog"])
-    assert pipeline.class_ids(["bird", "dog"]) == [0, 2]
-    with pytest.raises(ValueError, match=r"'crane' is a name of classes \[0, 1\]: give the id"):
-        pipeline.class_ids("crane")
+def test_a_name_has_the_id_that_diffusers_gives_it_or_is_refused_as_of_several_classes(ours):
+    names = ["crane", "tench, Tinca tinca", "crane", "maillot", "maillot, tank suit", "dog, pug", "pug, moth"]
+    pipeline = make_pipeline(names)
+    stock = DiTPipeline(None, None, None, id2label=dict(enumerate(names)))
+    assert pipeline.class_ids("tench, Tinca tinca") == [1]
+    several = {"crane": [0, 2], "maillot": [3, 4], "pug": [5, 6]}
+    for name, expected in stock.labels.items():
+        if name not in several:
+            assert pipeline.class_ids(name) == stock.get_label_ids([name]) == [expected]
+            continue
+        message = rf"'{name}' is a name of classes {several[name]}: give the id \(diffusers takes {expected}\)"
+        with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+            pipeline.class_ids(name)
 
 
 def test_stock_folder_without_names_numbers_its_classes_and_survives_saving(stock, tmp_path):

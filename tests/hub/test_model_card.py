@@ -168,6 +168,17 @@ def test_data_set_of_the_hub_is_linked_and_a_local_one_is_not(finished):
     assert card_of(finished("encoder", dataset="/home/me/My faces")).data.datasets is None
 
 
+def test_card_gives_the_account_of_the_images_and_classes_in_the_order_of_their_ids(finished):
+    account = "11 images in 2 classes (train); left out: 3 hidden files"
+    folder = finished("dit", images=account)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {str(i): f"name{i}" for i in sorted(range(12), key=str)}  # as diffusers' sorted JSON has them
+    (folder / "model_index.json").write_text(json.dumps(index))
+    card = card_of(folder)
+    assert facts_of(folder)["classes"] == [f"name{i}" for i in range(12)]
+    assert "name0, name1, name2, name3" in card.text and f"| what the data set holds | {account} |" in card.text
+
+
 def test_a_person_keeps_his_words_and_changes(finished):
     folder = finished("encoder")
     text = write_card(folder).read_text()
