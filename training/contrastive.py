@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished encoder."""
     args = parse(ContrastiveArguments, argv, __doc__)
     accelerator = start_accelerator(args)
+    if args.batch_size * accelerator.num_processes < 2:
+        raise ValueError(f"--batch_size {args.batch_size} leaves one pair, which has no negatives: give at least 2.")
     set_seed(args.seed)
 
     # Data

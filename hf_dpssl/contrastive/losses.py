@@ -4,12 +4,15 @@ They see the GLOBAL batch: models gather over processes before calling them (gat
 pair is in the denominator, only a point itself is left out; `temperature` divides (the cosine, or the squared
 distance); temperature and dof are numbers or 0-dim tensors, which get their gradient; dof = math.inf is the
 Gaussian kernel of twice the temperature. Values and gradients are exact, in float32 also for half-precision input;
-those without a similarity matrix as argument need O(N D) memory (tiles.py). What each of them matches: matching.py.
+those without a similarity matrix as argument need O(N D) memory (tiles.py). A batch of one pair, such as a loop's
+last one, has no negatives: its loss is a constant of the formula (0, or log 2 jointly), its gradient 0, and a warning
+says so. What each of them matches: matching.py.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,7 @@ def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, wei
     l(x, x') = -log exp(cos(x, x')/temperature) / sum over the other 2N - 1 points.
 
     Args:
-        view_1: (N, D) embeddings of one view, N >= 2; normalised here.
+        view_1: (N, D) embeddings of one view, N >= 1; normalised here.
         view_2: (N, D) embeddings of the other view, same order.
         temperature: > 0, divides the cosine.
         weights: (N,) weight of each pair, used relative to its mean; None weighs all alike.
@@ -36,7 +39,7 @@ def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, wei
         Scalar; log(2N - 1) when all embeddings coincide.
 
     Raises:
-        ValueError: on unequal shapes, fewer than two pairs, embeddings that are not finite or a bad temperature.
+        ValueError: on unequal shapes, no pair, embeddings that are not finite or a bad temperature.
 
     Source: Chen et al. 2020 (SimCLR); as SNE: Hu et al., ICLR 2023, section 3.
     Relations: the Student-t form is `t_simclr`; with a queue of negatives see `moco`; over two modalities `clip`.
@@ -61,7 +64,7 @@ def t_simclr(
     anchor: as `info_nce`, one denominator per anchor.
 
     Args:
-        view_1: (N, D) raw projector outputs, N >= 2.
+        view_1: (N, D) raw projector outputs, N >= 1.
         view_2: (N, D), same order.
         temperature: > 0, divides the squared distance.
         dof: degrees of freedom, > 0; 1 is Cauchy, math.inf Gaussian.
@@ -72,7 +75,7 @@ def t_simclr(
         Scalar; at coinciding embeddings log(2N(2N - 1)) (joint) or log(2N - 1) (anchor).
 
     Raises:
-        ValueError: on unequal shapes, fewer than two pairs, embeddings that are not finite, or an option out of range.
+        ValueError: on unequal shapes, no pair, embeddings that are not finite, or an option out of range.
 
     Source: Hu et al., ICLR 2023, section 4.
     """
@@ -124,7 +127,8 @@ def moco(
     query, key = in_float32(query, key)  # once, so that the gradients of both terms are summed before they are rounded
     positive = chosen.pairs(query, key)  # (B,)
     negatives = log_bank_partition(query, queue, chosen)  # (B,)
-    return (torch.logaddexp(positive, negatives) - positive).mean()
+    # log(k + s) - log k as it stands would lose a small loss beside a large log k.
+    return F.softplus(negatives - positive, threshold=40).mean()
 
 
 def clip(
@@ -140,7 +144,7 @@ def clip(
     loss = 1/(2N) sum_i [ -log k(x_i, y_i) / sum_j k(x_i, y_j)  -  log k(x_i, y_i) / sum_j k(x_j, y_i) ]
 
     Args:
-        image: (N, D) embeddings of one modality, N >= 2; normalised here for "cosine".
+        image: (N, D) embeddings of one modality, N >= 1; normalised here for "cosine".
         text: (N, D) embeddings of the other, same order.
         temperature: > 0, divides; CLIP learns exp(-log_temperature), so a tensor is welcome.
         kernel: "cosine" or "student_t".
@@ -152,6 +156,7 @@ def clip(
     Source: Radford et al. 2021, figure 3. Negatives are of the other modality only, unlike `info_nce`.
     """
     _check_views(image, text)
+    _warn_of_one_pair(image)
     chosen = _chosen_kernel(kernel, temperature, dof)
     image, text = in_float32(image, text)
     positives = chosen.pairs(image, text)  # (N,)
@@ -281,6 +286,7 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0) -> Tensor:
 
 def _pair_loss(view_1: Tensor, view_2: Tensor, kernel: Kernel, normalization: str, weights: Tensor | None) -> Tensor:
     """Log-partition (joint, or mean over 2N anchors) minus the mean positive."""
+    _warn_of_one_pair(view_1)
     view_1, view_2 = in_float32(view_1, view_2)
     positives = kernel.pairs(view_1, view_2)  # (N,)
     share = _shares(weights, positives)  # (N,), sums to 1
@@ -301,8 +307,13 @@ def _check_views(view_1: Tensor, view_2: Tensor) -> None:
         raise ValueError(
             f"both views must be (N, D) and of equal shape, got {tuple(view_1.shape)} and {tuple(view_2.shape)}."
         )
-    if len(view_1) < 2:
-        raise ValueError(f"a contrastive loss needs at least 2 pairs, got {len(view_1)}.")
+    if len(view_1) == 0:
+        raise ValueError("a contrastive loss needs at least one pair, got none.")
+
+
+def _warn_of_one_pair(views: Tensor) -> None:
+    if len(views) == 1:
+        warnings.warn("a batch of one pair has no negatives: its loss is constant and teaches nothing.", stacklevel=4)
 
 
 def _shares(weights: Tensor | None, like: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Source: Chen et al. 2020 (SimCLR, MoCo-v2), He et al. 2020 (MoCo), Hu et al., IC
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +131,8 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         view_1 = gather_with_gradient(embeddings)
         view_2 = gather_with_gradient(paired)
         weights = None if weights is None else gather_without_gradient(weights)
-        self.calibration.calibrate(view_1, view_2)
+        if len(view_1) > 1:  # one pair says nothing about the temperature
+            self.calibration.calibrate(view_1, view_2)
         if self.config.kernel == "cosine":
             loss = info_nce(view_1, view_2, temperature=self.calibration.temperature, weights=weights)
         else:
@@ -194,6 +196,15 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         keys = self.key_head(self.key_encoder(images).pooler_output)
         return gather_dealt(in_turns(keys, len(keys) // splits))
 
+    def _of_one_pair(self, pixel_values: Tensor) -> ContrastiveOutput:
+        """Loss 0 with a gradient of 0: a batch norm has no statistics of one image. Nothing moves."""
+        warnings.warn("a batch of one pair per process cannot be batch-normalised: it teaches nothing.", stacklevel=3)
+        modes = [(module, module.training) for module in self.modules()]
+        features, queries = self.eval()._embed(pixel_values)
+        for module, mode in modes:
+            module.training = mode
+        return ContrastiveOutput(0 * queries.sum(), queries, features=features)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -213,8 +224,11 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         Raises:
             ValueError: in training, when the queue is smaller than the batch of all processes.
         """
+        paired = paired_pixel_values is not None and return_loss
+        if paired and self.training and len(pixel_values) == 1 and batch_norms(self):
+            return self._of_one_pair(pixel_values)
         features, queries = self._embed(pixel_values)
-        if paired_pixel_values is None or not return_loss:
+        if not paired:
             return ContrastiveOutput(embeddings=queries, features=features)
         all_keys = self._keys(paired_pixel_values, momentum)
         keys = own_rows(all_keys)

@@ -73,9 +73,16 @@ def last_layer(model: SimCLRForPreTraining | MoCoForPreTraining) -> tuple[int, n
 
 
 def freeze_all_but_last_layer_(model: SimCLRForPreTraining | MoCoForPreTraining) -> None:
-    """Only the head's last linear layer learns; all before it is put into eval mode, so that no statistics move."""
+    """Only the head's last linear layer learns; all before it, of MoCo in both branches, is put into eval mode.
+
+    So no statistics move and nothing is dropped; `model.train()` would undo it.
+    """
     place, last = last_layer(model)
     model.requires_grad_(False)
     last.requires_grad_(True)
-    for module in [model.encoder, *list(model.head)[:place]]:
-        module.eval()
+    branches = [(model.encoder, model.head)]
+    if isinstance(model, MoCoForPreTraining):
+        branches.append((model.key_encoder, model.key_head))
+    for encoder, head in branches:
+        for module in [encoder, *list(head)[:place]]:
+            module.eval()

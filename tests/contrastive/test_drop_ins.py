@@ -114,16 +114,16 @@ def sentence_model(tmp_path_factory):
     return library.SentenceTransformer(modules=[transformer, modules.Pooling(16)], device="cpu")
 
 
-def sentences() -> dict[str, list[str]]:
+def sentences(count: int = 24) -> dict[str, list[str]]:
     generator = torch.Generator().manual_seed(0)
     columns = {}
     for name, length in (("anchor", 3), ("positive", 5)):
-        words = torch.randint(len(WORDS), (24, length), generator=generator).tolist()
+        words = torch.randint(len(WORDS), (count, length), generator=generator).tolist()
         columns[name] = [" ".join(WORDS[index] for index in sentence) for sentence in words]
     return columns
 
 
-def trained_sentence_model(start, make_loss, folder):
+def trained_sentence_model(start, make_loss, folder, count: int = 24):
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
@@ -133,7 +133,7 @@ def trained_sentence_model(start, make_loss, folder):
         use_cpu=True, save_strategy="no",
     )  # fmt: skip
     trainer = SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(sentences()), loss=make_loss(model)
+        model=model, args=arguments, train_dataset=Dataset.from_dict(sentences(count)), loss=make_loss(model)
     )
     trainer.train()
     return model
@@ -156,6 +156,13 @@ def test_sentence_transformers_loop_gives_the_same_with_our_loss(sentence_model,
     found.save_pretrained(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "SentencePairLoss" in card and '"temperature": 0.05' in card and '"loss": "clip"' in card
+
+
+@pytest.mark.filterwarnings("ignore:a batch of one pair")
+def test_sentence_transformers_loop_passes_a_last_batch_of_one_pair(sentence_model, tmp_path):
+    loss = partial(t_simclr, temperature=1.0, dof=5.0)
+    found = trained_sentence_model(sentence_model, lambda model: SentencePairLoss(model, loss), tmp_path, count=9)
+    assert_trained(found, sentence_model)
 
 
 class Columns(nn.Module):
@@ -185,10 +192,10 @@ def pairs(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"pixel_values": view_1, "paired_pixel_values": view_2} for view_1, view_2 in views]
 
 
-def tiny_model(model_class):
+def tiny_model(model_class, **changes):
     torch.manual_seed(0)
     model_args = {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16], "ls_init_value": 1.0}
-    options = {"normalization": "anchor", "queue_size": 16, "momentum": 0.9, "temperature": 1.0}
+    options = {"normalization": "anchor", "queue_size": 16, "momentum": 0.9, "temperature": 1.0} | changes
     config = ContrastiveConfig(architecture="convnext_atto", model_args=model_args, projection_dim=4, **options)
     return model_class(config).train()
 
@@ -220,6 +227,29 @@ def test_trainer_gives_what_a_loop_by_hand_gives_and_reports_the_evaluation_loss
         expected = by_hand.eval()(view_1, view_2).loss
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
     assert model(view_1, view_2, return_loss=False).loss is None
+
+
+@pytest.mark.filterwarnings("ignore:a batch of one pair")
+@pytest.mark.parametrize("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
+def test_trainer_passes_a_last_batch_of_one_pair_and_evaluates_any_number(model_class, tmp_path):
+    model = tiny_model(model_class, projection_batch_norm=True, feature_norm="batch", temperature="auto")
+    trainer = train(model, tmp_path, pairs(9), eval_dataset=pairs(1))
+    assert trainer.state.global_step == STEPS and all(p.isfinite().all() for p in model.parameters())
+    assert model.calibration.temperature.isfinite()
+    assert torch.tensor(trainer.evaluate()["eval_loss"]).isfinite()
+    for count in (1, 2, 17):  # 17 are more than the queue holds
+        batch = [torch.stack([pair[name] for pair in pairs(count)]) for name in ("pixel_values", "paired_pixel_values")]
+        assert model.eval()(*batch).loss.isfinite()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    model.zero_grad()
+    loss = model(*(view[:1] for view in batch)).loss
+    loss.backward()
+    assert abs(loss.item()) < 1e-6
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in model.parameters())
+    if model_class is MoCoForPreTraining:  # whose batch norms cannot see one image
+        torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+        assert all(module.training for module in model.modules())
 
 
 class StackedViews(nn.Module):

@@ -1,6 +1,7 @@
 """Losses against loops written from their papers' formulas, against scikit-learn's t-SNE, and in known limits."""
 
 import math
+from functools import partial
 
 import loops
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from loops import close, points, similarity, views
 from sklearn.manifold._t_sne import _joint_probabilities, _kl_divergence
 
+from hf_dpssl.contrastive.kernels import log_similarities
 from hf_dpssl.contrastive.losses import alignment, clip, info_nce, moco, sne, sup_con, t_simclr, t_sne, uniformity
 
 SIZES = [(2, 1), (3, 4), (6, 2)]
@@ -269,6 +271,36 @@ def test_extreme_points_give_finite_loss_and_gradient():
             assert value.isfinite() and a.grad.isfinite().all() and b.grad.isfinite().all()
 
 
+def test_moco_keeps_the_relative_precision_of_a_small_loss():
+    """With a near key and far negatives the loss is 1e-12 and less beside log-similarities of 20."""
+    query = 1 + 0.1 * points(6, 8)
+    key = query + 0.01 * points(6, 8, seed=1)
+    queue = -query
+    for kernel, temperature in (("cosine", 0.05), ("student_t", 0.1)):
+        options = {"kernel": kernel, "temperature": temperature, "dof": 20.0}
+        log_positive = log_similarities(query, key, **options).diagonal()
+        expected = (log_similarities(query, queue, **options) - log_positive[:, None]).exp().sum(1).log1p().mean()
+        assert 0 < expected < 1e-6
+        found = moco(query.float(), key.float(), queue.float(), **options)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+
+
+def test_one_pair_has_a_constant_loss_without_gradient_in_every_loss_of_pairs():
+    a, b = views(1, 5)
+    joint = partial(t_simclr, temperature=1.0, dof=5.0)
+    for loss, expected in [
+        (partial(info_nce, temperature=0.1), 0.0),
+        (partial(clip, temperature=0.1, kernel="student_t"), 0.0),
+        (partial(joint, normalization="anchor"), 0.0),
+        (joint, math.log(2)),  # 2N (2N - 1) pairs
+    ]:
+        leaf = a.clone().requires_grad_()
+        with pytest.warns(UserWarning, match="one pair has no negatives"):
+            value = loss(leaf, b)
+        assert value.item() == pytest.approx(expected, abs=1e-12)
+        assert torch.autograd.grad(value, leaf)[0].abs().max() < 1e-12
+
+
 # What is refused.
 
 
@@ -282,7 +314,7 @@ def test_views_weights_and_embeddings_that_do_not_fit_are_refused():
     for loss in PAIR_LOSSES.values():
         for first, second in [(a, b[:3]), (a, b[:, :2]), (a[0], b[0]), (a[None], b[None])]:
             refused(r"\(N, D\)", loss, first, second)
-        refused("at least 2 pairs, got 1", loss, a[:1], b[:1])
+        refused("at least one pair, got none", loss, a[:0], b[:0])
         refused(r"weights must have shape \(4,\)", loss, a, b, weights=torch.ones(3))
         for weights in ([1, 1, 1, -1], [0, 0, 0, 0], [1, 1, 1, math.nan]):
             refused("non-negative with a positive sum", loss, a, b, weights=torch.tensor(weights))

@@ -54,15 +54,17 @@ def test_other_backbone_or_head_is_refused(tmp_path):
             start_from_pretraining_(make(**changes, projection_dim=2), tmp_path)
 
 
-def test_frozen_model_has_one_trainable_layer_and_no_statistics_that_move():
-    model = make(feature_norm="batch").train()
+@pytest.mark.parametrize("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
+def test_frozen_model_has_one_trainable_layer_and_no_statistics_that_move(model_class):
+    model = make(model_class, feature_norm="batch").train()
     freeze_all_but_last_layer_(model)
     assert [name for name, value in model.named_parameters() if value.requires_grad] == ["head.3.weight", "head.3.bias"]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(8, 3, 16, 16)
     model(images, images + 0.1 * torch.rand(8, 3, 16, 16)).loss.backward()
     moved = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
-    assert moved and all(name.startswith("head.4.") for name in moved)  # the norm after the last layer
+    norms_after_the_last_layer = ("head.4.", "key_head.4.")
+    assert moved and all(name.startswith((*norms_after_the_last_layer, "queue")) for name in moved), moved
     assert all((value.grad is not None) == value.requires_grad for value in model.parameters())
 
 
