@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
 PREDICTION_TYPES = ("flow", "epsilon", "v_prediction", "sample")
@@ -197,5 +197,7 @@ class SchedulerSteps:
         options = {"generator": generator} if "generator" in self._step_arguments else {}
         if "prev_timestep" in self._step_arguments and step + 1 < len(self):
             options["prev_timestep"] = self.timesteps[step + 1]
-        after = self.scheduler.step(prediction, self.timesteps[step], latents, **options, return_dict=False)[0]
-        return after.to(latents.dtype)
+        after = self.scheduler.step(prediction, self.timesteps[step], latents, **options, return_dict=False)
+        # DDPM adds noise at every timestep above 0, also in a chain's last step. The mean there is the predicted image.
+        is_mean = step + 1 == len(self) and isinstance(self.scheduler, DDPMScheduler | DDPMParallelScheduler)
+        return after[1 if is_mean else 0].to(latents.dtype)

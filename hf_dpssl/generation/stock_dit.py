@@ -59,6 +59,8 @@ def reasons_against(pipeline: DiffusionPipeline) -> list[str]:
         )
     if uses_variance(scheduler):
         reasons.append(f"{name} takes a learned variance, which DiTPipeline cuts off: set variance_type='fixed_small'")
+    if str(scheduler.config.get("variance_type")).startswith("fixed_large"):
+        reasons.append(f"{name} adds noise in its last step: set variance_type='fixed_small'")
     scheduler = type(scheduler).from_config(scheduler.config)
     scheduler.set_timesteps(10)
     if abs(float(getattr(scheduler, "init_noise_sigma", 1.0)) - 1) > 1e-6:

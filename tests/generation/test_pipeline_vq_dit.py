@@ -21,7 +21,7 @@ from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
 NAMES = ["cat", "dog", "horse"]
 
 
-def make_pipeline(names=NAMES, seed: int = 0, objective: str = "flow") -> VQDiTPipeline:
+def make_pipeline(names=NAMES, seed: int = 0, objective: str = "flow", learned_variance: bool = False) -> VQDiTPipeline:
     torch.manual_seed(seed)
     config = VQConfig(
         image_size=16, encoder_block_out_channels=[8, 8], norm_num_groups=4, num_codes=16, mid_block_attention=False
@@ -29,12 +29,14 @@ def make_pipeline(names=NAMES, seed: int = 0, objective: str = "flow") -> VQDiTP
     vae = VQAutoencoder(config).eval()
     vae.config.latent_mean, vae.config.latent_std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5]
     transformer = make_transformer(
-        num_layers=2, width=32, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=len(names)
-    )
+        num_layers=2, width=32, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=len(names),
+        learned_variance=learned_variance,
+    )  # fmt: skip
     torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
     for block in transformer.transformer_blocks:
         torch.nn.init.normal_(block.norm1.linear.weight, std=0.2)
-    pipeline = VQDiTPipeline(transformer, vae, make_scheduler(objective), dict(enumerate(names)), vae.fingerprint())
+    scheduler = make_scheduler(objective, learned_variance)
+    pipeline = VQDiTPipeline(transformer, vae, scheduler, dict(enumerate(names)), vae.fingerprint())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -207,6 +207,39 @@ def test_learned_variance_of_ddpm_lies_between_the_two_bounds_as_published(netwo
         torch.testing.assert_close(first[v] - first[-1.0], expected, rtol=0, atol=1e-5)
 
 
+def published_loop(pipeline, timesteps: list[int], noise: torch.Tensor, source: torch.Generator) -> torch.Tensor:
+    """Ancestral sampling of a spaced chain by the formulas: no noise where the index, not the timestep, is 0."""
+    alphas_bar = pipeline.scheduler.alphas_cumprod.double()[torch.tensor(timesteps)]
+    before = torch.cat([alphas_bar[1:], torch.ones(1, dtype=torch.float64)])
+    x = noise.double()
+    for i, (bar, bar_before) in enumerate(zip(alphas_bar, before, strict=True)):
+        labels = torch.tensor([1])
+        output = pipeline.transformer(x.float(), timestep=torch.tensor([timesteps[i]]), class_labels=labels).sample
+        epsilon, v = output.double().chunk(2, dim=1)
+        beta = 1 - bar / bar_before
+        image = (x - (1 - bar).sqrt() * epsilon) / bar.sqrt()
+        x = (beta * bar_before.sqrt() * image + (1 - bar_before) * (1 - beta).sqrt() * x) / (1 - bar)
+        if i + 1 < len(timesteps):
+            beta_tilde = beta * (1 - bar_before) / (1 - bar)
+            log_variance = (v + 1) / 2 * beta.log() + (1 - v) / 2 * beta_tilde.log()
+            x = x + (log_variance / 2).exp() * torch.randn(noise.shape, generator=source)
+    return x
+
+
+@torch.no_grad()
+def test_sampling_with_learned_variance_equals_the_published_loop_whose_last_step_is_the_mean():
+    for spacing, last in (("trailing", 99), ("leading", 0), ("linspace", 0)):
+        pipeline = make_pipeline(objective="epsilon", learned_variance=True)
+        pipeline.scheduler = schedulers.DDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
+        source = generator()
+        noise = torch.randn(1, 4, 8, 8, generator=source)
+        found = latents_of(pipeline, [1], num_inference_steps=10, guidance_scale=1.0)
+        timesteps = pipeline.scheduler.timesteps.tolist()
+        assert len(timesteps) == 10 and timesteps[-1] == last
+        expected = published_loop(pipeline, timesteps, noise, source)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 REFUSED = [
     "EDMEuler",
     "EDMDPMSolverMultistep",

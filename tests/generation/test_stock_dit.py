@@ -214,6 +214,7 @@ def test_exported_autoencoder_has_shifted_latents_and_the_same_reconstruction():
 REFUSALS = [
     ({"objective": "flow"}, "FlowMatchEulerDiscreteScheduler has no scale_model_input"),
     ({"scheduler": EulerDiscreteScheduler(beta_end=0.02)}, "starts from noise of another scale"),
+    ({"scheduler": DDPMScheduler(variance_type="fixed_large")}, "adds noise in its last step"),
     ({"latent_std": [1.0, 2.0, 1.0, 1.0]}, "scaled per channel"),
     ({"latent_std": None}, "has no latent_mean and latent_std"),
     ({"code_distance": "cosine"}, "not by 'cosine'"),
