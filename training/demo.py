@@ -196,7 +196,7 @@ def judge_autoencoders(folders: dict[str, Path], images: dict[str, Tensor], pict
     for name, folder in folders.items():
         autoencoder = VQAutoencoder.from_pretrained(folder).eval()
         reconstructions = autoencoder(held_out).pixel_values.clamp(-1, 1)
-        report["reconstruction_psnr"][name] = psnr(held_out, reconstructions)["psnr"]
+        report["reconstruction_psnr"][name] = psnr(held_out, reconstructions, value_range=2.0)["psnr"]
         rows.append(reconstructions[:10])
         if name == "dae":
             metrics = autoencoder.config.dpssl["metrics"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import evaluation
 from ..embedding.embedder import best_device
 from ..embedding.evaluation_entries import Measured
-from ..embedding.feature_extractors import FeatureExtractor, load_extractor
+from ..embedding.feature_extractors import FeatureExtractor, features_of, load_extractor
 from ..evaluation.image_measures import metric_key, warn_about_few
 from ..models.modeling_vq import VQAutoencoder
 from ..models.weight_hashes import combined_sha256, tensor_sha256
@@ -58,7 +58,7 @@ def measure_autoencoder_files(folder: Path, args: argparse.Namespace) -> Measure
     if extractor is None:
         notes.append("rFID was not measured: it needs --extractor.")
     else:
-        real, generated = (extract(extractor, part, args.batch_size) for part in (images, decoded))
+        real, generated = (features_of(extractor, part, args.batch_size) for part in (images, decoded))
         metrics |= frechet(extractor, real, generated, "r", notes)
     return Measured(
         metrics, {"evaluation": len(images)}, weights_sha256(model), images_sha256(images), CROPPED.format(side),
@@ -75,11 +75,6 @@ def reconstructions(model: latent_codec.Autoencoder, images: Tensor, batch_size:
         latent_codec.decode(model, latent_codec.encode(model, b.to(model.device))) for b in images.split(batch_size)
     )
     return torch.cat([part.float().clamp(-1, 1).cpu() for part in parts])
-
-
-def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int) -> Tensor:
-    """Features (N, D) of images (N, C, H, W) in [-1, 1]."""
-    return torch.cat([extractor.features(batch) for batch in images.split(batch_size)])
 
 
 def frechet(

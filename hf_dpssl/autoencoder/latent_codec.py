@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models.modeling_vq import VQAutoencoder
+from ..models.pixel_checks import check_pixel_values
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 
 Autoencoder = VQAutoencoder | AutoencoderKL | VQModel
@@ -48,7 +49,12 @@ def awaken(module: nn.Module) -> None:
 
 
 def encode(vae: Autoencoder, pixel_values: Tensor) -> Tensor:
-    """Normalised latents (B, C, h, w), float32, of images (B, C, H, W) in [-1, 1]; of AutoencoderKL the mode."""
+    """Normalised latents (B, C, h, w), float32, of images (B, C, H, W) in [-1, 1]; of AutoencoderKL the mode.
+
+    Raises:
+        ValueError: values that are not finite or outside [-1, 1].
+    """
+    check_pixel_values(pixel_values)
     awaken(vae)
     pixel_values = pixel_values.to(vae.dtype)
     if isinstance(vae, VQAutoencoder):

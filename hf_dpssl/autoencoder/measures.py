@@ -12,7 +12,7 @@ from .. import evaluation
 from ..data.batches import evaluation_batches, spread_rows, unit_pixels
 from ..data.image_data import load_images
 from ..data.image_table import ImageTable
-from ..embedding.feature_extractors import FeatureExtractor
+from ..embedding.feature_extractors import FeatureExtractor, features_of
 from ..evaluation.lipschitz_constants import summarise_lipschitz_pair
 from ..models.modeling_vq import VQAutoencoder
 from .choices import GENERATOR, PARTS
@@ -81,10 +81,11 @@ def generation_quality(
     """
     options = columns | {"num_channels": generated.shape[1]}
     sources = held_out_sources(dataset, generated.shape[-1], limit, **options)
-    whole = torch.cat(list(sources.values()))
-    metrics = evaluation.image_quality(whole, generated, extractor, prefix="g", seed=seed)
-    for part, pictures in sources.items() if len(sources) > 1 else ():
-        found = evaluation.image_quality(pictures, generated, extractor, measures=("fid",), prefix="g", seed=seed)
+    real = {part: features_of(extractor, pictures) for part, pictures in sources.items()}
+    features = features_of(extractor, generated)
+    metrics = evaluation.image_quality(torch.cat(list(real.values())), features, extractor, prefix="g", seed=seed)
+    for part, of_part in real.items() if len(real) > 1 else ():
+        found = evaluation.image_quality(of_part, features, extractor, measures=("fid",), prefix="g", seed=seed)
         metrics |= {f"{name}_{part}": value for name, value in found.items()}
     return metrics
 
@@ -173,10 +174,11 @@ def measure_autoencoder(
 
 def reconstruction(test: Pictures, encoded: Encoded, extractor: FeatureExtractor | None, seed: int) -> dict[str, float]:
     """PSNR, SSIM and, with an extractor, the Frechet and kernel distances of reconstructions (`rfid_...`)."""
-    metrics = evaluation.psnr(test.pixel_values, encoded.reconstructions)
-    metrics |= evaluation.ssim(test.pixel_values, encoded.reconstructions)
+    metrics = evaluation.psnr(test.pixel_values, encoded.reconstructions, value_range=2.0)
+    metrics |= evaluation.ssim(test.pixel_values, encoded.reconstructions, value_range=2.0)
     if extractor is not None:
-        quality = evaluation.image_quality(test.pixel_values, encoded.reconstructions, extractor, seed=seed)
+        features = [features_of(extractor, images) for images in (test.pixel_values, encoded.reconstructions)]
+        quality = evaluation.image_quality(*features, extractor, seed=seed)
         metrics |= {f"r{name}": value for name, value in quality.items()}
     return metrics
 

@@ -110,7 +110,7 @@ class Validation:
         for batch in self.batches:
             pixel_values = batch.to(model.device)
             reconstructions = model(pixel_values).pixel_values.clamp(-1, 1).float()
-            total += len(batch) * psnr(pixel_values, reconstructions)["psnr"]
+            total += len(batch) * psnr(pixel_values, reconstructions, value_range=2.0)["psnr"]
             count += len(batch)
         model.train(was_training)
         return total / count
@@ -221,8 +221,11 @@ def plateau(history: list[dict], stage: str) -> dict[str, float | bool] | None:
 
 
 @torch.no_grad()
-def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range) -> None:
-    """Store mean and standard deviation of each latent channel over training images in the config."""
+def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range, normalization: str = "channel") -> None:
+    """Store mean and standard deviation of each latent channel over training images in the config.
+
+    normalization: "channel", or "scalar": one deviation for all channels, the root of their mean variance.
+    """
     count = 0
     total = 0.0
     squares = 0.0
@@ -236,8 +239,11 @@ def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range) -> Non
         total = total + latents.sum((0, 2, 3))
         squares = squares + latents.pow(2).sum((0, 2, 3))
     mean = total / count
+    variance = (squares / count - mean.pow(2)).clamp_min(1e-12)
+    if normalization == "scalar":
+        variance = variance.mean().expand_as(variance)
     model.config.latent_mean = mean.tolist()
-    model.config.latent_std = (squares / count - mean.pow(2)).clamp_min(1e-12).sqrt().tolist()
+    model.config.latent_std = variance.sqrt().tolist()
 
 
 @torch.no_grad()
@@ -253,7 +259,7 @@ def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict
         reconstructions = output.pixel_values.clamp(-1, 1).float()
         count += len(pixel_values)
         for measure in (psnr, ssim):
-            for name, value in measure(pixel_values, reconstructions).items():
+            for name, value in measure(pixel_values, reconstructions, value_range=2.0).items():
                 totals[name] += len(pixel_values) * value
         if pictures is None:
             pictures = torch.cat([pixel_values[:8], reconstructions[:8]]).cpu()

@@ -128,13 +128,16 @@ def per_source(
 ) -> dict[str, float]:
     """Reconstruction FID of each part of a union a+b on its own held-out images: {"rfid_<extractor>_<part>"}."""
     from ..autoencoder.measures import encode_and_decode, held_out_sources
+    from ..embedding.feature_extractors import features_of
     from ..evaluation import image_quality
 
     metrics = {}
     options = columns | {"num_channels": model.config.num_channels}
     for part, pictures in held_out_sources(args.dataset, model.config.image_size, args.images, **options).items():
-        decoded = encode_and_decode(model, pictures).reconstructions
-        found = image_quality(pictures, decoded, extractor, measures=("fid",), prefix="r", seed=args.seed)
+        features = [
+            features_of(extractor, images) for images in (pictures, encode_and_decode(model, pictures).reconstructions)
+        ]
+        found = image_quality(*features, extractor, measures=("fid",), prefix="r", seed=args.seed)
         metrics |= {f"{name}_{part}": value for name, value in found.items()}
     return metrics
 

@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..models.pixel_checks import check_pixel_values
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from .embedder import ImageEmbedder, best_device, timm_model
 
@@ -70,7 +71,8 @@ class FeatureExtractor:
         """float32 (B, D) on the CPU, of images (B, C, H, W) in [-1, 1]; grey ones are repeated to three channels.
 
         Raises:
-            ValueError: another number of channels than the extractor's, or values that are not finite.
+            ValueError: another number of channels than the extractor's, or values that are not finite or outside
+                [-1, 1].
         """
         return self._function(self._eight_bits(images).to(self.device)).float().cpu()
 
@@ -82,9 +84,7 @@ class FeatureExtractor:
         return self._logits_of_features(self.features(images))
 
     def _eight_bits(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or not images.is_floating_point():
-            given = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"images must be float (B, C, H, W) in [-1, 1], got {given}.")
+        check_pixel_values(images, "images")
         if images.shape[1] == 1 and self.num_channels == 3:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != self.num_channels:
@@ -92,9 +92,12 @@ class FeatureExtractor:
                 f"the extractor {self.name!r} takes images of {self.num_channels} channels, got {images.shape[1]}; "
                 "only grey ones are repeated to three: convert the images, or use another extractor."
             )
-        if not torch.isfinite(images).all():
-            raise ValueError("images must be finite: NaN or infinity was given.")
         return ((images.detach() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def features_of(extractor: FeatureExtractor, images: Tensor, batch_size: int = 256) -> Tensor:
+    """Features (N, D) of images (N, C, H, W) in [-1, 1], so many at once."""
+    return torch.cat([extractor.features(batch) for batch in images.split(batch_size)])
 
 
 def load_extractor(name: str, *, device: torch.device | str | None = None) -> FeatureExtractor:

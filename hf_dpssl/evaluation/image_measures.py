@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import metadata
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..models.pixel_checks import check_pixel_values
 from .classifier_scores import inception_score
 from .feature_checks import check_clouds
 from .frechet import frechet_distance_of_features
@@ -74,7 +76,8 @@ def image_quality(
         "inception" without the end: "fid". Lower is better for fid and kid, higher for the others.
 
     Raises:
-        ValueError: unknown measures, fewer than two images, or what the measures themselves refuse.
+        ValueError: unknown measures, fewer than two images, images that are not finite, outside [-1, 1] or all above 0
+            (pictures in [0, 1]), or what the measures themselves refuse.
 
     Warns:
         UserWarning: fewer images than dimensions, with which the Frechet distance is far too large.
@@ -83,13 +86,14 @@ def image_quality(
     if unknown:
         raise ValueError(f"measures must be among {MEASURES}, got {unknown}.")
     name = extractor if isinstance(extractor, str) else extractor.name
-    clouds = [_features(images, extractor, batch_size) for images in (real, generated)]
+    given = {"real": real, "generated": generated}
+    clouds = [_features(images, extractor, batch_size, which) for which, images in given.items()]
     check_clouds(*clouds)
     found = {key: value for key, value in _distances(clouds, measures, seed, k, subsets, subset_size).items()}
     result = {metric_key(prefix, key, name): value for key, value in found.items()}
     judge = classifier or (None if isinstance(extractor, str) else extractor)
     if "inception_score" in measures and judge is not None and judge.head is not None:
-        features = clouds[1] if judge is extractor else _features(generated, judge, batch_size)
+        features = clouds[1] if judge is extractor else _features(generated, judge, batch_size, "generated")
         options = {"splits": min(splits, len(features)), "generator": torch.Generator().manual_seed(seed)}
         scores = inception_score(judge.head(features), **options)
         result |= {metric_key(prefix, key, judge.name): value for key, value in scores.items()}
@@ -120,15 +124,25 @@ def warn_about_few(number: int, dimension: int) -> None:
         warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _features(images: Images, extractor: Extractor | str, batch_size: int) -> Tensor:
+def _features(images: Images, extractor: Extractor | str, batch_size: int, name: str) -> Tensor:
     if torch.is_tensor(images) and images.ndim == 2:
         return images
     if isinstance(extractor, str):
         raise ValueError(f"with the extractor's name {extractor!r} both must be features (N, D), got images.")
     batches = images.split(batch_size) if torch.is_tensor(images) else images
-    features = [extractor.features(batch).detach().float().cpu() for batch in batches]
+    features = []
+    low = math.inf
+    for batch in batches:
+        check_pixel_values(batch, name)
+        low = min(low, float(batch.min()))
+        features.append(extractor.features(batch).detach().float().cpu())
     if not features:
-        raise ValueError("there are no images to measure.")
+        raise ValueError(f"there are no {name} images to measure.")
+    if low >= 0:
+        raise ValueError(
+            f"no pixel of the {name} images is darker than mid-grey: they seem to lie in [0, 1], where [-1, 1] is "
+            "wanted; give 2 * x - 1. Where they are that bright, give their features, `extractor.features(images)`."
+        )
     return torch.cat(features)
 
 

@@ -11,7 +11,7 @@ from ..data import keyed_random
 from ..data.batches import evaluation_batches, spread_rows
 from ..data.image_table import BadImageError, ImageTable, decode_row
 from ..embedding.embedder import ImageEmbedder
-from ..embedding.feature_extractors import FeatureExtractor, load_extractor
+from ..embedding.feature_extractors import features_of, load_extractor
 from ..models.latent_density import LatentDensity
 from ..models.modeling_vaegan import VAEGAN
 from .gan_arguments import GANArguments
@@ -116,13 +116,13 @@ class Judge:
         self.held_out = held_out
         self.seed = seed
         self.extractors = [load_extractor(name) for name in extractors]
-        self._real = [_of(extractor, held_out) for extractor in self.extractors]
+        self._real = [features_of(extractor, held_out) for extractor in self.extractors]
 
     def __call__(self, generated: Tensor) -> dict[str, float]:
         """Copies of training images among generated ones, and their quality in each extractor."""
         metrics = evaluation.copies(generated, self.training, self.held_out)
         for extractor, real in zip(self.extractors, self._real, strict=True):
-            metrics |= evaluation.image_quality(real, generated, extractor, seed=self.seed)
+            metrics |= evaluation.image_quality(real, features_of(extractor, generated), extractor, seed=self.seed)
         return metrics
 
     def ceiling(self, number: int) -> dict[str, float]:
@@ -131,7 +131,9 @@ class Judge:
         metrics = {}
         for extractor, real in zip(self.extractors, self._real, strict=True):
             options = {"prefix": "ceiling_", "seed": self.seed}
-            metrics |= evaluation.image_quality(real, self.training[list(rows)], extractor, **options)
+            metrics |= evaluation.image_quality(
+                real, features_of(extractor, self.training[list(rows)]), extractor, **options
+            )
         return metrics
 
     def fingerprints(self, number: int) -> dict[str, dict]:
@@ -141,7 +143,3 @@ class Judge:
             extractor.name: evaluation.quality_fingerprint(extractor, reference="held-out images", **counts)
             for extractor in self.extractors
         }
-
-
-def _of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
-    return torch.cat([extractor.features(part) for part in images.split(_EMBEDDED_AT_ONCE)])

@@ -18,11 +18,11 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from .. import evaluation
-from ..autoencoder.autoencoder_evaluation import CROPPED, extract, frechet, images_sha256, weights_sha256
+from ..autoencoder.autoencoder_evaluation import CROPPED, frechet, images_sha256, weights_sha256
 from ..autoencoder.measures import load_pictures
 from ..embedding.embedder import best_device
 from ..embedding.evaluation_entries import Measured
-from ..embedding.feature_extractors import FeatureExtractor, load_extractor
+from ..embedding.feature_extractors import FeatureExtractor, features_of, load_extractor
 from ..evaluation.image_measures import metric_key
 from ..models.modeling_vaegan import VAEGAN
 from .bulk_sampling import SampleJob, sample_images
@@ -67,11 +67,11 @@ def measure_generator(checkpoint: str, folder: Path, kind: str, args: argparse.N
     if "classifier" in judges and drawn.class_ids is not None:
         check_classifier(judges["classifier"], drawn.num_classes, drawn.images.shape[-1])
     metrics, notes, samples, data = {}, [], {"generated": len(drawn.images)}, ""
-    features = {part: extract(judge, drawn.images, args.batch_size) for part, judge in judges.items()}
+    features = {part: features_of(judge, drawn.images, args.batch_size) for part, judge in judges.items()}
     if "extractor" in judges:
         real = _real(drawn.images, args)
         samples[args.reference], data = len(real), images_sha256(real)
-        real_features = extract(judges["extractor"], real, args.batch_size)
+        real_features = features_of(judges["extractor"], real, args.batch_size)
         metrics |= frechet(judges["extractor"], real_features, features["extractor"], "", notes)
     metrics |= _judged(judges, features, drawn.class_ids, args.seed, notes)
     return Measured(metrics, samples, drawn.model, data, CROPPED.format(drawn.images.shape[-1]), judges, notes)

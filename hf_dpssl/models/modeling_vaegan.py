@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from .complete_loading import load_complete
 from .gan_options import DENSITIES, LATENTS
 from .latent_density import LatentDensity
+from .pixel_checks import check_pixel_values
 
 
 class VAEGANConfig(PretrainedConfig):
@@ -166,7 +167,15 @@ class VAEGAN(PreTrainedModel):
         return load_complete(super().from_pretrained, *args, **kwargs)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance (B, latent_dim) of images (B, C, S, S); ValueError for another shape."""
+        """Mean and log variance (B, latent_dim) of images (B, C, S, S) in [-1, 1].
+
+        Raises:
+            ValueError: another shape, values that are not finite or outside [-1, 1], or a model without encoder.
+        """
+        check_pixel_values(pixel_values)
+        return self._moments(pixel_values)
+
+    def _moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         if self.encoder is None:
             raise ValueError(f"a {config.latent!r} model has no encoder: its latents are drawn, or another model's.")
@@ -201,7 +210,7 @@ class VAEGAN(PreTrainedModel):
         generated = None if latents is None else self.decode(latents)
         if pixel_values is None:
             return VAEGANOutput(generated=generated)
-        mean, log_variance = self.encode(pixel_values)
+        mean, log_variance = self._moments(pixel_values)
         images = self.decode(mean if noise is None else mean + (log_variance / 2).exp() * noise)
         mu = mean.float()
         log_v = log_variance.float()

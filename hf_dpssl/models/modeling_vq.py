@@ -25,6 +25,7 @@ from .configuration_vq import VQConfig
 from .contrastive_options import SMALL_IMAGE_STEMS  # noqa: F401
 from .gather import is_distributed  # noqa: F401
 from .matrix_products import product  # noqa: F401
+from .pixel_checks import check_pixel_values
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .vq_options import CHOICES  # noqa: F401
 from .weight_hashes import combined_sha256, tensor_sha256
@@ -140,7 +141,12 @@ class VQAutoencoder(PreTrainedModel):
         return FROZEN_MODULES if self.config.codebook_frozen else FROZEN_MODULES[:2]
 
     def encode(self, pixel_values: Tensor) -> VQEncoderOutput:
-        """Latents (B, C, h, w) before quantisation and codes (B, h, w) of images (B, num_channels, H, W) in [-1, 1]."""
+        """Latents (B, C, h, w) before quantisation and codes (B, h, w) of images (B, num_channels, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: values that are not finite or outside [-1, 1], or another shape.
+        """
+        check_pixel_values(pixel_values)
         latents = self.encode_latents(pixel_values)
         codes = None if self.quantizer is None else self.quantize(latents).codes
         return VQEncoderOutput(latents=latents, codes=codes)

@@ -103,7 +103,6 @@ def test_images_count_as_they_would_be_saved(cifar_folder):
     exact = images(2, 3, 32, 32)
     noise = 0.9 / 255 * (2 * torch.rand(exact.shape, generator=torch.Generator().manual_seed(0)) - 1)
     assert torch.equal(extractor.features(exact + noise), extractor.features(exact))
-    assert torch.equal(extractor.features(exact * 2), extractor.features((exact * 2).clamp(-1, 1)))
 
 
 def test_fingerprint_depends_on_weights_and_resize(cifar_folder):

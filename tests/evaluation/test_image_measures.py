@@ -149,7 +149,7 @@ def test_image_quality_collects_the_measures_under_the_extractors_name():
 
 def test_only_inception_gives_plain_keys_and_a_prefix_stands_before_all():
     inception = SimpleNamespace(name="inception", fingerprint="2", features=Pixels().features, head=None)
-    images = random(40, 3, 4, 4), random(40, 3, 4, 4, seed=1)
+    images = random(40, 3, 4, 4).tanh(), random(40, 3, 4, 4, seed=1).tanh()
     found = image_quality(*images, inception, measures=("fid", "kid"), prefix="r")
     assert set(found) == {"rfid", "rkid", "rkid_std"}
     judged = image_quality(*images, inception, measures=("inception_score",), classifier=Pixels())
@@ -187,8 +187,8 @@ def test_bad_input_is_refused_with_what_was_given():
         (lambda: inception_score(cloud / 0), "finite"),
         (lambda: image_quality(cloud, cloud, "some", measures=("lpips",)), r"measures must be among.*lpips"),
         (lambda: image_quality(random(4, 3, 2, 2), cloud, "some"), "features"),
-        (lambda: image_quality([], [], Pixels()), "no images"),
-        (lambda: image_quality(random(1, 3, 2, 2), random(4, 3, 2, 2), Pixels()), "N >= 2"),
+        (lambda: image_quality([], [], Pixels()), "no real images"),
+        (lambda: image_quality(random(1, 3, 2, 2).tanh(), random(4, 3, 2, 2).tanh(), Pixels()), "N >= 2"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

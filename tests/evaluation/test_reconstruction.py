@@ -75,8 +75,8 @@ def test_equal_images_have_ssim_1_and_infinite_psnr():
 
 
 def test_psnr_is_the_mean_over_images_of_the_closed_form():
-    images = torch.zeros(2, 1, 4, 4)
-    reconstructions = torch.stack([torch.full((1, 4, 4), 0.2), torch.full((1, 4, 4), 0.002)])
+    images = torch.full((2, 1, 4, 4), -0.25)
+    reconstructions = images + torch.tensor([0.2, 0.002])[:, None, None, None]
     assert psnr(images, reconstructions)["psnr"] == pytest.approx((20 + 60) / 2, rel=1e-5)
     for error, value_range in ((0.01, 2.0), (0.1, 1.0), (25.5, 255.0)):
         found = psnr(images.double(), images.double() + error, value_range=value_range)["psnr"]

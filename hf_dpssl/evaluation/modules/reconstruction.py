@@ -9,7 +9,7 @@ _INPUTS = """
 Args:
     predictions: reconstructions (N, C, H, W), clamped to the range of the images.
     references: images (N, C, H, W).
-    value_range: largest minus smallest possible value; 2 (default) for images in [-1, 1].
+    value_range: largest minus smallest possible value; None: 2, for images in [-1, 1], some of which are dark.
 
 Returns:
     {"psnr": dB, "ssim": in [-1, 1]}, both averaged over images; small images also "ssim_window".
@@ -31,7 +31,7 @@ class Reconstruction(evaluate.Metric):
             references=IMAGES,
         )
 
-    def _compute(self, predictions, references, value_range=2.0):
+    def _compute(self, predictions, references, value_range=None):
         reconstructions, images = as_tensors(predictions, references)
         options = {"value_range": value_range}
         return psnr(images, reconstructions, **options) | ssim(images, reconstructions, **options)
