@@ -286,7 +286,7 @@ def save(
     data, training_table = source.data, source.training_table()
     held_out = source.evaluation_table() or training_table
     train_rows, held_out_rows = (spread_rows(len(t), args.evaluation_images) for t in (training_table, held_out))
-    measure_latents(model, training_table, train_rows)
+    measure_latents(model, training_table, train_rows, args.latent_normalization)
     metrics, pictures = evaluate(model, held_out, held_out_rows)
     if "code_usage" in metrics:
         warn_of_low_usage(metrics, f"{len(held_out_rows)} images at the end")

@@ -10,7 +10,7 @@ from ..models.vq_options import CHOICES, PRESETS
 from ..runs.flags import option
 from ..runs.recipe import RunArguments
 from .adversarial_settings import AdversarialSettings
-from .choices import ADVERSARIAL_NAMES, ARMS, BUDGETS
+from .choices import ADVERSARIAL_NAMES, ARMS, BUDGETS, LATENT_NORMALIZATIONS
 
 if TYPE_CHECKING:
     from .adversarial_term import AdversarialTerm
@@ -58,6 +58,11 @@ class VQArguments(RunArguments):
         choices=CHOICES["decoder_dropout_kind"],
     )
     latent_channels: int = option(4, "channels of latents and codes")
+    latent_normalization: str = option(
+        "channel",
+        "scale of the latents that generators see: each channel's own, or one for all, as diffusers' classes need it",
+        choices=LATENT_NORMALIZATIONS,
+    )
     quantizer: str = option("vq", "codebook, Gaussian latents, or neither", choices=CHOICES["quantizer"])
     num_codes: int = option(256, "size of the codebook")
     codebook_decay: float = option(0.99, "share kept of the codebook's statistics at each step")

@@ -9,6 +9,7 @@ ARMS = {
     "joint": (False, False, False),
     "joint_dropout": (False, False, True),
 }
+LATENT_NORMALIZATIONS = ("channel", "scalar")
 BUDGETS = ("total", "encoder", "flops")
 ADVERSARIAL_NAMES = ("hinge", "non_saturating")
 PARTS = ("reconstruction", "informativeness", "prior", "collapse", "lipschitz", "distances")  # of the report

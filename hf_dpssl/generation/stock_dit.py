@@ -93,7 +93,7 @@ def reasons_against_autoencoder(vae: latent_codec.Autoencoder) -> list[str]:
     elif max(config.latent_std) - min(config.latent_std) > 1e-6 * max(config.latent_std):
         reasons.append(
             f"its latents are scaled per channel (latent_std {config.latent_std}), VQModel has one scaling_factor: "
-            "train with --latent_normalization scalar"
+            "train with `hf-dpssl train dae_vq --latent_normalization scalar`"
         )
     return reasons
 
