@@ -30,7 +30,7 @@ from hf_dpssl import evaluation
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.contrastive.momentum import choose_queue_size, momentum_at
 from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
-from hf_dpssl.data.batches import ImageSource, evaluation_batches, load_images_for, spread_rows
+from hf_dpssl.data.batches import ImageSource, evaluation_batches, load_images_for
 from hf_dpssl.data.views import PRESETS, TwoViews, normalize
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
@@ -168,13 +168,23 @@ def embed(model, table, rows, mean, std) -> dict[str, torch.Tensor]:
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
+@torch.no_grad()
+def embed_views(model, table, rows, views: TwoViews) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (N, D), (N, D) of two views of rows of a table."""
+    found = ([], [])
+    for batch in evaluation_batches(table, 512, rows):
+        for embeddings, view in zip(found, views(batch["images"], batch["sample_ids"], 0), strict=True):
+            embeddings.append(model(view.to(model.device)).embeddings.float().cpu())
+    return torch.cat(found[0]), torch.cat(found[1])
+
+
 def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[dict, dict]:
     """Measures of features and (key ending in _embeddings) embeddings of held-out images: kNN accuracy where there
     are labels, uniformity, effective rank; of embeddings alignment too. ({}, counts) without held-out images."""
     train, held_out = source.training_table(), source.evaluation_table()
     if held_out is None:
         return {}, {"train": len(train), "evaluation": 0}
-    bank_rows, query_rows = (spread_rows(len(table), args.evaluation_images) for table in (train, held_out))
+    bank_rows, query_rows = (table.random_rows(args.evaluation_images) for table in (train, held_out))
     samples = {"train": len(train), "bank": len(bank_rows), "evaluation": len(query_rows)}
     mean, std = source.data.entry.statistics
     bank, query = embed(model, train, bank_rows, mean, std), embed(model, held_out, query_rows, mean, std)
@@ -182,20 +192,16 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[di
     for kind, suffix in (("features", ""), ("embeddings", "_embeddings")):
         measured = {}
         if source.data.class_names is not None:
-            options = {"k": min(args.knn_k, len(bank[kind])), "metric": args.knn_metric}
+            options = {"k": args.knn_k, "metric": args.knn_metric}
             given = {"bank": bank[kind], "bank_labels": bank["labels"], "references": query["labels"]}
             measured |= measure("knn", predictions=query[kind], **given, **options)
         measured |= measure("uniformity", predictions=query[kind]) | measure("effective_rank", predictions=query[kind])
         metrics |= {name + suffix: value for name, value in measured.items()}
     augmentation = PRESETS[args.augmentation or source.data.entry.augmentation]
     views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
-    batch = next(evaluation_batches(held_out, 512, query_rows), None)
-    if batch is not None:
-        with torch.no_grad():
-            pair = views(batch["images"], batch["sample_ids"], 0)
-            first, second = (model(view.to(model.device)).embeddings.float().cpu() for view in pair)
-        measured = measure("alignment", predictions=first, references=second)
-        metrics |= {f"{name}_embeddings": value for name, value in measured.items()}
+    first, second = embed_views(model, held_out, query_rows, views)
+    measured = measure("alignment", predictions=first, references=second)
+    metrics |= {f"{name}_embeddings": value for name, value in measured.items()}
     return metrics, samples
 
 

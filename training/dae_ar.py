@@ -35,8 +35,9 @@ from diffusers.training_utils import EMAModel
 from transformers import PreTrainedModel
 
 from hf_dpssl.autoencoder.measures import generation_quality
-from hf_dpssl.data.batches import load_images_for, ordered_batches, spread_rows
+from hf_dpssl.data.batches import load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
+from hf_dpssl.data.subsets import random_rows
 from hf_dpssl.embedding.feature_extractors import load_extractor
 from hf_dpssl.generation.diffusion import dropped_labels
 from hf_dpssl.generation.latent_cache import CodeTable
@@ -178,7 +179,7 @@ def nats_per_image(
 ) -> float:
     """Mean negative log-likelihood of an image's codes given its class, over at most `evaluation_images` of a table."""
     total, count = 0.0, 0
-    rows = torch.tensor(spread_rows(len(table), args.evaluation_images))
+    rows = torch.tensor(random_rows(len(table), args.evaluation_images, labels=table.labels))
     for part in rows.split(max(1, 2**14 // table.shards[0][0].size)):
         labels = table.labels[part]
         labels = torch.where((labels < 0) | (labels >= null_class), null_class, labels)

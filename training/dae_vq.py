@@ -48,7 +48,7 @@ from hf_dpssl.autoencoder.training import (
     warn_of_low_usage,
 )  # fmt: skip
 from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
-from hf_dpssl.data.batches import ImageSource, load_images_for, spread_rows
+from hf_dpssl.data.batches import ImageSource, load_images_for
 from hf_dpssl.data.keyed_random import derive_seed
 from hf_dpssl.data.views import PRESETS, to_model_range
 from hf_dpssl.hub.model_card import write_card
@@ -143,7 +143,7 @@ def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
     if table is None:
         say("no held-out images: nothing is validated, the guard is off, and the last decoder is kept")
         return None
-    return Validation(table, spread_rows(len(table), args.validation_images), args.num_channels)
+    return Validation(table, table.random_rows(args.validation_images), args.num_channels)
 
 
 @torch.no_grad()
@@ -285,7 +285,7 @@ def save(
     """Measure, evaluate, and write the complete checkpoint folder."""
     data, training_table = source.data, source.training_table()
     held_out = source.evaluation_table() or training_table
-    train_rows, held_out_rows = (spread_rows(len(t), args.evaluation_images) for t in (training_table, held_out))
+    train_rows, held_out_rows = (t.random_rows(args.evaluation_images) for t in (training_table, held_out))
     measure_latents(model, training_table, train_rows, args.latent_normalization)
     metrics, pictures = evaluate(model, held_out, held_out_rows)
     if "code_usage" in metrics:

@@ -36,9 +36,10 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
-from hf_dpssl.data.batches import evaluation_batches, spread_rows
+from hf_dpssl.data.batches import evaluation_batches
 from hf_dpssl.data.image_data import ImageData, load_images
 from hf_dpssl.data.image_table import ImageTable
+from hf_dpssl.data.subsets import random_rows
 from hf_dpssl.data.views import normalize
 from hf_dpssl.embedding.embedder import best_device
 from hf_dpssl.embedding.embeddings_table import write_columns
@@ -98,9 +99,9 @@ def train(args: MapArguments, name: str, epochs: int, **changes) -> Path:
 
 
 def read(data: ImageData, split, image_size: int, args: MapArguments, name: str) -> dict:
-    """images uint8 (N, 3, S, S), labels (N,), and lists rows, files, names, held_out, of evenly spread rows."""
+    """images uint8 (N, 3, S, S), labels (N,), and lists rows, files, names, held_out, of rows drawn at random."""
     table = ImageTable(data, split, image_size, args.on_bad_image)
-    batches = list(evaluation_batches(table, 512, spread_rows(len(table), args.evaluation_images)))
+    batches = list(evaluation_batches(table, 512, table.random_rows(args.evaluation_images)))
     rows = torch.cat([batch["sample_ids"] for batch in batches]).tolist()
     values = [split[row][data.image_column] for row in rows]
     files = [value.get("path") if isinstance(value, dict) else None for value in values]
@@ -157,7 +158,7 @@ def save(args: MapArguments, data: ImageData, maps: dict, parts: dict, how: str,
         figure[title] = (points, labels.numpy() if labelled else np.zeros(len(points), int))
     plot_map(figure, data.class_names or [""], folder / "map.png")
 
-    shown = np.arange(len(held_out))[:: -(-len(held_out) // args.page_images)]
+    shown = np.array(random_rows(len(held_out), args.page_images, labels=labels, seed=args.seed))
     pages = {}
     for name, title in titles.items():
         score = f", {k}-NN {metrics[f'knn_top1_{name}']:.1f} %" if labelled else ""

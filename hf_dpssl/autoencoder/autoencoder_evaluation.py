@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import warnings
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,12 +20,12 @@ from torch import Tensor
 from .. import evaluation
 from ..embedding.embedder import best_device
 from ..embedding.evaluation_entries import Measured
-from ..embedding.feature_extractors import FeatureExtractor, features_of, load_extractor
+from ..embedding.feature_extractors import FeatureExtractor, load_extractor
 from ..evaluation.image_measures import metric_key, warn_about_few
 from ..models.modeling_vq import VQAutoencoder
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from . import latent_codec
-from .measures import encode_and_decode, load_pictures
+from .measures import encode_and_decode, held_out_data, picture_batches
 
 _RESAMPLES, _OPERATIONS = 100, 4e12  # of an interval: at most, and what they may cost
 CROPPED = "shorter side to {} pixels (bicubic), centre crop"
@@ -48,22 +51,35 @@ def measure_autoencoder_files(folder: Path, args: argparse.Namespace) -> Measure
     side = getattr(model.config, "image_size", None) or model.config.sample_size
     channels = getattr(model.config, "num_channels", None) or model.config.in_channels
     given = {"image_column": args.image_column, "label_column": args.label_column, "revision": args.dataset_revision}
-    pictures = load_pictures(args.dataset, side, args.evaluation_images, num_channels=channels, **given)
-    images = pictures["evaluation"].pixel_values
-    decoded = reconstructions(model.to(best_device()), images, args.batch_size)
-    faithful = evaluation.load("reconstruction")
-    for batch, original in zip(decoded.split(args.batch_size), images.split(args.batch_size), strict=True):
-        faithful.add_batch(predictions=batch, references=original)
-    metrics, notes = faithful.compute(), []
+    model, faithful = model.to(best_device()), evaluation.load("reconstruction")
+    count, totals, clouds, digest = 0, Counter(), ([], []), hashlib.sha256()
+    for images in real_images(args, "evaluation", side, channels, **given):
+        decoded = reconstructions(model, images, args.batch_size)
+        digest.update(images.numpy().tobytes())
+        count += len(images)
+        for name, value in faithful.compute(predictions=decoded, references=images).items():
+            totals[name] += len(images) * value
+        for cloud, part in zip(clouds, (images, decoded), strict=True):
+            cloud += [extractor.features(part)] if extractor else []
+    metrics, notes = {name: total / count for name, total in totals.items()}, []
     if extractor is None:
         notes.append("rFID was not measured: it needs --extractor.")
     else:
-        real, generated = (features_of(extractor, part, args.batch_size) for part in (images, decoded))
-        metrics |= frechet(extractor, real, generated, "r", notes)
+        metrics |= frechet(extractor, *map(torch.cat, clouds), "r", notes)
     return Measured(
-        metrics, {"evaluation": len(images)}, weights_sha256(model), images_sha256(images), CROPPED.format(side),
+        metrics, {"evaluation": count}, weights_sha256(model), digest.hexdigest(), CROPPED.format(side),
         {"extractor": extractor} if extractor else {}, notes,
     )  # fmt: skip
+
+
+def real_images(
+    args: argparse.Namespace, split: str, image_size: int, num_channels: int, **columns
+) -> Iterator[Tensor]:
+    """Batches (B, C, S, S) in [-1, 1] of the images that `args` names of a split; few are in memory at a time."""
+    data = held_out_data(args.dataset, **columns)
+    options = {"num_channels": num_channels, "batch_size": args.batch_size, "seed": args.seed}
+    for batch in picture_batches(data, split, image_size, args.evaluation_images, **options):
+        yield batch.pixel_values
 
 
 @torch.no_grad()
@@ -128,8 +144,3 @@ def weights_sha256(model: torch.nn.Module) -> str:
     settings = {name: value for name, value in config.items() if name[0] != "_" and name not in elsewhere}
     text = json.dumps(settings, sort_keys=True, default=str)
     return combined_sha256(tensor_sha256(model.state_dict()) | {"config": text})
-
-
-def images_sha256(images: Tensor) -> str:
-    """One hash of images."""
-    return tensor_sha256({"images": images})["images"]

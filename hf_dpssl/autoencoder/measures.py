@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .. import evaluation
-from ..data.batches import evaluation_batches, spread_rows, unit_pixels
-from ..data.image_data import load_images
+from ..data.batches import evaluation_batches, unit_pixels
+from ..data.image_data import ImageData, load_images
 from ..data.image_table import ImageTable
+from ..data.subsets import random_rows
 from ..embedding.feature_extractors import FeatureExtractor, features_of
 from ..evaluation.lipschitz_constants import summarise_lipschitz_pair
 from ..models.modeling_vq import VQAutoencoder
@@ -34,45 +36,72 @@ class Pictures:
         """Whether every picture has a class, and there are two classes at least."""
         return len(self.labels) > 0 and int(self.labels.min()) >= 0 and len(self.labels.unique()) > 1
 
-    def first(self, number: int) -> Tensor:
-        """At most `number` pictures."""
-        return self.pixel_values[:number]
+    def random_rows(self, number: int, seed: int) -> Sequence[int]:
+        """At most `number` pictures, drawn at random, of each class its share."""
+        return random_rows(len(self.labels), number, labels=self.labels, seed=seed)
+
+
+def held_out_data(dataset: str, **columns) -> ImageData:
+    """A data set that has held-out images; ValueError where there are none."""
+    data = load_images(dataset, **columns)
+    if data.evaluation is None:
+        raise ValueError(f"{dataset!r} has no held-out images to measure on.")
+    return data
+
+
+def picture_batches(
+    data: ImageData, name: str, image_size: int, limit: int | None, *, num_channels: int = 3, batch_size: int = 256,
+    seed: int = 0,
+) -> Iterator[Pictures]:  # fmt: skip
+    """Pictures of a split ("train" or "evaluation"), a batch at a time.
+
+    `limit`: so many of them, a random subset with its share of each class; None: all. BadImageError: an unreadable
+    picture.
+    """
+    split = {"train": data.train, "evaluation": data.evaluation}[name]
+    table = ImageTable(data, split, image_size)
+    for batch in evaluation_batches(table, batch_size, data.random_rows(split, limit, seed=seed)):
+        yield Pictures(unit_pixels(batch["images"], num_channels), batch["labels"])
 
 
 def load_pictures(
-    dataset: str, image_size: int, limit: int, *, num_channels: int = 3, **columns
+    dataset: str, image_size: int, limit: int | None, *, num_channels: int = 3, seed: int = 0, **columns
 ) -> dict[str, Pictures]:
-    """{"train", "evaluation"}: at most `limit` pictures of each split, evenly spread over it.
+    """{"train", "evaluation"}: pictures of each split, all in memory; `limit` as in `picture_batches`.
 
     Raises:
         ValueError: a data set without held-out images, or an unreadable picture.
     """
-    data = load_images(dataset, **columns)
-    if data.evaluation is None:
-        raise ValueError(f"{dataset!r} has no held-out images to measure on.")
-    pictures = {}
-    for name, split in (("train", data.train), ("evaluation", data.evaluation)):
-        table = ImageTable(data, split.select(spread_rows(len(split), limit)), image_size)
-        batches = list(evaluation_batches(table, 256))
-        pixels = unit_pixels(torch.cat([batch["images"] for batch in batches]), num_channels)
-        pictures[name] = Pictures(pixels, torch.cat([batch["labels"] for batch in batches]))
-    return pictures
+    data = held_out_data(dataset, **columns)
+    options = {"num_channels": num_channels, "seed": seed}
+    return {
+        name: _joined(picture_batches(data, name, image_size, limit, **options)) for name in ("train", "evaluation")
+    }
 
 
-def held_out_sources(dataset: str, image_size: int, limit: int, **options) -> dict[str, Tensor]:
+def _joined(batches: Iterator[Pictures]) -> Pictures:
+    parts = list(batches)
+    return Pictures(torch.cat([part.pixel_values for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def held_out_sources(
+    dataset: str, image_size: int, limit: int | None, *, num_channels: int = 3, **columns
+) -> dict[str, Tensor]:
     """{name of a part: its held-out images}: the parts of a union a+b, or the data set itself.
 
     Arguments as `load_pictures`; the name is the end of an id.
     """
     parts = [name.strip() for name in dataset.split("+")]
-    return {
-        part.split("/")[-1]: load_pictures(part, image_size, limit, **options)["evaluation"].pixel_values
-        for part in parts
-    }
+    found = {}
+    for part in parts:
+        data = held_out_data(part, **columns)
+        batches = picture_batches(data, "evaluation", image_size, limit, num_channels=num_channels)
+        found[part.split("/")[-1]] = _joined(batches).pixel_values
+    return found
 
 
 def generation_quality(
-    generated: Tensor, dataset: str, extractor: FeatureExtractor, *, limit: int, seed: int, **columns
+    generated: Tensor, dataset: str, extractor: FeatureExtractor, *, limit: int | None, seed: int, **columns
 ) -> dict[str, float]:
     """Quality of generated images (N, C, S, S) in [-1, 1] beside held-out ones of a data set, and of each source.
 
@@ -138,7 +167,7 @@ def measure_autoencoder(
         extractor: of the Frechet distances; None leaves them out.
         parts: of PARTS and GENERATOR; informativeness needs labels, the prior codes: left out without.
         seed: of subsets, starts and probes.
-        lipschitz_images, distance_images: test pictures used by these two (slow) parts.
+        lipschitz_images, distance_images: test pictures, drawn at random, used by these two (slow) parts.
 
     Returns:
         metrics {name: number} and curves {name: list of numbers} for plots.
@@ -157,14 +186,15 @@ def measure_autoencoder(
     if "prior" in parts and encoded.codes is not None:
         metrics |= evaluation.code_prior(encoded_train.codes, encoded.codes, model.config.num_codes, seed=seed)
     if "collapse" in parts:
-        found, curves = collapse(model, test, encoded)
+        found, curves = collapse(model, test, encoded, seed)
         metrics |= found
     if "lipschitz" in parts:
-        found, more = lipschitz(model, test.first(lipschitz_images), seed)
+        found, more = lipschitz(model, test.pixel_values[test.random_rows(lipschitz_images, seed)], seed)
         metrics = metrics | found
         curves = curves | more
     if "distances" in parts:
-        metrics |= distances(test.first(distance_images), encoded.latents[:distance_images], seed)
+        rows = test.random_rows(distance_images, seed)
+        metrics |= distances(test.pixel_values[rows], encoded.latents[rows], seed)
     if GENERATOR in parts:
         found, more = generator_capacity(train, test, encoded_train.latents, encoded.latents, seed)
         metrics = metrics | found
@@ -200,12 +230,14 @@ def informativeness(
     return metrics
 
 
-def collapse(model: VQAutoencoder, test: Pictures, encoded: Encoded) -> tuple[dict[str, float], dict[str, list]]:
+def collapse(
+    model: VQAutoencoder, test: Pictures, encoded: Encoded, seed: int
+) -> tuple[dict[str, float], dict[str, list]]:
     """Effective rank and spectrum of the latents, use of the codebook, and how well neighbours are kept."""
     flat = encoded.latents.flatten(1)
     metrics = evaluation.effective_rank(flat, centre=True)
     curves = {"spectrum": evaluation.spectrum(flat).tolist()}
-    kept = slice(0, 2000)
+    kept = test.random_rows(2000, seed)
     pictures = test.pixel_values[kept].flatten(1)
     latents = flat[kept]
     metrics |= evaluation.trustworthiness(pictures, latents, k=12) | evaluation.continuity(pictures, latents, k=12)

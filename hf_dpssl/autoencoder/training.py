@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +97,7 @@ class Validation:
         num_channels: of the model.
     """
 
-    def __init__(self, table: ImageTable, rows: range, num_channels: int):
+    def __init__(self, table: ImageTable, rows: Sequence[int], num_channels: int):
         loader = evaluation_batches(table, _EVALUATION_BATCH, rows)
         self.batches = [unit_pixels(batch["images"], num_channels) for batch in loader]
 
@@ -221,7 +222,9 @@ def plateau(history: list[dict], stage: str) -> dict[str, float | bool] | None:
 
 
 @torch.no_grad()
-def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range, normalization: str = "channel") -> None:
+def measure_latents(
+    model: VQAutoencoder, table: ImageTable, rows: Sequence[int], normalization: str = "channel"
+) -> None:
     """Store mean and standard deviation of each latent channel over training images in the config.
 
     normalization: "channel", or "scalar": one deviation for all channels, the root of their mean variance.
@@ -247,12 +250,12 @@ def measure_latents(model: VQAutoencoder, table: ImageTable, rows: range, normal
 
 
 @torch.no_grad()
-def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict[str, float], Tensor]:
-    """PSNR, SSIM and code statistics on held-out images, and a picture (16, C, H, W): eight of them, and as decoded."""
+def evaluate(model: VQAutoencoder, table: ImageTable, rows: Sequence[int]) -> tuple[dict[str, float], Tensor]:
+    """PSNR, SSIM and code statistics on rows of held-out images; eight of the table at random, and as decoded: (16, C,
+    H, W)."""
     count = 0
     totals = {"psnr": 0.0, "ssim": 0.0}
     codes = []
-    pictures = None
     for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
         pixel_values = unit_pixels(batch["images"], model.config.num_channels).to(model.device)
         output = model(pixel_values)
@@ -261,11 +264,12 @@ def evaluate(model: VQAutoencoder, table: ImageTable, rows: range) -> tuple[dict
         for measure in (psnr, ssim):
             for name, value in measure(pixel_values, reconstructions, value_range=2.0).items():
                 totals[name] += len(pixel_values) * value
-        if pictures is None:
-            pictures = torch.cat([pixel_values[:8], reconstructions[:8]]).cpu()
         if output.codes is not None:
             codes.append(output.codes.cpu())
     metrics = {name: total / count for name, total in totals.items()}
     if codes:
         metrics |= codebook_usage(torch.cat(codes), model.config.num_codes)
+    (shown,) = evaluation_batches(table, 8, table.random_rows(8))
+    pixel_values = unit_pixels(shown["images"], model.config.num_channels).to(model.device)
+    pictures = torch.cat([pixel_values, model(pixel_values).pixel_values.clamp(-1, 1).float()]).cpu()
     return metrics, pictures

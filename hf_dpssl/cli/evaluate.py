@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dataset_revision", help="branch, tag or commit of a Hub data set")
     add("--image_column", help="column of pictures; found by its type when not given")
     add("--label_column", help="column of classes; found by its type when not given")
-    add("--evaluation_images", type=int, default=10_000, help="real images of a split at most")
+    add("--evaluation_images", type=int, help="so many real images of a split, drawn at random (default: all)")
     add("--batch_size", type=int, default=64, help="images at once")
     add("--seed", type=int, default=0, help="of splits and draws")
     add("--output", help="JSON file for the numbers, in place of the folder's results.json")
@@ -200,8 +200,8 @@ def _measure(checkpoint: _Checkpoint, given: dict) -> dict:
     options = {flag.name: flag.default for flag in _FLAGS if kind in flag.kinds} | given
     least = {"evaluation_images": 1 if kind == "encoder" else 2, "batch_size": 1, "num_images": 2, "seed": 0}
     for name, number in least.items():
-        if options.get(name, number) < number:
-            raise ValueError(f"--{name} must be at least {number}, got {options[name]}.")
+        if (value := options.get(name)) is not None and value < number:
+            raise ValueError(f"--{name} must be at least {number}, got {value}.")
     args = argparse.Namespace(**options)
     folder = checkpoint.folder
     if checkpoint.repo_id and kind in ("autoencoder", "gan"):

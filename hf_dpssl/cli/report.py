@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--parts", nargs="+", default=list(PARTS), choices=[*PARTS, GENERATOR],
         help=f"what is measured; {GENERATOR} trains generators of growing width, minutes per autoencoder",
     )  # fmt: skip
-    parser.add_argument("--images", type=int, default=5000, help="at most so many of each split")
+    parser.add_argument("--images", type=int, default=5000, help="at most so many of each split, drawn at random")
     parser.add_argument("--lipschitz_images", type=int, default=128, help="of which local constants are taken")
     parser.add_argument("--distance_images", type=int, default=200, help="of which distances of spaces are taken")
     parser.add_argument("--seed", type=int, default=0, help="of probes, starts and subsets")
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the autoencoder {source!r}: {error}") from error
         shape = {"num_channels": model.config.num_channels}
-        pictures = load_pictures(args.dataset, model.config.image_size, args.images, **shape, **columns)
+        pictures = load_pictures(args.dataset, model.config.image_size, args.images, seed=args.seed, **shape, **columns)
         train, test = pictures["train"], pictures["evaluation"]
         samples = {"train": len(train.labels), "evaluation": len(test.labels)}
         metrics, curves = measure_autoencoder(

@@ -7,7 +7,7 @@ a batch holds follows from its epoch and index, so a resumed run simply starts t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from . import keyed_random
+from .decoding import picture_size
 from .image_data import ImageData, load_images
 from .image_table import BadImageError, ImageTable, decode_row, stack
+from .subsets import reservoir
 from .views import TwoViews
 
 _SHUFFLE_BUFFER = 4096
-_STREAMED_EVALUATION_IMAGES = 10_000
+_OF_A_STREAM = 10_000  # images of a split that are held to evaluate and measure
 
 
 def load_images_for(args: Any) -> ImageData:
@@ -193,7 +195,7 @@ class ImageSource:
             on_bad_image=args.on_bad_image,
             preload_bytes=int(args.preload_gb * 2**30),
         )
-        if views is not None and min(_first_size(data, args.on_bad_image)) > image_size:
+        if views is not None and _may_be_larger(data, image_size):
             views.crop = False
             options["views"] = views
         return cls(data, **options)
@@ -226,10 +228,10 @@ class ImageSource:
         return _loader(_StreamBatches(self, start), self.num_workers, batch_size=None)
 
     def training_table(self) -> ImageTable:
-        """The training images uncropped, in order, to evaluate and measure; of a stream the first 10,000."""
+        """The training images uncropped, in order, to evaluate and measure; of a stream 10,000 at random."""
         split = self.data.train
         if isinstance(split, IterableDataset):
-            return self._table(_materialize(split), "train")
+            return self._table(_sample(split), "train")
         return self.table if self.views is None else self._table(split, "train")
 
     def whole_training_table(self) -> ImageTable:
@@ -242,39 +244,32 @@ class ImageSource:
         return table
 
     def evaluation_table(self) -> ImageTable | None:
-        """The held-out images, or None; of a stream the first 10,000."""
+        """The held-out images, or None; of a stream 10,000 at random."""
         split = self.data.evaluation
         if split is None:
             return None
-        return self._table(_materialize(split) if isinstance(split, IterableDataset) else split, "evaluation")
+        return self._table(_sample(split) if isinstance(split, IterableDataset) else split, "evaluation")
 
 
-def _first_size(data: ImageData, on_bad_image: str) -> tuple[int, int]:
-    for row, values in enumerate(data.train):
-        try:
-            return decode_row(data, values, f"row {row}")[0].size
-        except BadImageError:
-            if on_bad_image == "error":
-                raise
-    raise BadImageError(f"no image of {data.name!r} can be read.")
+def _may_be_larger(data: ImageData, image_size: int) -> bool:
+    """Whether the shorter side of any training image is larger than this, as far as can be known: True of a stream."""
+    if isinstance(data.train, IterableDataset):
+        return True
+    sizes = (picture_size(value) for value in data.train[data.image_column])
+    return any(size is not None and min(size) > image_size for size in sizes)
 
 
-def _materialize(stream: IterableDataset) -> Dataset:
-    rows = list(stream.take(_STREAMED_EVALUATION_IMAGES))
-    return Dataset.from_list(rows, features=stream.features)
+def _sample(stream: IterableDataset) -> Dataset:
+    """A random subset of a whole stream: what is first in it may be of a few classes."""
+    return Dataset.from_list(reservoir(stream, _OF_A_STREAM), features=stream.features)
 
 
-def evaluation_batches(table: ImageTable, batch_size: int, rows: range | None = None) -> Iterator[dict]:
+def evaluation_batches(table: ImageTable, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[dict]:
     """All readable images of a table (or of some rows) in order, once; bad ones are left out under "skip"."""
     rows = range(len(table)) if rows is None else rows
     for first in range(0, len(rows), batch_size):
         if batch := table.readable_batch(rows[first : first + batch_size]):
             yield batch
-
-
-def spread_rows(size: int, limit: int) -> range:
-    """At most `limit` rows of a table of `size`, evenly spread."""
-    return range(0, size, max(1, -(-size // limit)))
 
 
 def ordered_batches(

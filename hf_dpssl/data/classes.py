@@ -27,7 +27,7 @@ class NoClasses(ValueError):
     """A column that cannot serve as classes; the message says why."""
 
 
-def features_of(split: Dataset | IterableDataset) -> datasets.Features:
+def columns_of(split: Dataset | IterableDataset) -> datasets.Features:
     """Columns and their types."""
     return split.features if split.features is not None else split._resolve_features().features
 
@@ -49,15 +49,15 @@ def with_classes(train, evaluation, column: str) -> tuple:
     Raises:
         NoClasses: by the rules at the top of this file.
     """
-    if evaluation is not None and column not in features_of(evaluation):
-        evaluation = _without_labels(evaluation, column, features_of(train)[column])
+    if evaluation is not None and column not in columns_of(evaluation):
+        evaluation = _without_labels(evaluation, column, columns_of(train)[column])
     if isinstance(train, IterableDataset):
         return _of_stream(train, evaluation, column)
     names_of = [{} if split is None else _names_of_values(split, column) for split in (train, evaluation)]
     present = set(names_of[0].values()) - {None}
     if not present:
         raise NoClasses("no training image has a class in it")
-    feature = features_of(train)[column]
+    feature = columns_of(train)[column]
     if isinstance(feature, ClassLabel):
         names = [name for name in map(_same_form, feature.names) if name in present]
     else:
@@ -81,7 +81,7 @@ def _same_form(name: str) -> str:
 
 def _names_of_values(split: Dataset, column: str) -> dict:
     """{value: class name, or None for an image without class} of the values that occur in a column."""
-    feature = features_of(split)[column]
+    feature = columns_of(split)[column]
     integers = isinstance(feature, Value) and "int" in feature.dtype
     if isinstance(feature, ClassLabel):
         if outside := sorted(v for v in split.unique(column) if v is not None and not -1 <= v < len(feature.names)):
@@ -112,7 +112,7 @@ def _relabelled(split: Dataset | None, column: str, ids: dict, names: list[str])
     if split is None:
         return None
     feature = ClassLabel(names=names)
-    if features_of(split)[column] == feature and all(value == i for value, i in ids.items()):
+    if columns_of(split)[column] == feature and all(value == i for value, i in ids.items()):
         return split
     values = [ids[value] for value in split[column][:]]
     return split.remove_columns(column).add_column(column, values).cast_column(column, feature)
@@ -120,14 +120,14 @@ def _relabelled(split: Dataset | None, column: str, ids: dict, names: list[str])
 
 def _without_labels(split, column: str, feature):
     feature = feature if isinstance(feature, ClassLabel) else Value("int64")
-    features = datasets.Features(features_of(split) | {column: feature})
+    features = datasets.Features(columns_of(split) | {column: feature})
     if isinstance(split, IterableDataset):
         return split.map(_mapped, fn_kwargs={"column": column, "lookup": []}, features=features)
     return split.add_column(column, [-1] * len(split)).cast(features)
 
 
 def _of_stream(train: IterableDataset, evaluation: IterableDataset | None, column: str) -> tuple:
-    feature = features_of(train)[column]
+    feature = columns_of(train)[column]
     if not isinstance(feature, ClassLabel):
         raise NoClasses(
             f"it is {feature}, not a ClassLabel, so that its classes cannot be known while streaming: leave "
@@ -136,13 +136,13 @@ def _of_stream(train: IterableDataset, evaluation: IterableDataset | None, colum
     names = list(map(_same_form, feature.names))
     if len(set(names)) < len(names):
         raise NoClasses("two of its classes have one name, in two Unicode forms: rename one")
-    theirs = features_of(evaluation)[column] if evaluation is not None else feature
+    theirs = columns_of(evaluation)[column] if evaluation is not None else feature
     if theirs == feature:
         return train, evaluation, names
     if not isinstance(theirs, ClassLabel):
         raise NoClasses(f"it is {theirs} in the held-out split, not a ClassLabel")
     _check_held_out(set(map(_same_form, theirs.names)), names)
-    features = datasets.Features(features_of(evaluation) | {column: ClassLabel(names=names)})
+    features = datasets.Features(columns_of(evaluation) | {column: ClassLabel(names=names)})
     lookup = [names.index(_same_form(name)) for name in theirs.names]
     return train, evaluation.map(_mapped, fn_kwargs={"column": column, "lookup": lookup}, features=features), names
 
@@ -155,5 +155,5 @@ def _mapped(row: dict, column: str, lookup: list[int]) -> dict:
 
 def relabel_all(split, column: str, lookup: list[int], names: list[str]):
     """A split whose class i becomes class lookup[i] of `names`."""
-    features = datasets.Features(features_of(split) | {column: ClassLabel(names=names)})
+    features = datasets.Features(columns_of(split) | {column: ClassLabel(names=names)})
     return split.map(_mapped, fn_kwargs={"column": column, "lookup": lookup}, features=features)

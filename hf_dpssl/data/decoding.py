@@ -88,6 +88,17 @@ def decode_image(value: object) -> Image.Image:
         raise ValueError(str(error)) from error
 
 
+def picture_size(value: object) -> tuple[int, int] | None:
+    """(width, height), or (height, width), of what an image column holds, from the file's head; None if unreadable."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    try:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+            return image.size
+    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError):
+        return None
+
+
 def to_square_tensor(image: Image.Image, size: int) -> Tensor:
     """(3, size, size) uint8: shorter side resized to `size` (bicubic), centre cropped."""
     width, height = image.size

@@ -12,6 +12,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from datasets import ClassLabel, Dataset, Image, IterableDataset
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import snapshot_download
 
-from .classes import NoClasses, features_of, label_candidates, relabel_all, with_classes
+from .classes import NoClasses, columns_of, label_candidates, relabel_all, with_classes
 from .digits import load_digits
 from .folder_scan import SPLITS, FolderScan, scan_folder
 from .subsets import random_rows
@@ -137,6 +138,13 @@ class ImageData:
         bare = counts.pop(-1, 0)
         more = f", {bare} of them without class" if bare else ""
         return f"{len(split)} images in {len(counts)} classes ({name}{more})"
+
+    def random_rows(self, split: Dataset, limit: int | None, *, seed: int = 0) -> Sequence[int]:
+        """Rows of a split in ascending order: a random subset of that size, of each class its share; None: all."""
+        if limit is None or limit >= len(split):
+            return range(len(split))
+        labels = split[self.label_column][:] if self.label_column else None
+        return random_rows(len(split), limit, labels=labels, seed=seed)
 
     def require_classes(self, purpose: str) -> None:
         """ValueError unless each image of both splits has a class; `purpose` is what needs it, and the way out."""
@@ -341,7 +349,7 @@ def _held_out(name: str, split: Dataset, label_column: str | None) -> tuple[Data
 
 
 def _find_image_column(name: str, split, wanted: str | None) -> str:
-    features = features_of(split)
+    features = columns_of(split)
     if wanted is not None:
         if wanted not in features:
             raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --image_column.")
@@ -356,7 +364,7 @@ def _find_image_column(name: str, split, wanted: str | None) -> str:
 
 def _classes(name: str, train, evaluation, image_column: str, wanted: str | None) -> tuple:
     """Both splits with class ids, the column, the names, and why there are none although there might be (or None)."""
-    features = features_of(train)
+    features = columns_of(train)
     if wanted is not None and wanted not in features:
         raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --label_column.")
     found = [wanted] if wanted is not None else label_candidates(features, image_column)
@@ -376,7 +384,7 @@ def _classes(name: str, train, evaluation, image_column: str, wanted: str | None
 def _undecoded(name: str, split, column: str):
     if split is None:
         return None
-    features = features_of(split)
+    features = columns_of(split)
     if column not in features:
         raise ValueError(f"the held-out split of {name!r} has no column {column!r}, only {list(features)}.")
     if not isinstance(features[column], Image):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -53,6 +55,10 @@ class ImageTable(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.split)
+
+    def random_rows(self, limit: int | None) -> Sequence[int]:
+        """Rows in ascending order: a random subset of that size, of each class its share; all without a limit."""
+        return self.data.random_rows(self.split, limit)
 
     def preload(self, max_bytes: int, show_progress: bool = True) -> dict[int, str]:
         """Decode everything once if it fits into `max_bytes`; returns {row: reason} of rows dropped by "skip"."""
@@ -107,7 +113,7 @@ class ImageTable(torch.utils.data.Dataset):
         images = stack(pictures, self.image_size, self.views, rows, epoch)
         return dict(images=images, labels=torch.tensor(labels), sample_ids=rows, epoch=epoch, skipped=skipped)
 
-    def readable_batch(self, rows: range) -> dict | None:
+    def readable_batch(self, rows: Sequence[int]) -> dict | None:
         """Those of the rows that can be read, none twice; keys as in `__getitems__`, None when none can be read."""
         if self.images is not None:
             return self.__getitems__([(0, row) for row in rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from datasets import IterableDataset
@@ -12,7 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import evaluation
-from ..data.batches import spread_rows
 from ..data.image_data import ImageData, load_images
 from ..data.image_table import BadImageError, decode_row, stack
 from ..data.views import NATURAL, TwoViews
@@ -41,13 +41,13 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
         raise ValueError(f"{args.dataset!r} has no held-out images to evaluate on.")
     embedder = ImageEmbedder(encoder, kind=args.features)
     digest = hashlib.sha256()
-    rows = spread_rows(len(data.evaluation), args.evaluation_images)
+    rows = data.random_rows(data.evaluation, args.evaluation_images, seed=args.seed)
     reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
     query, labels = extract_features(embedder, data, data.evaluation, rows, **reading, digest=digest)
     metrics = {}
     samples = {"evaluation": len(query)}
     if labelled:
-        bank_rows = spread_rows(len(data.train), args.evaluation_images)
+        bank_rows = data.random_rows(data.train, args.evaluation_images, seed=args.seed)
         bank, bank_labels = extract_features(embedder, data, data.train, bank_rows, **reading, digest=digest)
         samples["bank"] = len(bank)
         given = {"predictions": query, "references": labels, "bank": bank, "bank_labels": bank_labels}
@@ -78,7 +78,7 @@ def extract_features(
     embedder: ImageEmbedder,
     data: ImageData,
     split,
-    rows: range,
+    rows: Sequence[int],
     batch_size: int = 64,
     on_bad_image: str = "error",
     digest=None,
@@ -111,7 +111,7 @@ def extract_views(
     embedder: ImageEmbedder,
     data: ImageData,
     split,
-    rows: range,
+    rows: Sequence[int],
     *,
     seed: int,
     batch_size: int = 64,
@@ -133,7 +133,7 @@ def extract_views(
     return torch.cat(found[0]), torch.cat(found[1])
 
 
-def _readable(data: ImageData, split, rows: range, batch_size: int, on_bad_image: str):
+def _readable(data: ImageData, split, rows: Sequence[int], batch_size: int, on_bad_image: str):
     """Batches of (pictures, labels, row numbers) of the rows that can be read."""
     if isinstance(split, IterableDataset):
         raise ValueError("features of a stream are not extracted: its length is not known.")

@@ -57,6 +57,9 @@ class GANArguments(RunArguments):
     learning_rate: float = option(2e-3, "of both sides")
     lr_scheduler: str = option("constant", "learning-rate schedule of diffusers.optimization.get_scheduler")
     ema_decay: float = option(0.99, "share of the old averaged generator kept at each step")
+    evaluation_images: int = option(
+        10_000, "at most so many images of each split, drawn at random, evaluate and measure", group="evaluation"
+    )
     num_generated: int = option(500, "images that are judged", group="evaluation")
     compare_densities: bool = option(False, "judge images of all other densities of the latents too")
     extractor: list[str] = option([], "of the judgement: resnet56-cifar10, inception, or an encoder's folder or id")

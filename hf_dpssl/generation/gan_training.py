@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .. import evaluation
 from ..data import keyed_random
-from ..data.batches import evaluation_batches, spread_rows
+from ..data.batches import evaluation_batches
 from ..data.image_table import BadImageError, ImageTable, decode_row
+from ..data.subsets import random_rows
 from ..embedding.embedder import ImageEmbedder
 from ..embedding.feature_extractors import features_of, load_extractor
 from ..models.latent_density import LatentDensity
@@ -59,7 +62,7 @@ def _picture(table: ImageTable, row: int) -> Image.Image:
 
 
 @torch.no_grad()
-def posterior_samples(model: VAEGAN, table: ImageTable, rows: range, seed: int) -> Tensor:
+def posterior_samples(model: VAEGAN, table: ImageTable, rows: Sequence[int], seed: int) -> Tensor:
     """Latents (N, latent_dim) drawn for images of a table, one each."""
     latents = []
     for batch in evaluation_batches(table, _EMBEDDED_AT_ONCE, rows):
@@ -81,7 +84,7 @@ def fit_density_(
     if density.kind == "prior":
         return density
     table = held_out if density.kind == "held_out" else training
-    rows = spread_rows(len(table), args.evaluation_images)
+    rows = table.random_rows(args.evaluation_images)
     if bank is None:
         return density.fit_(posterior_samples(model, table, rows, args.seed), seed=args.seed)
     features = bank.held_out if density.kind == "held_out" else bank.training
@@ -92,13 +95,13 @@ def density_settings(kind: str, args: GANArguments, held_out: ImageTable | None)
     """components and bank_size of a `LatentDensity`; ValueError for "held_out" of a data set without such images."""
     if kind == "held_out" and held_out is None:
         raise ValueError(f"{args.dataset!r} has no held-out images: choose another --sample_from.")
-    rows = spread_rows(len(held_out), args.evaluation_images) if kind == "held_out" else ()
+    rows = held_out.random_rows(args.evaluation_images) if kind == "held_out" else ()
     return {"components": args.components if kind == "mixture" else 1, "bank_size": len(rows)}
 
 
 def pictures(table: ImageTable, limit: int) -> Tensor:
-    """At most `limit` images of a table (N, C, S, S) in [-1, 1], evenly spread."""
-    batches = evaluation_batches(table, _EMBEDDED_AT_ONCE, spread_rows(len(table), limit))
+    """At most `limit` images of a table (N, C, S, S) in [-1, 1], drawn at random."""
+    batches = evaluation_batches(table, _EMBEDDED_AT_ONCE, table.random_rows(limit))
     return torch.cat([batch["images"] for batch in batches]).float() / 127.5 - 1
 
 
@@ -126,8 +129,8 @@ class Judge:
         return metrics
 
     def ceiling(self, number: int) -> dict[str, float]:
-        """The quality of so many real training images, evenly spread, in the place of generated ones: "ceiling_..."."""
-        rows = spread_rows(len(self.training), number)
+        """The quality of so many real training images, drawn at random, as if they were generated: "ceiling_..."."""
+        rows = random_rows(len(self.training), number, seed=self.seed)
         metrics = {}
         for extractor, real in zip(self.extractors, self._real, strict=True):
             options = {"prefix": "ceiling_", "seed": self.seed}

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import keyed_random
-from ..data.batches import evaluation_batches, spread_rows
+from ..data.batches import evaluation_batches
 from ..data.image_table import ImageTable
 from ..embedding.feature_extractors import FeatureExtractor, load_extractor
 from ..evaluation.generated_images import class_consistency
@@ -55,7 +55,7 @@ class GenerationMonitor:
         args: of the run.
         accelerator: its processes share the images of a validation.
         pipeline: of the transformer in training, or of a copy where that one is sharded.
-        images: training images, of which at most `evaluation_images` are compared with; None without extractor.
+        images: training images, of which `evaluation_images` at random are compared with; None without extractor.
 
     Raises:
         ValueError: an extractor without logits, or with other classes, as the classifier.
@@ -160,7 +160,7 @@ class GenerationMonitor:
     def _real_features(self, images: ImageTable) -> Tensor:
         index = self.accelerator.process_index
         count = self.accelerator.num_processes
-        rows = spread_rows(len(images), self.args.evaluation_images)[index::count]
+        rows = images.random_rows(self.args.evaluation_images)[index::count]
         batches = evaluation_batches(images, self.args.batch_size, rows)
         features = [self.extractor.features(batch["images"].float() / 127.5 - 1) for batch in batches]
         return torch.cat([value for part in gather_object([features]) for value in part])

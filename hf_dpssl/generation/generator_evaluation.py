@@ -6,6 +6,7 @@ Pipelines draw by bulk_sampling.py, one random seed per image, by any number of 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import tempfile
 from contextlib import nullcontext
@@ -18,8 +19,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from .. import evaluation
-from ..autoencoder.autoencoder_evaluation import CROPPED, frechet, images_sha256, weights_sha256
-from ..autoencoder.measures import load_pictures
+from ..autoencoder.autoencoder_evaluation import CROPPED, frechet, real_images, weights_sha256
 from ..embedding.embedder import best_device
 from ..embedding.evaluation_entries import Measured
 from ..embedding.feature_extractors import FeatureExtractor, features_of, load_extractor
@@ -69,9 +69,8 @@ def measure_generator(checkpoint: str, folder: Path, kind: str, args: argparse.N
     metrics, notes, samples, data = {}, [], {"generated": len(drawn.images)}, ""
     features = {part: features_of(judge, drawn.images, args.batch_size) for part, judge in judges.items()}
     if "extractor" in judges:
-        real = _real(drawn.images, args)
-        samples[args.reference], data = len(real), images_sha256(real)
-        real_features = features_of(judges["extractor"], real, args.batch_size)
+        real_features, data = _real(judges["extractor"], drawn.images, args)
+        samples[args.reference] = len(real_features)
         metrics |= frechet(judges["extractor"], real_features, features["extractor"], "", notes)
     metrics |= _judged(judges, features, drawn.class_ids, args.seed, notes)
     return Measured(metrics, samples, drawn.model, data, CROPPED.format(drawn.images.shape[-1]), judges, notes)
@@ -96,11 +95,14 @@ def _judged(
     return metrics
 
 
-def _real(generated: Tensor, args: argparse.Namespace) -> Tensor:
+def _real(extractor: FeatureExtractor, generated: Tensor, args: argparse.Namespace) -> tuple[Tensor, str]:
+    """Features (M, D) of real images of the size of generated ones, and a hash of these images."""
     columns = {"image_column": args.image_column, "label_column": args.label_column, "revision": args.dataset_revision}
-    shape = {"num_channels": generated.shape[1]}
-    pictures = load_pictures(args.dataset, generated.shape[-1], args.evaluation_images, **shape, **columns)
-    return pictures[args.reference].pixel_values
+    features, digest = [], hashlib.sha256()
+    for images in real_images(args, args.reference, generated.shape[-1], generated.shape[1], **columns):
+        digest.update(images.numpy().tobytes())
+        features.append(extractor.features(images))
+    return torch.cat(features), digest.hexdigest()
 
 
 def _sample(checkpoint: str, args: argparse.Namespace) -> _Drawn:

@@ -23,6 +23,10 @@ class LatentRunArguments(RunArguments):
         0.1, "share of images whose label is dropped, for classifier-free guidance", group="optimiser"
     )
 
+    evaluation_images: int = option(
+        10_000, "at most so many images of each split, drawn at random, evaluate and measure", group="evaluation"
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.class_dropout < 1:

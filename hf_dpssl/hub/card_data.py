@@ -135,7 +135,8 @@ def eval_results(facts: dict, results: dict) -> list[EvalResult]:
     """
     dataset, kind = facts["dataset"] or "unknown", facts["kind"]
     slug = re.sub(r"[^\w.-]+", "-", dataset.lower()).strip("-")
-    arguments = {key: value for key, value in (results.get("knn") or {}).items() if value is not None}
+    counts = {"samples": facts["samples"]} if facts["samples"] else {}
+    knn = {f"knn_{key}": value for key, value in (results.get("knn") or {}).items() if value is not None}
     found = []
     for figure in figures(kind, facts["metrics"]):
         if figure.value is None or figure.name.startswith("ceiling_") or figure.name.endswith("_uniform"):
@@ -150,7 +151,7 @@ def eval_results(facts: dict, results: dict) -> list[EvalResult]:
                 metric_type=figure.type,
                 metric_value=figure.value,
                 metric_name=figure.label,
-                metric_args=arguments if "knn" in figure.name and arguments else None,
+                metric_args=counts | (knn if "knn" in figure.name else {}) or None,
             )
         )
     return found + [result for entry in results.get("evaluations") or [] for result in evaluation_results(entry)]
@@ -162,6 +163,10 @@ def evaluation_results(entry: dict) -> list[EvalResult]:
     slug = re.sub(r"[^\w.-]+", "-", name.lower()).strip("-")
     arguments = {"seed": entry["seed"], "samples": entry["samples"], "fingerprint": fingerprint["sha256"][:16]}
     judges = {part: fingerprint[part]["name"] for part in ("extractor", "classifier") if part in fingerprint}
+    options = entry["options"]
+    if options.get("evaluation_images") is not None:
+        arguments["evaluation_images"] = options["evaluation_images"]
+    knn = {name: options[name] for name in options if name.startswith("knn_") or name == "features"}
     classification = "image-classification" if kind == "encoder" else _GENERATION
     return [
         EvalResult(
@@ -172,7 +177,7 @@ def evaluation_results(entry: dict) -> list[EvalResult]:
             metric_type=f.type,
             metric_value=f.value,
             metric_name=f.label,
-            metric_args=arguments | judges,
+            metric_args=arguments | judges | (knn if f.name.startswith("knn") else {}),
         )
         for f in figures("", entry["metrics"])
         if f.value is not None

@@ -51,7 +51,7 @@ class ContrastiveArguments(RunArguments):
     weight_decay: float = option(1e-4, "weight decay")
     batch_size: int = option(256, "images per process and step; each gives two views")
     knn_k: int = option(20, "neighbours of the kNN evaluation", group="evaluation")
-    knn_metric: str = option("euclidean", "distance of the kNN evaluation", choices=["cosine", "euclidean"])
+    knn_metric: str = option("cosine", "similarity of the kNN evaluation", choices=["cosine", "euclidean"])
 
     def __post_init__(self):
         super().__post_init__()

@@ -25,6 +25,9 @@ class MapArguments(ContrastiveArguments):
     warmup_epochs: int = option(10, "epochs of linear warm-up of stages 1 and 3; t-SimCNE: 10")
     stage_3_share: float = option(0.1, "learning rate of stage 3, a share of --learning_rate; t-SimCNE: 0.001")
     knn_k: int = option(15, "neighbours of the kNN evaluation; t-SimCNE: 15")
+    evaluation_images: int = option(
+        10_000, "at most so many images of each split, drawn at random, evaluate and measure", group="evaluation"
+    )
     page_images: int = option(10_000, "at most so many images are on the interactive page", group="evaluation")
 
     def __post_init__(self):

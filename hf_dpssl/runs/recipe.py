@@ -43,8 +43,8 @@ class RunArguments:
     warmup_steps: int = option(0, "steps of linear warm-up of the learning rate")
     lr_scheduler: str = option("cosine", "learning-rate schedule of diffusers.optimization.get_scheduler")
 
-    evaluation_images: int = option(
-        10_000, "at most so many images of each split are used to evaluate and measure", group="evaluation"
+    evaluation_images: int | None = option(
+        None, "so many images of each split, drawn at random, evaluate and measure; default: all", group="evaluation"
     )
 
     output_dir: str = option("outputs/run", "folder of the run; results go into subfolders", group="run")
@@ -70,7 +70,7 @@ class RunArguments:
             "checkpointing_steps",
             "evaluation_images",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.checkpoints_total_limit < 1:
             raise ValueError(f"--checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}.")

@@ -83,6 +83,16 @@ def test_latents_that_are_the_classes_are_fully_informative_and_constant_ones_ar
     assert metrics["latent_linear_top1"] == 100
 
 
+def test_slow_parts_measure_images_of_every_class_of_a_sorted_set():
+    """Half of the images are black, the rest noise: the first few have no distance, and nothing to keep."""
+    black, noise = -torch.ones(30, 3, 16, 16), torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    sorted_set = Pictures(torch.cat([black, noise]), torch.arange(60) // 30)
+    rows = sorted_set.random_rows(20, seed=0)
+    assert sorted_set.labels[rows].bincount().tolist() == [10, 10]
+    found, _ = measure_autoencoder(make(), sorted_set, sorted_set, parts=("distances",), distance_images=20)
+    assert found["gromov_wasserstein"] > 0
+
+
 def test_code_histograms_equal_the_loop():
     codes = torch.tensor([[[0, 1], [1, 1]], [[2, 2], [0, 3]]])
     assert code_histograms(codes, 4).tolist() == [[0.25, 0.75, 0, 0], [0.25, 0, 0.5, 0.25]]

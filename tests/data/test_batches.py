@@ -13,7 +13,7 @@ from datasets import ClassLabel
 from pictures import BROKEN, noise, row, write_parquet
 from PIL import Image
 
-from hf_dpssl.data.batches import ImageSource, evaluation_batches, ordered_batches, spread_rows
+from hf_dpssl.data.batches import ImageSource, evaluation_batches, ordered_batches
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.image_table import BadImageError, ImageTable
 from hf_dpssl.data.views import NATURAL, TwoViews
@@ -257,6 +257,20 @@ def test_stream_with_views_and_workers_equals_the_one_without_workers(make):
     assert_same(take(make("stream", size=(30, 24), views=views(), num_workers=2), 7), plain)
 
 
+def test_run_crops_while_loading_where_any_picture_is_larger_than_asked_for(tmp_path):
+    sizes = [(8, 8)] * 19
+    for case, more in enumerate([(8, 30), (30, 9)]):
+        images = [row(i, *size) for i, size in enumerate([*sizes, more])]
+        data = load_images(str(write_parquet(tmp_path / f"{case}.parquet", images)), hold_out=False)
+        both = TwoViews(NATURAL, [0.5] * 3, [0.5] * 3, 0)
+        source = ImageSource.from_arguments(data, RunArguments(batch_size=5), PartialState(), 8, both)
+        assert both.crop is (case == 0) and take(source, 1)[0]["images"].ndim == 4 + case
+        stream = replace(data, train=data.train.to_iterable_dataset(2))
+        both = TwoViews(NATURAL, [0.5] * 3, [0.5] * 3, 0)
+        source = ImageSource.from_arguments(stream, RunArguments(batch_size=5), PartialState(), 8, both)
+        assert both.crop is False and take(source, 1)[0]["images"].shape == (5, 2, 3, 8, 8)
+
+
 def test_run_crops_while_loading_where_pictures_are_larger_than_asked_for(make):
     for side, cropped in [(8, False), (9, True)]:
         arguments, both = (
@@ -282,19 +296,24 @@ def test_evaluation_batches_hold_every_row_once_in_order(make):
         assert np.array_equal(held_out["images"][3].permute(1, 2, 0).numpy(), noise(1003))
 
 
+def test_tables_of_a_stream_sorted_by_class_are_of_all_its_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dpssl.data.batches._OF_A_STREAM", 30)
+    for split in ("train", "test"):
+        labels = ([i // 30 for i in range(90)], CLASSES)
+        write_parquet(tmp_path / "set" / f"{split}.parquet", [row(i) for i in range(90)], label=labels)
+    source = ImageSource(load_images(str(tmp_path / "set"), streaming=True), image_size=8, batch_size=4, seed=0)
+    for table in (source.training_table(), source.evaluation_table()):
+        (batch,) = evaluation_batches(table, 100)
+        counts = batch["labels"].bincount(minlength=3)
+        assert counts.sum() == 30 and counts.min() > 3  # the first 30 are of one class
+
+
 def test_evaluation_batches_leave_out_unreadable_pictures(make):
     for kind in KINDS:
         broken, readable = [0, 5, 6, 7, 8, 26], [1, 2, 3, 4, *range(9, 26)]
         batches = list(evaluation_batches(make(kind, broken=broken, on_bad_image="skip").training_table(), 3))
         assert all(len(batch["images"]) for batch in batches) and marks(batches) == readable
         assert torch.cat([batch["labels"] for batch in batches]).tolist() == [i % 3 for i in readable]
-
-
-def test_spread_rows_are_even_and_at_most_the_limit():
-    for size, limit in [(10, 3), (10, 10), (10, 99), (1, 1), (1000, 7)]:
-        rows = spread_rows(size, limit)
-        assert 0 < len(rows) <= limit and rows[0] == 0 and rows[-1] < size
-        assert len(rows) == size or len(rows) > limit / 2
 
 
 def test_table_without_labels_gives_minus_one(tmp_path):

@@ -14,8 +14,10 @@ from transformers import ResNetConfig, ResNetModel, ViTImageProcessor
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, evaluation
 from hf_dpssl.cli.commands import main
 from hf_dpssl.data.image_data import load_images
+from hf_dpssl.data.subsets import random_rows
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.embedding.encoder_evaluation import extract_features, extract_views
+from hf_dpssl.hub.card_data import evaluation_results
 
 RESNET = {"channels": [8, 16, 32, 64]}
 FEW = ["--evaluation_images", "100"]
@@ -50,14 +52,15 @@ def test_numbers_are_those_of_the_functions(encoder, tmp_path, capsys):
     assert main(["evaluate", str(encoder), *flags, "--trials", "3", "--seed", "5", "--output", str(output)]) == 0
     (found,) = json.loads(output.read_text(encoding="utf-8"))["evaluations"]
     data, embedder = load_images("digits"), ImageEmbedder(str(encoder))
-    # 1437 training images are more than 300: every 5th; 360 held-out ones: every 2nd.
-    bank = extract_features(embedder, data, data.train, range(0, 1437, 5))
-    query = extract_features(embedder, data, data.evaluation, range(0, 360, 2))
+    bank, query = (
+        extract_features(embedder, data, split, random_rows(len(split), 300, labels=split["label"][:], seed=5))
+        for split in (data.train, data.evaluation)
+    )
     expected = evaluation.knn(*bank, *query, k=(1, 20)) | evaluation.linear_probe(*bank, *query, seed=5)
     expected |= evaluation.few_shot(*bank, *query, trials=3, seed=5)
     expected |= evaluation.uniformity(query[0]) | evaluation.effective_rank(query[0])
     assert found["metrics"] == pytest.approx(expected, rel=1e-5)
-    assert found["samples"] == {"evaluation": 180, "bank": 288} and found["dataset"] == "digits"
+    assert found["samples"] == {"evaluation": 300, "bank": 300} and found["dataset"] == "digits"
     assert found["kind"] == "encoder" and found["fingerprint"]["model"] == embedder.fingerprint
     assert found["seed"] == 5 and found["options"]["trials"] == 3 and "torch" in found["environment"]["libraries"]
     printed = capsys.readouterr().out
@@ -67,15 +70,31 @@ def test_numbers_are_those_of_the_functions(encoder, tmp_path, capsys):
 
 def test_views_of_a_picture_are_nearer_to_each_other_than_to_those_of_others(encoder, capsys):
     data, embedder = load_images("digits"), ImageEmbedder(str(encoder))
-    first, second = extract_views(embedder, data, data.evaluation, range(0, 360, 8), seed=0, batch_size=7)
+    rows = random_rows(360, 45, labels=data.evaluation["label"][:])
+    first, second = extract_views(embedder, data, data.evaluation, rows, seed=0, batch_size=7)
     assert first.shape == second.shape == (45, 64) and not torch.allclose(first, second)
-    again, _ = extract_views(embedder, data, data.evaluation, range(0, 360, 8), seed=0, batch_size=45)
+    again, _ = extract_views(embedder, data, data.evaluation, rows, seed=0, batch_size=45)
     torch.testing.assert_close(first, again, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(first, extract_views(embedder, data, data.evaluation, range(0, 360, 8), seed=1)[0])
+    assert not torch.allclose(first, extract_views(embedder, data, data.evaluation, rows, seed=1)[0])
     pairs = evaluation.alignment(first, second)
-    assert pairs["alignment"] < evaluation.alignment(first, second.roll(1, 0))["alignment"]
+    first, second = extract_views(embedder, data, data.evaluation, range(360), seed=0)
+    alike, other = (evaluation.alignment(first, views)["alignment"] for views in (second, second.roll(1, 0)))
+    assert alike < 0.98 * other
     assert main(["evaluate", str(encoder), "--protocol", "views", "--evaluation_images", "45", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == pytest.approx(pairs, rel=1e-4)
+
+
+def test_all_images_are_used_and_a_cap_stands_in_the_arguments_of_the_metric(encoder, capsys):
+    cases = [([], {"evaluation": 360, "bank": 1437}, None), (FEW, {"evaluation": 100, "bank": 100}, 100)]
+    for flags, samples, cap in cases:
+        assert main(["evaluate", str(encoder), "--protocol", "knn", "geometry", "--json", *flags]) == 0
+        entry = json.loads(capsys.readouterr().out)
+        assert entry["samples"] == samples and entry["options"]["evaluation_images"] == cap
+        for result in evaluation_results(entry):
+            assert result.metric_args["samples"] == samples and result.metric_args.get("evaluation_images") == cap
+            if "kNN" in result.metric_name:
+                how = {"knn_k": [20], "knn_metric": "cosine", "knn_weighting": "uniform", "features": "features"}
+                assert how.items() <= result.metric_args.items()
 
 
 def test_the_same_command_gives_the_same_fingerprint_and_numbers_and_one_entry(encoder, tmp_path, capsys):

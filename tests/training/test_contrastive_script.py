@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_dpssl import MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl.cli.commands import main
 from hf_dpssl.contrastive.momentum import momentum_at
 
 TINY = ["--model_args", '{"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}', "--projection_dim", 8]
@@ -62,6 +63,20 @@ def test_queue_size_is_chosen_printed_saved_and_key_encoder_follows_the_momentum
             expected = momentum * old[f"key_{name}"] + (1 - momentum) * old[name]
             torch.testing.assert_close(new[f"key_{name}"], expected, rtol=1e-5, atol=1e-7)
             assert not torch.allclose(new[f"key_{name}"], 0.5 * old[f"key_{name}"] + 0.5 * old[name], atol=1e-6)
+
+
+def test_neighbours_mean_the_same_in_training_and_in_evaluate(run_script, tmp_path, capsys):
+    run_script("contrastive", [*TINY, "--max_train_steps", 3, "--output_dir", tmp_path])
+    folder = tmp_path / "encoder"
+    trained = json.loads((folder / "results.json").read_text())
+    assert trained["knn"] == {"k": 20, "metric": "cosine"} and trained["samples"]["bank"] == 1437
+    assert trained["images"].startswith("1437 images in 10 classes (train), 360 images in 10 classes (evaluation)")
+    for features, name in (("features", "knn_top1"), ("embeddings", "knn_top1_embeddings")):
+        flags = ["--protocol", "knn", "--features", features, "--json"]
+        assert main(["evaluate", str(folder), *flags]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["metrics"]["knn_top1"] == pytest.approx(trained["metrics"][name], abs=0.3)  # a picture is 0.28
+        assert found["samples"] == {"evaluation": 360, "bank": 1437}
 
 
 def test_stream_gets_the_largest_queue_and_says_that_its_age_is_not_known(run_script, tmp_path):

@@ -34,7 +34,6 @@ from sklearn.linear_model import LogisticRegression
 from hf_dpssl import VQAutoencoder, VQTokenPipeline, evaluation
 from hf_dpssl.autoencoder.measures import Pictures, encode_and_decode, load_pictures, measure_autoencoder
 from hf_dpssl.data import keyed_random, load_images
-from hf_dpssl.data.batches import spread_rows
 from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.embedding.feature_extractors import load_extractor
 from hf_dpssl.runs.atomic_files import write_json
@@ -168,10 +167,11 @@ def pictures(folder: Path) -> tuple[Pictures, Pictures]:
     train_images = load_pictures("mnist", IMAGE_SIZE, TRAIN_IMAGES)["train"]
     os.environ["DPSSL_DATA"], prepared = SOURCE or "", os.environ["DPSSL_DATA"]
     try:
-        test = load_images("mnist").evaluation
+        source = load_images("mnist")
     finally:
         os.environ["DPSSL_DATA"] = prepared
-    table = ImageTable(load_images("mnist"), test.select(spread_rows(len(test), TEST_IMAGES)), IMAGE_SIZE)
+    test = source.evaluation.select(source.random_rows(source.evaluation, TEST_IMAGES))
+    table = ImageTable(load_images("mnist"), test, IMAGE_SIZE)
     table.preload(2**30, show_progress=False)
     return train_images, Pictures(table.images.float() / 127.5 - 1, table.labels)
 
