@@ -145,14 +145,19 @@ def save(args: MapArguments, data: ImageData, maps: dict, parts: dict, how: str,
     held_out, labels, labelled = np.array(parts["held_out"]), parts["labels"], data.class_names is not None
     method = "t-SimCNE" if args.normalization == "anchor" and args.dof == args.temperature == 1 else "t-SimCLR"
     titles = dict(zip(maps, ("pixels by t-SNE", "features by t-SNE", f"{method} in 2-D"), strict=True))
-    k = min(args.knn_k, int((~held_out).sum()))
+    known = (labels >= 0).numpy()
+    chosen = (known & ~held_out, known & held_out)  # the bank and the queries of the neighbours
+    k, judged = min(args.knn_k, int(chosen[0].sum())), all(part.any() for part in chosen)
+    if labelled and not known.all():
+        say(f"{(~known).sum()} images without class are on the map and not among the neighbours")
     metrics, figure = {}, {}
     for name, points in maps.items():
         title = titles[name]
-        if labelled:
-            bank, queries = (torch.from_numpy(points[chosen]).float() for chosen in (~held_out, held_out))
+        if judged:
+            places, classes = ([torch.as_tensor(x)[torch.from_numpy(c)] for c in chosen] for x in (points, labels))
+            (bank, queries), (bank_labels, found) = places, classes
             metrics[f"knn_top1_{name}"] = knn(
-                bank, labels[~held_out], queries, labels[held_out], k=k, metric="euclidean"
+                bank.float(), bank_labels, queries.float(), found, k=k, metric="euclidean"
             )["knn_top1"]
             title += f"\n{k}-NN accuracy of held-out images {metrics[f'knn_top1_{name}']:.1f} %"
         figure[title] = (points, labels.numpy() if labelled else np.zeros(len(points), int))
@@ -161,7 +166,7 @@ def save(args: MapArguments, data: ImageData, maps: dict, parts: dict, how: str,
     shown = np.array(random_rows(len(held_out), args.page_images, labels=labels, seed=args.seed))
     pages = {}
     for name, title in titles.items():
-        score = f", {k}-NN {metrics[f'knn_top1_{name}']:.1f} %" if labelled else ""
+        score = f", {k}-NN {metrics[f'knn_top1_{name}']:.1f} %" if judged else ""
         pages[title + score] = maps[name][shown]
     names = [parts["files"][i] or f"row {parts['rows'][i]}" for i in shown]
     write_map_page(

@@ -111,6 +111,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
             model, train, test, extractor=extractor, parts=tuple(args.parts), seed=args.seed,
             lipschitz_images=args.lipschitz_images, distance_images=args.distance_images,
         )  # fmt: skip
+        if "informativeness" in args.parts and not (train.labelled and test.labelled):
+            say(f"{name}: informativeness is not measured, since not every image of {args.dataset} has a class")
         if extractor is not None and "+" in args.dataset:
             metrics |= per_source(model, args, extractor, columns)
         about = {"source": source, "fingerprint": model.fingerprint()}

@@ -48,11 +48,12 @@ def save_grid(images: Tensor, path: Path, *, columns: int, min_side: int = 32) -
 
 
 def plot_map(maps: dict[str, tuple[np.ndarray, np.ndarray]], class_names: list[str], path: Path) -> None:
-    """Scatter plots of 2-D embeddings side by side; `maps`: title -> (points (N, 2), classes (N,))."""
+    """Scatter plots of 2-D embeddings side by side; `maps`: title -> (points (N, 2), classes (N,), -1: none)."""
     figure = Figure(figsize=(5.5 * len(maps), 5.2), layout="constrained")
     for axis, (title, (points, classes)) in zip(
         np.atleast_1d(figure.subplots(1, len(maps))), maps.items(), strict=True
     ):
+        axis.scatter(*points[classes < 0].T, s=min(8, 15_000 / len(points)), linewidths=0, color="lightgrey")
         for class_id, name in enumerate(class_names):
             chosen = points[classes == class_id]
             size = min(8, 15_000 / len(points))

@@ -1,15 +1,19 @@
 """Steps of the latent DiT's training: accumulation and processes leave them unchanged; checkpointing, compilation."""
 
 import dae_dit
+import datasets
 import pytest
 import torch
 import torch.distributed as dist
+from pictures import row, write_parquet
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.data.batches import ordered_batches
+from hf_dpssl.data.image_data import load_images
 from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
 from hf_dpssl.generation.dit_arguments import DiTArguments
+from hf_dpssl.generation.latent_run import classes_of_run
 from hf_dpssl.generation.token_alignment import TokenAlignedTransformer
 
 OBJECTIVES = {
@@ -135,3 +139,14 @@ def test_arguments_that_do_not_go_together_are_refused():
     }.items():
         with pytest.raises(ValueError, match=match):
             DiTArguments(**options)
+
+
+def test_labels_that_cannot_be_classes_are_refused_unless_the_run_is_unconditional(tmp_path):
+    images = [row(i) for i in range(20)]
+    path = write_parquet(tmp_path / "set.parquet", images, label=([0.5, 1.5] * 10, datasets.Value("float32")))
+    data = load_images(str(path))
+    with pytest.raises(ValueError, match="column 'label' of .* it holds Value.*; or learn without classes by --uncond"):
+        classes_of_run(DiTArguments(), data)
+    assert classes_of_run(DiTArguments(unconditional=True), data) == []
+    assert classes_of_run(DiTArguments(unconditional=True), load_images("digits")) == []
+    assert classes_of_run(DiTArguments(), load_images("digits")) == [str(digit) for digit in range(10)]

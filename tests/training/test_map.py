@@ -16,13 +16,16 @@ import pytest
 import torch
 import yaml
 from conftest import forget_accelerator
-from pictures import noise
+from pictures import noise, write_parquet
+from pictures import row as picture_row
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from hf_dpssl import SimCLRForPreTraining
+from hf_dpssl.data.image_data import load_images
 from hf_dpssl.pages.map_page import write_map_page
+from hf_dpssl.runs.map_arguments import MapArguments
 
 TINY = ["--image_size", 8, "--batch_size", 16, "--model_args", '{"channels": [8, 8, 8, 8]}', "--warmup_epochs", 1]
 TINY += ["--stage_1_epochs", 2, "--stage_2_epochs", 2, "--stage_3_epochs", 2, "--projection_hidden_dim", 16]
@@ -71,6 +74,25 @@ def test_script_writes_figure_page_points_and_results(folders):
         judge = KNeighborsClassifier(15).fit(plane[~held_out], labels[~held_out])
         accuracy = 100 * judge.score(plane[held_out], labels[held_out])
         assert results["metrics"][f"knn_top1_{name}"] == pytest.approx(accuracy)
+
+
+def test_images_without_class_are_on_the_map_and_not_among_the_neighbours(tmp_path, capsys):
+    labels = [0, 1, None, 1] * 10
+    images, feature = [picture_row(i) for i in range(40)], datasets.ClassLabel(2)
+    path = write_parquet(tmp_path / "set.parquet", images, label=(labels, feature))
+    data = load_images(str(path), hold_out=False)
+    parts = {
+        "images": torch.zeros(40, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor(data.train["label"][:]),
+        "rows": list(range(40)), "files": [None] * 40, "held_out": [i >= 30 for i in range(40)],
+    }  # fmt: skip
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    map_script.save(MapArguments(knn_k=3), data, dict.fromkeys(("x", "y", "map"), points), parts, "", tmp_path)
+    known = parts["labels"].numpy() >= 0
+    bank, queries = known & (np.arange(40) < 30), known & (np.arange(40) >= 30)
+    judge = KNeighborsClassifier(3).fit(points[bank], parts["labels"][bank])
+    accuracy = 100 * judge.score(points[queries], parts["labels"][queries])
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["knn_top1_map"] == pytest.approx(accuracy)
+    assert "10 images without class are on the map" in capsys.readouterr().out
 
 
 def test_points_of_the_map_are_the_embeddings_of_the_last_stage(folders):
