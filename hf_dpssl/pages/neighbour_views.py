@@ -22,7 +22,7 @@ _BATCH = 64
 
 
 class PictureBank:
-    """Held-out pictures of a data set, spread evenly over it, with their classes.
+    """Held-out pictures of a data set, drawn at random, with their classes.
 
     Args:
         dataset: as `data.load_images` takes it.
@@ -38,9 +38,9 @@ class PictureBank:
     def __init__(self, dataset: str = "digits", count: int = 500):
         data = load_images(dataset)
         split = data.train if data.evaluation is None else data.evaluation
-        rows = np.unique(np.linspace(0, len(split) - 1, min(count, len(split))).astype(int))
+        rows = data.random_rows(split, count)
         size = data.entry.image_size or THUMBNAIL
-        table = ImageTable(data, split.select(rows.tolist()), size, on_bad_image="skip")
+        table = ImageTable(data, split.select(rows), size, on_bad_image="skip")
         table.preload(2**30, show_progress=False)
         if table.images is None:
             raise ValueError(f"{count} pictures of {size} pixels do not fit into memory: take fewer.")
