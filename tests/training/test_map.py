@@ -127,14 +127,16 @@ def test_stages_are_those_of_t_simcne(folders):
     assert not third["encoder.timm_model.conv1.0.weight"].equal(second["encoder.timm_model.conv1.0.weight"])
 
 
-def test_page_of_the_script_holds_points_evenly_up_to_the_number_asked_for_and_no_address(folders):
+def test_page_of_the_script_holds_as_many_points_as_asked_for_of_each_class_its_share_and_no_address(folders):
     _, folder = folders
     page, content = page_content(folder / "map.html")
     points = datasets.Dataset.from_parquet(str(folder / "points.parquet"), cache_dir=str(folder / "cache"))
-    assert content["names"] == points["file"][::2] and content["labels"] == points["label"][::2]
-    assert content["heldOut"] == [int(flag) for flag in points["held_out"][::2]]
+    rows = [points["file"][:].index(name) for name in content["names"]]
+    assert len(set(rows)) == 24 and np.bincount(content["labels"]).tolist() == [12, 12]
+    assert content["labels"] == points.select(rows)["label"][:]
+    assert content["heldOut"] == [int(flag) for flag in points.select(rows)["held_out"]]
     for shown, name in zip(content["maps"], ("pixels_tsne", "features_tsne", "map"), strict=True):
-        plane = np.stack([points[f"{name}_x"][:], points[f"{name}_y"][:]], axis=1).astype(float)[::2]
+        plane = np.stack([points[f"{name}_x"][:], points[f"{name}_y"][:]], axis=1).astype(float)[rows]
         scaled = (plane - plane.min(0)) * 10_000 / (plane.max(0) - plane.min(0)).max()
         np.testing.assert_allclose(np.array(shown["points"]).reshape(-1, 2), scaled, atol=0.51)
     assert not re.search(r"https?:|//\w|@import|url\(", page.split('src="data:')[0] + page.split("</script>", 1)[1])
