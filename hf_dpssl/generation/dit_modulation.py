@@ -9,21 +9,31 @@ Source: Peebles and Xie 2023, section 3.2 (adaLN-Zero).
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 MEMORY_LIMIT = 128 * 2**20  # bytes of one table; more steps are computed in several rounds
 
 
+_blending: ContextVar[Predictor | None] = ContextVar("_blending", default=None)  # whose model call this thread is in
+
+
 def can_be_split(transformer: nn.Module) -> bool:
     """Whether calling the parts of the model is the same as calling it: no compilation, no hooks, no subclass."""
-    if type(transformer) is not DiTTransformer2DModel or transformer._compiled_call_impl is not None:
-        return False
+    compiled = getattr(transformer, "_compiled_call_impl", None) is not None
+    return type(transformer) is DiTTransformer2DModel and not compiled and not _is_hooked(transformer)
+
+
+def _is_hooked(transformer: nn.Module) -> bool:
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
-    wrapped = any("forward" in vars(module) for module in transformer.modules())  # offloading replaces `forward`
-    return not hooked and not wrapped
+    return hooked or any("forward" in vars(module) for module in transformer.modules())  # as offloading replaces it
 
 
 class Modulations:
@@ -121,6 +131,9 @@ class Predictor:
         labels, others, weights: (B,) each, see `Modulations`; weights None: no blending.
         null_class: label of no class, or None when no step is guided.
         precompute: compute the modulations of all steps first, where the model can be split.
+
+    A blend is computed from the model's parts too, uncompiled; a model with hooks (offloading, caches) or a subclass is
+    called as a whole, with the other class's share added where it embeds labels.
     """
 
     def __init__(
@@ -141,8 +154,13 @@ class Predictor:
             blend = blend and (torch.cat([blend[0], null]), torch.cat([blend[1], torch.zeros_like(blend[1])]))
         self.labels = labels
         self.modulations = None
-        if blend is not None or (precompute and can_be_split(transformer)):
+        self.blend = blend
+        if blend is not None:
             self.transformer = getattr(transformer, "_orig_mod", transformer)  # a compiled model's own
+            split = type(self.transformer) is DiTTransformer2DModel and not _is_hooked(self.transformer)
+        else:
+            split = precompute and can_be_split(transformer)
+        if split:
             self.modulations = Modulations(self.transformer, timesteps, labels, blend)
 
     def __call__(self, latents: Tensor, step: int, guided: bool) -> tuple[Tensor, Tensor | None]:
@@ -153,6 +171,26 @@ class Predictor:
             found = forward_with_modulations(self.transformer, inputs, self.modulations.at(step, rows))
         else:
             timesteps = self.timesteps[step].expand(len(inputs))
-            found = self.transformer(inputs, timestep=timesteps, class_labels=self.labels[rows]).sample
+            options = {"timestep": timesteps, "class_labels": self.labels[rows]}
+            found = (self.transformer if self.blend is None else self._call_blended)(inputs, **options).sample
         found = found.to(latents.dtype)
         return tuple(found.chunk(2)) if guided else (found, None)
+
+    def _call_blended(self, inputs: Tensor, **options):
+        """The model's own call, hooks and all, in which label embeddings are blended; other threads' calls are not."""
+
+        def blend(module: LabelEmbedding, args: tuple, embeddings: Tensor) -> Tensor | None:
+            if _blending.get() is not self:
+                return None
+            others, weights = (part[: len(embeddings)] for part in self.blend)
+            return torch.lerp(embeddings, module.embedding_table(others), weights[:, None].to(embeddings.dtype))
+
+        embedders = [module for module in self.transformer.modules() if isinstance(module, LabelEmbedding)]
+        handles = [embedder.register_forward_hook(blend) for embedder in embedders]
+        token = _blending.set(self)
+        try:
+            return self.transformer._call_impl(inputs, **options)  # uncompiled, which would not see the new hooks
+        finally:
+            _blending.reset(token)
+            for handle in handles:
+                handle.remove()

@@ -65,17 +65,35 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: the autoencoder is not the one of `vae_fingerprint`, or the ids are not 0, 1, 2, ...
         """
-        found = vae_fingerprint and latent_codec.fingerprint(vae)
-        if vae_fingerprint != found:
-            raise ValueError(
-                f"this autoencoder (fingerprint {found[:12]}) is not the one the {generator} was trained "
-                f"on ({vae_fingerprint[:12]}): its latents mean something else. Load the one saved with it."
-            )
+        self._check_fingerprint(vae, vae_fingerprint, generator)
         self.register_modules(vae=vae, **modules)
         id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
         if missing := [i for i in range(len(id2label)) if str(i) not in id2label]:
             raise ValueError(f"id2label must have the ids 0 to {len(id2label) - 1}, but {missing[0]} is missing.")
         self.register_to_config(id2label=id2label, vae_fingerprint=vae_fingerprint)
+
+    def _check_fingerprint(self, vae: latent_codec.Autoencoder, expected: str | None, generator: str) -> None:
+        """ValueError unless an autoencoder, which another one may have replaced, has the expected latents."""
+        if vae is getattr(self, "_checked_vae", None):
+            return
+        if expected is not None and any(tensor.is_meta for tensor in vae.state_dict().values()):
+            raise ValueError(
+                "the autoencoder was replaced and is offloaded layer by layer, so that it cannot be checked: replace "
+                "it before enable_sequential_cpu_offload, and generate once."
+            )
+        found = expected and latent_codec.fingerprint(vae)
+        if expected != found:
+            raise ValueError(
+                f"this autoencoder (fingerprint {found[:12]}) is not the one the {generator} was trained "
+                f"on ({expected[:12]}): its latents mean something else. Load the one saved with it."
+            )
+        self._checked_vae = vae
+
+    @property
+    def components(self) -> dict:
+        """The parts of the pipeline and what belongs to them: `Pipeline(**pipe.components)` has the same classes."""
+        _, options = self._get_signature_keys(self)
+        return super().components | {name: self.config[name] for name in options}
 
     @property
     def class_names(self) -> list[str]:

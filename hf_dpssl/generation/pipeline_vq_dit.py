@@ -9,8 +9,10 @@ Source: Peebles and Xie 2023 (DiT); Ho and Salimans 2022 (classifier-free guidan
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from diffusers import DiTTransformer2DModel, ImagePipelineOutput, SchedulerMixin
@@ -18,11 +20,12 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from ..autoencoder import latent_codec
+from ..models.generators import Generators, read_generator
 from ..models.modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline is loaded with the modules that are imported
 from . import stock_dit
 from .dit_modulation import Predictor
 from .guidance import Guidance
-from .per_image_noise import Generators, PerImageInputs, initial_noise, read_generator, spherical_path, step_generators
+from .per_image_noise import PerImageInputs, initial_noise, spherical_path, step_generators
 from .pipeline_classes import ClassConditionalPipeline, joined
 from .scheduler_steps import (
     PREDICTION_TYPES,
@@ -41,6 +44,17 @@ def switch_off_label_dropout_(transformer: nn.Module) -> None:
     for module in transformer.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
+
+
+def _check_latents(transformer: DiTTransformer2DModel, vae: latent_codec.Autoencoder) -> None:
+    """ValueError unless an autoencoder has latents of the transformer's channels and side."""
+    config = transformer.config
+    theirs = (latent_codec.latent_channels(vae), getattr(vae.config, "latent_size", config.sample_size))
+    if theirs != (config.in_channels, config.sample_size):
+        raise ValueError(
+            f"the autoencoder has latents of {theirs[0]} channels and side {theirs[1]}, the transformer takes "
+            f"{config.in_channels} channels and side {config.sample_size}: they do not belong together."
+        )
 
 
 class VQDiTPipeline(ClassConditionalPipeline):
@@ -82,19 +96,13 @@ class VQDiTPipeline(ClassConditionalPipeline):
             prediction_type = prediction_type_of(scheduler)
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
-        config = transformer.config
         classes = transformer.config.num_embeds_ada_norm
         if id2label is None and classes > 1:
             id2label = {class_id: f"class {class_id}" for class_id in range(classes)}
         exported = classes == stock_dit.STOCK_CLASSES  # its rows beyond the names are copies of the null row
         if id2label and len(id2label) != classes and not (exported and len(id2label) < classes):
             raise ValueError(f"the transformer has {classes} classes, but id2label names {len(id2label)}.")
-        theirs = (latent_codec.latent_channels(vae), getattr(vae.config, "latent_size", config.sample_size))
-        if theirs != (config.in_channels, config.sample_size):
-            raise ValueError(
-                f"the autoencoder has latents of {theirs[0]} channels and side {theirs[1]}, the transformer takes "
-                f"{config.in_channels} channels and side {config.sample_size}: they do not belong together."
-            )
+        _check_latents(transformer, vae)
         switch_off_label_dropout_(transformer)
         modules = dict(transformer=transformer, scheduler=scheduler)
         self._register(id2label, vae, vae_fingerprint, "transformer", **modules)
@@ -112,6 +120,11 @@ class VQDiTPipeline(ClassConditionalPipeline):
     def learned_variance(self) -> bool:
         """Whether the transformer predicts a variance beside the noise."""
         return self.transformer.config.out_channels == 2 * self.transformer.config.in_channels
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the run that goes on, or of the last one; a callback may set `pipe._guidance_scale`, at most 1 is none."""
+        return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
@@ -174,7 +187,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
             strength: in (0, 1], share of the steps that is run on `image`; 0.8 by default, 1 with a mask.
             timesteps, sigmas: noise levels instead of `num_inference_steps`, where the scheduler takes them.
             callback_on_step_end: called as (pipe, step, timestep, tensors) after each step of each batch; "latents"
-                in the dict it returns replaces them.
+                in the dict it returns replaces them, and `pipe._guidance_scale`, where it sets that, guides from then
+                on.
             callback_on_step_end_tensor_inputs: "latents" and/or "prediction".
 
         Returns:
@@ -184,6 +198,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
             ValueError: an unknown class or output type, guidance below 1, no steps, a scheduler of another prediction
                 type, a wrong number of generators, or pictures, masks or latents of a wrong shape, mode or range.
         """
+        _check_latents(self.transformer, self.vae)
+        self._check_fingerprint(self.vae, self.config.vae_fingerprint, "transformer")
         guided = class_labels is not None
         guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale)
         labels, others, weights = self._labels(class_labels, num_images, num_images_per_label)
@@ -194,6 +210,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         strength = self._strength(image, mask_image, strength)
         trained_with = (self.config.prediction_type, self.config.noise_schedule)
         scheduler = fitting_scheduler(self.scheduler, *trained_with, self.learned_variance)
+        scheduler = copy.deepcopy(scheduler)  # its state is this call's, also where several threads share the pipeline
         pictures, mask, cells = self._pictures_given(image, mask_image, len(labels))
         generator = read_generator(generator, len(labels))
         device = self._execution_device
@@ -207,7 +224,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
         finished = []
         for start in range(0, len(labels), batch_size or len(labels)):
             part = images.rows(start, start + (batch_size or len(labels)))
-            steps = SchedulerSteps(scheduler, num_inference_steps, device, strength, timesteps, sigmas)
+            tokens = (config.sample_size // config.patch_size) ** 2
+            steps = SchedulerSteps(scheduler, num_inference_steps, device, strength, timesteps, sigmas, tokens)
             callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
             finished.append(
                 self._finish(self._denoise(part, steps, guidance, guided, callback), part, quantize, output_type)
@@ -320,17 +338,19 @@ class VQDiTPipeline(ClassConditionalPipeline):
         else:
             images.known = latent_codec.encode(self.vae, images.pictures * 2 - 1)
             latents = steps.noised(images.known, noise, 0)
-        acts = [guided and guidance.acts_at(steps.noise_share(step)) for step in range(len(steps))]
+        acts = any(guidance.acts_at(steps.noise_share(step)) for step in range(len(steps)))
         blend = None if images.others is None else (images.others, images.weights)
-        null_class = self.null_class if any(acts) else None
+        null_class = self.null_class if guided and (acts or callback[0] is not None) else None
         predict = Predictor(
             self.transformer, steps.timesteps, images.labels, blend, null_class, self.precompute_modulations
         )
         self._num_timesteps = len(steps)
+        self._guidance_scale = guidance.scale
         for step in self.progress_bar(range(len(steps))):
             if self._interrupt:
                 break
-            prediction, without = predict(steps.model_input(latents, step), step, acts[step])
+            acts = guided and guidance.acts_at(steps.noise_share(step))
+            prediction, without = predict(steps.model_input(latents, step), step, acts)
             if without is not None:
                 prediction = guidance.combine(prediction, without, channels)
             latents = steps.step(prediction, step, latents, images.generators)
@@ -338,8 +358,10 @@ class VQDiTPipeline(ClassConditionalPipeline):
                 latents = torch.where(images.cells > 0, latents, steps.noised(images.known, noise, step + 1))
             if callback[0] is not None:
                 tensors = {"latents": latents, "prediction": prediction}
+                self._guidance_scale = guidance.scale
                 changed = callback[0](self, step, steps.timesteps[step], {name: tensors[name] for name in callback[1]})
                 latents = (changed or {}).get("latents", latents)
+                guidance = replace(guidance, scale=max(1.0, self._guidance_scale))
         return latents
 
     def _finish(self, latents: Tensor, images: PerImageInputs, quantize: bool, output_type: str):

@@ -26,11 +26,10 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from ..models.generators import Generators, read_generator
 from ..models.modeling_vq import VQAutoencoder
 from .choices import ARCHITECTURES
 from .pipeline_classes import ClassConditionalPipeline
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 def make_language_model(
@@ -196,24 +195,29 @@ class VQTokenPipeline(ClassConditionalPipeline):
         vae_fingerprint: str | None = None,
     ):
         super().__init__()
+        self._check_vocabulary(language_model, vae, len(id2label or {}))
+        self._register(id2label, vae, vae_fingerprint, "language model", language_model=language_model)
+
+    @staticmethod
+    def _check_vocabulary(language_model: PreTrainedModel, vae: VQAutoencoder, num_classes: int) -> None:
+        """ValueError unless the model's tokens and positions are those of the autoencoder's codes and the classes."""
         if vae.quantizer is None:
             raise ValueError(
                 f"this autoencoder (quantizer={vae.config.quantizer!r}) has no codes: take one with a codebook."
             )
-        self._register(id2label, vae, vae_fingerprint, "language model", language_model=language_model)
         config = language_model.config
-        num_classes = len(id2label or {})
         expected = vae.config.num_codes + num_classes + 1
         if config.vocab_size != expected:
             raise ValueError(
                 f"the language model has {config.vocab_size} tokens, but {vae.config.num_codes} codes, {num_classes} "
                 f"classes and the null token make {expected}: it belongs to another codebook or other classes."
             )
-        positions = getattr(config, "max_position_embeddings", self.num_tokens)
-        if positions < self.num_tokens:
+        needed = vae.config.latent_size**2
+        positions = getattr(config, "max_position_embeddings", needed)
+        if positions < needed:
             raise ValueError(
                 f"the language model has {positions} positions, but an image of this autoencoder has "
-                f"{self.num_tokens} codes: it belongs to another image size."
+                f"{needed} codes: it belongs to another image size."
             )
 
     @property
@@ -250,7 +254,7 @@ class VQTokenPipeline(ClassConditionalPipeline):
             top_k: draw among the so many most probable codes only.
             top_p: draw among the fewest codes that together hold this probability, (0, 1].
             generator: one for all images, or a list of one per image; with a list, each image's codes do not
-                depend on the others (up to codes whose scores agree within rounding).
+                depend on the others (up to codes whose scores agree within rounding). Integers are seeds.
             output_type: "pil", "np" (N, H, W, C) in [0, 1], "pt" (N, C, H, W) in [0, 1], or "codes" (N, h, w) int64.
             num_images: number of images without class; 1 by default.
             return_dict: False gives a tuple.
@@ -263,6 +267,8 @@ class VQTokenPipeline(ClassConditionalPipeline):
         Raises:
             ValueError: an unknown class or output type, an option out of range, or a wrong number of generators.
         """
+        self._check_vocabulary(self.language_model, self.vae, len(self.config.id2label))
+        self._check_fingerprint(self.vae, self.config.vae_fingerprint, "language model")
         num_codes = self.vae.config.num_codes
         side = self.vae.config.latent_size
         count = 1 if num_images is None else num_images
@@ -271,7 +277,7 @@ class VQTokenPipeline(ClassConditionalPipeline):
         self._check_request(first, class_labels, num_images, guidance_scale, generator, output_type, "codes")
         guided = guidance_scale > 1 and class_labels is not None
         scale = guidance_scale if guided else 1.0
-        sampler = CodeSampler(num_codes, generator, scale, temperature, top_k, top_p)
+        sampler = CodeSampler(num_codes, read_generator(generator, len(first)), scale, temperature, top_k, top_p)
         prompt = torch.tensor(first + [self.null_token] * len(first) * guided, device=self._execution_device)[:, None]
         tokens = self.language_model.generate(
             prompt,

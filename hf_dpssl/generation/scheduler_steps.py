@@ -110,6 +110,7 @@ class SchedulerSteps:
         device: of the timesteps.
         strength: in (0, 1], the share of the steps that is run, from a noised picture; None: all, from noise.
         timesteps, sigmas: given noise levels instead of `num_steps`, where the scheduler takes them.
+        num_tokens: of an image in the transformer; with them a scheduler's dynamic shift grows.
 
     Raises:
         ValueError: no step is left, or the scheduler cannot do it.
@@ -123,7 +124,9 @@ class SchedulerSteps:
         strength: float | None = None,
         timesteps: list | None = None,
         sigmas: list | None = None,
+        num_tokens: int = 256,
     ):
+        self.num_tokens = num_tokens
         self.scheduler = scheduler
         first = 0
         given = {"timesteps": timesteps, "sigmas": sigmas}
@@ -144,7 +147,17 @@ class SchedulerSteps:
         name = type(self.scheduler).__name__
         if missing := [key for key in given if key not in allowed]:
             raise ValueError(f"{name} takes no {missing[0]}; give num_inference_steps, or another scheduler.")
-        self.scheduler.set_timesteps(**(given or {"num_inference_steps": num_steps}), device=device)
+        given = given or {"num_inference_steps": num_steps}
+        config = self.scheduler.config
+        if config.get("use_dynamic_shifting", False):
+            if "mu" not in allowed or not {"base_shift", "max_shift"} <= set(config):
+                raise ValueError(
+                    f"{name} does not say how its dynamic shift grows with the image: set use_dynamic_shifting=False, "
+                    "or take FlowMatchEulerDiscreteScheduler."
+                )
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            given["mu"] = config.base_shift + slope * (self.num_tokens - config.base_image_seq_len)
+        self.scheduler.set_timesteps(**given, device=device)
 
     def _first_step(self, calls: int, strength: float) -> int:
         scheduler = self.scheduler

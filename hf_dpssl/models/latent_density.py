@@ -96,7 +96,8 @@ class LatentDensity(nn.Module):
         latents = torch.empty_like(noise)
         for component in range(len(self.weights)):
             rows = chosen == component
-            latents[rows] = self.means[component].cpu() + noise[rows] @ self.factors[component].cpu().T
+            mean, factor = (of_all[component].float().cpu() for of_all in (self.means, self.factors))
+            latents[rows] = mean + noise[rows] @ factor.T
         return latents.to(self.means.device)
 
 

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .complete_loading import load_complete
 from .gan_options import DENSITIES, LATENTS
+from .generators import Generators, read_generator
 from .latent_density import LatentDensity
 from .pixel_checks import check_pixel_values
 
@@ -182,7 +183,7 @@ class VAEGAN(PreTrainedModel):
         expected = (config.num_channels, config.image_size, config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(f"images must be (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}.")
-        mean, log_variance = self.encoder(pixel_values).chunk(2, dim=1)
+        mean, log_variance = self.encoder(pixel_values.to(self.dtype)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def standardize(self, features: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ class VAEGAN(PreTrainedModel):
         """Images (B, C, S, S) in [-1, 1] of latents (B, latent_dim)."""
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
             raise ValueError(f"latents must be (B, {self.config.latent_dim}), got {tuple(latents.shape)}.")
-        return self.generator(latents)
+        return self.generator(latents.to(self.dtype))
 
     def forward(
         self, pixel_values: Tensor | None = None, noise: Tensor | None = None, latents: Tensor | None = None
@@ -221,7 +222,7 @@ class VAEGAN(PreTrainedModel):
     def generate(
         self,
         num_images: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         *,
         latents: Tensor | None = None,
         batch_size: int = 256,
@@ -232,19 +233,23 @@ class VAEGAN(PreTrainedModel):
 
         Args:
             num_images: at least 1; with `latents` their number, or None.
-            generator: of the latents, on the CPU; None: torch's global one.
+            generator: of the latents, on the CPU, or a seed; a list of one per image; None: torch's global one.
             latents: (N, latent_dim), in place of drawn ones.
             batch_size: images decoded at once.
 
         Raises:
-            ValueError: neither or two different numbers of images, or a batch size below 1.
+            ValueError: neither or two different numbers of images, another one of generators, or a batch size below 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if latents is None:
             if num_images is None:
                 raise ValueError("generate needs num_images, or latents.")
-            latents = self.density.sample(num_images, generator)
+            generator = read_generator(generator, num_images)
+            if isinstance(generator, list):
+                latents = torch.cat([self.density.sample(1, one) for one in generator])
+            else:
+                latents = self.density.sample(num_images, generator)
         elif num_images not in (None, len(latents)):
             raise ValueError(f"num_images is {num_images}, but there are {len(latents)} latents: leave one out.")
         latents = latents.to(self.device, self.dtype)

@@ -96,9 +96,7 @@ def stream_pictures(
     Steps that end less than `frame_seconds` after the last one shown are left out, and not decoded.
     Several may run on one pipeline at a time. Closing the iterator stops the run.
     """
-    pipeline = copy.copy(pipeline)  # the weights are shared, not what a run changes: schedulers count its steps
-    if isinstance(pipeline, VQDiTPipeline):
-        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+    pipeline = copy.copy(pipeline)  # the weights are shared, not what a run changes, as its interruption
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.number)]
     options = request.options(type(pipeline)) | {"generator": generators}
     labels = list(request.labels) or None

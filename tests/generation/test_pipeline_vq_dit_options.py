@@ -1,6 +1,8 @@
 """The pipeline's options: guidance, micro-batches, callbacks, pictures, masks, mixtures, devices, and bad input."""
 
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -93,7 +95,9 @@ def test_callback_sees_each_step_and_may_replace_latents(pipeline):
     found = latents_of(pipeline, [0], callback_on_step_end=callback)
     assert torch.equal(found, torch.zeros(1, 4, 8, 8)) and pipeline.num_timesteps == 4
     assert [entry[0] for entry in seen] == [0, 1, 2, 3]
-    assert [entry[1] for entry in seen] == pipeline.scheduler.timesteps.tolist()
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(4)
+    assert [entry[1] for entry in seen] == scheduler.timesteps.tolist()
 
 
 def test_interrupt_stops_the_steps_and_leaves_out_what_was_not_begun(pipeline):
@@ -167,6 +171,92 @@ def test_compiled_and_offloaded_models_give_the_same_images():
     pipeline.enable_model_cpu_offload(device="cpu")
     assert "forward" in vars(pipeline.transformer)
     torch.testing.assert_close(draw(pipeline, [0, 1], image=picture(), strength=0.5), whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["flow", "epsilon"])
+def test_one_pipeline_gives_several_threads_the_images_it_gives_one(objective):
+    pipeline = make_pipeline(objective=objective)
+    runs = [
+        {"generator": seed, "num_inference_steps": steps, "guidance_scale": scale, "class_labels": label}
+        for seed, (steps, scale, label) in enumerate(
+            [(5, 1.0, [0]), (9, 3.0, [1]), (7, 5.0, [("cat", "dog", 0.3)]), (6, 2.0, [2])]
+        )
+    ]
+    alone = [pipeline(output_type="latent", **run).images for run in runs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            together = pool.map(lambda run: pipeline(output_type="latent", **run).images, runs)
+            for found, expected in zip(together, alone, strict=True):
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_hooks_run_also_for_mixtures_of_classes_and_change_no_image():
+    for label, guidance in (([("cat", "dog", 0.3)], 3.0), ([("cat", None, 0.5), "dog"], 1.0)):
+        pipeline = make_pipeline()
+        expected = latents_of(pipeline, label, guidance_scale=guidance)
+        calls = []
+        for module in (pipeline.transformer, pipeline.transformer.transformer_blocks[1]):
+            module.register_forward_hook(lambda module, args, output, calls=calls: calls.append(module))
+        found = latents_of(pipeline, label, guidance_scale=guidance)
+        assert calls == [pipeline.transformer.transformer_blocks[1], pipeline.transformer] * 4
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        embedders = [block.norm1.emb.class_embedder for block in pipeline.transformer.transformer_blocks]
+        assert not any(embedder._forward_hooks for embedder in embedders), "ours are gone"
+    offloaded = make_pipeline()
+    offloaded.enable_model_cpu_offload(device="cpu")
+    options = {"class_labels": [("cat", "dog", 0.3)], "generator": 0, "num_inference_steps": 3, "output_type": "pt"}
+    torch.testing.assert_close(offloaded(**options).images, make_pipeline()(**options).images, rtol=0, atol=1e-4)
+
+
+def test_a_callback_changes_the_guidance_from_its_step_on(pipeline):
+    def change(to, at):
+        def callback(pipe, step, timestep, tensors):
+            if step == at:
+                pipe._guidance_scale = to
+            seen.append(pipe.guidance_scale)
+            return {}
+
+        return callback
+
+    for start, to, at in ((3.0, 0.0, 1), (1.0, 4.0, 0), (2.0, 5.0, 2)):
+        seen = []
+        found = latents_of(pipeline, [0], guidance_scale=start, callback_on_step_end=change(to, at))
+        assert seen[: at + 1] == [start] * at + [to] and pipeline.guidance_scale == max(1, to)
+        first, second = ({"guidance_scale": max(1.0, scale)} for scale in (start, to))
+        trace = []
+
+        def keep(pipe, step, timestep, tensors, trace=trace):
+            trace.append(tensors["latents"])
+            return {}
+
+        latents_of(pipeline, [0], **first, callback_on_step_end=keep)
+        before = trace[at].clone()
+        trace.clear()
+
+        def jump(pipe, step, timestep, tensors, before=before, at=at):
+            return {"latents": before} if step == at else {}
+
+        expected = latents_of(pipeline, [0], **second, callback_on_step_end=jump)  # as if it had come here by the first
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_parts_that_are_replaced_are_checked_at_the_call_and_components_keep_names_and_fingerprint():
+    pipeline, other = make_pipeline(), make_pipeline(seed=1)
+    again = VQDiTPipeline(**pipeline.components)
+    assert again.class_names == NAMES and dict(again.config) == dict(pipeline.config)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(again, ["dog"]), draw(pipeline, ["dog"]))
+    with pytest.raises(ValueError, match="is not the one the transformer was trained on"):
+        VQDiTPipeline(**pipeline.components | {"vae": other.vae})
+    own = pipeline.vae
+    pipeline.vae = other.vae
+    with pytest.raises(ValueError, match="is not the one the transformer was trained on"):
+        draw(pipeline, [0])
+    pipeline.vae = copy.deepcopy(own)
+    draw(pipeline, [0])
+    pipeline.vae.config.latent_channels = 3
+    with pytest.raises(ValueError, match="do not belong together"):
+        draw(pipeline, [0])
 
 
 def test_precision_moves_keep_the_noise(pipeline):

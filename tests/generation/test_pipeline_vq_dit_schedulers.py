@@ -1,5 +1,8 @@
 """Every diffusers scheduler that fits: it reaches the only image of a point-mass model, whatever the batch."""
 
+import math
+from typing import ClassVar
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, schedulers
@@ -122,20 +125,23 @@ def test_image_does_not_depend_on_its_batch_nor_on_micro_batches(network, kind, 
 class NoiseOnly(schedulers.DDPMScheduler):
     """DDPM whose steps see 0 in place of latents and predictions, so that only their noise is left; keeps it."""
 
+    drawn: ClassVar[list] = []  # of the class: a call works on a copy of the scheduler
+
     def step(self, model_output, timestep, sample, generator=None, return_dict=True):
         zeros = torch.zeros_like(sample)
         after = super().step(zeros, timestep, zeros, generator=generator, return_dict=return_dict)
-        self.drawn = [*getattr(self, "drawn", []), after[0]]
+        self.drawn.append(after[0])
         return after
 
 
 def test_noise_of_an_image_is_bit_identical_in_every_batch_also_in_stochastic_steps(network):
     def noises(labels, generators):
         scheduler = NoiseOnly.from_config(make_scheduler("epsilon").config)
+        NoiseOnly.drawn.clear()
         pipeline = VQDiTPipeline(network.transformer, network.vae, scheduler, dict(enumerate(NAMES)))
         pipeline.set_progress_bar_config(disable=True)
         latents_of(pipeline, labels, generator=generators, num_inference_steps=4)
-        return torch.stack(scheduler.drawn)
+        return torch.stack(NoiseOnly.drawn)
 
     together, alone = noises([0, 1, 2], [5, 6, 7]), noises([1], [6])
     assert together.std() > 0 and torch.equal(together[:, 1:2], alone)
@@ -195,6 +201,7 @@ def test_learned_variance_of_ddpm_lies_between_the_two_bounds_as_published(netwo
         pipeline.transformer.__class__, pipeline.transformer.v, trace = Varied, v, []
         latents_of(pipeline, [0], callback_on_step_end=lambda *args, trace=trace: trace.append(args[3]["latents"]))
         first[v] = trace[0]
+    scheduler.set_timesteps(12)
     now, after = (int(t) for t in scheduler.timesteps[:2])
     alphas = scheduler.alphas_cumprod.double()
     beta = 1 - alphas[now] / alphas[after]
@@ -234,6 +241,7 @@ def test_sampling_with_learned_variance_equals_the_published_loop_whose_last_ste
         source = generator()
         noise = torch.randn(1, 4, 8, 8, generator=source)
         found = latents_of(pipeline, [1], num_inference_steps=10, guidance_scale=1.0)
+        pipeline.scheduler.set_timesteps(10)
         timesteps = pipeline.scheduler.timesteps.tolist()
         assert len(timesteps) == 10 and timesteps[-1] == last
         expected = published_loop(pipeline, timesteps, noise, source)
@@ -272,6 +280,22 @@ def test_a_scheduler_that_wants_a_variance_is_refused_where_none_is_predicted():
     pipeline.scheduler = make_scheduler("epsilon", learned_variance=True)
     with pytest.raises(ValueError, match="variance_type='learned_range'.*take variance_type='fixed_small'"):
         pipeline([0], num_inference_steps=1)
+
+
+def test_dynamic_shifting_follows_the_image_s_tokens_or_is_refused_in_a_sentence():
+    """Esser et al. 2024, equation 23, as Flux applies it: noise level s becomes e^mu / (e^mu + 1/s - 1)."""
+    pipeline = point_mass_pipeline("flow", schedulers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    found = latents_of(pipeline, [0], num_inference_steps=4, guidance_scale=1.0)
+    torch.testing.assert_close(found, pipeline.transformer.target, rtol=0, atol=1e-3)
+    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (16 - 256)  # 8 x 8 latents in patches of 2: 16 tokens
+    levels = torch.linspace(1, 1 / 1000, 4, dtype=torch.float64)
+    expected = 1000 * math.exp(mu) / (math.exp(mu) + 1 / levels - 1)
+    shown = torch.stack([timestep[0] for _, timestep in pipeline.transformer.shown]).double()
+    torch.testing.assert_close(shown, expected, rtol=1e-4, atol=0)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_dynamic_shifting": True}
+    pipeline = point_mass_pipeline("flow_prediction", schedulers.UniPCMultistepScheduler(**flow))
+    with pytest.raises(ValueError, match="does not say how its dynamic shift grows.*use_dynamic_shifting=False"):
+        latents_of(pipeline, [0])
 
 
 def test_from_config_keeps_the_noise_schedule_and_another_one_is_refused():

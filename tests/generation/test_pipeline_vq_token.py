@@ -163,6 +163,25 @@ def test_image_of_its_own_generator_does_not_depend_on_the_batch(pipeline):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_seeds_lists_and_tuples_stand_for_their_generators(pipeline):
+    assert torch.equal(draw(pipeline, [0, 1], generator=7), draw(pipeline, [0, 1], generator=generator(7)))
+    expected = draw(pipeline, [0, 1], generator=[generator(5), generator(6)])
+    for given in ([5, 6], (5, generator(6))):
+        assert torch.equal(draw(pipeline, [0, 1], generator=given), expected)
+
+
+def test_components_make_the_same_pipeline_and_a_replaced_autoencoder_is_checked_at_the_call():
+    pipeline = make_pipeline()
+    again = VQTokenPipeline(**pipeline.components)
+    assert again.class_names == NAMES and torch.equal(draw(again, [1]), draw(pipeline, [1]))
+    again.vae = make_vae(seed=1)
+    with pytest.raises(ValueError, match="not the one the language model was trained on"):
+        draw(again, [1])
+    again.vae = make_vae(num_codes=CODES + 1)
+    with pytest.raises(ValueError, match="belongs to another codebook"):
+        draw(again, [1])
+
+
 def test_names_ids_and_mixtures_mean_the_same(pipeline):
     by_id = draw(pipeline, [0, 2, 1])
     assert torch.equal(by_id, draw(pipeline, ["cat", "horse", "dog"]))

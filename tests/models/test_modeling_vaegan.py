@@ -1,5 +1,7 @@
 """VAEGAN and DCGAN: shapes, latents, what generate promises, and checkpoints."""
 
+import copy
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -47,6 +49,27 @@ def test_generated_images_do_not_depend_on_the_batch_size_and_repeat_with_the_ge
         parts = model.generate(7, torch.Generator().manual_seed(1), batch_size=2)
         torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-5)
         assert not torch.equal(whole, model.generate(7, torch.Generator().manual_seed(2)))
+
+
+def test_half_precision_generates_encodes_and_decodes_what_float32_does_up_to_its_rounding():
+    for density in ("full", "mixture", "held_out"):
+        model = make(latent="vae", density=density, components=2, bank_size=9 if density == "held_out" else 0)
+        model.density.fit_(torch.randn(30, 6, generator=torch.Generator().manual_seed(0)))
+        expected = model.generate(4, 1), model(images(), torch.zeros(3, 6)).pixel_values
+        for dtype in (torch.bfloat16, torch.float16):
+            half = copy.deepcopy(model).to(dtype)
+            found = half.generate(4, 1), half(images(), torch.zeros(3, 6)).pixel_values
+            for ours, exact in zip(found, expected, strict=True):
+                assert ours.dtype == dtype and (ours.float() - exact).abs().mean() < 0.02
+
+
+def test_a_seed_is_its_generator_and_an_image_with_its_own_does_not_depend_on_the_others():
+    model = make()
+    assert torch.equal(model.generate(3, 5), model.generate(3, torch.Generator().manual_seed(5)))
+    together = model.generate(3, (5, torch.Generator().manual_seed(6), 7))
+    torch.testing.assert_close(together[1:2], model.generate(1, [6]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="2 images need one generator or 2, got 3"):
+        model.generate(2, [1, 2, 3])
 
 
 def test_given_latents_are_decoded_in_order():
