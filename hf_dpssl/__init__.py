@@ -14,4 +14,5 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 if "transformers" in sys.modules:
-    from .models import modeling_contrastive, modeling_vaegan, modeling_vq  # noqa: F401 - they register themselves
+    # They register themselves.
+    from .models import modeling_contrastive, modeling_discriminator, modeling_vaegan, modeling_vq  # noqa: F401

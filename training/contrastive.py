@@ -75,8 +75,11 @@ def main(argv: list[str] | None = None) -> Path:
         freeze_all_but_last_layer_(accelerator.unwrap_model(model))
     for batch in loop:
         view_1, view_2 = views(batch["images"], batch["sample_ids"], batch["epoch"])
-        momentum = momentum_at(loop.step, total_steps, momentum=args.momentum, schedule=args.momentum_schedule)
-        output = model(view_1, view_2, momentum=momentum)
+        options = {}
+        if args.negatives == "queue":
+            schedule = {"momentum": args.momentum, "schedule": args.momentum_schedule}
+            options["momentum"] = momentum_at(loop.step, total_steps, **schedule)
+        output = model(view_1, view_2, **options)
         accelerator.backward(output.loss)
         if args.max_grad_norm:
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)

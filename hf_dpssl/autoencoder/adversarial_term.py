@@ -6,7 +6,6 @@ Source: Esser et al. 2021 (start step, adaptive weight); discriminator and gener
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +22,7 @@ logger = logging.getLogger(__name__)
 class AdversarialTerm(AdversarialSettings):
     """The losses of both sides under the settings."""
 
-    def discriminator_loss(
-        self, discriminator: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, step: int = 0
-    ) -> Tensor:
+    def discriminator_loss(self, discriminator: nn.Module, real: Tensor, fake: Tensor, step: int = 0) -> Tensor:
         """Loss of the discriminator on one batch at optimiser step `step`.
 
         Both halves pass through it in one forward; at a step with the penalty each in its own, and that of the real
@@ -33,18 +30,19 @@ class AdversarialTerm(AdversarialSettings):
         """
         loss = ADVERSARIAL_LOSSES[self.loss][0]
         if not self.r1_weight or (step - self.start) % self.r1_interval:
-            real_logits, fake_logits = discriminator(torch.cat([real, fake.detach()])).float().tensor_split([len(real)])
+            logits = discriminator(torch.cat([real, fake.detach()])).logits.float()
+            real_logits, fake_logits = logits.tensor_split([len(real)])
             return loss(real_logits, fake_logits)
         real = real.detach().requires_grad_(True)
-        real_logits = discriminator(real).float()
-        fake_logits = discriminator(fake.detach()).float()
+        real_logits = discriminator(real).logits.float()
+        fake_logits = discriminator(fake.detach()).logits.float()
         penalty = r1_penalty_of_logits(real_logits, real)
         return loss(real_logits, fake_logits) + self.r1_weight * self.r1_interval * penalty
 
     def value(self, discriminator: nn.Module, fake: Tensor) -> Tensor:
         """The generator's loss alone, unweighted; the discriminator (not wrapped) takes no gradient from it."""
         discriminator.requires_grad_(False)
-        loss = ADVERSARIAL_LOSSES[self.loss][1](discriminator(fake).float())
+        loss = ADVERSARIAL_LOSSES[self.loss][1](discriminator(fake).logits.float())
         discriminator.requires_grad_(True)
         return loss
 
@@ -58,11 +56,11 @@ class AdversarialTerm(AdversarialSettings):
         """
         discriminator.requires_grad_(False)
         with torch.no_grad():
-            wanted = discriminator(real, with_hidden=True)[1]
-        logits, hidden = discriminator(fake, with_hidden=True)
+            wanted = discriminator(real).hidden
+        found = discriminator(fake)
         discriminator.requires_grad_(True)
-        error = F.mse_loss(hidden[: len(real)].float(), wanted.float())
-        return ADVERSARIAL_LOSSES[self.loss][1](logits.float()), error
+        error = F.mse_loss(found.hidden[: len(real)].float(), wanted.float())
+        return ADVERSARIAL_LOSSES[self.loss][1](found.logits.float()), error
 
     def generator_loss(
         self, discriminator: nn.Module, fake: Tensor, reconstruction_loss: Tensor, last_layer: Tensor

@@ -15,18 +15,25 @@ from torch import Tensor, nn
 
 from ..models.modeling_vq import VQAutoencoder
 from ..models.pixel_checks import check_pixel_values
-from ..models.weight_hashes import combined_sha256, tensor_sha256
+from ..models.weight_hashes import combined_sha256, rounded_sha256, value_sha256
 
 Autoencoder = VQAutoencoder | AutoencoderKL | VQModel
 Pictures = Image.Image | np.ndarray | Tensor | list
 
 
 def fingerprint(vae: Autoencoder) -> str:
-    """One hash of all that decides the latents."""
+    """One hash of all that decides the latents; of diffusers' also the beginnings of those of its roundings."""
     if isinstance(vae, VQAutoencoder):
         return vae.fingerprint()
     parts = ("encoder", "quant_conv", "quantize")
-    return combined_sha256(tensor_sha256({n: t for n, t in vae.state_dict().items() if n.split(".")[0] in parts}))
+    tensors = {n: t for n, t in vae.state_dict().items() if n.split(".")[0] in parts}
+    return "-".join([combined_sha256(value_sha256(tensors)), *(one[:16] for one in rounded_sha256(tensors))])
+
+
+def has_fingerprint(vae: Autoencoder, expected: str) -> bool:
+    """Whether the autoencoder is the one of a fingerprint, or a rounding of it in half precision."""
+    found = fingerprint(vae)
+    return found == expected or found[:16] in expected.split("-")[1:]
 
 
 def latent_channels(vae: Autoencoder) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.contrastive_options import DOF_RANGE, check_learnable_dof, check_share
+from ..models.float32_module import Float32Module
 from ..models.gather import broadcast_
 from .kernels import Kernel, log_similarities, make_kernel, squared_distances
 
@@ -98,7 +99,7 @@ def _log_similarities(dissimilarities: Tensor, temperature: Tensor, dof: float |
     return kernel.of_squared_distances(dissimilarities)
 
 
-class KernelCalibration(nn.Module):
+class KernelCalibration(Float32Module):
     """Temperature and degrees of freedom of a kernel: given numbers, or calibrated and learned.
 
     temperature="auto", embeddings of a bounded scale (cosine, or normalised features): each training step finds the
@@ -146,7 +147,7 @@ class KernelCalibration(nn.Module):
         self.given_dof = dof
         if temperature == "auto":
             check_share(self.perplexity)
-            self.register_buffer("log_temperature", torch.tensor(math.log(COSINE_START)))
+            self.register_buffer("log_temperature", torch.tensor(math.log(COSINE_START), dtype=torch.float32))
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         if learnable_dof:
             self.raw_dof = nn.Parameter(raw_from_dof(dof))

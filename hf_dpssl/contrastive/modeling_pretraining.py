@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from ..models.blocks import ProjectionHead, guard_one_pixel_convolutions_
 from ..models.complete_loading import load_complete
 from ..models.gather import deal_out, gather_dealt, gather_with_gradient, gather_without_gradient, in_turns, own_rows
+from ..models.meta_weights import draw_after_meta_
 from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..models.registration import push_to_hub
 from .batch_norm import batch_norms, set_batch_norm_
@@ -80,6 +82,11 @@ class ContrastivePreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear | nn.BatchNorm1d) and not loaded:
             module.reset_parameters()
 
+    def init_weights(self) -> None:
+        """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
+        draw_after_meta_(self)
+        super().init_weights()
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> ContrastivePreTrainedModel:
         """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
@@ -94,7 +101,7 @@ class ContrastivePreTrainedModel(PreTrainedModel):
         return list(self.calibration.parameters())
 
     def _embed(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.encoder(pixel_values).pooler_output
+        features = self.encoder(pixel_values, return_dict=True).pooler_output
         return features, self.head(features)
 
 
@@ -106,13 +113,13 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         set_batch_norm_(self, config.batch_norm, config.batch_norm_splits)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         paired_pixel_values: Tensor | None = None,
         weights: Tensor | None = None,
         return_loss: bool = True,
-        **kwargs,
     ) -> ContrastiveOutput:
         """Embed one view, and with `paired_pixel_values` (the other view, same order) compute the loss.
 
@@ -190,10 +197,12 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
             key_parameters = [*self.key_encoder.parameters(), *self.key_head.parameters()]
             ema_update_(key_parameters, self.trainable_parameters(), config.momentum if momentum is None else momentum)
         if not self.training or config.batch_norm == "global" or not batch_norms(self):
-            return gather_without_gradient(self.key_head(self.key_encoder(pixel_values).pooler_output))
+            return gather_without_gradient(
+                self.key_head(self.key_encoder(pixel_values, return_dict=True).pooler_output)
+            )
         splits = config.batch_norm_splits
         images = in_turns(deal_out(pixel_values), splits)  # neighbours, which the queries' parts keep apart, together
-        keys = self.key_head(self.key_encoder(images).pooler_output)
+        keys = self.key_head(self.key_encoder(images, return_dict=True).pooler_output)
         return gather_dealt(in_turns(keys, len(keys) // splits))
 
     def _of_one_pair(self, pixel_values: Tensor) -> ContrastiveOutput:
@@ -205,13 +214,13 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
             module.training = mode
         return ContrastiveOutput(0 * queries.sum(), queries, features=features)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
         paired_pixel_values: Tensor | None = None,
         momentum: float | None = None,
         return_loss: bool = True,
-        **kwargs,
     ) -> ContrastiveOutput:
         """Queries of `pixel_values` (B, C, H, W); with `paired_pixel_values` also keys and the loss.
 

@@ -135,16 +135,22 @@ def _check_target(target: Path, overwrite: bool) -> None:
             raise FileExistsError(f"{target} is no exported model and is not replaced: choose another folder.")
 
 
+class _EncoderWithoutCode(ContrastiveEncoder):
+    """Writes no code of ours beside its weights."""
+
+    _auto_class = None
+
+
 @torch.no_grad()
 def _write_timm(folder: Path, target: Path) -> Written:
-    encoder = ContrastiveEncoder.from_pretrained(folder).eval()
+    encoder = _EncoderWithoutCode.from_pretrained(folder).eval()
     config = encoder.config
     if config.stem != "timm":
         raise ValueError(
             f"timm cannot express this encoder: its stem is {config.stem!r}, a 3x3 convolution of stride 1 in a "
             "ResNet. Train with --stem timm, or export it as onnx."
         )
-    encoder._auto_class = config._auto_class = config.auto_map = None  # no code of ours beside the weights
+    config._auto_class = config.auto_map = None
     encoder.save_pretrained(target)
     settings = config.pretrained_cfg or encoder.timm_model.pretrained_cfg
     images = torch.randn(2, *settings["input_size"], generator=torch.Generator().manual_seed(0)).to(encoder.dtype)

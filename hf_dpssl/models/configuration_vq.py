@@ -53,6 +53,8 @@ class VQConfig(PretrainedConfig):
             place of the convolutional encoder; `encoder_block_out_channels` is then the decoder's and means nothing.
         encoder_sha256: hash of every tensor of encoder, quant_conv and codebook; in decoupled training
             taken before stage 2 and checked after it.
+        encoder_rounded_sha256: of encoder and quant_conv as half precision rounds them, by which a model that was cast,
+            saved and loaded in whatever precision is known to be the same.
         latent_mean, latent_std: per channel, of latents of training images, measured when training ends.
         dpssl: recipe, metrics and code statistics of the run that made the checkpoint.
     """
@@ -90,6 +92,7 @@ class VQConfig(PretrainedConfig):
         codebook_frozen: bool = True,
         backbone: dict | None = None,
         encoder_sha256: dict[str, str] | None = None,
+        encoder_rounded_sha256: list[str] | None = None,
         latent_mean: list[float] | None = None,
         latent_std: list[float] | None = None,
         dpssl: dict | None = None,
@@ -126,6 +129,7 @@ class VQConfig(PretrainedConfig):
         self.backbone = backbone
         self.attention_levels = sorted(attention_levels or [])
         self.encoder_sha256 = encoder_sha256
+        self.encoder_rounded_sha256 = encoder_rounded_sha256
         self.latent_mean = latent_mean
         self.latent_std = latent_std
         self.dpssl = dpssl or {}

@@ -13,10 +13,9 @@ import json
 import math
 import os
 
+import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
@@ -32,6 +31,7 @@ from .contrastive_options import (
     check_share,
     check_temperature,
 )
+from .meta_weights import draw_after_meta_
 
 _METHOD_FIELDS = [
     "stem",
@@ -169,6 +169,14 @@ class ContrastiveConfig(TimmWrapperConfig):
         config_dict.setdefault("label_names", [])
         return config_dict, kwargs
 
+    def _layer_names(self) -> dict:
+        """The entries by which timm finds the layers that `num_classes` and `in_chans` exchange."""
+        entry = timm.get_pretrained_cfg(self.architecture)
+        names = {} if entry is None else {"classifier": entry.classifier, "first_conv": entry.first_conv}
+        if (self.model_args or {}).get("in_chans", 3) not in (1, 3):
+            names.pop("first_conv", None)  # timm converts from 1 and 3 channels, and draws others at random
+        return {name: layer for name, layer in names.items() if layer}
+
     def to_timm_dict(self, num_features: int) -> dict:
         """The config.json that stock timm and transformers read; the method goes under `dpssl`."""
         method = {name: getattr(self, name) for name in _METHOD_FIELDS}
@@ -176,7 +184,7 @@ class ContrastiveConfig(TimmWrapperConfig):
             "architecture": self.architecture,
             "num_classes": 0,
             "num_features": num_features,
-            "pretrained_cfg": self.pretrained_cfg | {"num_classes": 0},
+            "pretrained_cfg": self._layer_names() | self.pretrained_cfg | {"num_classes": 0},
             "dpssl": self.dpssl | {"method": method},
         }
         if self.model_args:  # never with num_classes, which AutoModel would then get twice
@@ -196,6 +204,7 @@ class ContrastiveEncoder(TimmWrapperModel):
 
     config_class = ContrastiveConfig
     _supports_sdpa = True  # timm dispatches attention itself
+    _no_split_modules = ["ContrastiveEncoder"]  # as TimmWrapperModel names itself: timm's models are kept whole
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
@@ -208,6 +217,11 @@ class ContrastiveEncoder(TimmWrapperModel):
         # the checkpoint are recomputed by the timm module itself.
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()
+
+    def init_weights(self) -> None:
+        """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
+        draw_after_meta_(self)
+        super().init_weights()
 
     @property
     def num_features(self) -> int:
@@ -226,20 +240,22 @@ class ContrastiveEncoder(TimmWrapperModel):
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
         **kwargs,
     ) -> None:
-        """Write the folder described in the class docstring; arguments as `PreTrainedModel.save_pretrained`."""
-        if self.config.stem != "timm":
-            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        """Write the folder described in the class docstring; arguments as `PreTrainedModel.save_pretrained`.
+
+        With adapters (`add_adapter`) only those are written, as by every class of transformers.
+        """
+        options = {"max_shard_size": max_shard_size, "variant": variant} | kwargs
+        if self.config.stem != "timm" or getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **options)
             return
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        weights = {key.removeprefix("timm_model."): value for key, value in state_dict.items()}
+        super().save_pretrained(save_directory, is_main_process, weights, **options)
         if is_main_process:
-            os.makedirs(save_directory, exist_ok=True)
-            for custom in (self, self.config):
-                if custom._auto_class is not None:
-                    custom_object_save(custom, save_directory, config=self.config)
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            weights = {key.removeprefix("timm_model."): value.contiguous() for key, value in state_dict.items()}
-            save_file(weights, os.path.join(save_directory, "model.safetensors"), metadata={"format": "pt"})
             with open(os.path.join(save_directory, "config.json"), "w", encoding="utf-8") as file:
                 file.write(json.dumps(self.config.to_timm_dict(self.num_features), indent=2, sort_keys=True) + "\n")
         if push_to_hub:

@@ -7,13 +7,17 @@ so that images of 16 px leave some patches; group norm in place of batch norm.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .complete_loading import load_complete
 from .gan_options import NORMS
+from .meta_weights import draw_after_meta_
 
 
 class PatchDiscriminatorConfig(PretrainedConfig):
@@ -58,8 +62,19 @@ class PatchDiscriminatorConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+@dataclass
+class PatchDiscriminatorOutput(ModelOutput):
+    """logits: (B, 1, h, w), high for real; hidden: (B, D, h, w), the features of which the last layer takes them."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+
+
 class PatchDiscriminator(PreTrainedModel):
-    """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), high for real; sides of at least 2^num_layers * 2."""
+    """Images (B, C, H, W) in [-1, 1] -> logits (B, 1, h, w), high for real; sides of at least 2^(num_layers + 1).
+
+    Attentions and hidden states are not given out, and checkpoints that lack weights are refused.
+    """
 
     config_class = PatchDiscriminatorConfig
     base_model_prefix = "patch_discriminator"
@@ -93,15 +108,21 @@ class PatchDiscriminator(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the constructor has drawn the weights."""
 
+    def init_weights(self) -> None:
+        """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
+        draw_after_meta_(self)
+        super().init_weights()
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> PatchDiscriminator:
         """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
         return load_complete(super().from_pretrained, *args, **kwargs)
 
-    def forward(self, pixel_values: Tensor, with_hidden: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits (B, 1, h, w); ValueError for images of other channels or too small for a patch.
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor) -> PatchDiscriminatorOutput:
+        """Logits and features; ValueError for images of other channels or too small for a patch.
 
-        `with_hidden` gives the features (B, D, h, w) of which the last layer takes the logits as well.
+        return_dict=False gives a tuple.
         """
         smallest = 2 ** (self.config.num_layers + 1)
         shape = tuple(pixel_values.shape)
@@ -112,4 +133,10 @@ class PatchDiscriminator(PreTrainedModel):
             )
         hidden = self.layers[:-1](pixel_values)
         logits = self.layers[-1](hidden)
-        return (logits, hidden) if with_hidden else logits
+        return PatchDiscriminatorOutput(logits, hidden)
+
+
+if __name__.startswith("hf_dpssl."):  # not in the copy beside published weights
+    from .registration import register
+
+    register(PatchDiscriminatorConfig, PatchDiscriminator)

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .complete_loading import load_complete
 from .gan_options import DENSITIES, LATENTS
 from .generators import Generators, read_generator
 from .latent_density import LatentDensity
+from .meta_weights import draw_after_meta_
 from .pixel_checks import check_pixel_values
 
 
@@ -141,11 +143,15 @@ class ImageEncoder(nn.Sequential):
 
 
 class VAEGAN(PreTrainedModel):
-    """Generator, density of its latents and, for the latents "vae" and "dae", an encoder; images in [-1, 1]."""
+    """Generator, density of its latents and, for the latents "vae" and "dae", an encoder; images in [-1, 1].
+
+    Attentions and hidden states are not given out, and checkpoints that lack weights are refused.
+    """
 
     config_class = VAEGANConfig
     base_model_prefix = "vaegan"
     main_input_name = "pixel_values"
+    _no_split_modules = ["LatentDensity"]
 
     def __init__(self, config: VAEGANConfig):
         super().__init__(config)
@@ -161,6 +167,11 @@ class VAEGAN(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the constructor has drawn the weights."""
+
+    def init_weights(self) -> None:
+        """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
+        draw_after_meta_(self)
+        super().init_weights()
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> VAEGAN:
@@ -198,6 +209,7 @@ class VAEGAN(PreTrainedModel):
             raise ValueError(f"latents must be (B, {self.config.latent_dim}), got {tuple(latents.shape)}.")
         return self.generator(latents.to(self.dtype))
 
+    @can_return_tuple
     def forward(
         self, pixel_values: Tensor | None = None, noise: Tensor | None = None, latents: Tensor | None = None
     ) -> VAEGANOutput:
@@ -207,6 +219,8 @@ class VAEGAN(PreTrainedModel):
             pixel_values: (B, C, S, S) in [-1, 1], of a model with an encoder; None: latents only.
             noise: (B, latent_dim) by which the images' latents are drawn; None: their mean.
             latents: (B', latent_dim), decoded to `generated`.
+
+        return_dict=False gives a tuple of what is not None.
         """
         generated = None if latents is None else self.decode(latents)
         if pixel_values is None:

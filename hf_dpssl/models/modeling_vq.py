@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .autoencoder_blocks import build_decoder, build_encoder
 from .backbone_encoder import BackboneEncoder  # noqa: F401  transformers < 5.13 copies only the direct siblings ...
@@ -23,14 +25,17 @@ from .codebook_search import nearest_codes  # noqa: F401
 from .complete_loading import load_complete
 from .configuration_vq import VQConfig
 from .contrastive_options import SMALL_IMAGE_STEMS  # noqa: F401
+from .float32_module import Float32Module  # noqa: F401
 from .gather import is_distributed  # noqa: F401
 from .matrix_products import product  # noqa: F401
+from .meta_weights import draw_after_meta_
 from .pixel_checks import check_pixel_values
 from .quantizer import QuantizerOutput, VectorQuantizer
 from .vq_options import CHOICES  # noqa: F401
-from .weight_hashes import combined_sha256, tensor_sha256
+from .weight_hashes import combined_sha256, rounded_sha256, value_sha256
 
 FROZEN_MODULES = ("encoder", "quant_conv", "quantizer")
+_ROUNDED_MODULES = ("encoder", "quant_conv")  # in half precision; the codebook is float32 always
 
 
 @dataclass
@@ -69,12 +74,16 @@ class VQAutoencoderOutput(ModelOutput):
 
 
 class VQAutoencoder(PreTrainedModel):
-    """Encoder, 1x1 convolution, quantiser, 1x1 convolution, decoder; images in [-1, 1]."""
+    """Encoder, 1x1 convolution, quantiser, 1x1 convolution, decoder; images in [-1, 1].
+
+    `forward`, `encode`, `decode` and `decode_codes` give a tuple with return_dict=False. Attentions and hidden states
+    are not given out, and checkpoints that lack weights are refused instead of being completed at random.
+    """
 
     config_class = VQConfig
     base_model_prefix = "vq_autoencoder"
     main_input_name = "pixel_values"
-    _keep_in_fp32_modules_strict = ["quantizer"]
+    _no_split_modules = ["ResnetBlock2D", "Attention", "BackboneEncoder", "VectorQuantizer"]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean: Trainer divides it by the accumulation steps
 
@@ -87,6 +96,7 @@ class VQAutoencoder(PreTrainedModel):
             self.quant_conv = nn.Conv2d(factor * config.encoder_out_channels, factor * config.latent_channels, 1)
         self.quantizer = None
         if config.quantizer == "vq":
+            self._keep_in_fp32_modules_strict = ["quantizer.codebook", "quantizer.counts", "quantizer.sums"]
             self.quantizer = VectorQuantizer(
                 config.num_codes,
                 config.latent_channels,
@@ -113,18 +123,45 @@ class VQAutoencoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every block keeps the initialisation of the library it comes from."""
 
+    def init_weights(self) -> None:
+        """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
+        draw_after_meta_(self)
+        super().init_weights()
+
+    def _apply(self, fn, recurse: bool = True):
+        # Half precision loses which weights these are the rounding of: it is recorded before.
+        weight = self.post_quant_conv.weight
+        if weight.dtype == torch.float32 and not weight.is_meta and not self.config.encoder_frozen:
+            if fn(weight.detach()[:0]).dtype != torch.float32:
+                self._record_encoder()
+        return super()._apply(fn, recurse)
+
     @classmethod
     def from_pretrained(cls, *args, **kwargs) -> VQAutoencoder:
         """As `PreTrainedModel.from_pretrained`; ValueError when the checkpoint lacks weights of the model."""
         return load_complete(super().from_pretrained, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
-        """As `PreTrainedModel.save_pretrained`; records the encoder's hashes, or checks those of a frozen one."""
-        if self.dtype == torch.float32:
-            if self.config.encoder_frozen:
-                self.check_encoder_unchanged()
-            self.config.encoder_sha256 = self.hash_encoder()
-        super().save_pretrained(save_directory, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        **kwargs,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`; records the encoder's hashes, or checks those of a frozen one.
+
+        Raises:
+            RuntimeError: as `check_encoder_unchanged`, before anything is written.
+        """
+        if self.config.encoder_frozen:
+            self.check_encoder_unchanged()
+        self._record_encoder()
+        super().save_pretrained(
+            save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, **kwargs
+        )
 
     def train(self, mode: bool = True) -> VQAutoencoder:
         """As `nn.Module.train`; a frozen encoder stays in eval mode and without gradient, also after loading."""
@@ -140,6 +177,7 @@ class VQAutoencoder(PreTrainedModel):
         """What `freeze_encoder` freezes: all that decides the codes, or all but the codebook."""
         return FROZEN_MODULES if self.config.codebook_frozen else FROZEN_MODULES[:2]
 
+    @can_return_tuple
     def encode(self, pixel_values: Tensor) -> VQEncoderOutput:
         """Latents (B, C, h, w) before quantisation and codes (B, h, w) of images (B, num_channels, H, W) in [-1, 1].
 
@@ -161,6 +199,7 @@ class VQAutoencoder(PreTrainedModel):
             raise ValueError("this autoencoder has no codebook (config.quantizer is not 'vq'); decode the latents.")
         return self.quantizer(latents)
 
+    @can_return_tuple
     def decode(self, latents: Tensor) -> VQDecoderOutput:
         """Images of latents or quantised latents (B, C, h, w); nothing is quantised here.
 
@@ -172,6 +211,7 @@ class VQAutoencoder(PreTrainedModel):
         hidden = self.post_quant_conv(latents.to(self.post_quant_conv.weight.dtype))
         return VQDecoderOutput(pixel_values=self.decoder(hidden))
 
+    @can_return_tuple
     def decode_codes(self, codes: Tensor) -> VQDecoderOutput:
         """Images of codes (B, h, w); IndexError on an id outside the codebook, ValueError on another shape."""
         if self.quantizer is None:
@@ -181,12 +221,13 @@ class VQAutoencoder(PreTrainedModel):
                 f"codes must be (B, h, w) of int64 or int32, got {tuple(codes.shape)} of {codes.dtype}: reshape "
                 "sequences, and convert, first."
             )
-        return self.decode(self.quantizer.lookup(codes))
+        return self.decode(self.quantizer.lookup(codes), return_dict=True)
 
-    def forward(self, pixel_values: Tensor, **kwargs) -> VQAutoencoderOutput:
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, return_loss: bool = True) -> VQAutoencoderOutput:
         """Reconstruct images (B, num_channels, H, W) in [-1, 1]; `loss` makes transformers.Trainer work as is.
 
-        Further keyword arguments (labels and the like, which a data collator may pass) are not used.
+        `return_loss`: False leaves `loss` out; by this name transformers.Trainer knows to report eval_loss.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder_frozen):
             latents, log_variance = self._moments(pixel_values)
@@ -209,11 +250,13 @@ class VQAutoencoder(PreTrainedModel):
             entropy = output.entropy
         elif log_variance is not None:
             quantized, kl = self._sample(latents, log_variance, pixel_values[0].numel())
-        reconstruction = self.decode(quantized).pixel_values
+        reconstruction = self.decode(quantized, return_dict=True).pixel_values
         distance = F.mse_loss if config.reconstruction_loss == "l2" else F.l1_loss
-        recon = distance(reconstruction.float(), pixel_values.float())
+        recon = distance(reconstruction.float(), pixel_values.to(reconstruction.device).float())
+        commit, codebook, entropy, kl = (term.to(recon.device) for term in (commit, codebook, entropy, kl))
         loss = recon + config.commitment_weight * commit + codebook
         loss = loss + config.entropy_weight * entropy + config.kl_weight * kl
+        loss = loss if return_loss else None
         return VQAutoencoderOutput(
             loss, recon, commit, codebook, entropy, kl, perplexity, reconstruction, latents, codes
         )
@@ -250,14 +293,25 @@ class VQAutoencoder(PreTrainedModel):
         Returns the hashes that `config.encoder_sha256` now holds.
         """
         self.config.encoder_frozen = True
-        self.config.encoder_sha256 = self.hash_encoder()
+        self._record_encoder()
         self.train(self.training)
         return self.config.encoder_sha256
 
     def check_encoder_unchanged(self) -> None:
-        """Raise RuntimeError naming every frozen tensor whose hash is no longer `config.encoder_sha256`'s."""
-        expected = self.config.encoder_sha256 or {}
-        found = self.hash_encoder()
+        """Check the frozen tensors against `config.encoder_sha256`.
+
+        Rounded in half precision they are the same, also after `.float()`.
+
+        Raises:
+            RuntimeError: naming every frozen tensor that is another one, or that there are no hashes to compare with.
+        """
+        expected = self.config.encoder_sha256
+        if not expected:
+            raise RuntimeError(
+                "config.encoder_frozen is True, but config.encoder_sha256 says nothing of what was frozen: call "
+                "model.freeze_encoder(), which freezes the weights as they are and records their hashes."
+            )
+        found = self._original_hashes()
         frozen = (name for name in expected.keys() | found.keys() if name.split(".")[0] in self.frozen_modules)
         changed = sorted(name for name in frozen if expected.get(name) != found.get(name))
         if changed:
@@ -292,20 +346,34 @@ class VQAutoencoder(PreTrainedModel):
                     module._gradient_checkpointing_func = old._gradient_checkpointing_func
 
     def hash_encoder(self) -> dict[str, str]:
-        """SHA-256 of every tensor of encoder, quant_conv and codebook, by name."""
+        """SHA-256 of the values of every tensor of encoder, quant_conv and codebook, by name."""
         state = self.state_dict()
-        return tensor_sha256({name: t for name, t in state.items() if name.split(".")[0] in FROZEN_MODULES})
+        return value_sha256({name: t for name, t in state.items() if name.split(".")[0] in FROZEN_MODULES})
+
+    def _original_hashes(self) -> dict[str, str]:
+        """`hash_encoder` of the recorded weights where the present ones are a rounding of them, else of these."""
+        found = self.hash_encoder()
+        rounded = {name: value for name, value in found.items() if name.split(".")[0] in _ROUNDED_MODULES}
+        if combined_sha256(rounded) in (self.config.encoder_rounded_sha256 or ()):
+            found |= {name: self.config.encoder_sha256[name] for name in rounded}
+        return found
+
+    def _record_encoder(self) -> None:
+        """Keep in the config which weights these are, and what half precision would make of them."""
+        config = self.config
+        recorded = config.encoder_sha256 or {}
+        config.encoder_sha256 = self._original_hashes()
+        state = {name: t for name, t in self.state_dict().items() if name.split(".")[0] in _ROUNDED_MODULES}
+        if not config.encoder_rounded_sha256 or any(recorded.get(n) != config.encoder_sha256[n] for n in state):
+            config.encoder_rounded_sha256 = rounded_sha256(state)
 
     def fingerprint(self) -> str:
         """One hash of everything that decides latents and codes; a generator stores that of its autoencoder.
 
-        These are encoder, quant_conv and codebook, and of the config what their shapes do not show. In lower precision
-        than float32 it is that of the weights as they were saved.
+        These are encoder, quant_conv and codebook, and of the config what their shapes do not show. Weights rounded in
+        half precision have the fingerprint of the float32 ones that the config records.
         """
-        stored = self.config.encoder_sha256
-        return latent_fingerprint(
-            self.config, stored if stored and self.dtype != torch.float32 else self.hash_encoder()
-        )
+        return latent_fingerprint(self.config, self._original_hashes())
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """(latents - mean) / std with the config's statistics: about zero mean and unit variance."""

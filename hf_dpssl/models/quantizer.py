@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .codebook_search import code_statistics, k_means, nearest_codes, perplexity_of
+from .float32_module import Float32Module
 from .gather import broadcast_, gather_without_gradient, is_distributed
 from .matrix_products import differentiable_product
 
@@ -42,7 +43,7 @@ class QuantizerOutput:
     entropy: Tensor
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Float32Module):
     """Replaces each latent vector by the nearest of `num_codes` vectors; gradients pass to the latents.
 
     In training mode each forward also moves an EMA codebook: running means of the vectors assigned to
@@ -99,24 +100,14 @@ class VectorQuantizer(nn.Module):
         self.entropy_temperature = entropy_temperature
         self.defer_update = False
         self._pending: list[tuple[Tensor, Tensor]] = []
-        codebook = self._normalize(torch.randn(num_codes, code_dim))
+        codebook = self._normalize(torch.randn(num_codes, code_dim, dtype=torch.float32))
         if update == "gradient":
             self.codebook = nn.Parameter(codebook)
         else:
             self.register_buffer("codebook", codebook)
-        self.register_buffer("counts", torch.ones(num_codes))
+        self.register_buffer("counts", torch.ones(num_codes, dtype=torch.float32))
         self.register_buffer("sums", codebook.clone())
         self.register_buffer("is_initialized", torch.zeros((), dtype=torch.int64))
-
-    def _apply(self, fn, recurse: bool = True):
-        # Moves between devices are followed, changes of precision are not.
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor.is_floating_point() and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep_precision, recurse)
 
     def _normalize(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=1) if self.distance == "cosine" else vectors

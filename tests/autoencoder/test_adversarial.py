@@ -101,7 +101,7 @@ def test_generator_term_gives_the_discriminator_no_gradient_and_scales_by_weight
         discriminator, fake, target, last_layer.weight
     )
     torch.testing.assert_close(term, 0.5 * factor * value)
-    of_value = ADVERSARIAL_LOSSES[loss][1](discriminator(fake))
+    of_value = ADVERSARIAL_LOSSES[loss][1](discriminator(fake).logits)
     (expected,) = torch.autograd.grad(0.5 * factor.detach() * of_value, last_layer.weight, retain_graph=True)
     term.backward()
     torch.testing.assert_close(last_layer.weight.grad, expected)
@@ -114,10 +114,10 @@ def test_feature_error_is_that_of_the_reconstructions_and_reaches_the_images_onl
     real, made = (torch.rand(n, 3, 16, 16) * 2 - 1 for n in (2, 5))
     made.requires_grad_()
     value, error = AdversarialTerm("hinge").value_and_feature_error(discriminator, made, real)
-    wanted, found = (discriminator(x, with_hidden=True)[1].detach() for x in (real, made))
+    wanted, found = (discriminator(x).hidden.detach() for x in (real, made))
     expected = sum(float((a - b) ** 2) for a, b in zip(wanted.flatten(), found[:2].flatten(), strict=True))
     assert float(error.detach()) == pytest.approx(expected / wanted.numel(), rel=1e-5)
-    torch.testing.assert_close(value, hinge_generator(discriminator(made)))
+    torch.testing.assert_close(value, hinge_generator(discriminator(made).logits))
     (gradient,) = torch.autograd.grad(error, made)
     assert bool(gradient[:2].abs().sum() > 0) and not bool(gradient[2:].any())
     assert all(p.grad is None and p.requires_grad for p in discriminator.parameters())
@@ -127,15 +127,15 @@ def test_discriminator_loss_of_both_halves_in_one_forward_equals_two_forwards():
     discriminator = make_discriminator(norm="group")
     real, fake = (torch.rand(n, 3, 16, 16) * 2 - 1 for n in (2, 3))
     found = AdversarialTerm("hinge").discriminator_loss(discriminator, real, fake)
-    torch.testing.assert_close(found, hinge_discriminator(discriminator(real), discriminator(fake)))
+    torch.testing.assert_close(found, hinge_discriminator(discriminator(real).logits, discriminator(fake).logits))
 
 
 @pytest.mark.parametrize("loss", sorted(ADVERSARIAL_LOSSES))
 def test_penalty_is_taken_every_so_many_steps_with_so_many_times_the_weight(loss):
     discriminator = make_discriminator()
     real, fake = (torch.rand(n, 3, 16, 16) * 2 - 1 for n in (2, 3))
-    plain = ADVERSARIAL_LOSSES[loss][0](discriminator(real), discriminator(fake))
-    penalty = r1_penalty(discriminator, real)
+    plain = ADVERSARIAL_LOSSES[loss][0](discriminator(real).logits, discriminator(fake).logits)
+    penalty = r1_penalty(lambda x: discriminator(x).logits, real)
     term = AdversarialTerm(loss, start=2, r1_weight=0.5, r1_interval=4)
     for step, share in ((2, 4), (3, 0), (5, 0), (6, 4)):
         found = term.discriminator_loss(discriminator, real, fake, step)
@@ -204,7 +204,7 @@ def test_number_of_layers_follows_the_image_size(size, layers):
     assert PatchDiscriminatorConfig(image_size=size).num_layers == layers
     config = PatchDiscriminatorConfig(width=8, image_size=size)
     side = size // 2**layers
-    assert PatchDiscriminator(config)(torch.zeros(1, 3, size, size)).shape == (1, 1, side, side)
+    assert PatchDiscriminator(config)(torch.zeros(1, 3, size, size)).logits.shape == (1, 1, side, side)
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"norm": "none", "spectral_norm": True}], ids=str)
@@ -212,7 +212,8 @@ def test_discriminator_survives_save_and_load(options, tmp_path):
     model = make_discriminator(**options).eval()
     model.save_pretrained(tmp_path)
     images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(PatchDiscriminator.from_pretrained(tmp_path).eval()(images), model(images))
+    found, expected = (one(images).logits for one in (PatchDiscriminator.from_pretrained(tmp_path).eval(), model))
+    assert torch.equal(found, expected)
 
 
 def test_discriminator_refuses_other_images_and_configs():
@@ -229,8 +230,8 @@ def test_discriminator_refuses_other_images_and_configs():
 
 def test_hidden_features_are_those_of_which_the_last_layer_takes_the_logits():
     model, images = make_discriminator(), torch.rand(2, 3, 16, 16)
-    logits, hidden = model(images, with_hidden=True)
-    assert hidden.shape == (2, 32, 4, 4) and torch.equal(logits, model(images))
+    logits, hidden = model(images, return_dict=False)
+    assert hidden.shape == (2, 32, 4, 4) and torch.equal(logits, model(images).logits)
     torch.testing.assert_close(F.conv2d(hidden, model.layers[-1].weight, model.layers[-1].bias, padding=1), logits)
 
 

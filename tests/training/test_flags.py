@@ -75,7 +75,7 @@ def test_loss_of_the_gan_weighs_reconstruction_and_kl_by_their_flags():
     values = {"recon": torch.tensor(2.0), "kl": torch.tensor(7.0)}
     loss = dae_gan.generator_loss(args, SimpleNamespace(term=args.term(), bare=bare), real, fake, values)
     with torch.no_grad():
-        adversarial = torch.log1p(torch.exp(-bare(fake))).mean()
+        adversarial = torch.log1p(torch.exp(-bare(fake).logits)).mean()
     torch.testing.assert_close(loss, adversarial + 3 * 2 + 0.5 * 7)
 
 

@@ -138,12 +138,13 @@ def plain_gan(model: VAEGAN, discriminator: torch.nn.Module, train_encoder: bool
         rebuilt = model.generator(mean + torch.exp(0.5 * log_variance) * posterior)
         fake = torch.cat([rebuilt, model.generator(prior)])
         divergence = 0.5 * (mean**2 + log_variance.exp() - log_variance - 1).sum(1).mean()
-        loss = -torch.sigmoid(discriminator(fake)).log().mean()
+        loss = -torch.sigmoid(discriminator(fake).logits).log().mean()
         loss = loss + 10 * (rebuilt - real).abs().mean() + 1e-3 * divergence
         descend(loss, ours, rate)
         real = real.requires_grad_()
-        logits = discriminator(real)
-        loss = -0.5 * (torch.sigmoid(logits).log().mean() + torch.sigmoid(-discriminator(fake.detach())).log().mean())
+        logits = discriminator(real).logits
+        of_fake = discriminator(fake.detach()).logits
+        loss = -0.5 * (torch.sigmoid(logits).log().mean() + torch.sigmoid(-of_fake).log().mean())
         if step % 4 == 0:
             slope = torch.autograd.grad(logits.flatten(1).mean(1).sum(), real, create_graph=True)[0]
             loss = loss + 10 * 4 * 0.5 * slope.pow(2).sum((1, 2, 3)).mean()
