@@ -55,11 +55,19 @@ def numbered(folder, count):
             id="synonyms of splits with classes",
         ),
         pytest.param(
-            [*numbered("cat", 10), *numbered("dog", 10), "preview.png", "metadata.csv", ".DS_Store", "cat/.hidden.png"],
+            [
+                *numbered("cat", 10),
+                *numbered("dog", 10),
+                "preview.png",
+                "metadata.csv",
+                ".DS_Store",
+                "cat/.hidden.png",
+                ".ant/1.png",
+            ],
             {"train": [10, 10]},
             ["cat", "dog"],
-            4,
-            id="a stray picture, a table and hidden files",
+            5,
+            id="a stray picture, a table, hidden files and a hidden class",
         ),
         pytest.param(
             ["cat/day1/1.png", "cat/day2/1.png", "dog/day1/2.png"],
