@@ -243,7 +243,8 @@ def _is_utf8(parts: tuple[str, ...]) -> bool:
 
 def _text(path: str) -> str:
     """A path as text that can be printed and stored, whatever its bytes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shown(names: list[str]) -> str:

@@ -106,7 +106,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an id out of range, an unknown name (with the closest known ones), or a name of several classes
-                (of which diffusers' DiTPipeline takes the last).
+                (of which diffusers' DiTPipeline takes the last one in the order of the file).
         """
         class_labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels
         labels = class_labels if isinstance(class_labels, list | tuple) else [class_labels]
@@ -137,7 +137,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         parts = [[name, *(part.strip() for part in name.split(","))] for name in names]
         found = [class_id for class_id, of_class in enumerate(parts) if label in of_class]
         if len(found) > 1:
-            raise ValueError(f"{label!r} is a name of classes {found}: give the id (diffusers takes {found[-1]}).")
+            theirs = next(class_id for class_id in reversed(self.config.id2label) if int(class_id) in found)
+            raise ValueError(f"{label!r} is a name of classes {found}: give the id (diffusers takes {theirs}).")
         if not found:
             known = list(dict.fromkeys(part for of_class in parts for part in of_class))
             close = difflib.get_close_matches(label, known, 3) or names[:10]

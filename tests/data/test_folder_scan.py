@@ -151,10 +151,11 @@ def test_links_are_followed_and_loops_end(tmp_path):
 def test_a_name_that_is_not_utf_8_is_left_out_and_named(tmp_path):
     root = make(tmp_path, ["a/1.png", "b/1.png"])
     os.rename(root / "b" / "1.png", os.fsencode(root / "b") + b"/\xff\xfe.png")
-    make(root, ["b/2.png"])
+    make(root, ["b/2.png", "b/\x1b[2J.txt"])
     scan = scan_folder(root)
     assert [label for _, label in scan.splits["train"]] == [0, 1]
-    assert "b/\\xff\\xfe.png" in scan.examples() and list(scan.counts().values()) == [1]
+    assert "b/\\xff\\xfe.png" in scan.examples() and list(scan.counts().values()) == [1, 1]
+    assert "\x1b" not in scan.examples() and "\\x1b[2J.txt" in scan.examples()
 
 
 def test_empty_folders_are_named(tmp_path):

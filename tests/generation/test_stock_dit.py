@@ -85,11 +85,15 @@ def test_names_of_a_stock_folder_work_with_each_synonym(ours):
 
 
 def test_a_name_has_the_id_that_diffusers_gives_it_or_is_refused_as_of_several_classes(ours):
-    names = ["crane", "tench, Tinca tinca", "crane", "maillot", "maillot, tank suit", "dog, pug", "pug, moth"]
+    names = ["crane", "tench, Tinca tinca", "heron", "maillot", "maillot, tank suit", "dog, pug", "pug, moth", *"abc"]
+    names.append("heron")
+    in_file = {str(i): names[i] for i in sorted(range(11), key=str)}  # 10 before 2
     pipeline = make_pipeline(names)
-    stock = DiTPipeline(None, None, None, id2label=dict(enumerate(names)))
+    pipeline.register_to_config(id2label=in_file)
+    stock = DiTPipeline(None, None, None, id2label=in_file)
     assert pipeline.class_ids("tench, Tinca tinca") == [1]
-    several = {"crane": [0, 2], "maillot": [3, 4], "pug": [5, 6]}
+    several = {"heron": [2, 10], "maillot": [3, 4], "pug": [5, 6]}
+    assert stock.get_label_ids(["heron"]) == [2]
     for name, expected in stock.labels.items():
         if name not in several:
             assert pipeline.class_ids(name) == stock.get_label_ids([name]) == [expected]
