@@ -46,11 +46,12 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
-# The lowest versions that pyproject.toml allows, in an environment of their own.
+# The lowest versions that pyproject.toml allows of what it names, in an environment of their own.
 test-lowest:
 	$(PYTHON) -m venv .venv-lowest
-	$(PYTHON) tests/lowest_versions.py pyproject.toml > .venv-lowest/constraints.txt
-	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip compile --quiet --resolution lowest-direct pyproject.toml > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/lowest.txt --editable '.[dev]'
 	.venv-lowest/bin/python -m pytest -q
 
 bench: $(INSTALLED)

@@ -41,6 +41,13 @@ from hf_dpssl.runs.results import write_results
 IMAGE_SIZE = 16
 NUM_SAMPLES = 300
 KNN = {"k": 20, "metric": "euclidean"}
+ENCODER_2D = "comparison/encoder-2d"
+AUTOENCODERS: dict[str, tuple[str, list[str]]] = {  # name in the report: name of the run, and its flags
+    "dae": ("autoencoder", []),
+    "joint_equal_total_steps": ("comparison/joint-total", ["--scheme", "joint"]),
+    "joint_equal_encoder_steps": ("comparison/joint-encoder", ["--scheme", "joint", "--budget", "encoder"]),
+    "without_quantizer": ("comparison/no-quantizer", ["--scheme", "joint", "--quantizer", "none"]),
+}
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -53,19 +60,21 @@ def main(argv: list[str] | None = None) -> Path:
     base = ["--output_dir", str(folder), "--seed", str(args.seed), "--checkpointing_steps", "100000"]
 
     images = load_splits()
-    report: dict = {}
+    with watch("autoencoder"):
+        dae = train_autoencoder(base, steps, "dae")
+        judge_autoencoders({"dae": dae}, images, folder / "reconstructions.png")
+        say(f"{folder}/reconstructions.png: held-out digits, and below them what the autoencoder makes of them")
+    with watch("latent DiT"):
+        dae_dit.main([*base, "--autoencoder", str(dae), "--max_train_steps", str(steps["dit"])])
+    with watch("samples"):
+        report = judge_samples(folder / "dit", dae, images, steps, args.seed)
+        shutil.copyfile(folder / "dit" / "samples.png", folder / "samples.png")
     with watch("encoders"):
         encoders = train_encoders(base, steps)
-    with watch("map and kNN"):
         report |= judge_encoders(encoders, images, folder / "map.png")
-    with watch("autoencoders"):
-        autoencoders = train_autoencoders(base, steps)
+    with watch("other autoencoders"):
+        autoencoders = {name: dae if name == "dae" else train_autoencoder(base, steps, name) for name in AUTOENCODERS}
         report |= judge_autoencoders(autoencoders, images, folder / "reconstructions.png")
-    with watch("latent DiT"):
-        dae_dit.main([*base, "--autoencoder", str(folder / "autoencoder"), "--max_train_steps", str(steps["dit"])])
-    with watch("samples"):
-        report |= judge_samples(folder / "dit", folder / "autoencoder", images, steps, args.seed)
-        shutil.copyfile(folder / "dit" / "samples.png", folder / "samples.png")
     shutil.rmtree(folder / "checkpoints")
 
     targets = check_targets(report)
@@ -133,7 +142,7 @@ def train_encoders(base: list[str], steps: dict) -> dict[int, Path]:
     """t-SimCLR with 32-d and 2-d embeddings: {dimension: folder}. The map starts from the 32-d run, as in t-SimCNE."""
     space = contrastive.main([*base, "--num_train_epochs", str(steps["encoder_32d_epochs"])])
     options = ["--projection_dim", "2", "--dof", "1", "--temperature", "0.5", "--init_encoder", str(space)]
-    options += ["--name", "comparison/encoder-2d", "--num_train_epochs", str(steps["encoder_2d_epochs"])]
+    options += ["--name", ENCODER_2D, "--num_train_epochs", str(steps["encoder_2d_epochs"])]
     return {32: space, 2: contrastive.main([*base, *options])}
 
 
@@ -176,16 +185,11 @@ def judge_encoders(folders: dict[int, Path], images: dict[str, Tensor], picture:
     return report
 
 
-def train_autoencoders(base: list[str], steps: dict) -> dict[str, Path]:
-    """DAE, joint at equal total and at equal encoder steps, and joint without quantiser: {name: folder}."""
+def train_autoencoder(base: list[str], steps: dict, name: str) -> Path:
+    """One of AUTOENCODERS; returns its folder."""
+    run_name, flags = AUTOENCODERS[name]
     stages = ["--stage_1_steps", str(steps["stage_1"]), "--stage_2_steps", str(steps["stage_2"])]
-    runs = {
-        "dae": ["--name", "autoencoder"],
-        "joint_equal_total_steps": ["--scheme", "joint", "--name", "comparison/joint-total"],
-        "joint_equal_encoder_steps": ["--scheme", "joint", "--budget", "encoder", "--name", "comparison/joint-encoder"],
-        "without_quantizer": ["--scheme", "joint", "--quantizer", "none", "--name", "comparison/no-quantizer"],
-    }
-    return {name: dae_vq.main([*base, *stages, *flags]) for name, flags in runs.items()}
+    return dae_vq.main([*base, *stages, "--name", run_name, *flags])
 
 
 @torch.no_grad()
@@ -243,7 +247,6 @@ def judge_samples(dit: Path, autoencoder: Path, images: dict[str, Tensor], steps
         return pipeline(labels, **options).images
 
     unguided, guided = sample(ids.tolist(), guidance_scale=1.0), sample(ids.tolist(), guidance_scale=2.0)
-    unconditional = sample(None, num_images=NUM_SAMPLES)
     vae = VQAutoencoder.from_pretrained(autoencoder).eval()
     reconstructed = (vae(held_out * 2 - 1).pixel_values / 2 + 0.5).clamp(0, 1)
 
@@ -254,7 +257,7 @@ def judge_samples(dit: Path, autoencoder: Path, images: dict[str, Tensor], steps
         "classifier_accuracy": consistency(held_out, classes),
         "class_consistency": consistency(unguided, ids),
         "class_consistency_guided": consistency(guided, ids),
-        "class_consistency_floor": consistency(unconditional, ids),
+        "class_consistency_floor": consistency(unguided, ids.sort().values),  # asked-for classes meet all alike
         "class_consistency_ceiling": consistency(reconstructed, classes),
     }
     for suffix, pictures in (("", unguided), ("_guided", guided)):

@@ -83,14 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         be_quiet()
     name = _parser().parse_args(argv[:1]).command
     try:
-        return reported(f"hf-dpssl {name}", lambda: _module(name).main(argv[1:]))
+        return reported(f"hf-dpssl {name}", lambda: command_module(name).main(argv[1:]))
     except SystemExit as ended:  # of an argparse that has printed its help
         if ended.code:
             raise
         return 0
 
 
-def _module(name: str) -> ModuleType:
+def command_module(name: str) -> ModuleType:
     """The module of a command."""
     return importlib.import_module(f".{name}_" if name == "import" else f".{name}", __package__)
 
@@ -121,5 +121,5 @@ def _complete() -> None:
     parser = FlagParser(prog="hf-dpssl")
     commands = parser.add_subparsers(parser_class=FlagParser)
     for name in COMMANDS:
-        commands.add_parser(name, parents=[_module(name).parser()], add_help=False)
+        commands.add_parser(name, parents=[command_module(name).parser()], add_help=False)
     argcomplete.autocomplete(parser)

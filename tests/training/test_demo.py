@@ -1,14 +1,24 @@
-"""The demo writes everything that it promises, the same in every run, and says so when a target is missed."""
+"""The demo writes what it promises, the same in every run; whoever then does what the READMEs say gets through."""
 
 import json
+import shutil
+from pathlib import Path
 
 import demo
+import numpy as np
 import pytest
+import timm
 import torch
 import yaml
+from documents import steps_of
 from PIL import Image
+from transformers import TrainingArguments
 
-from hf_dpssl import ContrastiveEncoder, VQAutoencoder, VQDiTPipeline
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQDiTPipeline
+from hf_dpssl.cli import train
+from hf_dpssl.cli.commands import main
+
+REPOSITORY = Path(__file__).parent.parent.parent
 
 SHORT = {"encoder_32d_epochs": 1, "encoder_2d_epochs": 1, "stage_1": 4, "stage_2": 4, "classifier_epochs": 1, "dit": 2}
 
@@ -64,6 +74,66 @@ def test_moved_digits_depend_on_the_sample_alone():
     moved = demo.shift_and_rotate(images, ids)
     assert torch.equal(demo.shift_and_rotate(images[[4, 1]], ids[[4, 1]]), moved[[4, 1]])
     torch.testing.assert_close(demo.shift_and_rotate(images, ids, shift=0, angle=0), images, rtol=0, atol=1e-5)
+
+
+NOT_RUN = [["git", "clone"], ["cd", "hf_dpssl"], ["make"], ["source"], ["accelerate"]]  # the environment; eight GPUs
+BUDGETS = {  # flags that are put behind those of a command that starts so: the last one holds
+    "train contrastive": ["--batch_size", 6, "--max_train_steps", 2],
+    "train dae_vq": ["--batch_size", 4, "--stage_1_steps", 2, "--stage_2_steps", 2],
+    "train dae_dit": ["--batch_size", 4, "--max_train_steps", 2, "--sampling_steps", 2, "--grid_images_per_class", 1],
+    "train dae_ar": ["--batch_size", 4, "--max_train_steps", 2, "--samples_per_class", 1],
+    "train dae_gan": ["--batch_size", 4, "--max_train_steps", 2, "--stage_1_steps", 2, "--num_generated", 10],
+    "evaluate outputs/demo/dit": ["--num_images", 20],
+    "sample": ["--num_images", 4],
+    "map": ["--image_size", 16, "--batch_size", 8, "--stage_1_epochs", 1, "--stage_2_epochs", 1, "--stage_3_epochs", 1],
+    "report": ["--images", 100, "--lipschitz_images", 4, "--distance_images", 10],
+}
+
+
+@pytest.fixture
+def readers_folder(short_demo, tmp_path, monkeypatch, launch, hub):
+    """A folder in which the demo has run, with pictures and a checkpoint of the reader's own."""
+    shutil.copytree(short_demo, tmp_path / "outputs/demo")
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "path/to/images" / name).mkdir(parents=True)
+        for index in range(12):
+            picture = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            picture.save(tmp_path / "path/to/images" / name / f"{index}.png")
+    shutil.copy(tmp_path / "path/to/images/cat/0.png", tmp_path / "query.png")
+    state = timm.create_model("resnet18", num_classes=128).state_dict()
+    moco = {f"module.encoder_{branch}.{key}": value for branch in "qk" for key, value in state.items()}
+    moco |= {"module.queue": torch.randn(128, 16), "module.queue_ptr": torch.tensor([0])}
+    torch.save({"arch": "resnet18", "state_dict": moco}, tmp_path / "moco_v2_200ep.pth.tar")
+
+    def start(script, flags, launcher=None):  # processes as `hf-dpssl train` starts them, with libraries imported
+        launch(script, flags, 2 if launcher else 1).wait()
+        return 0
+
+    monkeypatch.setattr(train, "run_script", start)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("default")  # figures of a few pictures are warned about
+def test_commands_and_snippets_of_the_readmes_run_in_order(readers_folder):
+    own = {
+        "config": ContrastiveConfig(architecture="resnet18", projection_dim=4),
+        "arguments": TrainingArguments("outputs/trainer", use_cpu=True, report_to=[]),
+        "pairs": [],
+        "model": torch.nn.Identity(),  # stands where the reader's SentenceTransformer stands
+    }
+    for page in ("README.md", "training/README.md"):
+        names = dict(own)
+        for step in steps_of(REPOSITORY / page):
+            if step.python:
+                exec(compile(step.python, page, "exec"), names)
+            elif not any(step.words[: len(start)] == start for start in NOT_RUN):
+                command = " ".join(step.words).removeprefix("hf-dpssl ")
+                budget = [str(flag) for start, flags in BUDGETS.items() if command.startswith(start) for flag in flags]
+                assert main([*step.words[1:], *budget]) == 0, command
 
 
 @pytest.mark.slow
