@@ -27,6 +27,7 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
 from hf_dpssl import evaluation
+from hf_dpssl.contrastive.backbone_check import check_backbone, fitting_model_args
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.contrastive.momentum import choose_queue_size, momentum_at
 from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
@@ -48,10 +49,14 @@ def main(argv: list[str] | None = None) -> Path:
     if args.batch_size * accelerator.num_processes < 2:
         raise ValueError(f"--batch_size {args.batch_size} leaves one pair, which has no negatives: give at least 2.")
     set_seed(args.seed)
+    model_args = json.loads(args.model_args) if args.model_args else None
+    check_backbone(args.architecture, model_args, args.stem, args.image_size)
 
     # Data
     data = load_images_for(args)
     image_size = args.image_size or data.entry.image_size
+    if args.image_size is None:
+        check_backbone(args.architecture, model_args, args.stem, image_size)
     mean, std = data.entry.statistics
     augmentation = PRESETS[args.augmentation or data.entry.augmentation]
     views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
@@ -119,7 +124,7 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
     model_args = json.loads(args.model_args) if args.model_args else None
     config = ContrastiveConfig(
         architecture=args.architecture,
-        model_args=model_args,
+        model_args=fitting_model_args(args.architecture, model_args, image_size),
         pretrained_cfg={
             "input_size": [3, image_size, image_size],
             "mean": list(mean),
@@ -143,6 +148,8 @@ def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLR
         start_from_pretraining_(model, args.init_pretraining)
     if args.freeze == "all_but_last_layer":
         freeze_all_but_last_layer_(model)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     return model
 
 

@@ -121,3 +121,25 @@ def set_batch_norm_(module: nn.Module, batch_norm: str, num_splits: int = 1) -> 
         else:
             names = [known.__name__ for known in _REGROUPED]
             raise TypeError(f"batch_norm={batch_norm!r} is defined for {names}, the model has {original.__name__}.")
+
+
+def keep_statistics_in_recomputation_(module: nn.Module) -> None:
+    """Batch norms whose activations are computed again in the backward pass count a batch once; in place."""
+    for layer in batch_norms(module):
+        if layer.track_running_stats and _pause_statistics not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_pause_statistics)
+            # Recomputation is cut short by an exception, in the last layer that is needed.
+            layer.register_forward_hook(_resume_statistics, always_call=True)
+
+
+def _pause_statistics(layer: nn.Module, inputs: tuple) -> None:
+    if layer.training and torch._C._current_graph_task_id() != -1:  # within a backward pass
+        layer.momentum_outside = layer.momentum
+        layer.momentum = 0.0
+
+
+def _resume_statistics(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
+    if hasattr(layer, "momentum_outside"):
+        layer.momentum = layer.momentum_outside
+        del layer.momentum_outside
+        layer.num_batches_tracked.sub_(1)

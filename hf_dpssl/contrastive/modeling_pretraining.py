@@ -22,7 +22,7 @@ from ..models.gather import deal_out, gather_dealt, gather_with_gradient, gather
 from ..models.meta_weights import draw_after_meta_
 from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..models.registration import push_to_hub
-from .batch_norm import batch_norms, set_batch_norm_
+from .batch_norm import batch_norms, keep_statistics_in_recomputation_, set_batch_norm_
 from .calibration import KernelCalibration
 from .losses import info_nce, moco, t_simclr
 from .momentum import ema_update_, enqueue_
@@ -73,6 +73,15 @@ class ContrastivePreTrainedModel(PreTrainedModel):
             batch_norm=config.projection_batch_norm,
             feature_norm=config.feature_norm,
         )
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether timm can recompute the backbone's activations; every part but MoCo's key branch has a gradient."""
+        return self.encoder.supports_gradient_checkpointing
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        self.encoder.timm_model.set_grad_checkpointing(enable)
+        keep_statistics_in_recomputation_(self.encoder)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from ..data.choices import AUGMENTATIONS, MODES
@@ -50,11 +51,13 @@ class ContrastiveArguments(RunArguments):
     learning_rate: float = option(2e-3, "peak learning rate")
     weight_decay: float = option(1e-4, "weight decay")
     batch_size: int = option(256, "images per process and step; each gives two views")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
     knn_k: int = option(20, "neighbours of the kNN evaluation", group="evaluation")
     knn_metric: str = option("cosine", "similarity of the kNN evaluation", choices=["cosine", "euclidean"])
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_model_args()
         if self.temperature != "auto":
             try:
                 self.temperature = float(self.temperature)
@@ -70,3 +73,17 @@ class ContrastiveArguments(RunArguments):
             raise ValueError("--init_pretraining holds an encoder already: leave --init_encoder out.")
         if self.streaming and self.max_train_steps is None:
             raise ValueError("--streaming needs --max_train_steps: the length of a stream is not known.")
+
+    def _check_model_args(self) -> None:
+        """ValueError unless --model_args are keyword arguments that a backbone of RGB pictures may get."""
+        given = self.model_args or "{}"
+        try:
+            values = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"--model_args must be a JSON object, got {given!r}: {error}.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f'--model_args must be a JSON object such as {{"drop_path_rate": 0.1}}, got {given}.')
+        if values.get("in_chans", 3) != 3:
+            raise ValueError(f"--model_args in_chans {values['in_chans']}: views are RGB, of 3 channels; leave it out.")
+        if values.get("num_classes", 0) != 0:
+            raise ValueError(f"--model_args num_classes {values['num_classes']}: an encoder has none; leave it out.")
