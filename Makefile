@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser check bench clean
+.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser test-mixins check bench clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -45,6 +45,14 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q tests/test_layout.py
+
+# Other libraries' own checks on our classes, where their sources are given by TRANSFORMERS_SOURCE (its source
+# distribution, of the installed version) and DIFFUSERS_SOURCE (a checkout); skipped without (pytest's 5). One process each: both
+# call their tests `tests`. peft and torchao take part where they are installed.
+test-mixins: $(PEERS)
+	$(BIN)/python -m pip install --quiet --editable '.[mixins]'
+	$(BIN)/python -m pytest -q -rxX -o addopts= tests/mixins/test_transformers_mixins.py || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -q -rxX -o addopts= tests/mixins/test_diffusers_mixins.py || [ $$? -eq 5 ]
 
 # The lowest versions that pyproject.toml allows of what it names, in an environment of their own.
 test-lowest:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 import transformers.utils
-from stand_ins import source_tests, stand_in
+from foreign_tests import expect_failures, source_tests, stand_in
 
 source_tests("TRANSFORMERS_SOURCE", "tests/test_modeling_common.py")
 pytest.importorskip("parameterized")
@@ -47,12 +47,12 @@ class Case:
 
     batch_size = 3
     image_size = 16
-    is_training = True
     seq_length = num_hidden_layers = hidden_size = num_attention_heads = 2
 
-    def __init__(self, make_config, paired: bool):
+    def __init__(self, make_config, paired: bool, is_training: bool):
         self.get_config = make_config
         self.paired = paired
+        self.is_training = is_training  # whether the output holds a loss
 
     def prepare_config_and_inputs_for_common(self):
         images = {"pixel_values": torch.rand(self.batch_size, 3, 16, 16) * 2 - 1}
@@ -66,12 +66,13 @@ class Mixin(ModelTesterMixin):
 
     make_config = None
     paired = False
+    has_loss = True
     test_resize_embeddings = False
     test_torch_exportable = False
     has_attentions = False
 
     def setUp(self):
-        self.model_tester = Case(type(self).make_config, self.paired)
+        self.model_tester = Case(type(self).make_config, self.paired, self.has_loss)
 
     def test_config(self):
         config_class = type(self.model_tester.get_config())
@@ -93,16 +94,19 @@ class GaussianAutoencoderTest(Mixin, unittest.TestCase):
 class VAEGANTest(Mixin, unittest.TestCase):
     all_model_classes = (VAEGAN,)
     make_config = staticmethod(lambda: gan_model().config)
+    has_loss = False
 
 
 class PatchDiscriminatorTest(Mixin, unittest.TestCase):
     all_model_classes = (PatchDiscriminator,)
     make_config = staticmethod(lambda: PatchDiscriminatorConfig(width=8, image_size=16))
+    has_loss = False
 
 
 class ContrastiveEncoderTest(Mixin, unittest.TestCase):
     all_model_classes = (ContrastiveEncoder,)
     make_config = staticmethod(lambda: encoder_model().config)
+    has_loss = False
 
 
 class MoCoTest(Mixin, unittest.TestCase):
@@ -121,9 +125,37 @@ class ControlTest(Mixin, unittest.TestCase):
     """transformers' own class around the same network."""
 
     all_model_classes = (TimmWrapperModel,)
+    has_loss = False
     make_config = staticmethod(
         lambda: TimmWrapperConfig(architecture="resnet10t", model_args={"channels": [8, 8, 16, 16]})
     )
 
 
 del Mixin  # no test by itself
+
+_IMAGES = {"test_model_get_set_embeddings": "images have no token embeddings"}
+_ENCODER = {"test_hidden_states_output": "timm's stages are no layers of one size"} | _IMAGES
+_INCOMPLETE = {"test_model_weights_reload_no_missing_tied_weights": "checkpoints that lack weights are refused"}
+_NO_HIDDEN = {
+    "test_hidden_states_output": "hidden states are not given out",
+    "test_model_outputs_equivalence": "hidden states are not given out",
+    "test_retain_grad_hidden_states_attentions": "hidden states are not given out",
+}
+_PRETRAINING = _IMAGES | _INCOMPLETE | _NO_HIDDEN
+_PRETRAINING |= {"test_correct_missing_keys": "checkpoints that lack weights are refused"}
+_BLOCKS = "the blocks are diffusers', which checkpoint by themselves and not as a GradientCheckpointingLayer"
+_AUTOENCODER = _IMAGES | _INCOMPLETE | _NO_HIDDEN
+_AUTOENCODER |= {"test_gradient_checkpointing_enable_disable": _BLOCKS}
+_CODEBOOK = {"test_init_weights_can_init_buffers": "the codebook is a buffer that starts at random"}
+expect_failures(ControlTest, _ENCODER)
+expect_failures(ContrastiveEncoderTest, _ENCODER | _INCOMPLETE)
+expect_failures(MoCoTest, _PRETRAINING)
+expect_failures(SimCLRTest, _PRETRAINING)
+expect_failures(VAEGANTest, _IMAGES | _INCOMPLETE | _NO_HIDDEN)
+expect_failures(PatchDiscriminatorTest, _IMAGES | _INCOMPLETE | _NO_HIDDEN)
+expect_failures(GaussianAutoencoderTest, _AUTOENCODER)
+expect_failures(VQAutoencoderTest, _AUTOENCODER | _CODEBOOK)
+for case in (VQAutoencoderTest, GaussianAutoencoderTest):  # their parts are counted one by one: left out as a whole
+    for kind in ("", "_use_reentrant_false", "_use_reentrant_true"):
+        setattr(case, f"test_training_gradient_checkpointing{kind}", unittest.skip(_BLOCKS)(lambda self: None))
+del case
