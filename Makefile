@@ -47,8 +47,8 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 # Other libraries' own checks on our classes, where their sources are given by TRANSFORMERS_SOURCE (its source
-# distribution, of the installed version) and DIFFUSERS_SOURCE (a checkout); skipped without (pytest's 5). One process each: both
-# call their tests `tests`. peft and torchao take part where they are installed.
+# distribution, of the installed version) and DIFFUSERS_SOURCE (a checkout); skipped without, with pytest's exit code 5.
+# One process each: both call their tests `tests`.
 test-mixins: $(PEERS)
 	$(BIN)/python -m pip install --quiet --editable '.[mixins]'
 	$(BIN)/python -m pytest -q -rxX -o addopts= tests/mixins/test_transformers_mixins.py || [ $$? -eq 5 ]

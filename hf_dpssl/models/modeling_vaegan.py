@@ -168,6 +168,9 @@ class VAEGAN(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the constructor has drawn the weights."""
 
+    def get_input_embeddings(self) -> None:
+        """None: images have no embeddings. By this quantisers and adapters know that there is nothing to leave out."""
+
     def init_weights(self) -> None:
         """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
         draw_after_meta_(self)

@@ -123,6 +123,9 @@ class VQAutoencoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: every block keeps the initialisation of the library it comes from."""
 
+    def get_input_embeddings(self) -> None:
+        """None: images have no embeddings. By this quantisers and adapters know that there is nothing to leave out."""
+
     def init_weights(self) -> None:
         """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
         draw_after_meta_(self)
@@ -352,6 +355,8 @@ class VQAutoencoder(PreTrainedModel):
 
     def _original_hashes(self) -> dict[str, str]:
         """`hash_encoder` of the recorded weights where the present ones are a rounding of them, else of these."""
+        if getattr(self, "hf_quantizer", None) is not None and self.config.encoder_sha256:
+            return dict(self.config.encoder_sha256)  # quantised while they were loaded: no values are left to hash
         found = self.hash_encoder()
         rounded = {name: value for name, value in found.items() if name.split(".")[0] in _ROUNDED_MODULES}
         if combined_sha256(rounded) in (self.config.encoder_rounded_sha256 or ()):
@@ -361,6 +366,8 @@ class VQAutoencoder(PreTrainedModel):
     def _record_encoder(self) -> None:
         """Keep in the config which weights these are, and what half precision would make of them."""
         config = self.config
+        if getattr(self, "hf_quantizer", None) is not None:
+            return
         recorded = config.encoder_sha256 or {}
         config.encoder_sha256 = self._original_hashes()
         state = {name: t for name, t in self.state_dict().items() if name.split(".")[0] in _ROUNDED_MODULES}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from tiny_checkpoints import NAMES, autoencoder_model, dit_pipeline
-from transformers import AutoModel
+from transformers import AutoModel, TorchAoConfig
 
 from hf_dpssl import ContrastiveConfig, SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline
 from hf_dpssl.autoencoder import latent_codec
@@ -82,3 +82,18 @@ def test_models_built_in_bfloat16_keep_codebook_and_calibration_in_float32_and_t
         assert {t.dtype for t in model.calibration.state_dict().values()} == {torch.float32, torch.int64}
         images = torch.rand(8, 3, 16, 16)
         model(images, images.flip(3)).loss.backward()
+
+
+def test_quantised_autoencoder_is_that_of_its_checkpoint(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    model = autoencoder_model()
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    quantized = VQAutoencoder.from_pretrained(tmp_path, quantization_config=config)
+    assert sum("Int8" in type(parameter.data).__name__ for parameter in quantized.parameters()) == 8
+    assert quantized.fingerprint() == model.fingerprint()
+    images = torch.rand(2, 3, 16, 16)
+    error = (quantized(images).pixel_values - model(images).pixel_values).abs().max()
+    assert 0 < error < 0.05
+    quantized.save_pretrained(tmp_path / "int8")
+    assert VQAutoencoder.from_pretrained(tmp_path / "int8").fingerprint() == model.fingerprint()
