@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +121,15 @@ def generation_quality(
     return metrics
 
 
+def measured(name: str, measure: Callable, *given, nothing: Any = None, **options) -> Any:
+    """What `measure(*given, **options)` returns; `nothing` ({}) with a note where pictures are too few or coincide."""
+    try:
+        return measure(*given, **options)
+    except ValueError as error:
+        print(f"not measured: {name} ({error})", file=sys.stderr)  # stdout may be JSON
+        return nothing or {}
+
+
 @dataclass
 class Encoded:
     """latents (N, C, h, w), codes (N, h, w) or None, reconstructions (N, C, H, W) of some pictures, on the CPU."""
@@ -184,19 +195,22 @@ def measure_autoencoder(
     if "informativeness" in parts and train.labelled and test.labelled:
         metrics |= informativeness(model, train, test, encoded_train, encoded, seed)
     if "prior" in parts and encoded.codes is not None:
-        metrics |= evaluation.code_prior(encoded_train.codes, encoded.codes, model.config.num_codes, seed=seed)
+        codes = (encoded_train.codes, encoded.codes)
+        metrics |= measured("the prior", evaluation.code_prior, *codes, model.config.num_codes, seed=seed)
     if "collapse" in parts:
         found, curves = collapse(model, test, encoded, seed)
         metrics |= found
     if "lipschitz" in parts:
-        found, more = lipschitz(model, test.pixel_values[test.random_rows(lipschitz_images, seed)], seed)
+        pictures = test.pixel_values[test.random_rows(lipschitz_images, seed)]
+        found, more = measured("the Lipschitz constants", lipschitz, model, pictures, seed, nothing=({}, {}))
         metrics = metrics | found
         curves = curves | more
     if "distances" in parts:
         rows = test.random_rows(distance_images, seed)
-        metrics |= distances(test.pixel_values[rows], encoded.latents[rows], seed)
+        metrics |= measured("distances", distances, test.pixel_values[rows], encoded.latents[rows], seed)
     if GENERATOR in parts:
-        found, more = generator_capacity(train, test, encoded_train.latents, encoded.latents, seed)
+        latents = (encoded_train.latents, encoded.latents)
+        found, more = measured("D^G", generator_capacity, train, test, *latents, seed, nothing=({}, {}))
         metrics = metrics | found
         curves = curves | more
     return metrics, curves
@@ -208,7 +222,7 @@ def reconstruction(test: Pictures, encoded: Encoded, extractor: FeatureExtractor
     metrics |= evaluation.ssim(test.pixel_values, encoded.reconstructions, value_range=2.0)
     if extractor is not None:
         features = [features_of(extractor, images) for images in (test.pixel_values, encoded.reconstructions)]
-        quality = evaluation.image_quality(*features, extractor, seed=seed)
+        quality = measured("image quality", evaluation.image_quality, *features, extractor, seed=seed)
         metrics |= {f"r{name}": value for name, value in quality.items()}
     return metrics
 
@@ -224,9 +238,9 @@ def informativeness(
     metrics = {}
     for name, (bank, queries) in pairs.items():
         given = (bank, train.labels, queries, test.labels)
-        metrics[f"{name}_linear_top1"] = evaluation.linear_probe(*given, seed=seed)["linear_top1"]
-        k = min(20, len(bank))
-        metrics[f"{name}_knn_top1"] = evaluation.knn(*given, k=k, metric="euclidean")["knn_top1"]
+        found = measured("the linear probe", evaluation.linear_probe, *given, seed=seed)
+        found |= evaluation.knn(*given, k=min(20, len(bank)), metric="euclidean")
+        metrics |= {f"{name}_{key}": found[key] for key in ("linear_top1", "knn_top1") if key in found}
     return metrics
 
 
@@ -235,12 +249,13 @@ def collapse(
 ) -> tuple[dict[str, float], dict[str, list]]:
     """Effective rank and spectrum of the latents, use of the codebook, and how well neighbours are kept."""
     flat = encoded.latents.flatten(1)
-    metrics = evaluation.effective_rank(flat, centre=True)
-    curves = {"spectrum": evaluation.spectrum(flat).tolist()}
+    metrics = measured("effective rank", evaluation.effective_rank, flat, centre=True)
+    curves = {"spectrum": evaluation.spectrum(flat).tolist()} if metrics else {}
     kept = test.random_rows(2000, seed)
     pictures = test.pixel_values[kept].flatten(1)
     latents = flat[kept]
-    metrics |= evaluation.trustworthiness(pictures, latents, k=12) | evaluation.continuity(pictures, latents, k=12)
+    metrics |= measured("trustworthiness", evaluation.trustworthiness, pictures, latents, k=12)
+    metrics |= measured("continuity", evaluation.continuity, pictures, latents, k=12)
     if encoded.codes is not None:
         metrics |= evaluation.codebook_usage(encoded.codes, model.config.num_codes)
         counts = torch.bincount(encoded.codes.flatten(), minlength=model.config.num_codes).double()

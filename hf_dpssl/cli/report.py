@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,7 +113,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
             lipschitz_images=args.lipschitz_images, distance_images=args.distance_images,
         )  # fmt: skip
         if "informativeness" in args.parts and not (train.labelled and test.labelled):
-            say(f"{name}: informativeness is not measured, since not every image of {args.dataset} has a class")
+            reason = f"not every image of {args.dataset} has a class"
+            print(f"not measured: informativeness of {name} ({reason})", file=sys.stderr)
         if extractor is not None and "+" in args.dataset:
             metrics |= per_source(model, args, extractor, columns)
         about = {"source": source, "fingerprint": model.fingerprint()}

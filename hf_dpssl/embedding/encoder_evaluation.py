@@ -30,7 +30,8 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
         args: flags of `hf-dpssl evaluate`.
 
     Raises:
-        ValueError: no such encoder or data, no classes where a protocol needs them, or a number out of range.
+        ValueError: no such encoder or data, no classes where a protocol needs them, or nothing could be measured. A
+            protocol that has too few images beside others is left out, with a note.
     """
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     data = load_images(args.dataset, **columns, revision=args.dataset_revision)
@@ -45,6 +46,14 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
     reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
     query, labels = extract_features(embedder, data, data.evaluation, rows, **reading, digest=digest)
     metrics = {}
+    notes = []
+
+    def compute(module: str, **given) -> None:
+        try:
+            metrics.update(evaluation.load(module).compute(**given))
+        except ValueError as error:
+            notes.append(f"{module} was not measured: {error}")
+
     samples = {"evaluation": len(query)}
     if labelled:
         bank_rows = data.random_rows(data.train, args.evaluation_images, seed=args.seed)
@@ -53,14 +62,17 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
         given = {"predictions": query, "references": labels, "bank": bank, "bank_labels": bank_labels}
         for name, (module, options) in _protocols(args).items():
             if name in labelled:
-                metrics |= evaluation.load(module).compute(**given, **options)
+                compute(module, **given, **options)
     if "geometry" in args.protocol:
         for module in ("uniformity", "effective_rank"):
-            metrics |= evaluation.load(module).compute(predictions=query)
+            compute(module, predictions=query)
     if "views" in args.protocol:
         first, second = extract_views(embedder, data, data.evaluation, rows, seed=args.seed, **reading)
-        metrics |= evaluation.load("alignment").compute(predictions=first, references=second)
-    return Measured(metrics, samples, embedder.fingerprint, digest.hexdigest(), "the encoder's own image processor")
+        compute("alignment", predictions=first, references=second)
+    if not metrics:
+        raise ValueError(" ".join(notes))
+    resize = "the encoder's own image processor"
+    return Measured(metrics, samples, embedder.fingerprint, digest.hexdigest(), resize, notes=notes)
 
 
 def _protocols(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:

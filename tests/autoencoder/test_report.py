@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_checkpoints import encoder_model
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.autoencoder.complexity_curve import Budget, generator_complexity
@@ -135,6 +136,28 @@ def write_pictures(folder, value, count=12):
         for number in range(count):
             pixels = (value + random.integers(0, 40, (16, 16, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(folder / split / f"{number}.png")
+
+
+def test_five_pictures_are_reported_and_evaluated_as_far_as_they_allow(folders, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for number in range(5):  # one of each class
+        (tmp_path / "five" / f"class {number}").mkdir(parents=True)
+        pixels = random.integers(0, 255, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "five" / f"class {number}" / "picture.png")
+    data = ["--dataset", str(tmp_path / "five")]
+    parts = ["--parts", "reconstruction", "informativeness", "collapse", "lipschitz", "distances"]
+    flags = [*data, *parts, "--output_dir", str(tmp_path / "out"), "--json"]
+    assert main(["report", str(folders / "codes"), *flags]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["samples"] == {"train": 4, "evaluation": 1}
+    assert {"psnr", "ssim", "code_usage"} <= report["metrics"]["codes"].keys()
+    printed, said = capsys.readouterr()
+    assert json.loads(printed) == report["metrics"]
+    assert all(f"not measured: {name} (" in said for name in ("effective rank", "trustworthiness", "distances"))
+    encoder_model().encoder.save_pretrained(tmp_path / "encoder")
+    assert main(["evaluate", str(tmp_path / "encoder"), *data, "--protocol", "knn", "linear", "--knn_k", "3"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "knn_top1" in said and "linear_probe was not measured: no class has two rows" in said
 
 
 def test_generated_images_are_judged_by_each_source_of_a_union(tmp_path):
