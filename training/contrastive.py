@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> Path:
     optimizer = make_optimizer(args, model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=total_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    loop = TrainingLoop(args, accelerator, args.name, total_steps, source.loader, source.skipped)
+    loop = TrainingLoop(args, accelerator, args.name, total_steps, source.loader, source.skipped, data)
     model, optimizer = accelerator.prepare(model, optimizer)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
 

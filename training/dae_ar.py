@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> Path:
     def make_loader(start):
         return ordered_batches(codes, args.batch_size, args.seed, start, process, args.num_workers)
 
-    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped)
+    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
     ema.to(accelerator.device)
 

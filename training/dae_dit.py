@@ -98,15 +98,15 @@ def main(argv: list[str] | None = None) -> Path:
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
     noise_scheduler, sampler = (make_scheduler(args.objective, args.learned_variance) for _ in range(2))
-    null_class = transformer.config.num_embeds_ada_norm
     pipeline = VQDiTPipeline(sampled, autoencoder, sampler, names, autoencoder.fingerprint())
+    null_class = transformer.config.num_embeds_ada_norm
     process = (accelerator.process_index, accelerator.num_processes)
+    accumulate = args.gradient_accumulation_steps
 
     def make_loader(start):
-        accumulate = args.gradient_accumulation_steps
         return ordered_batches(latents, args.batch_size, args.seed, start, process, args.num_workers, accumulate)
 
-    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped)
+    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data)
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     kept = {"monitor": monitor} if monitor else {}
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **kept)

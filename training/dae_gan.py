@@ -114,7 +114,7 @@ def train(
     flip = PRESETS[source.data.entry.augmentation].flip
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(parameters, steps, args)
-    loop = TrainingLoop(args, accelerator, f"{args.name}/{stage}", steps, source.loader, source.skipped)
+    loop = TrainingLoop(args, accelerator, f"{args.name}/{stage}", steps, source.loader, source.skipped, source.data)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     adversary = make_adversary(args, stage, steps, source, accelerator)
     ema = EMAModel(model.generator.parameters(), decay=args.ema_decay)

@@ -178,7 +178,8 @@ def train_stage(
         model.gradient_checkpointing_enable()
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(parameters, args.learning_rate, stage.steps, args)
-    loop = TrainingLoop(args, accelerator, f"{args.name}/{stage.name}", stage.steps, source.loader, source.skipped)
+    checkpoints = f"{args.name}/{stage.name}"
+    loop = TrainingLoop(args, accelerator, checkpoints, stage.steps, source.loader, source.skipped, source.data)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     perceptual = load_perceptual(args.perceptual).to(accelerator.device) if args.perceptual else None
     adversary = make_adversary(args, stage, source, accelerator) if is_last and args.adversarial != "none" else None

@@ -119,6 +119,11 @@ class VQArguments(RunArguments):
 
     name: str = option("autoencoder", "subfolder of output_dir for the finished autoencoder", group="run")
 
+    def free_to_change(self) -> set[str]:
+        """As in every script; validations decide about weights where a guard or the best decoder follows them."""
+        decides = self.adversarial != "none" or self.init_from is not None
+        return super().free_to_change() - ({"validation_steps", "validation_images"} if decides else set())
+
     def __post_init__(self):
         super().__post_init__()
         self.arm = self.arm or self.scheme

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -103,7 +104,7 @@ class Validation:
 
     @torch.no_grad()
     def psnr(self, model: VQAutoencoder) -> float:
-        """Mean PSNR, dB, in eval mode; the model is left in the mode it was in."""
+        """Mean PSNR, dB, in eval mode (the model is left in its own); NaN where a reconstruction is not finite."""
         was_training = model.training
         model.eval()
         total = 0
@@ -111,10 +112,13 @@ class Validation:
         for batch in self.batches:
             pixel_values = batch.to(model.device)
             reconstructions = model(pixel_values).pixel_values.clamp(-1, 1).float()
+            if not reconstructions.isfinite().all():
+                total = math.nan  # the loop stops at a loss that is not finite, and says of which images
+                break
             total += len(batch) * psnr(pixel_values, reconstructions, value_range=2.0)["psnr"]
             count += len(batch)
         model.train(was_training)
-        return total / count
+        return total / max(1, count)
 
 
 class BestDecoder:

@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import snapshot_download
 
 from .classes import NoClasses, columns_of, label_candidates, relabel_all, with_classes
+from .content import content_digest
 from .digits import load_digits
 from .folder_scan import SPLITS, FolderScan, scan_folder
 from .subsets import random_rows
@@ -120,6 +122,13 @@ class ImageData:
     fingerprint: str = field(default="")
     label_problem: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of what the training split holds, wherever it lies; of a stream, which is not read, its name."""
+        if isinstance(self.train, IterableDataset):
+            return self.fingerprint
+        return content_digest(self.train, self.image_column, self.label_column, self.class_names)
 
     def account(self) -> str:
         """One line without names of files or classes: images and classes of each split, and what was left out, why."""

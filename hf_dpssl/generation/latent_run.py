@@ -13,6 +13,7 @@ from ..data.batches import ImageSource
 from ..data.image_data import ImageData
 from ..data.image_table import ImageTable
 from ..models.modeling_vq import VQAutoencoder
+from ..runs.training_loop import check_start
 from .latent_arguments import LatentRunArguments
 from .latent_cache import CodeTable, LatentTable, build_latent_cache
 
@@ -79,7 +80,9 @@ def cached_training_images(
 
     Raises:
         ValueError: fewer training images than one batch of all processes.
+        FileExistsError, ValueError: the run may not start or go on, as `check_start`.
     """
+    check_start(args, accelerator, args.name, data)  # a refused run leaves the cache of a good one as it is
     # Each image is decoded once: nothing is gained by decoding all of them into memory first.
     source = ImageSource.from_arguments(data, replace(args, preload_gb=0.0), accelerator, autoencoder.config.image_size)
     process = (accelerator.process_index, accelerator.num_processes)

@@ -55,6 +55,10 @@ class ContrastiveArguments(RunArguments):
     knn_k: int = option(20, "neighbours of the kNN evaluation", group="evaluation")
     knn_metric: str = option("cosine", "similarity of the kNN evaluation", choices=["cosine", "euclidean"])
 
+    def depends_on_length(self) -> bool:
+        """Whether MoCo's momentum rises to 1 at the end."""
+        return self.negatives == "queue" and self.momentum_schedule != "constant"
+
     def __post_init__(self):
         super().__post_init__()
         self._check_model_args()

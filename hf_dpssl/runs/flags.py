@@ -74,14 +74,14 @@ class FlagParser(argparse.ArgumentParser):
 
 def add_flags(parser: argparse.ArgumentParser, arguments_class: type) -> None:
     """A flag for every field of a dataclass of `option`s, in the groups that they name."""
-    types, groups = get_type_hints(arguments_class), _groups_of(arguments_class)
+    types, groups = get_type_hints(arguments_class), groups_of(arguments_class)
     titled = {name: parser.add_argument_group(name) for name in GROUPS if name in groups.values()}
     for entry in fields(arguments_class):
         titled[groups[entry.name]].add_argument(f"--{entry.name}", **_argument(entry, types[entry.name]))
 
 
-def _groups_of(arguments_class: type) -> dict[str, str]:
-    """{field: group}; a subclass that gives a field another default leaves it where it was."""
+def groups_of(arguments_class: type) -> dict[str, str]:
+    """{field: its group of flags}; a subclass that gives a field another default leaves it where it was."""
     groups: dict[str, str] = {}
     for base in reversed(arguments_class.__mro__):
         group = "run"

@@ -15,10 +15,25 @@ from typing import TypeVar
 
 from .atomic_files import atomic_file
 from .console import be_quiet, say
-from .flags import FlagParser, add_flags, option
+from .flags import FlagParser, add_flags, groups_of, option
 from .shipped_folders import shipped_folder
 
 Arguments = TypeVar("Arguments", bound="RunArguments")
+
+_FREE_TO_CHANGE = {
+    "output_dir",
+    "overwrite",
+    "num_workers",
+    "logging_steps",
+    "log_with",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "num_processes",
+    "preload_gb",
+    "compile",
+    "gradient_checkpointing",
+}
 
 
 @dataclass
@@ -61,6 +76,15 @@ class RunArguments:
     resume_from_checkpoint: str | None = option(
         None, "'latest' (starts afresh when there is none) or a checkpoint folder"
     )
+
+    def free_to_change(self) -> set[str]:
+        """Fields that a continued run may give another value, since they do not decide about its weights."""
+        measured = {name for name, group in groups_of(type(self)).items() if group == "evaluation"}
+        return _FREE_TO_CHANGE | measured
+
+    def depends_on_length(self) -> bool:
+        """Whether, besides the learning rate, something follows a schedule over the whole run."""
+        return False
 
     def __post_init__(self):
         for name in (

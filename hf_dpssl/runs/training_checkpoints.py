@@ -50,23 +50,33 @@ class CheckpointFolder:
         return target
 
     def load(self, which: str) -> tuple[dict, dict] | None:
-        """(state, meta) of "latest" or of a checkpoint folder; None when "latest" finds none.
+        """(state, meta) of "latest" or of a checkpoint folder; None when "latest" finds none; raises as `read_meta`."""
+        meta = self.read_meta(which)
+        if meta is None:
+            return None
+        state = torch.load(self._folder(which) / "state.pt", map_location="cpu", weights_only=True)
+        return state, meta
+
+    def read_meta(self, which: str) -> dict | None:
+        """What `save` got as `meta`, of "latest" or of a checkpoint folder; None when "latest" finds none.
 
         Raises:
             FileNotFoundError: a named folder that is no checkpoint.
         """
-        if which == "latest":
-            if not self.steps():
-                return None
-            folder = self.path / f"step-{self.steps()[-1]:08d}"
-        else:
-            folder = Path(which)
+        folder = self._folder(which)
+        if folder is None:
+            return None
         if not (folder / "state.pt").exists():
             raise FileNotFoundError(
                 f"{folder} is no checkpoint: give 'latest' or a folder like {self.path}/step-00000500."
             )
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        return torch.load(folder / "state.pt", map_location="cpu", weights_only=True), meta
+        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+    def _folder(self, which: str) -> Path | None:
+        if which != "latest":
+            return Path(which)
+        steps = self.steps()
+        return self.path / f"step-{steps[-1]:08d}" if steps else None
 
     def clear(self) -> None:
         """Remove all checkpoints and what a killed process left half-written."""

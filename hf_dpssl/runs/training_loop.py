@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -33,24 +34,15 @@ from tqdm.auto import tqdm
 from ..data import keyed_random
 from .atomic_files import write_json
 from .console import is_quiet, say
+from .continuation import check_same_run, record_of_data
 from .recipe import RunArguments
 from .sharding import load_whole_state_, whole_state
 from .training_checkpoints import CheckpointFolder
 
+if TYPE_CHECKING:
+    from ..data.image_data import ImageData
+
 logger = logging.getLogger(__name__)
-# What may differ between a run and its continuation without changing the weights.
-_FREE_TO_CHANGE = {
-    "output_dir",
-    "overwrite",
-    "num_workers",
-    "logging_steps",
-    "log_with",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "resume_from_checkpoint",
-    "num_processes",
-    "preload_gb",
-}
 
 
 def start_accelerator(args: RunArguments) -> Accelerator:
@@ -145,6 +137,30 @@ _LAUNCH_HINT = (
 )
 
 
+def _checkpoints(args: RunArguments, name: str) -> CheckpointFolder:
+    return CheckpointFolder(Path(args.output_dir) / "checkpoints" / name, args.checkpoints_total_limit)
+
+
+def check_start(args: RunArguments, accelerator: Accelerator, name: str, data: ImageData | None) -> None:
+    """Whether a loop of that name may start or go on; called before anything is written, by every `TrainingLoop` too.
+
+    Raises:
+        FileExistsError: checkpoints of an earlier run, and neither --resume_from_checkpoint nor --overwrite.
+        ValueError: the checkpoint is of another run, as `check_same_run`.
+    """
+    checkpoints = _checkpoints(args, name)
+    if args.resume_from_checkpoint is None:
+        if accelerator.is_main_process and checkpoints.steps() and not args.overwrite:
+            raise FileExistsError(
+                f"{checkpoints.path} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
+                "start afresh with --overwrite, or choose another --output_dir."
+            )
+        return
+    meta = checkpoints.read_meta(args.resume_from_checkpoint)
+    if meta is not None:
+        check_same_run(meta, args, accelerator.num_processes, data, str(checkpoints.path))
+
+
 def _listed(sample_ids: torch.Tensor | None) -> str:
     return "" if sample_ids is None else f", images {sample_ids.tolist()}"
 
@@ -159,6 +175,10 @@ class TrainingLoop:
         total_steps: optimiser steps of the whole loop.
         make_loader: makes an endless iterable of batches from `start=(epoch, batch)`.
         skipped: {row: reason} of unreadable images, extended while training.
+        data: the images, which a checkpoint remembers; None for a loop over none.
+
+    Raises:
+        FileExistsError, ValueError: as `check_start`.
     """
 
     def __init__(
@@ -169,6 +189,7 @@ class TrainingLoop:
         total_steps: int,
         make_loader: Callable[..., Iterable[dict]],
         skipped: dict[str, str],
+        data: ImageData | None = None,
     ):
         self.args = args
         self.accelerator = accelerator
@@ -187,14 +208,10 @@ class TrainingLoop:
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
-        folder = Path(args.output_dir) / "checkpoints" / name
-        self.checkpoints = CheckpointFolder(folder, args.checkpoints_total_limit)
-        if accelerator.is_main_process and args.resume_from_checkpoint is None and self.checkpoints.steps():
-            if not args.overwrite:
-                raise FileExistsError(
-                    f"{folder} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
-                    "start afresh with --overwrite, or choose another --output_dir."
-                )
+        self.data = data
+        check_start(args, accelerator, name, data)
+        self.checkpoints = _checkpoints(args, name)
+        if accelerator.is_main_process and args.resume_from_checkpoint is None:
             self.checkpoints.clear()
 
     def keep(self, **objects) -> None:
@@ -217,10 +234,17 @@ class TrainingLoop:
             say(f"{self.name}: no checkpoint in {self.checkpoints.path}, starting afresh")
             return
         state, meta = loaded
-        self._check_same_run(meta)
         for name, value in self._kept.items():
-            load_whole_state_(value, self._modules(), state[name])
+            if name in state:  # a monitor that is new to the run starts with nothing
+                load_whole_state_(value, self._modules(), state[name])
+            elif isinstance(value, torch.nn.Module | torch.optim.Optimizer):
+                raise ValueError(f"the checkpoint in {self.checkpoints.path} holds no {name!r}: it is of another run.")
         self.step = meta["step"]
+        if self.step > self.total_steps:
+            raise ValueError(
+                f"the checkpoint in {self.checkpoints.path} is of step {self.step}, beyond the {self.total_steps} that "
+                "were asked for: ask for more, or give the folder of an earlier checkpoint."
+            )
         self.epoch = meta["epoch"]
         self.batch = meta["batch"]
         self.history = meta["history"]
@@ -229,22 +253,6 @@ class TrainingLoop:
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
         replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
         say(f"{self.name}: resumed at {where}{replay}")
-
-    def _check_same_run(self, meta: dict) -> None:
-        # An argument that came after the checkpoint had what is now its default.
-        then = asdict(type(self.args)()) | meta["arguments"]
-        now = asdict(self.args)
-        changed = sorted(k for k in then.keys() | now.keys() if k not in _FREE_TO_CHANGE and then.get(k) != now.get(k))
-        if meta["num_processes"] != self.accelerator.num_processes:
-            changed.append("num_processes")
-            then = then | meta
-            now = now | {"num_processes": self.accelerator.num_processes}
-        if changed:
-            listed = ", ".join(f"{k}: {then.get(k)!r} -> {now.get(k)!r}" for k in changed)
-            raise ValueError(
-                f"cannot continue the run in {self.checkpoints.path}: its settings were others ({listed}). "
-                "Use the same, or start afresh with --overwrite."
-            )
 
     def __iter__(self) -> Iterator[dict]:
         args = self.args
@@ -361,6 +369,7 @@ class TrainingLoop:
                 "history": self.history,
                 "seconds": self.seconds,
                 "skipped": self.skipped,
+                "data": record_of_data(self.data),
             }
             self.checkpoints.save(self.step, state, meta)
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,101 @@
+"""A run goes on with the images it began with, wherever they lie, and a refused one leaves everything as it was."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_dpssl.data import load_images
+
+ENCODER = ["--batch_size", 4, "--image_size", 16, "--checkpointing_steps", 1, "--logging_steps", 1]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twelve pictures of two classes."""
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index in range(6):
+            picture = Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            picture.save(tmp_path / "pictures" / name / f"{index}.png")
+    return tmp_path / "pictures"
+
+
+def flags(pictures, folder, steps, *more):
+    return [*ENCODER, "--dataset", pictures, "--output_dir", folder, "--max_train_steps", steps, *more]
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_content_is_that_of_the_images_and_not_of_their_place(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "moved", copy_function=shutil.copyfile)
+    before = load_images(str(pictures)).content
+    assert load_images(str(tmp_path / "moved")).content == before
+    Image.new("RGB", (16, 16)).save(tmp_path / "moved/cat/0.png")
+    changed = load_images(str(tmp_path / "moved")).content
+    (pictures / "dog").rename(pictures / "wolf")
+    renamed = load_images(str(pictures)).content
+    assert len({before, changed, renamed}) == 3
+
+
+def test_moved_images_go_on_and_other_classes_are_refused_with_both_lists(pictures, tmp_path, run_script, refusal):
+    constant = ["--lr_scheduler", "constant"]
+    run_script("contrastive", flags(pictures, tmp_path / "whole", 3, *constant))
+    run_script("contrastive", flags(pictures, tmp_path / "run", 2, *constant))
+    moved = pictures.rename(tmp_path / "elsewhere")
+    resume = [*constant, "--resume_from_checkpoint", "latest"]
+    printed = run_script("contrastive", flags(moved, tmp_path / "run", 3, *resume, "--knn_k", 3))
+    assert "resumed at step 2" in printed and "others" not in printed
+    assert weights(tmp_path / "run/encoder") == weights(tmp_path / "whole/encoder")
+
+    (moved / "dog").rename(moved / "wolf")
+    message = refusal("contrastive", flags(moved, tmp_path / "run", 4, *resume))
+    assert "'cat', 'dog'" in message and "'cat', 'wolf'" in message and "--overwrite" in message
+    (moved / "wolf").rename(moved / "dog")
+    Image.new("RGB", (16, 16)).save(moved / "cat/9.png")
+    printed = run_script("contrastive", flags(moved, tmp_path / "run", 4, *resume))
+    assert "the images are others" in printed and "resumed at step 3" in printed
+
+
+def test_length_changes_only_under_a_schedule_without_end_and_never_below_what_is_done(
+    pictures, tmp_path, run_script, refusal
+):
+    run_script("contrastive", flags(pictures, tmp_path / "cosine", 2))
+    resume = ["--resume_from_checkpoint", "latest"]
+    message = refusal("contrastive", flags(pictures, tmp_path / "cosine", 3, *resume))
+    assert "max_train_steps: 2 -> 3" in message and "--lr_scheduler constant" in message
+    constant = ["--lr_scheduler", "constant"]
+    run_script("contrastive", flags(pictures, tmp_path / "constant", 2, *constant))
+    assert "step 2" in refusal("contrastive", flags(pictures, tmp_path / "constant", 1, *constant, *resume))
+
+
+def test_refused_generator_leaves_the_latents_of_the_good_run(pictures, tmp_path, run_script, refusal):
+    tiny = ["--dataset", pictures, "--image_size", 16, "--batch_size", 2, "--output_dir", tmp_path / "run"]
+    short = [
+        "--stage_1_steps",
+        1,
+        "--stage_2_steps",
+        1,
+        "--num_codes",
+        8,
+        "--encoder_channels",
+        8,
+        "--decoder_channels",
+    ]
+    short += [8, "--auxiliary_channels", 8]
+    run_script("dae_vq", [*tiny, *short])
+    dit = [*tiny, "--autoencoder", tmp_path / "run/autoencoder", "--max_train_steps", 1, "--width", 16, "--num_layers"]
+    dit += [1, "--num_heads", 2, "--sampling_steps", 1, "--grid_images_per_class", 1]
+    run_script("dae_dit", dit)
+    before = {path: path.read_bytes() for path in (tmp_path / "run/latents").rglob("*") if path.is_file()}
+    (pictures / "dog").rename(pictures / "wolf")
+    assert "'cat', 'wolf'" in refusal("dae_dit", [*dit, "--resume_from_checkpoint", "latest"])
+    assert "--overwrite" in refusal("dae_dit", dit)
+    assert {path: path.read_bytes() for path in before} == before and before
+    meta = json.loads(next((tmp_path / "run/checkpoints/dit").rglob("meta.json")).read_text())
+    assert meta["data"]["classes"] == ["cat", "dog"]
