@@ -56,7 +56,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with _full_disk_named(path):
             yield temporary
-            _readable(temporary)
+            _settle(temporary)
             _replace_folder(path, temporary, old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,24 +100,37 @@ def _lives(process: int) -> bool:
     return True
 
 
-def _readable(folder: Path) -> None:
-    """safetensors makes its files for their owner alone; these are for whom umask says."""
+def _settle(folder: Path) -> None:
+    """Files are on the disk, and for whom umask says: safetensors makes its own for their owner alone."""
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.rglob("*"):
-        if file.is_file() and not file.is_symlink():
-            file.chmod(0o666 & ~umask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager
 def _full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not _disk_is_full(error, path.parent):
             raise
         before = f"what {path} held before is whole" if path.exists() else "nothing is there under that name"
-        raise OSError(errno.ENOSPC, f"the disk is full, {path} could not be written; {before}") from error
+        raise OSError(errno.ENOSPC, f"the disk is full: {path} could not be written, {before}") from error
+
+
+def _disk_is_full(error: BaseException | None, folder: Path) -> bool:
+    """Whether an error, or what it came from, is a full disk; torch and safetensors wrap that of the system."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error):
+            return True
+        if "PytorchStreamWriter failed" in str(error):  # whatever the reason
+            return shutil.disk_usage(folder).free < 2**20
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_json(path: str | os.PathLike, content: dict) -> None:

@@ -7,6 +7,7 @@ removed only after that. So a kill at any moment leaves the previous checkpoint 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .atomic_files import atomic_file, atomic_folder, write_json
+from .atomic_files import atomic_folder, write_json
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -39,12 +40,23 @@ class CheckpointFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, step: int, state: dict, meta: dict) -> Path:
-        """Write a checkpoint, then remove all but the newest `keep`."""
+        """Write a checkpoint, then remove all but the newest `keep`.
+
+        Raises:
+            OSError: the disk is full; says which checkpoint is whole.
+        """
         target = self.path / f"step-{step:08d}"
-        with atomic_folder(target) as folder:
-            with atomic_file(folder / "state.pt", "wb") as file:
-                torch.save(state, file)
-            write_json(folder / "meta.json", meta)
+        try:
+            with atomic_folder(target) as folder:
+                with open(folder / "state.pt", "wb") as file:
+                    torch.save(state, file)
+                write_json(folder / "meta.json", meta)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            whole = self.steps()
+            last = f"the last whole checkpoint is {self.path}/step-{whole[-1]:08d}" if whole else "there is none before"
+            raise OSError(errno.ENOSPC, f"the disk is full at step {step}; {last}") from error
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path / f"step-{old:08d}")
         return target

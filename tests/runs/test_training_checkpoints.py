@@ -1,9 +1,14 @@
 """Files, folders and checkpoints that appear whole or not at all."""
 
 import os
+import socket
+import stat
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_dpssl.runs.atomic_files import atomic_file, atomic_folder
 from hf_dpssl.runs.training_checkpoints import CheckpointFolder
@@ -37,13 +42,69 @@ def test_folder_replaces_the_old_one_whole_or_not_at_all(tmp_path):
     assert (target / "weights").read_text() == "two" and names(tmp_path) == ["model"]
 
 
-def test_folder_ignores_what_a_killed_process_left(tmp_path):
-    leftover = tmp_path / ".model.tmp"
-    leftover.mkdir()
-    (leftover / "stale").write_text("x")
+def test_killed_process_loses_no_folder_and_leaves_nothing_for_long(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    leftover = tmp_path / f".model.{socket.gethostname()}-{gone.stdout.strip()}.tmp"
+    other = tmp_path / f".model.{socket.gethostname()}-{os.getpid()}0.of-another"
+    for folder in (leftover, other, tmp_path / ".model.old"):
+        folder.mkdir()
+        (folder / "weights").write_text("before")
+    with pytest.raises(KeyError), atomic_folder(tmp_path / "model"):
+        raise KeyError  # the folder that a kill between the renames had moved away is back before anything else
+    assert (tmp_path / "model" / "weights").read_text() == "before"
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "weights").write_text("new")
-    assert names(tmp_path / "model") == ["weights"]
+    assert (tmp_path / "model" / "weights").read_text() == "new"
+    assert names(tmp_path) == sorted([other.name, "model"])
+
+
+def test_failed_rename_leaves_the_old_folder(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    rename = os.rename
+
+    def fail_second(source, goal):
+        if str(source).endswith(".tmp"):
+            raise PermissionError(13, "no")
+        rename(source, goal)
+
+    monkeypatch.setattr(os, "rename", fail_second)
+    with pytest.raises(PermissionError), atomic_folder(target) as folder:
+        (folder / "weights").write_text("new")
+    assert (target / "weights").read_text() == "old" and names(tmp_path) == ["model"]
+
+
+def test_files_are_for_whom_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        with atomic_folder(tmp_path / "model") as folder:
+            save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model/model.safetensors").stat().st_mode) == 0o644
+
+
+def test_full_disk_is_named_with_the_checkpoint_that_is_whole(tmp_path):
+    """On a real full file system, where this process may make one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system")
+    try:
+        checkpoints = CheckpointFolder(small / "run")
+        checkpoints.save(1, {"weight": torch.zeros(200_000)}, {})
+        with pytest.raises(OSError, match="disk is full at step 2; the last whole checkpoint is .*step-00000001"):
+            checkpoints.save(2, {"weight": torch.zeros(900_000)}, {})
+        assert checkpoints.steps() == [1]
+        with pytest.raises(OSError, match="disk is full"), atomic_folder(small / "model") as folder:
+            save_file({"weight": torch.zeros(900_000)}, folder / "model.safetensors")
+        with pytest.raises(OSError, match="disk is full"), atomic_file(small / "file") as file:
+            file.write("x" * 4_000_000)
+        assert names(small) == ["run"]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_checkpoints_round_trip_rotate_and_latest_is_the_newest(tmp_path):
