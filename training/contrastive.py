@@ -37,6 +37,7 @@ from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
+from hf_dpssl.runs.measures import Measures
 from hf_dpssl.runs.plots import plot_curves
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
@@ -188,45 +189,42 @@ def embed_views(model, table, rows, views: TwoViews) -> tuple[torch.Tensor, torc
     return torch.cat(found[0]), torch.cat(found[1])
 
 
-def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[dict, dict]:
+def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[Measures, dict]:
     """Measures of features and (key ending in _embeddings) embeddings of held-out images: kNN accuracy where there
-    are labels, uniformity, effective rank; of embeddings alignment too. ({}, counts) without held-out images."""
+    are labels, uniformity, effective rank; of embeddings alignment too. None without held-out images. And counts."""
     train, held_out = source.training_table(), source.evaluation_table()
+    taken = Measures()
     if held_out is None:
-        return {}, {"train": len(train), "evaluation": 0}
+        return taken, {"train": len(train), "evaluation": 0}
     bank_rows, query_rows = (table.random_rows(args.evaluation_images) for table in (train, held_out))
     samples = {"train": len(train), "bank": len(bank_rows), "evaluation": len(query_rows)}
     mean, std = source.data.entry.statistics
     bank, query = embed(model, train, bank_rows, mean, std), embed(model, held_out, query_rows, mean, std)
-    metrics = {}
+
+    def take(name: str, suffix: str, **arguments) -> None:
+        def measure():
+            return {key + suffix: value for key, value in evaluation.load(name).compute(**arguments).items()}
+
+        taken.take(name + suffix, measure)
+
     for kind, suffix in (("features", ""), ("embeddings", "_embeddings")):
-        measured = {}
         if source.data.class_names is not None:
             options = {"k": args.knn_k, "metric": args.knn_metric}
             given = {"bank": bank[kind], "bank_labels": bank["labels"], "references": query["labels"]}
-            measured |= measure("knn", predictions=query[kind], **given, **options)
-        measured |= measure("uniformity", predictions=query[kind]) | measure("effective_rank", predictions=query[kind])
-        metrics |= {name + suffix: value for name, value in measured.items()}
+            take("knn", suffix, predictions=query[kind], **given, **options)
+        take("uniformity", suffix, predictions=query[kind])
+        take("effective_rank", suffix, predictions=query[kind])
     augmentation = PRESETS[args.augmentation or source.data.entry.augmentation]
     views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     first, second = embed_views(model, held_out, query_rows, views)
-    measured = measure("alignment", predictions=first, references=second)
-    metrics |= {f"{name}_embeddings": value for name, value in measured.items()}
-    return metrics, samples
-
-
-def measure(name: str, **arguments) -> dict[str, float]:
-    """The metrics of an evaluate module; {} with a note where the vectors do not allow it (collapsed, not finite)."""
-    try:
-        return evaluation.load(name).compute(**arguments)
-    except ValueError as error:
-        say(f"{name} is not measured: {error}")
-        return {}
+    take("alignment", "_embeddings", predictions=first, references=second)
+    return taken, samples
 
 
 def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingLoop, target: Path) -> None:
     """Evaluate, and write the complete checkpoint folder."""
-    metrics, samples = evaluate(model, args, source)
+    taken, samples = evaluate(model, args, source)
+    metrics = taken.metrics
     data = source.data
     kernel = model.calibration.numbers()
     model.config.dpssl = {
@@ -246,7 +244,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
         started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}
         about |= lineage_of_run(loop.accelerator, data, [loop.seconds], started)
-        write_results(folder / "results.json", metrics, **about, knn=settings, kernel=kernel)
+        write_results(folder / "results.json", metrics, **about, **taken.results(), knn=settings, kernel=kernel)
         write_card(folder)
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))
     say(f"{target}: " + (scores or "no labels, not evaluated"))

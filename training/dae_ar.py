@@ -39,6 +39,7 @@ from hf_dpssl.data.batches import load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.data.subsets import random_rows
 from hf_dpssl.embedding.feature_extractors import load_extractor
+from hf_dpssl.evaluation.image_measures import Extractor
 from hf_dpssl.generation.diffusion import dropped_labels
 from hf_dpssl.generation.latent_cache import CodeTable
 from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
@@ -47,6 +48,7 @@ from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
+from hf_dpssl.runs.measures import Measures
 from hf_dpssl.runs.plots import plot_curves, save_grid
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
@@ -55,6 +57,7 @@ from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished pipeline."""
     args = parse(ARArguments, argv, __doc__)
+    extractors = [load_extractor(name) for name in args.extractor]
     data = load_images_for(args)
     class_names = classes_of_run(args, data)
     autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
@@ -110,19 +113,20 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
-        language_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        language_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
         ema.copy_to(language_model.parameters())
-        parts = (language_model.eval(), autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
-        common = (null_class, num_codes, args, accelerator)
-        metrics = {} if held_out is None else {"nats_per_image": nats_per_image(language_model, held_out, *common)}
-        metrics["nats_per_image_train"] = nats_per_image(language_model, codes, *common)
+        taken = Measures()
+        for name, table in (("nats_per_image", held_out), ("nats_per_image_train", codes)):
+            if table is not None:
+                taken.metrics[name] = nats_per_image(language_model, table, null_class, num_codes, args, accelerator)
         samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
-        pipeline = VQTokenPipeline(*parts)
-        if args.extractor and held_out is not None:
-            metrics |= judged(pipeline, args)
+        names = dict(enumerate(class_names))
+        pipeline = VQTokenPipeline(language_model, autoencoder, names, autoencoder.fingerprint())
+        if extractors and held_out is not None:
+            taken.take("quality of generated images", judged, pipeline, args, extractors)
             samples["generated"] = args.num_generated
         about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
-        save(pipeline, args, data, metrics, loop, target, about | {"samples": samples})
+        save(pipeline, args, data, taken.metrics, loop, target, about | taken.results() | {"samples": samples})
     finish(accelerator, args, skipped)
     return target
 
@@ -189,7 +193,7 @@ def nats_per_image(
     return total / count
 
 
-def judged(pipeline: VQTokenPipeline, args: ARArguments) -> dict[str, float]:
+def judged(pipeline: VQTokenPipeline, args: ARArguments, extractors: list[Extractor]) -> dict[str, float]:
     """Quality of `num_generated` images without guidance beside held-out ones, and those of each part of a union."""
     classes = len(pipeline.class_names)
     generator, images = torch.Generator().manual_seed(args.seed), []
@@ -201,8 +205,8 @@ def judged(pipeline: VQTokenPipeline, args: ARArguments) -> dict[str, float]:
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     common = dict(limit=args.evaluation_images, seed=args.seed, **columns)
     metrics = {}
-    for name in args.extractor:
-        metrics |= generation_quality(torch.cat(images), args.dataset, load_extractor(name), **common)
+    for extractor in extractors:
+        metrics |= generation_quality(torch.cat(images), args.dataset, extractor, **common)
     return metrics
 
 

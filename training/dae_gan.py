@@ -35,6 +35,8 @@ from hf_dpssl.data.batches import ImageSource, load_images_for
 from hf_dpssl.data.keyed_random import derive_seed
 from hf_dpssl.data.views import PRESETS, to_model_range
 from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.embedding.feature_extractors import load_extractor
+from hf_dpssl.evaluation.image_measures import Extractor
 from hf_dpssl.generation.gan_training import (
     FeatureBank,
     Judge,
@@ -48,6 +50,7 @@ from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDisc
 from hf_dpssl.models.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
+from hf_dpssl.runs.measures import Measures
 from hf_dpssl.runs.plots import plot_curves, save_grid
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
@@ -56,6 +59,7 @@ from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished model."""
     args = parse(GANArguments, argv, __doc__)
+    extractors = [load_extractor(name) for name in args.extractor]
     accelerator = start_accelerator(args)
     set_seed(args.seed)
 
@@ -101,7 +105,7 @@ def main(argv: list[str] | None = None) -> Path:
     if accelerator.is_main_process:
         ancestors = {"encoder of the latents": args.encoder if bank else None}
         about = lineage_of_run(accelerator, data, seconds.values(), ancestors)
-        save(model.eval(), args, source, bank, history, target, about)
+        save(model.eval(), args, source, bank, history, target, about, extractors)
     finish(accelerator, args, source.skipped)
     return target
 
@@ -198,29 +202,34 @@ def make_adversary(
 
 def save(
     model: VAEGAN, args: GANArguments, source: ImageSource, bank: FeatureBank | None, history: list[dict],
-    target: Path, made: dict,
+    target: Path, made: dict, extractors: list[Extractor],
 ) -> None:  # fmt: skip
     """Fit densities, generate, judge, and write the complete checkpoint folder; `made` goes into results.json."""
     data, training, held_out = source.data, source.training_table(), source.evaluation_table()
     fit_density_(model.density, model, args, bank, training, held_out)
     generated = model.generate(args.num_generated, torch.Generator().manual_seed(args.seed)).float().cpu()
-    metrics, fingerprints, densities = {}, {}, {}
+    taken, fingerprints, densities = Measures(), {}, {}
     samples = {"train": len(training), "evaluation": 0, "generated": len(generated)}
     if held_out is not None:
         references = (pictures(training, args.evaluation_images), pictures(held_out, args.evaluation_images))
-        judge = Judge(*references, args.extractor, args.seed)
+        judge = Judge(*references, extractors, args.seed)
         samples["evaluation"] = len(judge.held_out)
-        metrics = judge(generated) | judge.ceiling(len(generated))
+        taken.take("quality", lambda: judge(generated) | judge.ceiling(len(generated)))
         fingerprints = judge.fingerprints(len(generated))
         for kind in args.other_densities:
             density = LatentDensity(kind, model.config.latent_dim, **density_settings(kind, args, held_out))
             fit_density_(density, model, args, bank, training, held_out)
             latents = density.sample(args.num_generated, torch.Generator().manual_seed(args.seed))
-            densities[kind] = judge(model.generate(latents=latents).float().cpu())
+            other = Measures()
+            images = model.generate(latents=latents).float().cpu()
+            other.take(f"quality with latents of {kind}", judge, images)
+            densities[kind] = other.metrics
+            taken.left_out |= other.left_out
+    metrics = taken.metrics
     about = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": metrics}
     model.config.dpssl = about | ({"encoder": bank.encoder} if bank else {})
     about = {"latent": args.latent, "sampled_from": args.density, "densities": densities, "quality": fingerprints}
-    about |= made
+    about |= made | taken.results()
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")

@@ -40,6 +40,8 @@ from hf_dpssl.runs.results import write_results
 
 IMAGE_SIZE = 16
 NUM_SAMPLES = 300
+OUTPUTS = ("encoder", "autoencoder", "dit", "comparison", "checkpoints", "latents", "logs")  # folders
+MARK = ".made-by-demo"
 KNN = {"k": 20, "metric": "euclidean"}
 ENCODER_2D = "comparison/encoder-2d"
 AUTOENCODERS: dict[str, tuple[str, list[str]]] = {  # name in the report: name of the run, and its flags
@@ -54,8 +56,7 @@ def main(argv: list[str] | None = None) -> Path:
     """Run the demo; returns the folder with report.json."""
     args = parse_demo(demo_parser(__doc__), argv)
     folder = Path(args.output_dir)
-    for old in ("encoder", "autoencoder", "dit", "comparison", "checkpoints", "latents", "logs"):
-        shutil.rmtree(folder / old, ignore_errors=True)
+    claim(folder)
     steps, watch = read_steps(args.recipe), Stopwatch()
     base = ["--output_dir", str(folder), "--seed", str(args.seed), "--checkpointing_steps", "100000"]
 
@@ -86,6 +87,24 @@ def main(argv: list[str] | None = None) -> Path:
     )  # fmt: skip
     print_table(report, targets, watch.seconds, folder)
     return folder
+
+
+def claim(folder: Path) -> None:
+    """Remove what an earlier demo left, and mark the folder as a demo's.
+
+    Raises:
+        FileExistsError: folders of those names that no demo made.
+    """
+    existing = [folder / name for name in OUTPUTS if (folder / name).exists()]
+    if existing and not (folder / MARK).exists():
+        raise FileExistsError(
+            f"{existing[0]} is there and was made by no demo (there is no {MARK} in {folder}): choose another "
+            "--output_dir."
+        )
+    for path in existing:
+        shutil.rmtree(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
 
 
 def read_steps(recipe: str) -> dict:

@@ -12,6 +12,7 @@ What the other classes cannot express is refused with every reason.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ class ExportReport:
     files: dict[str, int]
     differences: dict[str, float]
     tolerance: float = TOLERANCE
+
+
+_RECORD = "exported_files.json"  # in every export: what --overwrite may delete
 
 
 def export(
@@ -109,6 +113,7 @@ def export(
         written, differences = write(folder, temporary, **options)
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
         files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in paths}
+        write_json(temporary / _RECORD, {"format": format, "files": files})
     return ExportReport(str(source), format, str(target), written, files, differences)
 
 
@@ -130,9 +135,15 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{target} is there already: choose another folder, or pass --overwrite.")
-        ours = ("config.json", "model_index.json", "export.json")
-        if not any((target / name).is_file() for name in ours):
+        if not (target / _RECORD).is_file():
             raise FileExistsError(f"{target} is no exported model and is not replaced: choose another folder.")
+        ours = {_RECORD, *json.loads((target / _RECORD).read_text(encoding="utf-8"))["files"]}
+        found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+        if others := sorted(found - ours):
+            raise FileExistsError(
+                f"{target} holds {len(others)} files of others ({', '.join(others[:5])}) and is not replaced: "
+                "move them, or choose another folder."
+            )
 
 
 class _EncoderWithoutCode(ContrastiveEncoder):

@@ -14,7 +14,8 @@ from ..data.batches import evaluation_batches
 from ..data.image_table import BadImageError, ImageTable, decode_row
 from ..data.subsets import random_rows
 from ..embedding.embedder import ImageEmbedder
-from ..embedding.feature_extractors import features_of, load_extractor
+from ..embedding.feature_extractors import features_of
+from ..evaluation.image_measures import Extractor
 from ..models.latent_density import LatentDensity
 from ..models.modeling_vaegan import VAEGAN
 from .gan_arguments import GANArguments
@@ -110,15 +111,15 @@ class Judge:
 
     Args:
         training, held_out: images (N, C, S, S), (M, C, S, S) in [-1, 1].
-        extractors: names for `load_extractor`.
+        extractors: of the features that are compared.
         seed: of subsets and splits.
     """
 
-    def __init__(self, training: Tensor, held_out: Tensor, extractors: list[str], seed: int):
+    def __init__(self, training: Tensor, held_out: Tensor, extractors: list[Extractor], seed: int):
         self.training = training
         self.held_out = held_out
         self.seed = seed
-        self.extractors = [load_extractor(name) for name in extractors]
+        self.extractors = extractors
         self._real = [features_of(extractor, held_out) for extractor in self.extractors]
 
     def __call__(self, generated: Tensor) -> dict[str, float]:

@@ -228,9 +228,13 @@ def test_an_export_replaces_only_an_earlier_one_and_only_when_told(folders, tmp_
     export(folders["encoder"], tmp_path / "out", "timm")
     with pytest.raises(FileExistsError, match="choose another folder, or pass --overwrite"):
         export(folders["encoder"], tmp_path / "out", "timm")
-    (tmp_path / "out/old.txt").touch()
+    (tmp_path / "out/notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"1 files of others \(notes.txt\)"):
+        export(folders["encoder"], tmp_path / "out", "timm", overwrite=True)
+    (tmp_path / "out/notes.txt").unlink()
+    (tmp_path / "out/model.safetensors").write_bytes(b"")
     export(folders["encoder"], tmp_path / "out", "timm", overwrite=True)
-    assert not (tmp_path / "out/old.txt").exists()
+    assert (tmp_path / "out/model.safetensors").stat().st_size > 1000
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary/monday.txt").touch()
     with pytest.raises(FileExistsError, match="is no exported model and is not replaced"):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import evaluate
 import numpy as np
 import pytest
 from PIL import Image
@@ -99,3 +100,19 @@ def test_refused_generator_leaves_the_latents_of_the_good_run(pictures, tmp_path
     assert {path: path.read_bytes() for path in before} == before and before
     meta = json.loads(next((tmp_path / "run/checkpoints/dit").rglob("meta.json")).read_text())
     assert meta["data"]["classes"] == ["cat", "dog"]
+
+
+def test_a_finished_training_is_kept_when_its_measures_cannot_be_taken(pictures, tmp_path, run_script, monkeypatch):
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", "/proc/nowhere")
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_CACHE", "/proc/nowhere")
+    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", "/proc/nowhere")
+    printed = run_script("contrastive", flags(pictures, tmp_path / "run", 1))
+    assert "knn is not measured" in printed
+    assert (tmp_path / "run/encoder/model.safetensors").exists()
+    results = json.loads((tmp_path / "run/encoder/results.json").read_text())
+    assert "knn" in results["not_measured"] and "knn_top1" not in results["metrics"]
+
+
+def test_extractor_that_is_not_there_is_refused_before_training(pictures, tmp_path, refusal):
+    message = refusal("dae_gan", ["--dataset", pictures, "--output_dir", tmp_path / "run", "--extractor", "no/where"])
+    assert "no/where" in message and not (tmp_path / "run").exists()

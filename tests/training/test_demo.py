@@ -68,6 +68,14 @@ def test_missed_target_is_called_missed(short_demo, capsys):
     assert "MISSED class_consistency, percent" in capsys.readouterr().out
 
 
+def test_folders_that_no_demo_made_are_left_alone(tmp_path):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "thesis.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="made by no demo"):
+        demo.main(["--output_dir", str(tmp_path)])
+    assert [path.name for path in tmp_path.rglob("*")] == ["encoder", "thesis.txt"]
+
+
 def test_moved_digits_depend_on_the_sample_alone():
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(6)
