@@ -10,6 +10,8 @@ from . import models as models
 from . import runs as runs
 from .contrastive import MoCoForPreTraining as MoCoForPreTraining
 from .contrastive import SimCLRForPreTraining as SimCLRForPreTraining
+from .contrastive import drift_field as drift_field
+from .contrastive import drift_loss as drift_loss
 from .contrastive import info_nce as info_nce
 from .contrastive import matching as matching
 from .contrastive import moco as moco

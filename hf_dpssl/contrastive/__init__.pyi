@@ -1,4 +1,8 @@
 from . import matching as matching
+from .drifting import Drift as Drift
+from .drifting import DriftLoss as DriftLoss
+from .drifting import drift_field as drift_field
+from .drifting import drift_loss as drift_loss
 from .drop_ins import SentencePairLoss as SentencePairLoss
 from .drop_ins import over_processes as over_processes
 from .kernels import log_similarities as log_similarities

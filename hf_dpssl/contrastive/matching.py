@@ -16,8 +16,10 @@ z = cat[view_1, view_2]):
     sup_con             labels                     either, anchor         kl + entropy of P
     sne                 Gaussian, perplexity       gaussian, anchor       kl
     t_sne               Gaussian, perplexity       student_t, joint       kl
+    drift_field         real samples               generator's samples    [3]
     [1] of the queries, others=cat[key, queue], mask=cat[torch.eye(B), torch.ones(B, K)]: no other query's key
     [2] mean over images with others=text and texts with others=image
+    [3] gaussian, anchor: sample i of the generator descends -log of the sum of Q_ij over real j; see drifting.py
 
 "kl + entropy of P" is `cross_entropy`; the entropy does not depend on the embeddings.
 
