@@ -24,6 +24,8 @@ from ..models.modeling_contrastive import ContrastiveConfig
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from .choices import KINDS
 
+# Said outright: where nothing is said, transformers asks on the terminal whether to run a repository's code.
+_NO_CODE = {"trust_remote_code": False}
 _PRETRAINING = {cls.__name__: cls for cls in (SimCLRForPreTraining, MoCoForPreTraining)}
 
 
@@ -40,12 +42,12 @@ class Preprocessor:
 
     def __init__(self, encoder: str, revision: str | None = None):
         try:
-            config = AutoConfig.from_pretrained(encoder, revision=revision)
+            config = AutoConfig.from_pretrained(encoder, revision=revision, **_NO_CODE)
             self.small_image = isinstance(config, ContrastiveConfig)  # a stem that only our class can express
             if self.small_image:
                 self.settings = {name: config.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
                 return
-            self.processor = AutoImageProcessor.from_pretrained(encoder, revision=revision)
+            self.processor = AutoImageProcessor.from_pretrained(encoder, revision=revision, **_NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{encoder!r} holds no image processor (preprocessor_config.json, or pretrained_cfg in timm's "
@@ -101,10 +103,10 @@ class ImageEmbedder:
 
     def _load(self, name: str, revision: str | None) -> PreTrainedModel:
         try:
-            config = AutoConfig.from_pretrained(name, revision=revision)
+            config = AutoConfig.from_pretrained(name, revision=revision, **_NO_CODE)
             if getattr(config, "model_args", None):  # as timm writes them, which transformers then passes twice
                 config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
-            options = {"config": config, "revision": revision, "output_loading_info": True}
+            options = {"config": config, "revision": revision, "output_loading_info": True, **_NO_CODE}
             model, info = AutoModel.from_pretrained(name, **options)
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the encoder {name!r}: {error}") from error

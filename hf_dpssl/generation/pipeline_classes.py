@@ -3,19 +3,61 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import operator
+import os
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..autoencoder import latent_codec
 from ..models.registration import push_to_hub
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+_LIBRARIES = ("diffusers", "transformers", "hf_dpssl")
+_COMPONENTS = (ModelMixin, SchedulerMixin, PreTrainedModel)
+
+
+def check_components(folder: Path, index: dict, parts: Iterable[str]) -> None:
+    """Refuse a pipeline's folder that would have foreign code imported: loading imports what model_index.json names.
+
+    Args:
+        folder: of the pipeline.
+        index: content of its model_index.json.
+        parts: names of the components that are loaded.
+
+    Raises:
+        ValueError: a part that is no model or scheduler class of diffusers, transformers or hf_dpssl, a file of code in
+            the place of one, or a pipeline class in a file of the folder; nothing of the folder has been run.
+    """
+    refusal = f"{folder} is not loaded, and none of its code was run:"
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(
+            f"{refusal} its pipeline class is {index.get('_class_name')!r}, code of the folder's own. Read that code, "
+            "and load it with diffusers' custom_pipeline and trust_remote_code=True if you trust it."
+        )
+    for part in parts:
+        entry = index.get(part)
+        if entry is None or entry == [None, None]:
+            continue
+        if not (isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
+            raise ValueError(f"{refusal} model_index.json must give {part} as [library, class], got {entry!r}.")
+        library, name = entry
+        found = getattr(importlib.import_module(library), name, None) if library in _LIBRARIES else None
+        if not (isinstance(found, type) and issubclass(found, _COMPONENTS)):
+            raise ValueError(
+                f"{refusal} its {part} is of the class {library}.{name}, and only model and scheduler classes of "
+                f"{', '.join(_LIBRARIES)} are loaded."
+            )
+        if (folder / part / f"{library}.py").exists():  # which diffusers would take for the library
+            raise ValueError(f"{refusal} {part}/{library}.py stands in the place of the library {library}: remove it.")
 
 
 def joined(parts: list) -> Tensor | np.ndarray | list[Image.Image]:
@@ -41,6 +83,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if isinstance(value, tuple) and str(value[0]).startswith("hf_dpssl."):
                 entries[name] = ("hf_dpssl", value[1])
         super().register_to_config(**entries)
+
+    @classmethod
+    def load_config(cls, folder: str | os.PathLike, **options):
+        """As diffusers', of a folder whose components are all known: `from_pretrained` asks for it before it imports.
+
+        Raises:
+            ValueError: see `check_components`.
+        """
+        loaded = super().load_config(folder, **options)
+        index = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_components(Path(folder), index, cls._get_signature_keys(cls)[0])
+        return loaded
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:

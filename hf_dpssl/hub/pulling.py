@@ -1,4 +1,4 @@
-"""Repositories of the Hub as folders here: downloaded whole or not at all, and replayed."""
+"""Repositories of the Hub as folders here: downloaded whole or not at all, and replayed without their code."""
 
 from __future__ import annotations
 
@@ -28,10 +28,19 @@ def pull(repo_id: str, output_dir: str | Path, revision: str | None = None) -> f
         raise FileExistsError(f"{target} is there already: choose another --output_dir, or remove it first.")
     snapshot = download(repo_id, revision)
     with atomic_folder(target) as folder:
+        shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=_all_but_data)
+        try:
+            has_pair = (folder / replay.FILE_NAME).is_file()
+            difference = replay.replay(folder, folder / replay.FILE_NAME) if has_pair else None
+        except ValueError as error:  # which names a folder that is gone
+            raise ValueError(str(error).replace(str(folder), repo_id)) from error
         shutil.copytree(snapshot, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".gitattributes"))
-        if not (folder / replay.FILE_NAME).is_file():
-            return None
-        return replay.replay(folder, folder / replay.FILE_NAME)
+        return difference
+
+
+def _all_but_data(folder: str, names: list[str]) -> list[str]:
+    """What no model is made of; a repository's code is not there while it is replayed."""
+    return [name for name in names if not (name.endswith((".json", ".safetensors")) or Path(folder, name).is_dir())]
 
 
 def download(repo_id: str, revision: str | None = None, **options) -> Path:

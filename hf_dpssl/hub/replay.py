@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..autoencoder import latent_codec
 from ..contrastive import modeling_pretraining
+from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
 from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_token import VQTokenPipeline, code_nats
 from ..models.modeling_contrastive import ContrastiveEncoder
@@ -147,7 +148,10 @@ def _load_encoder(folder: Path) -> list:
     models = [ContrastiveEncoder.from_pretrained(folder)]
     if (folder / "pretraining" / "config.json").is_file():
         config = json.loads((folder / "pretraining" / "config.json").read_text(encoding="utf-8"))
-        model_class = getattr(modeling_pretraining, config["architectures"][0])
+        name = (config.get("architectures") or [None])[0]
+        model_class = getattr(modeling_pretraining, str(name), None)
+        if not (isinstance(model_class, type) and issubclass(model_class, ContrastivePreTrainedModel)):
+            raise ValueError(f"{folder}/pretraining is of the class {name!r}, which is none of this package.")
         models.append(model_class.from_pretrained(folder, subfolder="pretraining"))
     return [model.eval().float() for model in models]
 
