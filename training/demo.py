@@ -35,6 +35,9 @@ from hf_dpssl import SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline
 from hf_dpssl.data import keyed_random, load_images
 from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.evaluation import class_consistency, copies, diversity, knn, psnr
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.runs.atomic_files import write_json
+from hf_dpssl.runs.lineage import read_json
 from hf_dpssl.runs.plots import plot_map, save_grid
 from hf_dpssl.runs.results import write_results
 
@@ -69,6 +72,7 @@ def main(argv: list[str] | None = None) -> Path:
         dae_dit.main([*base, "--autoencoder", str(dae), "--max_train_steps", str(steps["dit"])])
     with watch("samples"):
         report = judge_samples(folder / "dit", dae, images, steps, args.seed)
+        state_in_card(folder / "dit", report)
         shutil.copyfile(folder / "dit" / "samples.png", folder / "samples.png")
     with watch("encoders"):
         encoders = train_encoders(base, steps)
@@ -283,6 +287,16 @@ def judge_samples(dit: Path, autoencoder: Path, images: dict[str, Tensor], steps
         report[f"copies{suffix}"] = copies(pictures, images["train"], held_out)["copies"]
         report[f"diversity{suffix}"] = diversity(pictures, ids, held_out, classes)["diversity"]
     return report
+
+
+def state_in_card(dit: Path, report: dict) -> None:
+    """Put the figures of the samples, as report.json has them, into the DiT's results and card."""
+    names = [f"{name}{suffix}" for name in ("class_consistency", "copies", "diversity") for suffix in ("", "_guided")]
+    results = read_json(dit / "results.json")
+    results["metrics"] |= {name: report[name] for name in names}
+    results["samples"] |= {"generated": NUM_SAMPLES, "reference": len(load_images("digits").train)}
+    write_json(dit / "results.json", results)
+    write_card(dit)
 
 
 def check_targets(report: dict) -> dict[str, dict]:

@@ -18,6 +18,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", help="as a training script writes it: encoder/, autoencoder/, dit/, ar/, gan/")
     parser.add_argument("--title", help="first heading (default: method and data set)")
+    parser.add_argument(
+        "--license",
+        help="of the model, which is yours to choose: an SPDX identifier such as apache-2.0, or the name of another "
+        "licence; the card states none by default",
+    )
+    parser.add_argument("--license_link", help="address or file of a licence that is no SPDX identifier")
     parser.add_argument("--dataset_license", help="licence of the training images, where the files do not say it")
     parser.add_argument("--output", help="file to write (default: README.md in the folder)")
     return parser
@@ -31,6 +37,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--output {output} is a folder: give a file.")
     from ..hub.model_card import write_card
 
-    written = write_card(folder, title=args.title, license_of_data=args.dataset_license, output=output)
+    licences = {"licence": args.license, "license_link": args.license_link, "license_of_data": args.dataset_license}
+    written = write_card(folder, title=args.title, **licences, output=output)
     say(f"{written}: written")
     return 0

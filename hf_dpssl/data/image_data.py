@@ -109,7 +109,7 @@ class ImageData:
     """Loaded splits. `image_column` holds bytes or paths; `class_names` is None for unlabelled data.
 
     `label_problem`: why there are no classes although columns may hold some, or None. `left_out`: how many files (or
-    splits) of what are no part of it.
+    splits) of what are no part of it. `splits`: how the data set calls "train" and "evaluation".
     """
 
     name: str
@@ -122,6 +122,7 @@ class ImageData:
     fingerprint: str = field(default="")
     label_problem: str | None = None
     left_out: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def content(self) -> str:
@@ -194,18 +195,20 @@ def load_images(
         options = dict(image_column=image_column, label_column=label_column, streaming=streaming, revision=revision)
         return _union(name, [load_images(part.strip(), **options, hold_out=hold_out) for part in name.split("+")])
     entry, splits, scan = _open(name, streaming, revision)
-    train, evaluation, unused = _choose_splits(name, splits, entry)
+    train, evaluation, names, unused = _choose_splits(name, splits, entry)
     image_column = _find_image_column(name, train, image_column or entry.image_column)
     train, evaluation = (_undecoded(name, split, image_column) for split in (train, evaluation))
     labels = _classes(name, train, evaluation, image_column, label_column or entry.label_column)
     train, evaluation, label_column, class_names, problem = labels
     if evaluation is None and hold_out and not isinstance(train, IterableDataset):
         train, evaluation = _held_out(name, train, label_column)
+        names["evaluation"] = f"a tenth of {names['train']}"
     columns = [image_column] + ([label_column] if label_column else [])
     splits = [None if s is None else s.select_columns(columns) for s in (train, evaluation)]
     data = ImageData(name, *splits, image_column, label_column, class_names, entry, label_problem=problem)
     data.fingerprint = f"{name} {revision}" if streaming else f"{name} {len(data.train)} {data.train._fingerprint}"
     data.left_out = scan.counts() if scan else {f"unused split {split!r}": 1 for split in unused}
+    data.splits = names
     _tell(data, scan)
     return data
 
@@ -332,7 +335,7 @@ def _load(source: str, config: str | None = None, **options) -> dict:
 
 
 def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
-    """The split to train on, the one to evaluate on or None, and the names of others."""
+    """The split to train on, the one to evaluate on or None, their names by part, and the names of others."""
     names = list(splits)
     train_name = entry.train_split or next((s for s in SPLITS["train"] if s in splits), None)
     train_name = names[0] if len(names) == 1 and not entry.train_split else train_name
@@ -345,7 +348,8 @@ def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
     for split_name, split in ((train_name, train), (evaluation_name, evaluation)):
         if split is not None and not isinstance(split, IterableDataset) and len(split) == 0:
             raise ValueError(f"split {split_name!r} of data set {name!r} is empty.")
-    return train, evaluation, [s for s in names if s not in (train_name, evaluation_name)]
+    chosen = {"train": train_name} | ({"evaluation": evaluation_name} if evaluation_name else {})
+    return train, evaluation, chosen, [s for s in names if s not in chosen.values()]
 
 
 def _held_out(name: str, split: Dataset, label_column: str | None) -> tuple[Dataset, Dataset]:
@@ -430,4 +434,8 @@ def _union(name: str, parts: list[ImageData]) -> ImageData:
         problem = f"{', '.join(bare)} of the union has none" + (f" ({problem})" if problem else "")
     data = ImageData(name, train, evaluation, "image_bytes", label_column, names, entry, fingerprint, problem or None)
     data.left_out = dict(sum((Counter(part.left_out) for part in parts), Counter()))
+    data.splits = {
+        name: " + ".join(dict.fromkeys(part.splits.get(name, "none") for part in parts))
+        for name in ("train", "evaluation")
+    }
     return data

@@ -71,8 +71,8 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
         compute("alignment", predictions=first, references=second)
     if not metrics:
         raise ValueError(" ".join(notes))
-    resize = "the encoder's own image processor"
-    return Measured(metrics, samples, embedder.fingerprint, digest.hexdigest(), resize, notes=notes)
+    how = "the encoder's own image processor"
+    return Measured(metrics, samples, embedder.fingerprint, digest.hexdigest(), how, notes=notes, splits=data.splits)
 
 
 def _protocols(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:

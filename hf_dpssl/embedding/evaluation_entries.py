@@ -32,6 +32,7 @@ class Measured:
         resize: how images reach the model's size, in words.
         judges: feature extractors by their part, "extractor" or "classifier".
         notes: what a reader of the numbers must know, a sentence each.
+        splits: how the data set calls its splits.
     """
 
     metrics: dict[str, float]
@@ -41,6 +42,7 @@ class Measured:
     resize: str
     judges: dict[str, FeatureExtractor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    splits: dict[str, str] = field(default_factory=dict)
 
 
 def evaluation_entry(kind: str, measured: Measured, *, dataset: str, seed: int, options: dict) -> dict:
@@ -54,7 +56,7 @@ def evaluation_entry(kind: str, measured: Measured, *, dataset: str, seed: int, 
         options: everything else that decides the numbers, plain values.
 
     Returns:
-        {"kind", "metrics", "dataset", "seed", "samples", "options", "notes", "fingerprint", "command",
+        {"kind", "metrics", "dataset", "seed", "samples", "options", "notes", "splits", "fingerprint", "command",
         "environment"}; "fingerprint" has "model", "data", "resize", and of each judge its name, hash and resize, and
         "sha256" of all that decides the numbers.
     """
@@ -70,7 +72,7 @@ def evaluation_entry(kind: str, measured: Measured, *, dataset: str, seed: int, 
     return (
         {"kind": kind, "metrics": measured.metrics}
         | about
-        | {"notes": measured.notes, "fingerprint": fingerprint}
+        | {"notes": measured.notes, "splits": measured.splits, "fingerprint": fingerprint}
         | made
     )
 

@@ -2,7 +2,8 @@
 
 Front matter: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. Energy is an estimate by nameplate: the
 thermal design power that the makers state for accelerators, and _WATTS_PER_THREAD for processors, whose design power
-lies between 2 and 6 W per thread in servers of the last ten years. Nothing is metered.
+lies between 2 and 6 W per thread in servers of the last ten years. Nothing is metered. Emissions follow from it by the
+world's average of 2023, 480 g CO2e per kWh (Ember, Global Electricity Review 2024).
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
-_RESTRICTIONS = re.compile(r"research|commercial|unknown|owner|\bnc\b|terms", re.IGNORECASE)
+from .licences import licence_entries
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LIBRARIES = {"encoder": "timm", "autoencoder": "transformers", "dit": "diffusers", "token": "diffusers"}
+_LIBRARIES = {"encoder": "timm", "autoencoder": "transformers", "dit": "hf_dpssl", "token": "hf_dpssl"}
+# Ancestors by their part in the making: whose weights went on learning, and whose are used as they are. Others, such as
+# a perceptual loss, are in no weight of the model.
+_CONTINUED = ("initial encoder", "initial encoder and head", "encoder and codebook")
+_BUILT_ON = ("autoencoder", "encoder of the latents")
 _TASKS = {"encoder": "image-feature-extraction", "autoencoder": "image-to-image"}
 _GENERATION = (
     "unconditional-image-generation"  # the Hub's task of generators that read no text, with classes or without
@@ -41,6 +47,7 @@ _WATTS = {  # the first fragment that the accelerator's name contains
     "L4": 72, "T4": 70, "A10": 150, "4090": 450, "3090": 350,
 }  # fmt: skip
 _WATTS_PER_THREAD = 5
+_GRAMS_PER_KWH = 480
 
 
 class Figure(NamedTuple):
@@ -78,6 +85,7 @@ _LABELS = {  # pattern of the key: type, label
     r"copies": ("copies", "images suspiciously close to a training image, %"),
     r"copy_distance": ("copy_distance", "distance below which an image counts as a copy"),
     r"class_consistency": (_ACCURACY, "images that a classifier takes for their class, %"),
+    r"diversity": ("diversity", "diversity within classes, of that of real images"),
     r"(?P<re>r?)fid(_(?P<by>.+))?_(?P<end>low|high|infinity)": ("fid_{end}", "{re}Fréchet distance{by}, {end}"),
     r"(?P<ceiling>ceiling_)?(?P<re>r?)fid(_(?P<by>.+))?": ("fid", "{ceiling}{re}Fréchet distance{by}, lower is better"),
     r"(?P<ceiling>ceiling_)?(?P<re>r?)kid(_(?!std)(?P<by>.+))?": (
@@ -115,6 +123,9 @@ def _finite(value) -> float | None:
 
 def _described(name: str) -> tuple[str, str]:
     of = "embeddings" if name.endswith("_embeddings") else "features"
+    if name.endswith("_guided"):
+        metric_type, label = _described(name.removesuffix("_guided"))
+        return metric_type, f"{label}, with guidance"
     key = name.removesuffix("_embeddings")
     for pattern, (metric_type, label) in _LABELS.items():
         if match := re.fullmatch(pattern, key):
@@ -147,9 +158,9 @@ def eval_results(facts: dict, results: dict) -> list[EvalResult]:
                 task_type="image-classification" if classifies else _TASKS.get(kind, _GENERATION),
                 dataset_type=(facts["hub_datasets"] or [hub_dataset(dataset) or slug])[0],
                 dataset_name=dataset,
-                dataset_split="train" if figure.name.endswith("_train") else "evaluation",
+                dataset_split=_split(facts["splits"], "train" if figure.name.endswith("_train") else "evaluation"),
                 metric_type=figure.type,
-                metric_value=figure.value,
+                metric_value=_rounded(figure.value),
                 metric_name=figure.label,
                 metric_args=counts | (knn if "knn" in figure.name else {}) or None,
             )
@@ -173,9 +184,9 @@ def evaluation_results(entry: dict) -> list[EvalResult]:
             task_type=classification if f.type == _ACCURACY else _TASKS.get(kind, _GENERATION),
             dataset_type=hub_dataset(name) or slug,
             dataset_name=name,
-            dataset_split=entry["options"].get("reference", "evaluation"),
+            dataset_split=_split(entry.get("splits") or {}, options.get("reference", "evaluation")),
             metric_type=f.type,
-            metric_value=f.value,
+            metric_value=_rounded(f.value),
             metric_name=f.label,
             metric_args=arguments | judges | (knn if f.name.startswith("knn") else {}),
         )
@@ -184,23 +195,60 @@ def evaluation_results(entry: dict) -> list[EvalResult]:
     ]
 
 
-def front_matter(facts: dict, results: dict, title: str) -> ModelCardData:
-    """Metadata of the card; see the top of this file."""
+def _split(names: dict, part: str) -> str:
+    """Name of a split in its data set, where it is known."""
+    return names.get(part) or part
+
+
+def _rounded(value: float) -> float:
+    """To the four digits that the table of the card shows."""
+    return float(f"{value:.4g}")
+
+
+def eval_files(results: Iterable[EvalResult]) -> dict[str, list[EvalResultEntry]]:
+    """Figures on data sets of the Hub by file: `.eval_results/<org>--<name>.yaml`, in which the Hub looks for them.
+
+    Source: https://huggingface.co/docs/hub/eval-results. A figure's label and what it depends on are its notes.
+    """
+    files: dict[str, list[EvalResultEntry]] = {}
+    for result in results:
+        if "/" not in result.dataset_type:  # no id of the Hub
+            continue
+        arguments = ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items())
+        notes = f"{result.metric_name}; split {result.dataset_split}" + (f"; {arguments}" if arguments else "")
+        entry = EvalResultEntry(result.dataset_type, result.metric_type, result.metric_value, notes=notes)
+        files.setdefault(f".eval_results/{result.dataset_type.replace('/', '--')}.yaml", []).append(entry)
+    return files
+
+
+def front_matter(
+    facts: dict, results: dict, title: str, *, licence: str | None = None, license_link: str | None = None
+) -> ModelCardData:
+    """Metadata of the card; see the top of this file. licence, license_link: see `licence_entries`."""
     kind, licences = facts["kind"], licences_of(facts)
-    restricted = any(map(is_restricted, licences.values()))
-    named = re.sub(r"[^a-z0-9]+", "-", "; ".join(licences.values()).lower()).strip("-")[:60]
     datasets = {*facts["hub_datasets"], *(hub_dataset(name) for whole in licences for name in whole.split("+"))}
-    found = eval_results(facts, results)
+    found, (bases, relation), emitted = eval_results(facts, results), _bases(facts["lineage"]), emissions(facts)
     return ModelCardData(
-        license="other" if restricted else "apache-2.0",
-        license_name=named or "unknown" if restricted else None,
+        **licence_entries(licence, license_link, licences),
         library_name=_LIBRARIES.get(kind, "transformers"),
         pipeline_tag={"autoencoder": None}.get(kind, _TASKS.get(kind, _GENERATION)),
         tags=[*_TAGS.get(kind, "").split(), "hf_dpssl"],
         datasets=sorted(datasets - {None}) or None,
-        base_model=[part["name"] for part in facts["lineage"] if _HUB_ID.fullmatch(part["name"])] or None,
+        base_model=bases or None,
+        **({"base_model_relation": relation} if bases else {}),
+        **({"co2_eq_emissions": emitted} if emitted else {}),
         **({"model_name": title, "eval_results": found} if found else {}),
     )
+
+
+def _bases(lineage: list[dict]) -> tuple[list[str], str]:
+    """Hub ids of the models that this one was made from, and how: "finetune", or "adapter" of frozen ones."""
+    found = {
+        part["part"]: part["name"]
+        for part in lineage
+        if part["part"] in (*_CONTINUED, *_BUILT_ON) and _HUB_ID.fullmatch(part["name"])
+    }
+    return list(found.values()), "finetune" if set(found) & set(_CONTINUED) else "adapter"
 
 
 def licences_of(facts: dict) -> dict[str, str]:
@@ -214,11 +262,6 @@ def licences_of(facts: dict) -> dict[str, str]:
 
     name = facts["dataset"] or "unnamed data"
     return visit({"lineage": facts["lineage"]}) | {name: facts["licence_of_data"] or "unknown"}
-
-
-def is_restricted(licence: str) -> bool:
-    """Whether a licence of images allows research or non-commercial use only, or is not known."""
-    return bool(_RESTRICTIONS.search(licence))
 
 
 def hub_dataset(name: str) -> str | None:
@@ -245,3 +288,18 @@ def energy(facts: dict) -> dict | None:
         assumption = f"{watts} W, the nameplate power of a {machine['accelerator']}, for each process"
     kwh = watts * processes * training["seconds"] / 3.6e6
     return {"kwh": kwh, "watts": watts * processes, "assumption": assumption}
+
+
+def emissions(facts: dict) -> dict | None:
+    """Entry `co2_eq_emissions` of the front matter, in grams; None where the energy is not known."""
+    used = energy(facts)
+    if used is None:
+        return None
+    machine = facts["environment"]
+    on_cpu = (facts["training"] or {}).get("device") == "cpu"
+    return {
+        "emissions": _rounded(used["kwh"] * _GRAMS_PER_KWH),
+        "source": f"estimate: {used['assumption']}; {_GRAMS_PER_KWH} g CO2e per kWh, the world's average of 2023",
+        "training_type": "pre-training",
+        "hardware_used": str((machine.get("processor") if on_cpu else machine.get("accelerator")) or "unknown"),
+    }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 import yaml
@@ -22,14 +23,16 @@ _KEY = re.compile(r"""["']?([^\s"'#:-][^"':]*)["']?[ ]*:(?:\s|$)""")
 _MODEL_INDEX = "model-index"
 
 
-def marked_card(front_matter: dict, text: str) -> str:
+def marked_card(front_matter: dict, text: str, *, given: Iterable[str] = ()) -> str:
     """A whole card: front matter, and `text` between the marks that `merge_card` looks for.
 
     Args:
         front_matter: plain values by key, "model-index" as huggingface_hub writes it.
         text: Markdown.
+        given: keys whose values are a person's already, and kept by the next merge.
     """
-    digests = " ".join(f"{key}={','.join(map(_digest, _items(key, value)))}" for key, value in front_matter.items())
+    generated = {key: value for key, value in front_matter.items() if key not in given}
+    digests = " ".join(f"{key}={','.join(map(_digest, _items(key, value)))}" for key, value in generated.items())
     begin = f"<!-- {_NAME}:begin (what stands between the marks is overwritten by `hf-dpssl card`) {digests} -->"
     end = f"<!-- {_NAME}:end (what stands outside of the marks is yours and is kept) -->"
     return f"---\n{_dump(front_matter)}---\n\n{begin}\n\n{text.strip()}\n\n{end}\n"
@@ -84,12 +87,26 @@ def add_results(card: str, title: str, results: list[EvalResult]) -> str:
     Raises:
         ValueError: front matter that cannot be read.
     """
+
+    def change(values: dict) -> dict:
+        name, present = _results(values[_MODEL_INDEX]) if values.get(_MODEL_INDEX) else (title, [])
+        kept = [result for result in present if not any(result.is_equal_except_value(other) for other in results)]
+        return values | {_MODEL_INDEX: eval_results_to_model_index(name, kept + results)}
+
+    return _with_front_matter(card, change)
+
+
+def with_entries(card: str, entries: dict, keys: Iterable[str]) -> str:
+    """A card whose front matter has these entries, and of `keys` no others; ValueError for one that cannot be read."""
+    return _with_front_matter(
+        card, lambda values: {key: value for key, value in values.items() if key not in keys} | entries
+    )
+
+
+def _with_front_matter(card: str, change: Callable[[dict], dict]) -> str:
     crlf = "\r\n" in card
     values, written, text = _split(card.removeprefix("\ufeff").replace("\r\n", "\n"), "the present card")
-    name, present = _results(values[_MODEL_INDEX]) if values.get(_MODEL_INDEX) else (title, [])
-    kept = [result for result in present if not any(result.is_equal_except_value(other) for other in results)]
-    merged = values | {_MODEL_INDEX: eval_results_to_model_index(name, kept + results)}
-    card = f"---\n{_rewritten(written, values, merged)}---\n{'' if text.startswith(chr(10)) else chr(10)}{text}"
+    card = f"---\n{_rewritten(written, values, change(values))}---\n{'' if text.startswith(chr(10)) else chr(10)}{text}"
     return card.replace("\n", "\r\n") if crlf else card
 
 

@@ -26,7 +26,7 @@ def facts_of(folder: Path) -> dict:
     Returns:
         {"kind" (see `checkpoint_kind`), "class", "method", "size" (of the network), "image_size", "num_channels",
         "latents", "classes" (names), "parameters" ({part: number of stored values}), "fingerprint", "dataset",
-        "licence_of_data", "hub_datasets", "seed", "samples", "metrics", "evaluations" (later ones: see
+        "licence_of_data", "hub_datasets", "seed", "samples", "splits", "metrics", "evaluations" (later ones: see
         `evaluation_entry`), "lineage", "training", "environment", "command"}.
 
     Raises:
@@ -62,7 +62,7 @@ def facts_of(folder: Path) -> dict:
         "command": without_folders(results["command"]) if results.get("command") else None,
     }
     facts |= {name: results.get(name) for name in ("seed", "training", "environment")}
-    facts |= {name: results.get(name) or {} for name in ("metrics", "samples")}
+    facts |= {name: results.get(name) or {} for name in ("metrics", "samples", "splits")}
     facts |= _images(kind, config, vae)
     return facts
 

@@ -12,14 +12,17 @@ from functools import partial
 from pathlib import Path
 
 import yaml
+from huggingface_hub import eval_result_entries_to_yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from ..runs.atomic_files import atomic_file
 from ..runs.lineage import read_json, without_folders
 from ..runs.shipped_folders import shipped_folder
-from .card_data import energy, figures, front_matter, is_restricted, licences_of
-from .card_merge import marked_card, merge_card
+from .card_data import energy, eval_files, eval_results, figures, front_matter, licences_of
+from .card_merge import marked_card, merge_card, with_entries
 from .checkpoint_facts import KINDS, facts_of
+from .licences import KEYS as LICENCE_KEYS
+from .licences import is_restricted, licence_entries
 
 _OF_THE_MACHINE = (  # what a recipe says of the machine and not of the model
     "output_dir overwrite num_workers preload_gb log_with logging_steps checkpointing_steps checkpoints_total_limit "
@@ -37,16 +40,23 @@ _SOFTWARE = ("hf_dpssl", "torch", "transformers", "diffusers", "timm")
 
 
 def write_card(
-    folder: Path, *, title: str | None = None, license_of_data: str | None = None, output: Path | None = None
+    folder: Path,
+    *,
+    title: str | None = None,
+    licence: str | None = None,
+    license_link: str | None = None,
+    license_of_data: str | None = None,
+    output: Path | None = None,
 ) -> Path:
     """Write README.md into a finished checkpoint folder, or its generated part anew into the README.md that is there.
 
     Args:
         folder: holds a checkpoint with results.json and recipe.yaml.
         title: first heading; default: method and data set.
+        licence, license_link: of the model, see `licence_entries`; by default what the card says stays.
         license_of_data: of the training images, where the files do not say it or say it wrongly; a restriction is
             repeated in the card.
-        output: file to write instead.
+        output: file to write instead; without it, figures on data sets of the Hub are written into .eval_results/, too.
 
     Returns:
         The file.
@@ -56,19 +66,34 @@ def write_card(
         ValueError: a damaged file, an entry that lacks, a kind without card, or a README.md with damaged marks (see
             `merge_card`), which is left as it is.
     """
-    output = Path(output or folder / "README.md")
-    generated = render_card(folder, title=title, license_of_data=license_of_data)
+    in_folder, output = output is None, Path(output or folder / "README.md")
+    options = {"licence": licence, "license_link": license_link, "license_of_data": license_of_data}
+    generated = render_card(folder, title=title, **options)
     existing = ""
     if output.is_file():
         with open(output, encoding="utf-8", newline="") as file:  # with the line ends that it has
             existing = file.read()
     merged = merge_card(existing, generated)
+    if licence is not None:
+        merged = with_entries(merged, licence_entries(licence, license_link, {}), LICENCE_KEYS)
     with atomic_file(output, "wb") as file:
         file.write(merged.encode("utf-8"))
+    if in_folder:
+        found = eval_results(facts_of(folder), read_json(folder / "results.json"))
+        for name, entries in eval_files(found).items():
+            with atomic_file(folder / name) as file:
+                yaml.safe_dump(eval_result_entries_to_yaml(entries), file, sort_keys=False, allow_unicode=True)
     return output
 
 
-def render_card(folder: Path, *, title: str | None = None, license_of_data: str | None = None) -> str:
+def render_card(
+    folder: Path,
+    *,
+    title: str | None = None,
+    licence: str | None = None,
+    license_link: str | None = None,
+    license_of_data: str | None = None,
+) -> str:
     """The generated card of a checkpoint folder as text; arguments and errors of `write_card`."""
     facts = facts_of(folder)
     kind = facts["kind"]
@@ -108,8 +133,9 @@ def render_card(folder: Path, *, title: str | None = None, license_of_data: str 
         raise ValueError(
             f"results.json and recipe.yaml in {folder} lack what a card of a {kind} needs: {error}."
         ) from None
-    metadata = front_matter(facts, results, title).to_dict()
-    return marked_card(metadata, re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)))
+    metadata = front_matter(facts, results, title, licence=licence, license_link=license_link).to_dict()
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE))
+    return marked_card(metadata, text, given=LICENCE_KEYS if licence is not None else ())
 
 
 def _templates() -> Environment:

@@ -33,7 +33,7 @@ def lineage_of_run(
     seconds: Iterable[float | None],
     ancestors: Mapping[str, str | os.PathLike | None],
 ) -> dict:
-    """For `write_results`: {"licence_of_data", "hub_datasets", "images", "training", "lineage"}.
+    """For `write_results`: {"licence_of_data", "hub_datasets", "images", "splits", "training", "lineage"}.
 
     Args:
         accelerator: of the run.
@@ -52,6 +52,7 @@ def lineage_of_run(
     of_union = "+" in data.name  # whose entry is that of its first part
     hub_ids = [data.entry.hub_id] if data.entry.hub_id and not of_union else []
     about = {"licence_of_data": data.entry.licence, "hub_datasets": hub_ids, "images": data.account()}
+    about["splits"] = data.splits
     return about | {"training": training, "lineage": lineage}
 
 

@@ -12,13 +12,15 @@ import dae_gan
 import dae_vq
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, parse_eval_result_entries
 from tiny_checkpoints import save_checkpoints
 
 from hf_dpssl.autoencoder.training import Stage, curve_summary
+from hf_dpssl.cli.commands import main
 from hf_dpssl.data.image_data import TABLE
-from hf_dpssl.hub.card_data import energy, eval_results, is_restricted
+from hf_dpssl.hub.card_data import energy, eval_results
 from hf_dpssl.hub.checkpoint_facts import KINDS, facts_of
+from hf_dpssl.hub.licences import is_restricted
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.runs.atomic_files import write_json
 from hf_dpssl.runs.recipe import save_recipe
@@ -85,12 +87,14 @@ def test_card_says_what_the_files_say_and_the_client_reads_the_results_back_equa
     card = card_of(folder)
     for stated in (RUNS[kind][2], "| 7 |", "`digits`, 360 of them", "CC BY 4.0", "![Training curves.](curves.png)"):
         assert stated in card.text
-    assert card.data.license == "apache-2.0" and "hf_dpssl" in card.data.tags and card.data.base_model is None
+    assert card.data.license is None and "hf_dpssl" in card.data.tags and card.data.base_model is None
+    library = {"encoder": "timm", "dit": "hf_dpssl", "token": "hf_dpssl"}.get(kind, "transformers")
+    assert card.data.library_name == library
     facts, results = facts_of(folder), json.loads((folder / "results.json").read_text())
     expected = eval_results(facts, results)
     assert card.data.eval_results == expected and expected
     measured = {name: value for name, value in RUNS[kind][1].items() if not re.search("ceiling|uniform", name)}
-    assert [result.metric_value for result in expected] == list(measured.values())
+    assert [result.metric_value for result in expected] == [float(f"{value:.4g}") for value in measured.values()]
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
@@ -141,16 +145,75 @@ def test_time_hardware_and_energy_are_those_of_the_run(finished):
     assert energy(gpu | {"environment": {"accelerator": "Unheard of"}}) is None
 
 
-@pytest.mark.parametrize("restriction", ["ImageNet terms, non-commercial research", "unknown", "CC BY-NC-SA 4.0"])
-def test_model_of_restricted_data_is_not_called_apache(restriction, finished):
+# Texts of licences that were once taken for free ones, and what the Hub's client knows of them.
+@pytest.mark.parametrize(
+    "restriction",
+    ["ImageNet terms, non-commercial research", "CC BY-NC-SA 4.0", "proprietary", "academic use only", "GPL-3.0"],
+)
+def test_model_of_data_that_is_not_known_to_be_free_is_not_called_free(restriction, finished):
     card = card_of(finished("dit", licence_of_data=restriction))
-    assert card.data.license == "other" and card.data.license_name
+    assert card.data.license == "other" and card.data.license_name == re.sub("[^a-z0-9.]+", "-", restriction.lower())
     assert f"> `digits`: {restriction}." in card.text
+
+
+def test_a_licence_is_stated_by_its_maker_and_kept(finished, capsys):
+    folder = finished("dit", licence_of_data="unknown")
+    assert card_of(folder).data.license is None, "of unknown terms nothing is stated"
+    assert "> `digits`: unknown." in card_of(folder).text
+    flags = {
+        ("--license", "Apache-2.0"): ("apache-2.0", None, None),
+        ("--license", "The Lab Terms", "--license_link", "LICENSE"): ("other", "the-lab-terms", "LICENSE"),
+        ("--license", "cc by sa 4.0"): ("cc-by-sa-4.0", None, None),
+    }
+    for given, expected in flags.items():
+        assert main(["card", str(folder), *given]) == 0
+        for _ in range(2):  # what was said stays, also when the card is written anew
+            data = ModelCard.load(folder / "README.md").data
+            assert (data.license, data.license_name, data.get("license_link")) == expected
+            write_card(folder)
+    before = (folder / "README.md").read_text()
+    for given, words in (
+        (["--license", "mit", "--license_link", "LICENSE"], "mit needs no --license_link"),
+        (["--license_link", "LICENSE"], "name that with --license"),
+        (["--license", " "], "must name a licence"),
+    ):
+        assert main(["card", str(folder), *given]) == 2 and words in capsys.readouterr().err
+    assert (folder / "README.md").read_text() == before
+
+
+def test_figures_on_a_data_set_of_the_hub_stand_in_its_results_file_under_its_splits(finished):
+    folder = finished("encoder", dataset="mnist", splits={"train": "train", "evaluation": "test"})
+    results = card_of(folder).data.eval_results
+    assert {result.dataset_split for result in results} == {"test"}
+    entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/ylecun--mnist.yaml").read_text()))
+    assert [(e.dataset_id, e.task_id, e.value) for e in entries] == [
+        ("ylecun/mnist", r.metric_type, r.metric_value) for r in results
+    ]
+    assert "split test" in entries[0].notes and not list(finished("gan").glob(".eval_results/*"))
+
+
+def test_emissions_follow_from_the_energy_and_are_not_stated_without_it(finished):
+    training = {"seconds": 7200.0, "processes": 2, "device": "cpu", "precision": "no"}
+    folder = finished("encoder", training=training)
+    results = json.loads((folder / "results.json").read_text())
+    write_json(folder / "results.json", results | {"environment": results["environment"] | {"threads": 4}})
+    found = card_of(folder).data.co2_eq_emissions
+    assert found["emissions"] == pytest.approx(0.080 * 480) and "5 W per processor thread" in found["source"]
+    assert card_of(finished("gan")).data.get("co2_eq_emissions") is None
+
+
+def test_a_teacher_is_no_base_and_the_relation_to_a_base_is_named(finished):
+    parts = ["perceptual loss", "features that tokens were aligned with"]
+    lineage = [{"part": part, "name": f"org/{i}"} for i, part in enumerate(parts)]
+    assert card_of(finished("dit", lineage=lineage)).data.base_model is None
+    for part, relation in (("autoencoder", "adapter"), ("initial encoder", "finetune")):
+        data = card_of(finished("dit", lineage=[*lineage, {"part": part, "name": "org/base"}])).data
+        assert data.base_model == ["org/base"] and data.get("base_model_relation") == relation
 
 
 def test_a_restriction_of_an_ancestors_data_is_one_of_the_model(finished):
     card = card_of(finished("dit", lineage=LINEAGE))
-    assert card.data.license == "other" and "> `flowers`: unknown;" in card.text
+    assert card.data.license is None and "> `flowers`: unknown;" in card.text
     assert card.data.base_model == ["org/vq"]
     assert f"- autoencoder: [org/vq](https://huggingface.co/org/vq), commit `{'a' * 12}`, fingerprint" in card.text
     assert "\n  - encoder and codebook: local folder `old`" in card.text
@@ -182,7 +245,7 @@ def test_card_gives_the_account_of_the_images_and_classes_in_the_order_of_their_
 def test_a_person_keeps_his_words_and_changes(finished):
     folder = finished("encoder")
     text = write_card(folder).read_text()
-    (folder / "README.md").write_text(text.replace("license: apache-2.0", "license: mit") + "\nAsk me about it.\n")
+    (folder / "README.md").write_text(text.replace("---\n", "---\nlicense: mit\n", 1) + "\nAsk me about it.\n")
     card = card_of(folder, title="Another title", license_of_data="research only")
     assert card.data.license == "mit" and card.text.endswith("\nAsk me about it.\n")
     assert "# Another title\n" in card.text and "> `digits`: research only." in card.text
