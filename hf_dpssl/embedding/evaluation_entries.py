@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..runs.atomic_files import write_json
-from ..runs.lineage import read_json, without_folders
+from ..runs.lineage import read_json
+from ..runs.redaction import redacted, without_folders
 from ..runs.results import command_line, environment
 from .feature_extractors import FeatureExtractor
 
@@ -64,11 +65,12 @@ def evaluation_entry(kind: str, measured: Measured, *, dataset: str, seed: int, 
         part: {"name": judge.name, "sha256": judge.fingerprint, "resize": judge.resize}
         for part, judge in measured.judges.items()
     }
-    about = {"dataset": without_folders(dataset), "seed": seed, "samples": measured.samples, "options": options}
+    about = {"dataset": without_folders(dataset), "seed": seed, "samples": measured.samples}
+    about["options"] = redacted(options)
     fingerprint = {"model": measured.model, "data": measured.data, "resize": measured.resize, **judges}
     text = json.dumps({"kind": kind, **about, **fingerprint}, sort_keys=True)
     fingerprint["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    made = {"command": without_folders(command_line()), "environment": environment()}
+    made = {"command": command_line(), "environment": environment()}
     return (
         {"kind": kind, "metrics": measured.metrics}
         | about

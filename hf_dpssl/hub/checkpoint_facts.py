@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..models.configuration_vq import VQConfig
-from ..runs.lineage import fingerprint_of, read_json, without_folders
+from ..runs.lineage import fingerprint_of, read_json
+from ..runs.redaction import command_without_folders, without_folders
 from .replay import FILE_NAME, checkpoint_kind
 
 KINDS = ("encoder", "autoencoder", "dit", "token", "gan")
@@ -59,7 +60,7 @@ def facts_of(folder: Path) -> dict:
         "hub_datasets": results.get("hub_datasets") or [],
         "evaluations": results.get("evaluations") or [],
         "lineage": results.get("lineage") or [],
-        "command": without_folders(results["command"]) if results.get("command") else None,
+        "command": command_without_folders(results["command"]) if results.get("command") else None,
     }
     facts |= {name: results.get(name) for name in ("seed", "training", "environment")}
     facts |= {name: results.get(name) or {} for name in ("metrics", "samples", "splits")}

@@ -16,7 +16,8 @@ from huggingface_hub import eval_result_entries_to_yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from ..runs.atomic_files import atomic_file
-from ..runs.lineage import read_json, without_folders
+from ..runs.lineage import read_json
+from ..runs.redaction import redacted
 from ..runs.shipped_folders import shipped_folder
 from .card_data import energy, eval_files, eval_results, figures, front_matter, licences_of
 from .card_merge import marked_card, merge_card, with_entries
@@ -189,8 +190,7 @@ def _pictures(folder: Path, kind: str, recipe: dict) -> list[dict]:
 
 def _recipe_text(recipe: dict) -> str:
     kept = {name: value for name, value in recipe.items() if name not in _OF_THE_MACHINE and value not in (None, [])}
-    kept = {name: without_folders(value) if isinstance(value, str) else value for name, value in kept.items()}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=1000).strip()
+    return yaml.safe_dump(redacted(kept), sort_keys=False, allow_unicode=True, width=1000).strip()
 
 
 def _lineage(parts: list[dict], indent: str = "") -> Iterable[str]:

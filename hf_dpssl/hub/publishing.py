@@ -26,7 +26,7 @@ from huggingface_hub.utils import get_token
 
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
 from . import model_card, replay
-from .published_files import publishable_files
+from .published_files import publishable_files, without_machine
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _WAITS = (1.0, 2.0, 4.0)  # seconds between attempts, unless the Hub says how long
@@ -245,7 +245,8 @@ def push(
 ) -> PushReport:
     """Publish a finished checkpoint folder as one commit, pull it back into a fresh cache and replay its stored pair.
 
-    A README on the Hub keeps what a person wrote outside the generated part. Weights of an earlier push that the
+    Published are the files of `publishable_files`, without folders of this machine in what JSON and YAML say. A README
+    on the Hub keeps what a person wrote outside the generated part. Weights of an earlier push that the
     folder no longer has, and the pretraining/ of another encoder, are removed in the same commit; other files stay.
 
     Args:
@@ -260,7 +261,7 @@ def push(
     """
     start, folder = time.perf_counter(), Path(folder)
     files, left_out = publishable_files(folder)
-    contents, card = dict[str, Content](files), files.get("README.md")
+    contents, card = {name: without_machine(name, path) for name, path in files.items()}, files.get("README.md")
     if card:
         contents["README.md"] = card.read_text(encoding="utf-8").replace("REPO_OR_FOLDER", repo_id).encode()
     report = PushReport(repo_id, revision or "main", {}, left_out)

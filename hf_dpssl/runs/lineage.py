@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +17,12 @@ from huggingface_hub import hf_hub_download
 
 from ..models.configuration_vq import VQConfig
 from ..models.modeling_vq import latent_fingerprint
+from .redaction import without_folders
 
 if TYPE_CHECKING:  # not needed to read a card's files
     from accelerate import Accelerator
 
     from ..data.image_data import ImageData
-
-_FOLDERS = re.compile(r"""(?<![^\s"'=(,\[])(?:~|[A-Za-z]:|\.{1,2})?[/\\]+(?:[^\s"'/\\,]+[/\\]+)*""")
 
 
 def lineage_of_run(
@@ -121,8 +119,3 @@ def read_json(path: Path) -> dict | None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}: it is damaged.")
     return content
-
-
-def without_folders(text: str) -> str:
-    """Text with every absolute or dotted path cut down to its last part: "--output_dir /home/me/run" -> "... run"."""
-    return _FOLDERS.sub("", text)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .atomic_files import write_json
+from .redaction import command_text
 
 _LIBRARIES = [
     "hf_dpssl",
@@ -58,8 +59,8 @@ def _processor() -> str:
 
 
 def command_line() -> str:
-    """The command that started this process, without folders of the machine."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that started this process, for a shell, without folders of the machine."""
+    return command_text([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def write_results(path: str | os.PathLike, metrics: dict, *, dataset: str, seed: int, samples: dict, **more) -> None:

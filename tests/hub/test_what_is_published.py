@@ -1,14 +1,18 @@
-"""What leaves the machine and what came back: hidden files stay, a damaged byte is noticed, bars keep to their cell."""
+"""What leaves the machine and what came back: unknown files and folders stay, a damaged byte is noticed."""
 
+import json
 import re
 import shutil
 
+import dae_dit
 import dae_gan
 import pytest
+import yaml
 from hub_server import StoredFile
 from hub_server_write import preceded_by
 from tiny_checkpoints import save_checkpoints
 
+from hf_dpssl import VQDiTPipeline
 from hf_dpssl.hub.model_card import render_card
 from hf_dpssl.hub.published_files import publishable_files
 from hf_dpssl.hub.publishing import PushError, push
@@ -21,15 +25,65 @@ def finished(tmp_path_factory):
     return save_checkpoints(tmp_path_factory.mktemp("finished"), ("gan",))["gan"]
 
 
-def test_hidden_files_stay_whatever_their_kind(finished, tmp_path):
+def test_what_is_published_is_named_by_pattern_and_all_else_stays(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "gan")
-    hidden = [".credentials.json", ".notes.md", ".recipe.yaml.123.tmp", "samples/.selection.png"]
-    (folder / "samples").mkdir()
-    for name in (*hidden, "samples/first.png"):
+    private = [".credentials.json", ".notes.md", ".recipe.yaml.123.tmp", "samples/.selection.png", "credentials.json"]
+    private += ["token.txt", "notes.md", "mine.yaml", "secret.py", "faces.png", "data.json", "old/model.safetensors"]
+    private += ["pretraining/config.json", "samples/second.png", "model.safetensors.bak"]
+    for name in (*private, "samples/first.png", "LICENSE", "samples-guided.png", "modeling_vaegan.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"private")
+    card = (folder / "README.md").read_text() + "\n![First](samples/first.png) ![x](.credentials.json) [c](data.json)\n"
+    (folder / "README.md").write_text(card + "![up](../outside.png) ![web](https://x.org/faces.png)\n")
+    (tmp_path / "outside.png").write_bytes(b"private")
     files, left_out = publishable_files(folder)
-    assert set(hidden) <= set(left_out) and "samples/first.png" in files
-    assert not [name for name in files if any(part.startswith(".") for part in name.split("/"))]
+    shown = {"samples/first.png", "LICENSE", "samples-guided.png"}
+    run = {"README.md", "curves.png", "recipe.yaml", "results.json", "config.json", "model.safetensors"}
+    assert {name for name in files if not name.endswith(".py")} == run | shown and set(private) <= set(left_out)
+    assert "modeling_vaegan.py" in files  # of this package
+
+
+def test_links_that_lead_out_of_the_folder_are_refused(finished, tmp_path):
+    (tmp_path / "secret").write_text("private")
+    for name in ("results.json", "LICENSE", "model.safetensors"):
+        folder = shutil.copytree(finished, tmp_path / name / "gan")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(ValueError, match=f"{name} is a link that leads out of the folder"):
+            publishable_files(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "inside.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").symlink_to("inside.safetensors")
+    assert "model.safetensors" in publishable_files(folder)[0]
+    pipeline = save_checkpoints(tmp_path / "pipelines", ("dit",))["dit"]
+    (pipeline / "vae").rename(tmp_path / "vae")
+    (pipeline / "vae").symlink_to(tmp_path / "vae")
+    with pytest.raises(ValueError, match="vae is a link: copy the folder"):
+        publishable_files(pipeline)
+
+
+def test_no_folder_of_the_machine_is_published(hub, tmp_path):
+    """Blanks and commas in names, paths of another system, a pipeline that was loaded and saved again."""
+    home = tmp_path / "some one, private"
+    first = save_checkpoints(home / "My runs, 2024", ("dit",))["dit"]
+    folder = home / "again" / "dit"
+    VQDiTPipeline.from_pretrained(first).save_pretrained(folder)
+    names = {0: "/m/04rky", 1: "one"}  # a class of Open Images is no path
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"id2label": names}))
+    results = {"metrics": {}, "dataset": f"{home}/faces+/data/x", "seed": 0, "samples": {"train": 1}}
+    evaluation = {"options": {"extractor": f"{home}/e", "samples_dir": r"D:\some one, private\s"}}
+    about = {"command": f"dae_dit.py --autoencoder '{first}'", "lineage": [{"part": "autoencoder", "name": f"{first}"}]}
+    write_json(folder / "results.json", results | about | {"evaluations": [evaluation]})
+    recipe = dae_dit.DiTArguments(output_dir=str(home / "x"), autoencoder=r"C:\Users\some one, private\vq")
+    save_recipe(recipe, folder / "recipe.yaml")
+    push(folder, "org/dit")
+    for name, content in hub.files("org/dit").items():
+        assert b"some one" not in content and str(tmp_path).encode() not in content, name
+    published = {n: c for n, c in hub.files("org/dit").items() if n.endswith((".json", ".yaml"))}
+    assert json.loads(published["model_index.json"])["id2label"] == {"0": "/m/04rky", "1": "one"}
+    assert json.loads(published["results.json"])["dataset"] == "faces+x"
+    assert yaml.safe_load(published["recipe.yaml"])["autoencoder"] == "vq"
 
 
 def test_a_byte_that_differs_in_what_is_pulled_back_is_noticed(hub, finished):
