@@ -109,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of splits and draws")
     add("--output", help="JSON file for the numbers, in place of the folder's results.json")
     add("--push", action="store_true", help="put the numbers into results.json and the card of the Hub id, one commit")
+    add("--create_pr", action="store_true", help="with --push: open a pull request instead of changing the branch")
     add("--json", action="store_true", help="print the results as JSON")
     groups = {kinds: parser.add_argument_group(f"only for {name}") for kinds, name in _GROUPS.items()}
     for flag in _FLAGS:
@@ -121,9 +122,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`hf-dpssl evaluate`: returns the exit status; errors are for `errors.reported`."""
     given = vars(parse_command(parser(), argv))
-    output, push, as_json = (given.pop(name) for name in ("output", "push", "json"))
+    output, push, create_pr, as_json = (given.pop(name) for name in ("output", "push", "create_pr", "json"))
     from ..embedding.evaluation_entries import append_entry
 
+    if create_pr and not push:
+        raise ValueError("--create_pr is for --push: give both.")
     checkpoint = _find(given.pop("checkpoint"))
     if push and checkpoint.repo_id is None:
         raise ValueError(f"--push is for a Hub id; hf-dpssl push publishes the folder {checkpoint.source}.")
@@ -133,7 +136,7 @@ def main(argv: list[str]) -> int:
         append_entry(path, entry)
     print(json.dumps(entry, indent=2) if as_json else _summary(entry, path))
     if push:
-        commit = _push(checkpoint, entry)
+        commit = _push(checkpoint, entry, create_pr=create_pr)
         print(f"{checkpoint.repo_id}: {commit}", file=sys.stderr if as_json else sys.stdout)
     return 0
 
@@ -243,22 +246,25 @@ def _summary(entry: dict, path: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _push(checkpoint: _Checkpoint, entry: dict) -> str:
-    """One commit with the entry in results.json and in the card's model-index; returns its address."""
+def _push(checkpoint: _Checkpoint, entry: dict, *, create_pr: bool) -> str:
+    """One commit with the entry in results.json, the card's model-index and .eval_results/; returns its address."""
     from ..embedding.evaluation_entries import with_entry
     from ..hub.card_data import evaluation_results
     from ..hub.card_merge import add_results
+    from ..hub.eval_files import eval_files
     from ..hub.publishing import Target
 
-    target = Target(checkpoint.repo_id, revision=checkpoint.revision)
+    target = Target(checkpoint.repo_id, revision=checkpoint.revision, create_pr=create_pr)
     try:
         results = json.loads(target.read("results.json") or b"{}")
     except ValueError as error:
         raise ValueError(f"results.json of {checkpoint.repo_id} is no JSON ({error}): mend it there first.") from None
     card = (target.read("README.md") or b"").decode("utf-8")
-    title = checkpoint.repo_id.partition("/")[2]
+    title, found = checkpoint.repo_id.partition("/")[2], evaluation_results(entry)
     contents = {
         "results.json": (json.dumps(with_entry(results, entry), indent=2) + "\n").encode(),
-        "README.md": add_results(card, title, evaluation_results(entry)).encode(),
+        "README.md": add_results(card, title, found).encode(),
     }
-    return target.commit(contents, f"Evaluation on {entry['dataset']}").url
+    contents |= {name: text.encode() for name, text in eval_files(found, target.read).items()}
+    made = target.commit(contents, f"Evaluation on {entry['dataset']}")
+    return made.pull_request or made.url

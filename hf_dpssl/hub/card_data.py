@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from .licences import licence_entries
 
@@ -203,22 +203,6 @@ def _split(names: dict, part: str) -> str:
 def _rounded(value: float) -> float:
     """To the four digits that the table of the card shows."""
     return float(f"{value:.4g}")
-
-
-def eval_files(results: Iterable[EvalResult]) -> dict[str, list[EvalResultEntry]]:
-    """Figures on data sets of the Hub by file: `.eval_results/<org>--<name>.yaml`, in which the Hub looks for them.
-
-    Source: https://huggingface.co/docs/hub/eval-results. A figure's label and what it depends on are its notes.
-    """
-    files: dict[str, list[EvalResultEntry]] = {}
-    for result in results:
-        if "/" not in result.dataset_type:  # no id of the Hub
-            continue
-        arguments = ", ".join(f"{name} {value}" for name, value in (result.metric_args or {}).items())
-        notes = f"{result.metric_name}; split {result.dataset_split}" + (f"; {arguments}" if arguments else "")
-        entry = EvalResultEntry(result.dataset_type, result.metric_type, result.metric_value, notes=notes)
-        files.setdefault(f".eval_results/{result.dataset_type.replace('/', '--')}.yaml", []).append(entry)
-    return files
 
 
 def front_matter(

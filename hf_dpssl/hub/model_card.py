@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 
 import yaml
-from huggingface_hub import eval_result_entries_to_yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from ..runs.atomic_files import atomic_file
 from ..runs.lineage import read_json
 from ..runs.redaction import redacted
 from ..runs.shipped_folders import shipped_folder
-from .card_data import energy, eval_files, eval_results, figures, front_matter, licences_of
+from .card_data import energy, eval_results, figures, front_matter, licences_of
 from .card_merge import marked_card, merge_card, with_entries
 from .checkpoint_facts import KINDS, facts_of
+from .eval_files import eval_files
 from .licences import KEYS as LICENCE_KEYS
 from .licences import is_restricted, licence_entries
 
@@ -81,9 +81,9 @@ def write_card(
         file.write(merged.encode("utf-8"))
     if in_folder:
         found = eval_results(facts_of(folder), read_json(folder / "results.json"))
-        for name, entries in eval_files(found).items():
+        for name, text in eval_files(found, lambda path: None).items():
             with atomic_file(folder / name) as file:
-                yaml.safe_dump(eval_result_entries_to_yaml(entries), file, sort_keys=False, allow_unicode=True)
+                file.write(text)
     return output
 
 

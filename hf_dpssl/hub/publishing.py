@@ -25,7 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
-from . import model_card, replay
+from . import eval_files, model_card, replay
 from .published_files import publishable_files, without_machine
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -275,6 +275,9 @@ def push(
     if card:
         existing, generated = target.read("README.md") or b"", contents["README.md"]
         contents["README.md"] = model_card.merge_card(existing.decode("utf-8"), generated.decode("utf-8")).encode()
+    for name in (name for name in contents if name.startswith(constants.EVAL_RESULTS_FOLDER)):
+        entries = eval_files.read_entries(name, files[name].read_bytes())
+        contents[name] = eval_files.merged(name, target.read(name), entries).encode()
     report.removed = _stale(target.present, contents)
     made = target.commit(contents, message or f"Push {folder.resolve().name}", report.removed)
     report.commit, report.url, report.pull_request = made

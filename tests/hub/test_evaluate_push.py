@@ -1,10 +1,12 @@
 """`hf-dpssl evaluate` of Hub ids: one commit into results.json and the card, through the real client on a local Hub."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from hub_server_write import TOKEN
-from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants, parse_eval_result_entries
 from huggingface_hub.utils import disable_progress_bars
 from tiny_checkpoints import save_checkpoints
 
@@ -43,10 +45,10 @@ def test_a_pushed_evaluation_is_one_commit_into_results_and_card(hub, folders, c
     results = json.loads(after["results.json"])
     assert results == json.loads(before["results.json"]) | {"evaluations": [entry]}
     found = card_results(hub, "org/tiny")
-    assert [result.metric_value for result in found] == list(entry["metrics"].values())
+    assert [result.metric_value for result in found] == [float(f"{v:.4g}") for v in entry["metrics"].values()]
     sha256 = entry["fingerprint"]["sha256"]
     assert {result.metric_args["fingerprint"] for result in found} == {sha256[:16]}
-    assert {(result.dataset_name, result.dataset_split) for result in found} == {("digits", "evaluation")}
+    assert {(result.dataset_name, result.dataset_split) for result in found} == {("digits", "test")}
     text = before["README.md"].decode().split("---\n", 2)[2]
     assert after["README.md"].decode().endswith(text) and "- encoder" in after["README.md"].decode()
     # The same numbers again are no second entry; others are.
@@ -56,6 +58,35 @@ def test_a_pushed_evaluation_is_one_commit_into_results_and_card(hub, folders, c
     assert main(["evaluate", "org/tiny", *FEW[:2], "--protocol", "views", "--push"]) == 0
     assert len(json.loads(hub.files("org/tiny")["results.json"])["evaluations"]) == 2
     assert len(card_results(hub, "org/tiny")) == len(found) + 2
+
+
+def test_a_pull_request_leaves_the_branch_and_figures_on_a_data_set_of_the_hub_have_a_file(
+    hub, folders, capsys, monkeypatch, tmp_path
+):
+    from hf_dpssl.hub import card_data
+
+    push(folders["encoder"], "org/asked")
+    before = hub.files("org/asked")
+    monkeypatch.setattr(card_data, "hub_dataset", lambda name: "org/pictures")  # as if digits were one of the Hub's
+    capsys.readouterr()
+    assert main(["evaluate", "org/asked", *FEW, "--push", "--create_pr"]) == 0
+    assert f"{hub.endpoint}/org/asked/discussions/1" in capsys.readouterr().out
+    assert hub.files("org/asked") == before
+    entries = parse_eval_result_entries(
+        yaml.safe_load(hub.files("org/asked", "refs/pr/1")[".eval_results/org--pictures.yaml"])
+    )
+    assert {entry.task_id for entry in entries} == {"uniformity", "effective_rank"}
+    assert all("split test; seed 0" in entry.notes for entry in entries)
+    assert main(["evaluate", "org/asked", *FEW, "--push"]) == 0
+    local = shutil.copytree(folders["encoder"], tmp_path / "encoder")
+    (local / ".eval_results").mkdir()
+    own = {"dataset": {"id": "org/pictures", "task_id": "knn"}, "value": 1.0, "notes": "of the training"}
+    (local / ".eval_results/org--pictures.yaml").write_text(yaml.safe_dump([own]))
+    push(local, "org/asked")
+    merged = yaml.safe_load(hub.files("org/asked")[".eval_results/org--pictures.yaml"])
+    assert len(merged) == 3 and own in merged
+    assert main(["evaluate", "org/asked", *FEW, "--create_pr"]) == 2
+    assert "--create_pr is for --push" in capsys.readouterr().err
 
 
 def test_the_next_push_of_the_folder_keeps_what_the_card_was_given(hub, folders):

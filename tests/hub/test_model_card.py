@@ -148,7 +148,14 @@ def test_time_hardware_and_energy_are_those_of_the_run(finished):
 # Texts of licences that were once taken for free ones, and what the Hub's client knows of them.
 @pytest.mark.parametrize(
     "restriction",
-    ["ImageNet terms, non-commercial research", "CC BY-NC-SA 4.0", "proprietary", "academic use only", "GPL-3.0"],
+    [
+        "ImageNet terms, non-commercial research",
+        "CC BY-NC-SA 4.0",
+        "MIT terms",
+        "proprietary",
+        "academic use only",
+        "GPL-3.0",
+    ],
 )
 def test_model_of_data_that_is_not_known_to_be_free_is_not_called_free(restriction, finished):
     card = card_of(finished("dit", licence_of_data=restriction))
