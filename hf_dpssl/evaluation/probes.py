@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import t as student_t
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 from ..models.codebook_search import nearest_codes
 from .choices import CLASSIFIERS, SOLVERS
 from .feature_checks import check_labels, finite_norms
+from .student_interval import student_interval
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # C of scikit-learn: larger is less regularised
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -140,9 +140,9 @@ def few_shot(
             scores[shot].append(100 * float((classes[predicted] == labels).double().mean()))
     report = {}
     for shot, values in scores.items():
-        report[f"few_shot_top1_{shot}"] = float(np.mean(values))
-        half = student_t.ppf(0.975, trials - 1) * np.std(values, ddof=1) / math.sqrt(trials)
-        report[f"few_shot_top1_{shot}_ci95"] = float(half)
+        interval = student_interval(values)
+        report[f"few_shot_top1_{shot}"] = interval["mean"]
+        report[f"few_shot_top1_{shot}_ci95"] = interval["high"] - interval["mean"]
     return report
 
 

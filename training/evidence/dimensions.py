@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dimensions_report import MARGIN, area, automatic, best_metric, comparisons, plot, point_row, row
+from dimensions_report import MARGIN, area, best_metric, plot, point_row, row
 from runs import claimed
 from torch import Tensor
 
@@ -235,9 +235,8 @@ def write_report(runs: Path) -> None:
     final, auto = stages["final"], stages["auto"]
     metrics = {
         "accuracy": {f"{arm}, {dimension}-d": row(done) for (arm, dimension), done in sorted(final.items())},
-        "differences": comparisons(final),
         "mean_over_log_d": {arm: area(final, arm) for arm in ARMS},
-        "auto": automatic(auto, final),
+        "auto": {f"{arm}, {dimension}-d": row(done) for (arm, dimension), done in auto.items()},
         "tuning": {"columns": ["temperature", "learning_rate", "validation_20nn", "share_of_perplexity"]} | tuning,
         "pilot": [[p["arm"], p["dimension"], *point_row(p)] for p in pilots],
     }
@@ -246,8 +245,6 @@ def write_report(runs: Path) -> None:
         "tuning_epochs": TUNING_EPOCHS, "tuning_seeds": 1, "learning_rates": LEARNING_RATES,
         "temperatures": TEMPERATURES, "weight_decay": WEIGHT_DECAY, "optimizer": "AdamW", "network": MODEL_ARGS,
         "dof": {arm: options.get("dof") for arm, options in ARMS.items()}, "cpu_hours": round(seconds / 3600, 2),
-        "interval": "percentile bootstrap over seeds: with three it is hardly more than their range",
-        "verdict": "first > second by the margin: supported if the interval lies above it, contradicted if below",
         "pilot": "runs of an earlier grid, by which this one was shifted: 3e-3 and 0.002 for 3e-2 and 20",
     }  # fmt: skip
     samples = {"train": TRAIN_IMAGES, "validation": VALIDATION_IMAGES, "test": 10_000}

@@ -1,4 +1,4 @@
-"""Tables, verdicts and plot of the dimension study from its runs; `dimensions.py --stage report` calls it."""
+"""Rows, comparisons and plot of the dimension study; `dimensions.py --stage report` and readme.py call it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from paired_seeds import by_seed, difference
 
 MARGIN = 2.0  # points of accuracy that matter, fixed before the study
 FLAT = 0.5  # points gained in the last 20 % of the epochs by a curve that counts as converged
-AUTO_MARGIN = 1.0
 CANDIDATES = 1023  # other views of a batch of 512 images
 TITLES = {
     "simclr": "SimCLR (cosine)",
@@ -25,13 +25,6 @@ def best_metric(reports: list[dict]) -> tuple[str, float]:
     """(metric, mean accuracy): cosine or Euclidean, whichever has the higher mean 20-NN validation accuracy."""
     means = {m: float(np.mean([r["validation"][f"{m}_20nn"] for r in reports])) for m in ("euclidean", "cosine")}
     return max(means.items(), key=lambda item: item[1])
-
-
-def bootstrap(differences: list[float], digits: int = 2) -> list[float]:
-    """95 % interval of the mean, resampling the paired differences 10,000 times."""
-    generator = np.random.default_rng(0)
-    draws = generator.choice(differences, (10_000, len(differences))).mean(1)
-    return [round(float(value), digits) for value in np.quantile(draws, (0.025, 0.975))]
 
 
 def point_row(report: dict) -> list[float]:
@@ -68,38 +61,21 @@ def row(reports: list[dict]) -> dict:
     }
 
 
-def paired_differences(first: list[dict], second: list[dict]) -> list[float]:
-    """20-NN test accuracy first - second, in points, of each seed that both have."""
-    accuracies = []
-    for reports in (first, second):
-        key = f"{best_metric(reports)[0]}_20nn"
-        accuracies.append({report["seed"]: report["test"][key] for report in reports})
-    return [accuracies[0][seed] - accuracies[1][seed] for seed in sorted(accuracies[0].keys() & accuracies[1].keys())]
+def comparisons(accuracy: dict[str, dict]) -> dict[str, dict]:
+    """Every pair of arms that the claim is about, at each dimension that both have; also SimCLR's next dimension.
 
-
-def compare(first: list[dict], second: list[dict]) -> dict:
-    """Mean paired difference, its interval, and the verdict on first > second by the margin."""
-    differences = paired_differences(first, second)
-    low, high = bootstrap(differences)
-    verdict = "supported" if low > MARGIN else "contradicted" if high < MARGIN else "undecided"
-    if len(differences) < 2:
-        verdict = "undecided (one seed)"
-    mean = round(float(np.mean(differences)), 2)
-    return {"seeds": len(differences), "mean": mean, "interval": [low, high], "verdict": verdict}
-
-
-def comparisons(final: dict[Cell, list[dict]]) -> dict[str, dict]:
-    """Every pair of arms that the claim is about, at each dimension that both have; also SimCLR's next dimension."""
+    `accuracy` is {"ARM, D-d": row}, as results/dimensions.json has it; an entry is that of `paired_seeds.difference`.
+    """
     pairs = [("t_anchor", "simclr"), ("t_joint", "simclr"), ("t_anchor", "t_joint"), ("t_anchor", "gaussian_anchor")]
     found = {}
-    for dimension in sorted({dimension for _, dimension in final}):
-        for first, second in pairs:
-            if {(first, dimension), (second, dimension)} <= final.keys():
-                found[f"{first} - {second}, {dimension}-d"] = compare(final[first, dimension], final[second, dimension])
+    for dimension in sorted({int(name.split(", ")[1].removesuffix("-d")) for name in accuracy}):
+        cells = {f"{a} - {b}, {dimension}-d": (f"{a}, {dimension}-d", f"{b}, {dimension}-d") for a, b in pairs}
         for arm in ("t_anchor", "t_joint"):
-            if {(arm, dimension), ("simclr", dimension + 1)} <= final.keys():
-                name = f"{arm} {dimension}-d - simclr {dimension + 1}-d"
-                found[name] = compare(final[arm, dimension], final["simclr", dimension + 1])
+            higher = f"simclr, {dimension + 1}-d"
+            cells[f"{arm} {dimension}-d - simclr {dimension + 1}-d"] = (f"{arm}, {dimension}-d", higher)
+        for name, (first, second) in cells.items():
+            if {first, second} <= accuracy.keys():
+                found[name] = difference(accuracy[first], accuracy[second], "test_20nn")
     return found
 
 
@@ -113,19 +89,6 @@ def area(final: dict[Cell, list[dict]], arm: str) -> float | None:
     return round(float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0])), 2)
 
 
-def automatic(auto: dict[Cell, list[dict]], final: dict[Cell, list[dict]]) -> dict[str, dict]:
-    """temperature="auto" against the tuned temperature, where both were run."""
-    found = {}
-    for (arm, dimension), reports in auto.items():
-        entry = row(reports)
-        if (arm, dimension) in final:
-            paired = compare(reports, final[arm, dimension])
-            del paired["verdict"]
-            entry["minus_tuned"] = paired | {"within_1_point_or_better": paired["mean"] >= -AUTO_MARGIN}
-        found[f"{arm}, {dimension}-d"] = entry
-    return found
-
-
 def plot(final: dict[Cell, list[dict]], path: Path) -> None:
     """20-NN test accuracy over the dimension, and its paired difference from SimCLR; a dot for each seed."""
     figure = Figure(figsize=(9.6, 4.0), layout="constrained")
@@ -137,8 +100,10 @@ def plot(final: dict[Cell, list[dict]], path: Path) -> None:
         accuracies = {d * shift: row(reports)["test_20nn"] for d, reports in lines.items()}
         _line(left, accuracies, style)
         if arm != "simclr":
-            paired = {d: reports for d, reports in lines.items() if ("simclr", d) in final}
-            _line(right, {d * shift: paired_differences(r, final["simclr", d]) for d, r in paired.items()}, style)
+            paired = {
+                d: (row(reports), row(final["simclr", d])) for d, reports in lines.items() if ("simclr", d) in final
+            }
+            _line(right, {d * shift: by_seed(*rows, "test_20nn") for d, rows in paired.items()}, style)
     controls = {d - 1: np.mean(row(final["simclr", d])["test_20nn"]) for d in CONTROLS if ("simclr", d) in final}
     if controls:
         left.plot(list(controls), list(controls.values()), "x", color="C0", label="SimCLR with d + 1")

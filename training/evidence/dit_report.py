@@ -1,4 +1,4 @@
-"""Table, paired differences, plots and samples of the DiT study from its runs; `dit.py --stage report` calls it."""
+"""Table, comparisons, plots and samples of the DiT study; `dit.py --stage report` and readme.py call it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from dimensions_report import bootstrap
 from latents_report import find
 from matplotlib.figure import Figure
+from paired_seeds import difference
 from PIL import Image, ImageDraw
 
 from hf_dpssl.runs.results import write_results
@@ -36,12 +36,20 @@ def collect(folder: Path, runs: list) -> dict[tuple[str, str], dict[int, dict]]:
     return cells
 
 
-def paired(first: dict[int, dict], second: dict[int, dict], name: str) -> dict:
-    """Difference first - second over the seeds that both have, with its interval."""
-    seeds = sorted(first.keys() & second.keys())
-    values = [find(first[seed]["metrics"], name) - find(second[seed]["metrics"], name) for seed in seeds]
-    entry = {"seeds": len(seeds), "mean": float(f"{np.mean(values):.4g}")}
-    return entry | ({"interval": bootstrap(values, digits=5)} if len(values) > 1 else {})
+def comparisons(cells: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """{pair of cells: {measure: paired difference}} at each size; `cells` as results/dit.json has them.
+
+    "DAE - decoupled" is the comparison of equal encoder steps: both encoders stopped after stage 1 and were frozen.
+    """
+    sizes = dict.fromkeys(name.split(", ")[1] for name in cells)
+    pairs = [("decoupled", "joint"), ("DAE", "joint"), ("DAE", "decoupled")]
+    found = {}
+    for size in sizes:
+        for first, second in pairs:
+            if {f"{first}, {size}", f"{second}, {size}"} <= cells.keys():
+                rows = cells[f"{first}, {size}"], cells[f"{second}, {size}"]
+                found[f"{first} - {second}, {size}"] = {name: difference(*rows, name) for name in COMPARED}
+    return found
 
 
 def write_report(folder: Path, runs: list, settings: dict, generated: int) -> None:
@@ -49,20 +57,17 @@ def write_report(folder: Path, runs: list, settings: dict, generated: int) -> No
     cells = collect(folder, runs)
     if not cells:
         raise FileNotFoundError(f"{folder} holds no measured run: run the stages train and measure first.")
-    table, differences = {}, {}
+    table = {}
     for (latent, size), seeds in cells.items():
         values = {name: [float(f"{find(entry['metrics'], name):.5g}") for entry in seeds.values()] for name in ROWS}
         about = {"seeds": list(seeds), "parameters": next(iter(seeds.values()))["parameters"]}
         curves = [[float(f"{value:.4g}") for value in entry["curve"].values()] for entry in seeds.values()]
         steps = [int(step) for step in next(iter(seeds.values()))["curve"]]
         table[f"{latent}, {size}"] = about | values | {"curve_steps": steps, "curves": curves}
-        if latent != "joint" and ("joint", size) in cells:
-            pair = {name: paired(seeds, cells["joint", size], name) for name in COMPARED}
-            differences[f"{latent} - joint, {size}"] = pair
     done = sum(map(len, cells.values()))
     samples = {"train": 10_000, "test": 5_000, "generated": generated}
     here, settings = Path(__file__).parent, {"runs": f"{done} of {len(runs)}"} | settings
-    metrics = {"cells": table, "differences": differences}
+    metrics = {"cells": table}
     write_results(here / "results" / "dit.json", metrics, dataset="mnist", seed=0, samples=samples, settings=settings)
     plot(cells, here / "dit.png")
     pictures(folder, cells).save(here / "dit_samples.png", optimize=True)

@@ -44,7 +44,16 @@ LATENTS = {
     "vae": "VAEGAN",
     "dae": "DAE-VAEGAN",
 }
-SHARED = "--recipe gan-cifar10-jpeg --seed 0 --warmup_steps 50 --max_train_steps 2500 --stage_1_steps 1250"
+STEPS, STAGE_1_STEPS = 2_500, 1_250
+SHARED = (
+    f"--recipe gan-cifar10-jpeg --seed 0 --warmup_steps 50 --max_train_steps {STEPS} --stage_1_steps {STAGE_1_STEPS}"
+)
+# {"encoder": steps in which it learns, "in all"}; SimCLR's encoder was trained before, on its own loss.
+BUDGETS = dict.fromkeys(("noise", "simclr"), {"encoder": 0, "in all": STEPS})
+BUDGETS |= {
+    "vae": {"encoder": STEPS, "in all": STEPS},
+    "dae": {"encoder": STAGE_1_STEPS, "in all": STAGE_1_STEPS + STEPS},
+}
 TUNED = [
     dict(discriminator_norm=norm, learning_rate=rate, r1_weight=r1)
     for norm, rate, r1 in (("none", 1e-3, 1), ("none", 1e-3, 10), ("none", 2e-3, 1), ("group", 1e-3, 10))

@@ -1,4 +1,4 @@
-"""Table, paired differences and plots of the latents study from its runs; `latents.py --stage report` calls it."""
+"""Table, comparisons and plots of the latents study; `latents.py --stage report` and readme.py call it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from dimensions_report import bootstrap
 from matplotlib.figure import Figure
+from paired_seeds import difference
 
 from hf_dpssl.runs.results import write_results
 
@@ -35,6 +35,7 @@ ROWS = {
     "cai_lim_projection": ("Cai-Lim, upper bound", "{:.3f}", False),
 }
 COMPARED = ("psnr", "rfid", "gfid", "prior_nats", "latent_linear_top1", "log_ratio_sd_encoder")
+WEAK = ("weak_dropout", "weak_width")
 MARGIN = 0.05  # relative difference of a FID that matters, fixed before the study
 
 
@@ -55,12 +56,18 @@ def collect(folder: Path, runs: list) -> dict[str, dict[int, dict]]:
     return cells
 
 
-def difference(first: dict[int, dict], second: dict[int, dict], name: str) -> dict:
-    """Paired difference first - second over the seeds that both have, with its interval."""
-    seeds = sorted(first.keys() & second.keys())
-    values = [find(first[seed]["metrics"], name) - find(second[seed]["metrics"], name) for seed in seeds]
-    entry = {"seeds": len(seeds), "mean": float(f"{np.mean(values):.4g}")}
-    return entry | ({"interval": bootstrap(values, digits=5)} if len(values) > 1 else {})
+def comparisons(cells: dict[str, dict]) -> dict[str, dict[str, dict]]:
+    """{pair of cells: {measure: paired difference}}; `cells` as results/latents.json has them.
+
+    "joint, encoder - joint, total" shows what an encoder that learns for half the steps brings by itself.
+    """
+    pairs = [("joint, encoder", "joint, total")]
+    pairs += [(arm, f"joint, {budget}") for arm in ("decoupled", *WEAK) for budget in ("total", "encoder")]
+    return {
+        f"{first} - {second}": {name: difference(cells[first], cells[second], name) for name in COMPARED}
+        for first, second in pairs
+        if {first, second} <= cells.keys()
+    }
 
 
 def write_report(folder: Path, runs: list, flags: dict[str, str]) -> None:
@@ -78,11 +85,6 @@ def write_report(folder: Path, runs: list, flags: dict[str, str]) -> None:
             "converged": [all(p and p["converged"] for p in t["plateau"].values()) for t in trainings],
             "fingerprints": [entry["fingerprint"] for entry in seeds.values()],
         } | {name: [float(f"{value:.5g}") for value in found] for name, found in values.items()}
-    arms, joint = ("decoupled", "weak_dropout", "weak_width"), [cell for cell in cells if cell.startswith("joint")]
-    differences = {
-        f"{arm} - {other}": {name: difference(cells[arm], cells[other], name) for name in COMPARED}
-        for arm in arms if arm in cells for other in joint
-    }  # fmt: skip
     done, all_runs = sum(map(len, cells.values())), len(runs)
     settings = {
         "complete": done == all_runs, "runs": f"{done} of {all_runs}", "margin_of_fid": MARGIN,
@@ -90,7 +92,7 @@ def write_report(folder: Path, runs: list, flags: dict[str, str]) -> None:
     }  # fmt: skip
     samples = {"train": 10_000, "validation": 2_000, "test": 5_000, "generated": 2_000}
     here = Path(__file__).parent
-    metrics = {"cells": table, "differences": differences}
+    metrics = {"cells": table}
     write_results(
         here / "results" / "latents.json", metrics, dataset="mnist", seed=0, samples=samples, settings=settings
     )

@@ -15,10 +15,11 @@ import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
-from dit_report import COMPARED as DIT_COMPARED
-from dit_report import ROWS as DIT_ROWS
-from latents_report import COMPARED
-from latents_report import ROWS as LATENT_ROWS
+import dimensions_report
+import dit_report
+import gan_latents
+import latents_report
+from paired_seeds import FEWEST_SEEDS, contains_zero, difference, verdict
 
 EVIDENCE = Path(__file__).parent
 REPOSITORY = EVIDENCE.parent.parent
@@ -119,77 +120,111 @@ def dimensions_table(report: dict) -> str:
         rows = [cells.get((arm, str(dimension))) for dimension in dimensions]
         if any(rows):
             lines.append(f"| {title} | " + " | ".join(_accuracy(row) for row in rows) + " |")
-    lines += ["", "| paired difference, points | mean | 95 % interval | by 2 points or more |", "|---|---|---|---|"]
-    for name, entry in metrics["differences"].items():
-        low, high = entry["interval"]
-        lines.append(f"| {_titled(name)} | {entry['mean']:+.1f} | {low:+.1f} to {high:+.1f} | {entry['verdict']} |")
+    margin, differences = settings["margin"], dimensions_report.comparisons(metrics["accuracy"])
+    lines += [
+        "",
+        f"| paired difference, points | mean (95 % interval) | by {margin:g} points or more |",
+        "|---|---|---|",
+    ]
+    for name, entry in differences.items():
+        lines.append(f"| {_titled(name)} | {_interval(entry, '.1f')} | {verdict(entry, margin)} |")
     if metrics["auto"]:
         lines += ["", '| `temperature="auto"` | accuracy | minus tuned | temperature at the end |', "|---|---|---|---|"]
     for name, entry in metrics["auto"].items():
-        minus = f"{entry['minus_tuned']['mean']:+.1f}" if "minus_tuned" in entry else ""
+        tuned = metrics["accuracy"].get(name)
+        minus = _interval(difference(entry, tuned, "test_20nn"), ".1f") if tuned else ""
         ends = ", ".join(f"{value:.3g}" for value in entry["temperature_at_end"])
         lines.append(f"| {_titled(name)} | {entry['mean_20nn']:.1f} | {minus} | {ends} |")
     absent = "; ".join(_titled(entry) for entry in settings["missing"])
     missing = f" Not complete, seeds done: {absent}." if absent else ""
     about = f"{samples['train']:,} training, {samples['validation']:,} validation and {samples['test']:,} test images, "
     about += f"{settings['epochs']} epochs; temperature, learning rate and metric chosen on the validation images; "
-    about += "three paired seeds. * not converged."
+    about += f"{settings['tuning_seeds']} seed and {settings['tuning_epochs']} epochs for the choice. "
+    about += f"After an accuracy, * is not converged. {_intervals([*differences.values()])}"
     return "\n".join([*lines, "", f"{about}{missing} {circumstances(report)}"])
 
 
 def latents_table(report: dict) -> str:
     """Measures of the arms and budgets, mean over seeds (standard deviation), and paired differences, in Markdown."""
-    cells, differences = report["metrics"]["cells"], report["metrics"]["differences"]
+    cells = report["metrics"]["cells"]
+    differences = latents_report.comparisons(cells)
     lines = ["| | " + " | ".join(cells) + " |", "|---" * (len(cells) + 1) + "|"]
     lines.append("| seeds | " + " | ".join(str(len(cell["seeds"])) for cell in cells.values()) + " |")
     steps = (" + ".join(str(steps) for steps in cell["stages"].values()) for cell in cells.values())
     lines.append("| steps | " + " | ".join(steps) + " |")
     flat = ("yes" if all(cell["converged"]) else "no" for cell in cells.values())
     lines.append("| all stages flat | " + " | ".join(flat) + " |")
-    for name, (title, form, _) in LATENT_ROWS.items():
+    for name, (title, form, _) in latents_report.ROWS.items():
         lines.append(f"| {title} | " + " | ".join(_spread(cell[name], form) for cell in cells.values()) + " |")
-    lines += ["", "| paired difference | " + " | ".join(LATENT_ROWS[name][0] for name in COMPARED) + " |"]
-    lines.append("|---" * (len(COMPARED) + 1) + "|")
-    for pair, values in differences.items():
-        if pair.endswith((" - joint, total", " - joint, encoder")):  # the others are in the JSON file
-            lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in COMPARED) + " |")
+    lines += _paired(differences, {name: latents_report.ROWS[name][0] for name in latents_report.COMPARED})
     samples, settings = report["samples"], report["settings"]
     counts = ", ".join(f"{name} {count:,}" for name, count in samples.items())
-    about = f"{settings['runs']} runs; more pairs in results/latents.json. Images: {counts}"
-    return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
+    about = f"{settings['runs']} runs. equal: of the same encoder. Images: {counts}. "
+    about += _intervals([entry for values in differences.values() for entry in values.values()])
+    if {"joint, total", "joint, encoder", *latents_report.WEAK} <= cells.keys():
+        lines += ["", _encoder_share(cells)]
+    return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
+
+
+def _encoder_share(cells: dict) -> str:
+    """How much of the weak arms' gain in nats joint training has too when its encoder learns for as many steps."""
+    gains = {name: mean(cells["joint, total"]["prior_nats"]) - mean(cell["prior_nats"]) for name, cell in cells.items()}
+    alone, weak = gains["joint, encoder"], [gains[arm] for arm in latents_report.WEAK]
+    saved = ", ".join(f"{name} {gains[name]:.1f}" for name in ("joint, encoder", *latents_report.WEAK))
+    if min(weak) <= 0:
+        return f"Nats per image that the small prior saves beside `joint, total`, means: {saved}; no gain to explain."
+    shares = [alone / gain for gain in weak]
+    most = "most" if min(shares) > 0.5 else "part" if alone > 0 else "none"
+    return (
+        "**DAE is compared with joint training of equal TOTAL steps, in which its encoder learns for fewer steps, and "
+        f"an encoder that learns for fewer steps explains {most} of the gain** (column `joint, encoder`: as many steps "
+        "of the encoder as DAE's, no weak decoder). Nats per image that the small prior saves beside `joint, total`, "
+        f"means: {saved}; so {' and '.join(f'{share:.0%}' for share in shares)} of the weak arms' gain are there "
+        "without a weak decoder."
+    )
 
 
 def gan_latents_table(report: dict) -> str:
     """Quality of generated images by the latent and by what it is sampled from, in Markdown."""
-    lines = ["| latent | sampled from | " + " | ".join(title for title, _ in GAN_MEASURES.values()) + " |"]
-    lines.append("|---" * (len(GAN_MEASURES) + 2) + "|")
+    heads = ("latent", "steps of the encoder", "steps in all", "sampled from", *(t for t, _ in GAN_MEASURES.values()))
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    budgets = {gan_latents.LATENTS[name]: budget for name, budget in gan_latents.BUDGETS.items()}
     for latent, densities in report["metrics"].items():
+        steps = " | ".join(f"{count:,}" for count in budgets[latent].values()) if latent in budgets else " | "
         for density, values in densities.items():
             found = (form.format(values[key]) if key in values else "" for key, (_, form) in GAN_MEASURES.items())
-            lines.append(f"| {latent} | {density.replace('_', ' ')} | " + " | ".join(found) + " |")
+            lines.append(f"| {latent} | {steps} | {density.replace('_', ' ')} | " + " | ".join(found) + " |")
     settings, samples = report["settings"], report["samples"]
     tuned = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings["chosen"].items())
+    budget = gan_latents.BUDGETS["dae"]
+    more = (
+        f"**DAE-VAEGAN had {budget['in all'] - gan_latents.STEPS:,} steps more than every other row, all of them for "
+        f"its encoder:** it learns for {budget['encoder']:,} against a weak generator and is frozen; the generator's "
+        f"{gan_latents.STEPS:,} follow. VAEGAN's encoder learns in those {gan_latents.STEPS:,}. No row has as many "
+        "steps in all without a weak generator. One seed: no intervals, and no verdict on any order of the rows."
+    )
     about = f"Chosen on validation images with the noise latent: {tuned}, of {len(settings['tuning'])} settings. "
     about += "Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
-    return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
+    return "\n".join([*lines, "", more, "", f"{about}. {circumstances(report)}"])
 
 
 def dit_table(report: dict) -> str:
     """Quality of the transformers by latent and size, mean over seeds (standard deviation), in Markdown."""
     metrics, settings, samples = report["metrics"], report["settings"], report["samples"]
-    lines = ["| latent, transformer | parameters | seeds | " + " | ".join(t for t, _ in DIT_ROWS.values()) + " |"]
-    lines.append("|---" * (len(DIT_ROWS) + 3) + "|")
+    lines = [
+        "| latent, transformer | parameters | seeds | " + " | ".join(t for t, _ in dit_report.ROWS.values()) + " |"
+    ]
+    lines.append("|---" * (len(dit_report.ROWS) + 3) + "|")
     for name, cell in metrics["cells"].items():
-        values = " | ".join(_spread(cell[key], form) for key, (_, form) in DIT_ROWS.items())
+        values = " | ".join(_spread(cell[key], form) for key, (_, form) in dit_report.ROWS.items())
         lines.append(f"| {name} | {cell['parameters'] / 1e6:.2f} M | {len(cell['seeds'])} | {values} |")
-    lines += ["", "| paired difference | " + " | ".join(DIT_ROWS[name][0] for name in DIT_COMPARED) + " |"]
-    lines.append("|---" * (len(DIT_COMPARED) + 1) + "|")
-    for pair, values in metrics["differences"].items():
-        lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in DIT_COMPARED) + " |")
+    differences = dit_report.comparisons(metrics["cells"])
+    lines += _paired(differences, {name: dit_report.ROWS[name][0] for name in dit_report.COMPARED})
     rates = ", ".join(f"{size} {rate:g}" for size, rate in settings["learning_rates"].items())
     about = f"{settings['runs']} runs; learning rates: {rates}. "
     about += "Images: " + ", ".join(f"{name} {count:,}" for name, count in samples.items())
-    return "\n".join([*lines, "", f"{about}. {circumstances(report)}"])
+    found = _intervals([entry for values in differences.values() for entry in values.values()])
+    return "\n".join([*lines, "", f"{about}. {found} {circumstances(report)}"])
 
 
 def solvers_table(report: dict) -> str:
@@ -206,7 +241,8 @@ def solvers_table(report: dict) -> str:
         lines.append(f"| {pair} | " + " | ".join(cells) + " |")
     counts = ", ".join(f"{name} {count:,}" for name, count in samples["generated"].items())
     seeds = ", ".join(f"{name} {len(next(iter(cells.values())))}" for name, cells in metrics["fid"].items())
-    about = f"Images of a sampling seed: {counts}; sampling seeds: {seeds}; training images: {samples['reference']:,}."
+    about = f"Images of a sampling seed: {counts}; sampling seeds: {seeds}; training images: {samples['reference']:,}. "
+    about += "One training each: the spread is that of sampling, so no interval is stated."
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
 
 
@@ -215,22 +251,46 @@ def _spread(values: list[float], form: str) -> str:
     return f"{text} ({form.format(stdev(values))})" if len(values) > 1 else text
 
 
-def _interval(entry: dict) -> str:
-    low_high = f" ({entry['interval'][0]:+.3g} to {entry['interval'][1]:+.3g})" if "interval" in entry else ""
-    return f"{entry['mean']:+.3g}{low_high}"
+def _interval(entry: dict, form: str = ".3g") -> str:
+    """Mean and interval; * where it lies on one side of 0."""
+    if entry["interval"] is None:
+        return f"{entry['mean']:+{form}} (one seed)"
+    low, high = entry["interval"]
+    if low == high == 0:
+        return "equal"
+    return f"{entry['mean']:+{form}} ({low:+{form}} to {high:+{form}}){'' if contains_zero(entry) else ' *'}"
+
+
+def _paired(differences: dict[str, dict[str, dict]], titles: dict[str, str]) -> list[str]:
+    """A table of {pair: {measure: difference}}, after an empty line."""
+    lines = ["", "| paired difference (95 % interval) | " + " | ".join(titles.values()) + " |"]
+    lines.append("|---" * (len(titles) + 1) + "|")
+    for pair, values in differences.items():
+        lines.append(f"| {pair} | " + " | ".join(_interval(values[name]) for name in titles) + " |")
+    return lines
+
+
+def _intervals(entries: list[dict]) -> str:
+    """What the intervals of a table are, and what they settle."""
+    entries = [entry for entry in entries if entry["interval"] != (0, 0)]  # those of one encoder compare nothing
+    seeds = sorted({entry["seeds"] for entry in entries})
+    open_ = sum(map(contains_zero, entries))
+    text = f"Intervals: Student's t over {' or '.join(map(str, seeds))} paired seeds, not corrected for their number; "
+    text += f"{open_} of {len(entries)} contain 0, the others bear a *."
+    few = f" Fewer than {FEWEST_SEEDS} seeds: no verdict, whatever the interval."
+    return text + (few if seeds[0] < FEWEST_SEEDS else "")
 
 
 def modes_line(report: dict) -> str:
     """kNN accuracy after training with fused and with exact augmentation, in Markdown."""
     metrics, samples = report["metrics"], report["samples"]
-    spread, error = metrics["standard_deviation_over_seeds"], metrics["standard_error_of_mean_difference"]
-    arms = []
-    for name in ("fused", "exact"):
-        values = metrics[f"knn_top1_{name}"]
-        arms.append(f"{name} {sum(values) / len(values):.2f} (sd {spread[name]:.2f})")
+    arms = {name: {"seeds": metrics["seeds"], "knn_top1": metrics[f"knn_top1_{name}"]} for name in ("fused", "exact")}
+    means = ", ".join(f"{name} {_spread(arm['knn_top1'], '{:.2f}')}" for name, arm in arms.items())
+    found = difference(arms["fused"], arms["exact"], "knn_top1")
+    sign = "the sign is undecided" if contains_zero(found) else "the sign is settled"
     return (
-        f"kNN accuracy after {samples['epochs']} epochs, percent: {', '.join(arms)}; paired difference "
-        f"{metrics['mean_fused_minus_exact']:+.2f} with standard error {error:.2f} over {samples['seeds']} seeds, "
+        f"kNN accuracy after {samples['epochs']} epochs, percent (standard deviation over seeds): {means}; paired "
+        f"difference {_interval(found, '.2f')}, the 95 % interval of Student's t over {found['seeds']} seeds: {sign}. "
         f"{samples['train']:,} training and {samples['evaluation']:,} held-out images. {circumstances(report)}"
     )
 

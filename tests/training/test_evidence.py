@@ -1,0 +1,83 @@
+"""The studies' pages: differences pair seeds, intervals are scipy's of the stored seeds, verdicts need five seeds."""
+
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from scipy.stats import ttest_1samp
+
+sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
+import paired_seeds
+import readme
+
+EVIDENCE = REPOSITORY / "training" / "evidence"
+
+
+def results(name: str) -> dict:
+    return json.loads((EVIDENCE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_differences_pair_equal_seeds_whatever_their_order():
+    first, second = {"seeds": [2, 0, 7], "x": [5.0, 1.0, 99.0]}, {"seeds": [0, 1, 2], "x": [4.0, 50.0, 2.0]}
+    found = paired_seeds.difference(first, second, "x")
+    low, high = ttest_1samp([-3.0, 3.0], 0).confidence_interval(0.95)
+    assert found["seeds"] == 2 and found["mean"] == 0 and found["interval"] == pytest.approx((low, high))
+    one = paired_seeds.difference(first, {"seeds": [7], "x": [9.0]}, "x")
+    assert one == {"seeds": 1, "mean": 90, "interval": None} and paired_seeds.contains_zero(one)
+    with pytest.raises(ValueError, match="no seed has x in both rows"):
+        paired_seeds.difference(first, {"seeds": [8], "x": [9.0]}, "x")
+
+
+def test_a_verdict_needs_five_seeds_and_the_whole_interval_on_one_side_of_the_margin():
+    cases = {
+        "supported": [9.0, 10.0, 11.0, 10.0, 10.0],
+        "contradicted": [1.0, 1.1, 0.9, 1.0, 1.2],
+        "undecided": [0.0, 9.0, 1.0, 6.0, 2.0],
+        "undecided (4 seeds)": [9.0, 10.0, 11.0, 10.0],
+        "undecided (1 seed)": [10.0],
+    }
+    for wanted, values in cases.items():
+        rows = [{"seeds": list(range(len(values))), "x": x} for x in (values, [0.0] * len(values))]
+        assert paired_seeds.verdict(paired_seeds.difference(*rows, "x"), margin=2.0) == wanted
+
+
+def test_intervals_of_the_page_are_those_of_scipys_t_test_on_the_stored_seeds():
+    page = (EVIDENCE / "README.md").read_text(encoding="utf-8")
+    accuracy, latents = results("dimensions")["metrics"]["accuracy"], results("latents")["metrics"]["cells"]
+    modes, dits = results("augmentation_modes")["metrics"], results("dit")["metrics"]["cells"]
+    cases = [
+        ("| t per anchor - SimCLR, 2-d | ", accuracy["t_anchor, 2-d"], accuracy["simclr, 2-d"], "test_20nn"),
+        ("| weak_dropout - joint, total | ", latents["weak_dropout"], latents["joint, total"], "psnr"),
+        ("| DAE - decoupled, 96x4 | ", dits["DAE, 96x4"], dits["decoupled, 96x4"], "gfid"),
+        ("paired difference ", {"x": modes["knn_top1_fused"]}, {"x": modes["knn_top1_exact"]}, "x"),
+    ]
+    for label, first, second, name in cases:
+        assert first.get("seeds") == second.get("seeds")
+        values = np.subtract(first[name], second[name])
+        wanted = [values.mean(), *ttest_1samp(values, 0).confidence_interval(0.95)]
+        found = re.search(re.escape(label) + r"(\S+) \((\S+) to (\S+)\)", page).groups()
+        assert [float(number) for number in found] == pytest.approx(wanted, rel=0.01, abs=0.05 * abs(wanted[0])), label
+
+
+def test_no_interval_or_verdict_is_stored_where_the_values_of_the_seeds_could_change():
+    for path in (EVIDENCE / "results").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r'"(interval|verdict|differences|minus_\w+|standard_\w+)":', text), path.name
+
+
+def test_the_pages_words_on_a_difference_follow_its_seeds():
+    nats = {"joint, total": 68.0, "joint, encoder": 63.0, "weak_dropout": 62.0, "weak_width": 62.0}
+    cells = {name: {"prior_nats": [value]} for name, value in nats.items()}
+    assert "explains most of the gain" in readme._encoder_share(cells) and "83%" in readme._encoder_share(cells)
+    cells["joint, encoder"]["prior_nats"] = [67.0]
+    assert "explains part of the gain" in readme._encoder_share(cells)
+    cells["weak_width"]["prior_nats"] = [69.0]
+    assert "no gain to explain" in readme._encoder_share(cells)
+    entry = {"seeds": 3, "mean": 1.0, "interval": (0.5, 1.5)}
+    assert readme._interval(entry, ".1f") == "+1.0 (+0.5 to +1.5) *"
+    text = readme._intervals([entry, entry | {"interval": (-1.0, 3.0)}])
+    assert "1 of 2 contain 0" in text and "Fewer than 5 seeds: no verdict" in text
+    assert "no verdict" not in readme._intervals([entry | {"seeds": 5}])
