@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image as Pillow
 from sklearn.datasets import load_sample_images
 from torchvision.transforms.v2 import functional as F
 
+CLASSES = ["cat", "dog"]
 BROKEN = {"bytes": b"this is no picture", "path": "broken.png"}
 
 
@@ -72,3 +75,36 @@ def photograph_patches(count: int, size: int) -> torch.Tensor:
         top, left = (int(generator.integers(0, length - side)) for length in photograph.shape[1:])
         patches.append(F.resized_crop(photograph, top, left, side, side, [size, size]))
     return torch.stack(patches)
+
+
+def write_pictures(folder: Path, count: int = 23) -> Path:
+    for number in range(count):
+        path = folder / CLASSES[number % 2] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Pillow.fromarray(noise(number, 16, 16)).save(path)
+    return folder
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes whose header promises width x height pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(b"\0" * 100_000, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+BAD_UPLOADS = {
+    "text.png": (b"this is no picture", "no picture of a known type"),
+    "empty.png": (b"", "empty"),
+    "cut.png": (encoded(noise(0, 64, 64))[:900], "damaged"),
+    "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no picture of a known type"),
+    "document.pdf": (b"%PDF-1.4 ...", "no picture of a known type"),
+    "other.tiff": (encoded(noise(0), "TIFF"), "no picture of a known type"),
+    "bomb.png": (bomb(50_000, 50_000), "too large"),
+    "large.png": (bomb(8_000, 8_000), "8000 x 8000 pixels; at most 16 megapixels"),
+    "narrow.png": (encoded(noise(0, 1, 64)), "too narrow"),
+    "heavy.png": (b"\x89PNG" + b"0" * (5 * 2**20), "at most 5 MiB"),
+}

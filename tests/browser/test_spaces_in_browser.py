@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pictures import BAD_UPLOADS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pictures import encoded, noise
 from PIL import Image
-from test_uploads import BAD
 
 pytestmark = pytest.mark.browser
-pytest_plugins = ["running_spaces"]  # no conftest.py: tests import that of the folder above by its name
+pytest_plugins = ["running_spaces"]
 NAMES = ["matching_lab", "image_generator", "latent_lab", "encoder_explorer"]
 STEP = "() => +(document.querySelector('.numbers b')?.innerText ?? 0)"
 # Boxes of what can be clicked or typed into, and what has no name that a screen reader could read.
@@ -205,7 +205,7 @@ def put(page, path: Path, number: int = 0) -> None:
 def test_bad_files_are_refused_with_a_toast_and_good_ones_are_read(spaces, visit, tmp_path, name, button):
     tab = visit(spaces(name))
     page = tab.page
-    for file, (content, said) in BAD.items():
+    for file, (content, said) in BAD_UPLOADS.items():
         path = tmp_path / (file if file.endswith(".png") else f"{file}.png")  # else the browser itself refuses it
         path.write_bytes(content)
         put(page, path)

@@ -13,9 +13,9 @@ import contrastive
 import pytest
 import torch
 import yaml
-from conftest import forget_accelerator
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from launches import forget_accelerator
 from safetensors import SafetensorError
 from tiny_checkpoints import save_checkpoints
 

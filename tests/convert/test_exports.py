@@ -8,10 +8,10 @@ import pytest
 import timm
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DPMSolverMultistepScheduler, VQModel
+from foreign_processes import run_foreign
 from huggingface_hub import constants
-from test_stock_dit import make_exportable
-from test_without_package import run_foreign
 from tiny_checkpoints import encoder_model, save_checkpoints
+from tiny_pipelines import make_exportable
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig
 from hf_dpssl.cli.commands import main

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pictures import noise
 from PIL import Image
+from tiny_encoders import INPUT, save_ours
 from transformers import (
     AutoImageProcessor,
     BertConfig,
@@ -22,24 +23,12 @@ from transformers import (
     ViTMSNModel,
 )
 
-from hf_dpssl import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.embedding.embedder import ImageEmbedder
 
 PICTURES = [Image.fromarray(noise(seed, *shape)) for seed, shape in enumerate([(16, 16), (20, 30), (48, 24)])]
-INPUT = {"input_size": [3, 16, 16], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
-INPUT |= {"crop_pct": 1.0, "crop_mode": "center"}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SMALL_IMAGES = {"image_size": 16, "patch_size": 8}
-
-
-def save_ours(folder, model_class=SimCLRForPreTraining, **changes):
-    torch.manual_seed(0)
-    options = {"architecture": "resnet10t", "model_args": {"channels": [8, 8, 16, 16]}, "projection_dim": 4}
-    options |= {"normalization": "anchor", "queue_size": 8, "pretrained_cfg": INPUT}
-    model = model_class(ContrastiveConfig(**options | changes)).eval()
-    model.encoder.save_pretrained(folder)
-    model.save_pretrained(folder / "pretraining")
-    return model
 
 
 def by_hand(size: int, mean, std) -> torch.Tensor:

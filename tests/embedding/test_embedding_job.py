@@ -9,29 +9,19 @@ import datasets
 import pytest
 import torch
 from kills import die_at_rename
-from pictures import noise
+from pictures import CLASSES, noise, write_pictures
 from PIL import Image
-from test_embedder import save_ours
+from tiny_encoders import save_ours
 
 from hf_dpssl.cli.commands import main
 from hf_dpssl.data.image_table import BadImageError
 from hf_dpssl.embedding.embedding_job import EmbedJob, embed_images
-
-CLASSES = ["cat", "dog"]
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     save_ours(folder)
-    return folder
-
-
-def write_pictures(folder: Path, count: int = 23) -> Path:
-    for number in range(count):
-        path = folder / CLASSES[number % 2] / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(noise(number, 16, 16)).save(path)
     return folder
 
 

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from pictures import noise
+from pictures import noise, write_pictures
 from PIL import Image
-from test_embedder import save_ours
-from test_embedding_job import write_pictures
+from tiny_encoders import save_ours
 
 from hf_dpssl.cli.commands import main
 from hf_dpssl.embedding.embedder import ImageEmbedder

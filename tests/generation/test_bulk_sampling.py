@@ -13,9 +13,7 @@ import pytest
 import torch
 from kills import die_at_rename
 from PIL import Image
-from test_pipeline_vq_dit import NAMES
-from test_pipeline_vq_dit import make_pipeline as make_dit
-from test_pipeline_vq_token import make_pipeline as make_token
+from tiny_pipelines import NAMES, make_dit, make_tokens
 
 from hf_dpssl import VQDiTPipeline
 from hf_dpssl.cli.commands import main
@@ -38,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def token_folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("token")
-    make_token().save_pretrained(path)
+    make_tokens().save_pretrained(path)
     return path
 
 
@@ -65,7 +63,7 @@ def whole(folder, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", ["flow", "epsilon", "ancestral", "token"])
 def test_image_depends_on_its_number_alone(kind):
-    pipeline = make_token() if kind == "token" else make_dit(objective="flow" if kind == "flow" else "epsilon")
+    pipeline = make_tokens() if kind == "token" else make_dit(objective="flow" if kind == "flow" else "epsilon")
     if kind == "ancestral":  # draws noise at each step
         pipeline.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
     options = {} if kind == "token" else STEPS | {"guidance_scale": 2.0}
@@ -185,7 +183,7 @@ def test_npz_holds_all_images_and_labels_as_its_readers_expect(token_folder, tmp
     images, labels = packed["arr_0"], packed["arr_1"]
     assert images.shape == (COUNT, 16, 16, 3) and images.dtype == np.uint8
     assert labels.tolist() == [2, 0] * 8 + [2] and labels.dtype == np.int64
-    drawn = draw_images(make_token(), list(range(COUNT)), [2, 0], seed=0, options={"top_k": 4})
+    drawn = draw_images(make_tokens(), list(range(COUNT)), [2, 0], seed=0, options={"top_k": 4})
     assert np.abs(images.astype(int) - (drawn * 255).round().permute(0, 2, 3, 1).numpy()).max() <= 1
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "plan.json", "samples.npz"]
     main(["sample", *argv(token_folder, tmp_path / "none", "--format", "npz", "--unconditional")])

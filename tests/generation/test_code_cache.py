@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_latent_cache import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
+from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
 
 from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.generation.latent_cache import CodeTable, LatentTable

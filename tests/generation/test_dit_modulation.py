@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from test_pipeline_vq_dit import generator, make_pipeline
+from tiny_pipelines import generator, make_dit
 
 from hf_dpssl.generation.dit_modulation import Modulations, Predictor, can_be_split
 
@@ -69,7 +69,7 @@ def test_blended_class_equals_a_class_whose_label_rows_are_the_mean():
 def test_models_with_hooks_or_compilation_are_called_as_they_are():
     assert can_be_split(make_transformer())
     assert not can_be_split(torch.compile(make_transformer(), backend="eager"))
-    compiled, hooked, offloaded = make_transformer(), make_transformer(), make_pipeline()
+    compiled, hooked, offloaded = make_transformer(), make_transformer(), make_dit()
     compiled.compile(backend="eager")
     hooked.transformer_blocks[1].register_forward_hook(lambda module, args, output: output)
     offloaded.enable_model_cpu_offload(device="cpu")
@@ -77,7 +77,7 @@ def test_models_with_hooks_or_compilation_are_called_as_they_are():
 
 
 def test_latents_are_those_without_precomputing():
-    pipeline = make_pipeline()
+    pipeline = make_dit()
     options = {
         "guidance_scale": 4.0,
         "num_inference_steps": 10,

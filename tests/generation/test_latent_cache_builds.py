@@ -11,7 +11,7 @@ import pytest
 import torch
 from kills import die_at_rename
 from pictures import noise
-from test_latent_cache import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
+from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
 
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ordered_batches

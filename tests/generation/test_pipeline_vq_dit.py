@@ -14,52 +14,21 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
+from tiny_pipelines import NAMES, draw_dit, generator, make_dit
 
-from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
-
-NAMES = ["cat", "dog", "horse"]
-
-
-def make_pipeline(names=NAMES, seed: int = 0, objective: str = "flow", learned_variance: bool = False) -> VQDiTPipeline:
-    torch.manual_seed(seed)
-    config = VQConfig(
-        image_size=16, encoder_block_out_channels=[8, 8], norm_num_groups=4, num_codes=16, mid_block_attention=False
-    )
-    vae = VQAutoencoder(config).eval()
-    vae.config.latent_mean, vae.config.latent_std = [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5]
-    transformer = make_transformer(
-        num_layers=2, width=32, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=len(names),
-        learned_variance=learned_variance,
-    )  # fmt: skip
-    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
-    for block in transformer.transformer_blocks:
-        torch.nn.init.normal_(block.norm1.linear.weight, std=0.2)
-    scheduler = make_scheduler(objective, learned_variance)
-    pipeline = VQDiTPipeline(transformer, vae, scheduler, dict(enumerate(names)), vae.fingerprint())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+from hf_dpssl import VQDiTPipeline
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return make_pipeline()
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def draw(pipeline, labels, **options):
-    options = {"num_inference_steps": 4, "output_type": "pt", "generator": generator()} | options
-    return pipeline(labels, **options).images
+    return make_dit()
 
 
 def test_names_ids_and_mixtures_mean_the_same(pipeline):
-    by_id = draw(pipeline, [0, 2, 1])
-    assert torch.equal(by_id, draw(pipeline, ["cat", "horse", "dog"]))
-    assert torch.equal(by_id, draw(pipeline, ["cat", 2, 1]))
-    assert draw(pipeline, "dog").shape == (1, 3, 16, 16)  # a name is not split into letters
+    by_id = draw_dit(pipeline, [0, 2, 1])
+    assert torch.equal(by_id, draw_dit(pipeline, ["cat", "horse", "dog"]))
+    assert torch.equal(by_id, draw_dit(pipeline, ["cat", 2, 1]))
+    assert draw_dit(pipeline, "dog").shape == (1, 3, 16, 16)  # a name is not split into letters
 
 
 @pytest.mark.parametrize(
@@ -69,7 +38,7 @@ def test_names_ids_and_mixtures_mean_the_same(pipeline):
 )  # fmt: skip
 def test_unknown_classes_are_refused_with_what_is_known(pipeline, labels, message):
     with pytest.raises(ValueError, match=message):
-        draw(pipeline, labels)
+        draw_dit(pipeline, labels)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +48,7 @@ def test_unknown_classes_are_refused_with_what_is_known(pipeline, labels, messag
 )  # fmt: skip
 def test_bad_options_are_refused(pipeline, options):
     with pytest.raises(ValueError, match="got|num_images"):
-        draw(pipeline, [0, 1], **options)
+        draw_dit(pipeline, [0, 1], **options)
 
 
 def reference(pipeline, ids, guidance_scale, steps=4):
@@ -109,24 +78,24 @@ def reference(pipeline, ids, guidance_scale, steps=4):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_pipeline_equals_the_sampler_written_out(pipeline, guidance_scale):
-    found = draw(pipeline, [0, 2], guidance_scale=guidance_scale)
+    found = draw_dit(pipeline, [0, 2], guidance_scale=guidance_scale)
     torch.testing.assert_close(found, reference(pipeline, [0, 2], guidance_scale), rtol=0, atol=1e-4)
 
 
 def test_guidance_and_classes_change_images_and_no_class_uses_the_null_row(pipeline):
-    assert not torch.equal(draw(pipeline, [0, 1]), draw(pipeline, [0, 1], guidance_scale=4.0))
-    assert not torch.equal(draw(pipeline, [0]), draw(pipeline, [1]))
-    unconditional = draw(pipeline, None, num_images=2)
+    assert not torch.equal(draw_dit(pipeline, [0, 1]), draw_dit(pipeline, [0, 1], guidance_scale=4.0))
+    assert not torch.equal(draw_dit(pipeline, [0]), draw_dit(pipeline, [1]))
+    unconditional = draw_dit(pipeline, None, num_images=2)
     ids = torch.full((2,), pipeline.null_class)
     assert unconditional.shape == (2, 3, 16, 16) and ids.tolist() == [3, 3]
     torch.testing.assert_close(unconditional, reference(pipeline, [3, 3], 1.0), rtol=0, atol=1e-4)
 
 
 def test_unlabelled_model_generates_without_classes(tmp_path):
-    unlabelled = make_pipeline(names=[])
-    assert unlabelled.class_names == [] and draw(unlabelled, None).shape == (1, 3, 16, 16)
+    unlabelled = make_dit(names=[])
+    assert unlabelled.class_names == [] and draw_dit(unlabelled, None).shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match="pass None"):
-        draw(unlabelled, [0])
+        draw_dit(unlabelled, [0])
 
 
 SCHEDULERS = {
@@ -141,9 +110,9 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(("objective", "scheduler"), [(o, s) for o, all_ in SCHEDULERS.items() for s in all_])
 def test_any_scheduler_runs_and_is_reproducible(objective, scheduler):
-    pipeline = make_pipeline(objective=objective)
+    pipeline = make_dit(objective=objective)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    first, second = draw(pipeline, [0, 1]), draw(pipeline, [0, 1])
+    first, second = draw_dit(pipeline, [0, 1]), draw_dit(pipeline, [0, 1])
     assert torch.isfinite(first).all() and torch.equal(first, second)
 
 
@@ -151,22 +120,22 @@ def test_flow_model_runs_with_dpm_solver_on_flow_sigmas(pipeline):
     solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
     other = VQDiTPipeline(pipeline.transformer, pipeline.vae, solver, dict(enumerate(NAMES)))
     other.set_progress_bar_config(disable=True)
-    close = draw(other, [0, 1], num_inference_steps=60, output_type="latent")
-    euler = draw(pipeline, [0, 1], num_inference_steps=200, output_type="latent")
+    close = draw_dit(other, [0, 1], num_inference_steps=60, output_type="latent")
+    euler = draw_dit(pipeline, [0, 1], num_inference_steps=200, output_type="latent")
     assert float((close - euler).abs().mean()) < 0.05 * float(euler.abs().mean())
 
 
 def test_image_of_its_own_generator_does_not_depend_on_the_batch(pipeline):
-    together = draw(pipeline, [0, 1, 2], generator=[generator(s) for s in (5, 6, 7)], output_type="latent")
-    alone = draw(pipeline, [1], generator=[generator(6)], output_type="latent")
+    together = draw_dit(pipeline, [0, 1, 2], generator=[generator(s) for s in (5, 6, 7)], output_type="latent")
+    alone = draw_dit(pipeline, [1], generator=[generator(6)], output_type="latent")
     torch.testing.assert_close(together[1:2], alone, rtol=0, atol=1e-4)
 
 
 def test_output_types_agree(pipeline):
-    tensors = draw(pipeline, [0, 1])
-    arrays = draw(pipeline, [0, 1], output_type="np")
-    pictures = draw(pipeline, [0, 1], output_type="pil")
-    latents = draw(pipeline, [0, 1], output_type="latent")
+    tensors = draw_dit(pipeline, [0, 1])
+    arrays = draw_dit(pipeline, [0, 1], output_type="np")
+    pictures = draw_dit(pipeline, [0, 1], output_type="pil")
+    latents = draw_dit(pipeline, [0, 1], output_type="latent")
     assert arrays.shape == (2, 16, 16, 3) and latents.shape == (2, 4, 8, 8)
     np.testing.assert_array_equal(arrays, tensors.permute(0, 2, 3, 1).numpy())
     np.testing.assert_array_equal(np.asarray(pictures[1]), (arrays[1] * 255).round().astype("uint8"))
@@ -175,7 +144,7 @@ def test_output_types_agree(pipeline):
 
 def test_quantize_snaps_to_codes_and_can_be_switched_off(pipeline):
     noise = torch.randn(2, 4, 8, 8, generator=generator())
-    snapped, free = draw(pipeline, [0, 1], latents=noise), draw(pipeline, [0, 1], latents=noise, quantize=False)
+    snapped, free = draw_dit(pipeline, [0, 1], latents=noise), draw_dit(pipeline, [0, 1], latents=noise, quantize=False)
     assert not torch.equal(snapped, free)
 
 
@@ -185,11 +154,11 @@ def test_saved_and_reloaded_pipeline_is_bit_identical(pipeline, tmp_path):
     reloaded.set_progress_bar_config(disable=True)
     assert reloaded.class_names == NAMES
     for options in ({}, {"guidance_scale": 3.0}):
-        assert torch.equal(draw(reloaded, ["dog", 2], **options), draw(pipeline, ["dog", 2], **options))
+        assert torch.equal(draw_dit(reloaded, ["dog", 2], **options), draw_dit(pipeline, ["dog", 2], **options))
 
 
 def test_foreign_autoencoder_is_refused(pipeline):
-    other = make_pipeline(seed=1)
+    other = make_dit(seed=1)
     with pytest.raises(ValueError, match="is not the one the transformer was trained on"):
         VQDiTPipeline(pipeline.transformer, other.vae, pipeline.scheduler, {}, pipeline.config.vae_fingerprint)
 
@@ -199,4 +168,4 @@ def test_bfloat16_pipeline_loads_and_draws(pipeline, tmp_path):
     half = VQDiTPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     assert half.vae.quantizer.codebook.dtype == torch.float32
-    assert torch.isfinite(draw(half, [0]).float()).all()
+    assert torch.isfinite(draw_dit(half, [0]).float()).all()

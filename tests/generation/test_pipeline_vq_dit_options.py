@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
-from test_pipeline_vq_dit import NAMES, draw, generator, make_pipeline
+from tiny_pipelines import NAMES, draw_dit, generator, make_dit
 
 from hf_dpssl import VQDiTPipeline
 from hf_dpssl.generation.guidance import Guidance
@@ -17,11 +17,11 @@ from hf_dpssl.generation.guidance import Guidance
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return make_pipeline()
+    return make_dit()
 
 
 def latents_of(pipeline, labels, **options):
-    return draw(pipeline, labels, **{"output_type": "latent", "guidance_scale": 3.0} | options)
+    return draw_dit(pipeline, labels, **{"output_type": "latent", "guidance_scale": 3.0} | options)
 
 
 def predictions(pipeline, labels, **options):
@@ -78,8 +78,8 @@ def test_images_per_label_follow_one_another_and_seeds_stand_for_generators(pipe
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_micro_batches_give_the_same_images(pipeline, output_type):
-    whole = draw(pipeline, [0, 1, 2, 0, 1], output_type=output_type)
-    parts = draw(pipeline, [0, 1, 2, 0, 1], output_type=output_type, batch_size=2)
+    whole = draw_dit(pipeline, [0, 1, 2, 0, 1], output_type=output_type)
+    parts = draw_dit(pipeline, [0, 1, 2, 0, 1], output_type=output_type, batch_size=2)
     assert len(parts) == 5 and type(parts) is type(whole)
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64), atol=1e-4)
@@ -119,11 +119,11 @@ def picture(seed: int = 0, mode: str = "RGB") -> Image.Image:
 
 def test_pictures_of_all_kinds_mean_the_same_and_strength_says_how_much_stays(pipeline):
     image, options = picture(), {"quantize": False, "generator": generator()}
-    found = draw(pipeline, [0], image=image, strength=0.5, **options)
+    found = draw_dit(pipeline, [0], image=image, strength=0.5, **options)
     array = np.asarray(image, dtype=np.float32) / 255
     for other in ([image], array, array[None], torch.from_numpy(array).permute(2, 0, 1)):
         assert torch.equal(
-            found, draw(pipeline, [0], image=other, strength=0.5, **options | {"generator": generator()})
+            found, draw_dit(pipeline, [0], image=other, strength=0.5, **options | {"generator": generator()})
         )
     with torch.no_grad():
         known = pipeline.vae.normalize_latents(
@@ -140,7 +140,7 @@ def test_inpainting_keeps_all_pixels_outside_the_mask_bit_by_bit(pipeline):
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (3, 3, 9, 12))
     images = [picture(0), picture(1)]
-    found = draw(pipeline, [0, 1], image=images, mask_image=mask, output_type="pil")
+    found = draw_dit(pipeline, [0, 1], image=images, mask_image=mask, output_type="pil")
     outside = np.asarray(mask) == 0
     for given, painted in zip(images, found, strict=True):
         assert np.array_equal(np.asarray(given)[outside], np.asarray(painted)[outside])
@@ -160,22 +160,22 @@ def test_interpolation_ends_in_the_images_of_its_classes_and_seeds(pipeline):
 
 
 def test_compiled_and_offloaded_models_give_the_same_images():
-    pipeline = make_pipeline()
+    pipeline = make_dit()
     expected = latents_of(pipeline, [0, 1])
     pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
     torch.testing.assert_close(latents_of(pipeline, [0, 1]), expected, rtol=0, atol=1e-4)
     mixed = latents_of(pipeline, [("cat", "dog", 0.5)])
-    pipeline = make_pipeline()
+    pipeline = make_dit()
     torch.testing.assert_close(mixed, latents_of(pipeline, [("cat", "dog", 0.5)]), rtol=0, atol=1e-4)
-    whole = draw(pipeline, [0, 1], image=picture(), strength=0.5)
+    whole = draw_dit(pipeline, [0, 1], image=picture(), strength=0.5)
     pipeline.enable_model_cpu_offload(device="cpu")
     assert "forward" in vars(pipeline.transformer)
-    torch.testing.assert_close(draw(pipeline, [0, 1], image=picture(), strength=0.5), whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(draw_dit(pipeline, [0, 1], image=picture(), strength=0.5), whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["flow", "epsilon"])
 def test_one_pipeline_gives_several_threads_the_images_it_gives_one(objective):
-    pipeline = make_pipeline(objective=objective)
+    pipeline = make_dit(objective=objective)
     runs = [
         {"generator": seed, "num_inference_steps": steps, "guidance_scale": scale, "class_labels": label}
         for seed, (steps, scale, label) in enumerate(
@@ -192,7 +192,7 @@ def test_one_pipeline_gives_several_threads_the_images_it_gives_one(objective):
 
 def test_hooks_run_also_for_mixtures_of_classes_and_change_no_image():
     for label, guidance in (([("cat", "dog", 0.3)], 3.0), ([("cat", None, 0.5), "dog"], 1.0)):
-        pipeline = make_pipeline()
+        pipeline = make_dit()
         expected = latents_of(pipeline, label, guidance_scale=guidance)
         calls = []
         for module in (pipeline.transformer, pipeline.transformer.transformer_blocks[1]):
@@ -202,10 +202,10 @@ def test_hooks_run_also_for_mixtures_of_classes_and_change_no_image():
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         embedders = [block.norm1.emb.class_embedder for block in pipeline.transformer.transformer_blocks]
         assert not any(embedder._forward_hooks for embedder in embedders), "ours are gone"
-    offloaded = make_pipeline()
+    offloaded = make_dit()
     offloaded.enable_model_cpu_offload(device="cpu")
     options = {"class_labels": [("cat", "dog", 0.3)], "generator": 0, "num_inference_steps": 3, "output_type": "pt"}
-    torch.testing.assert_close(offloaded(**options).images, make_pipeline()(**options).images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(offloaded(**options).images, make_dit()(**options).images, rtol=0, atol=1e-4)
 
 
 def test_a_callback_changes_the_guidance_from_its_step_on(pipeline):
@@ -241,32 +241,32 @@ def test_a_callback_changes_the_guidance_from_its_step_on(pipeline):
 
 
 def test_parts_that_are_replaced_are_checked_at_the_call_and_components_keep_names_and_fingerprint():
-    pipeline, other = make_pipeline(), make_pipeline(seed=1)
+    pipeline, other = make_dit(), make_dit(seed=1)
     again = VQDiTPipeline(**pipeline.components)
     assert again.class_names == NAMES and dict(again.config) == dict(pipeline.config)
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(again, ["dog"]), draw(pipeline, ["dog"]))
+    assert torch.equal(draw_dit(again, ["dog"]), draw_dit(pipeline, ["dog"]))
     with pytest.raises(ValueError, match="is not the one the transformer was trained on"):
         VQDiTPipeline(**pipeline.components | {"vae": other.vae})
     own = pipeline.vae
     pipeline.vae = other.vae
     with pytest.raises(ValueError, match="is not the one the transformer was trained on"):
-        draw(pipeline, [0])
+        draw_dit(pipeline, [0])
     pipeline.vae = copy.deepcopy(own)
-    draw(pipeline, [0])
+    draw_dit(pipeline, [0])
     pipeline.vae.config.latent_channels = 3
     with pytest.raises(ValueError, match="do not belong together"):
-        draw(pipeline, [0])
+        draw_dit(pipeline, [0])
 
 
 def test_precision_moves_keep_the_noise(pipeline):
-    half = make_pipeline().to(torch.bfloat16)
+    half = make_dit().to(torch.bfloat16)
     shown = []
     half.transformer.pos_embed.register_forward_hook(lambda module, args, out: shown.append(args[0]))
     latents = latents_of(half, [0])
     noise = torch.randn(1, 4, 8, 8, generator=generator())
     assert latents.dtype == torch.float32 and torch.equal(shown[0][:1], noise.bfloat16())
-    exact = latents_of(make_pipeline(), [0])
+    exact = latents_of(make_dit(), [0])
     assert (latents - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
@@ -300,7 +300,7 @@ BAD = [
 @pytest.mark.parametrize(("options", "message"), BAD)
 def test_bad_options_are_refused_saying_what_is_allowed(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
-        draw(pipeline, [0, 1], **options)
+        draw_dit(pipeline, [0, 1], **options)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_bad_options_are_refused_saying_what_is_allowed(pipeline, options, messa
 )  # fmt: skip
 def test_bad_labels_are_refused(pipeline, labels, message):
     with pytest.raises(ValueError, match=message):
-        draw(pipeline, labels)
+        draw_dit(pipeline, labels)
 
 
 def test_parts_that_do_not_belong_together_are_refused(pipeline):
@@ -318,7 +318,7 @@ def test_parts_that_do_not_belong_together_are_refused(pipeline):
         VQDiTPipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler, {0: "cat", 1: "dog"})
     with pytest.raises(ValueError, match="ids 0 to 2, but 0 is missing"):
         VQDiTPipeline(pipeline.transformer, pipeline.vae, pipeline.scheduler, {1: "cat", 2: "dog", 3: "horse"})
-    other = make_pipeline().vae
+    other = make_dit().vae
     other.config.image_size = 32
     with pytest.raises(
         ValueError, match="latents of 4 channels and side 16, the transformer takes 4 channels and side 8"
@@ -331,7 +331,7 @@ def test_parts_that_do_not_belong_together_are_refused(pipeline):
 @pytest.mark.parametrize("names", [NAMES, []])
 def test_folder_of_an_earlier_version_loads_and_draws_the_same(tmp_path, names):
     """Without prediction_type and noise_schedule in model_index.json, which the scheduler then tells."""
-    pipeline = make_pipeline(names, objective="epsilon")
+    pipeline = make_dit(names, objective="epsilon")
     pipeline.save_pretrained(tmp_path)
     index = tmp_path / "model_index.json"
     content = json.loads(index.read_text())
@@ -349,6 +349,6 @@ def test_given_noise_levels_are_used_and_refused_where_the_scheduler_takes_none(
     wanted = {"callback_on_step_end": lambda pipe, step, timestep, tensors: times.append(float(timestep))}
     latents_of(pipeline, [0], sigmas=[1.0, 0.5, 0.25], **wanted)
     assert times == [1000.0, 500.0, 250.0]
-    other = make_pipeline(objective="epsilon")
+    other = make_dit(objective="epsilon")
     with pytest.raises(ValueError, match="DDIMScheduler takes no sigmas"):
         latents_of(other, [0], sigmas=[1.0, 0.5])

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, schedulers
-from test_pipeline_vq_dit import NAMES, generator, make_pipeline
+from tiny_pipelines import NAMES, generator, make_dit
 
 from hf_dpssl import VQDiTPipeline
 from hf_dpssl.generation.diffusion import make_scheduler
@@ -26,8 +26,8 @@ NO_PICTURES = [(kind, "PNDM") for kind in ("epsilon", "v_prediction")]
 NO_PICTURES += [("flow", "LTXEulerAncestralRF"), ("flow_prediction", "SASolver")]
 # These two end at the last noise level above 0 in diffusers, 1 / steps: some noise stays.
 STOP_EARLY = [("flow_prediction", "DEISMultistep"), ("flow_prediction", "SASolver")]
-AUTOENCODER = make_pipeline().vae
-SAVED = {kind: make_pipeline(objective=kind).scheduler.config for kind in ("epsilon", "v_prediction")}
+AUTOENCODER = make_dit().vae
+SAVED = {kind: make_dit(objective=kind).scheduler.config for kind in ("epsilon", "v_prediction")}
 
 
 def make_one(kind: str, name: str):
@@ -104,7 +104,7 @@ def test_every_fitting_scheduler_reaches_the_only_image_of_a_point_mass(kind, na
 
 @pytest.fixture(scope="module")
 def network():
-    return make_pipeline()
+    return make_dit()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,7 +236,7 @@ def published_loop(pipeline, timesteps: list[int], noise: torch.Tensor, source: 
 @torch.no_grad()
 def test_sampling_with_learned_variance_equals_the_published_loop_whose_last_step_is_the_mean():
     for spacing, last in (("trailing", 99), ("leading", 0), ("linspace", 0)):
-        pipeline = make_pipeline(objective="epsilon", learned_variance=True)
+        pipeline = make_dit(objective="epsilon", learned_variance=True)
         pipeline.scheduler = schedulers.DDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing=spacing)
         source = generator()
         noise = torch.randn(1, 4, 8, 8, generator=source)
@@ -269,14 +269,14 @@ def test_schedulers_of_another_kind_are_refused(name):
 
 @pytest.mark.parametrize(("trained", "given"), [("flow", "epsilon"), ("epsilon", "v_prediction"), ("epsilon", "flow")])
 def test_a_scheduler_of_the_wrong_prediction_type_is_refused_naming_both(trained, given):
-    pipeline = make_pipeline(objective=trained)
+    pipeline = make_dit(objective=trained)
     pipeline.scheduler = make_scheduler(given)
     with pytest.raises(ValueError, match=f"predicts '{trained}', but .* expects '{given}'"):
         pipeline([0], num_inference_steps=1)
 
 
 def test_a_scheduler_that_wants_a_variance_is_refused_where_none_is_predicted():
-    pipeline = make_pipeline(objective="epsilon")
+    pipeline = make_dit(objective="epsilon")
     pipeline.scheduler = make_scheduler("epsilon", learned_variance=True)
     with pytest.raises(ValueError, match="variance_type='learned_range'.*take variance_type='fixed_small'"):
         pipeline([0], num_inference_steps=1)
@@ -299,7 +299,7 @@ def test_dynamic_shifting_follows_the_image_s_tokens_or_is_refused_in_a_sentence
 
 
 def test_from_config_keeps_the_noise_schedule_and_another_one_is_refused():
-    pipeline = make_pipeline(objective="epsilon")
+    pipeline = make_dit(objective="epsilon")
     kept = schedulers.HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
     torch.testing.assert_close(kept.alphas_cumprod, pipeline.scheduler.alphas_cumprod, rtol=0, atol=1e-6)
     pipeline.scheduler = schedulers.HeunDiscreteScheduler()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2
+from tiny_pipelines import CODES, NAMES, TOKENS, generator, make_token_model, make_tokens, make_vae
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
@@ -13,41 +14,13 @@ from transformers import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from hf_dpssl import VQAutoencoder, VQConfig, VQTokenPipeline
-from hf_dpssl.generation.pipeline_vq_token import CodeSampler, code_nats, make_language_model, token_sequences
-
-NAMES = ["cat", "dog", "horse"]
-CODES, TOKENS = 16, 16
-
-
-def make_vae(seed: int = 0, **options) -> VQAutoencoder:
-    torch.manual_seed(seed)
-    small = dict(image_size=16, encoder_block_out_channels=[8, 8, 8], norm_num_groups=4, mid_block_attention=False)
-    return VQAutoencoder(VQConfig(**(small | {"num_codes": CODES} | options))).eval()
-
-
-def make_model(names=NAMES, architecture="gpt2", **options):
-    torch.manual_seed(3)
-    sizes = dict(num_layers=2, width=32, num_heads=2, num_codes=CODES, num_classes=len(names), num_tokens=TOKENS)
-    model = make_language_model(architecture, **(sizes | options)).eval()
-    for parameter in model.parameters():  # far from uniform, else wrong scores would give the right codes
-        if parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def make_pipeline(names=NAMES, **options) -> VQTokenPipeline:
-    vae = make_vae()
-    return VQTokenPipeline(make_model(names, **options), vae, dict(enumerate(names)), vae.fingerprint())
+from hf_dpssl import VQTokenPipeline
+from hf_dpssl.generation.pipeline_vq_token import CodeSampler, code_nats, token_sequences
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def pipeline(request):
-    return make_pipeline(architecture=request.param)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return make_tokens(architecture=request.param)
 
 
 def draw(pipeline, labels, **options):
@@ -139,7 +112,7 @@ def test_draws_follow_the_softmax_of_transformers_warpers(options):
 
 def test_whole_images_follow_the_models_distribution():
     """Chi-square over all 81 images of 2 x 2 codes of a codebook of 3, against their exact probabilities."""
-    model = make_model([], num_codes=3, num_tokens=4)
+    model = make_token_model([], num_codes=3, num_tokens=4)
     for parameter in model.parameters():
         parameter.data.mul_(0.3)  # no image so rare that its count says nothing
     pipeline = VQTokenPipeline(model, make_vae(num_codes=3, image_size=8))
@@ -171,7 +144,7 @@ def test_seeds_lists_and_tuples_stand_for_their_generators(pipeline):
 
 
 def test_components_make_the_same_pipeline_and_a_replaced_autoencoder_is_checked_at_the_call():
-    pipeline = make_pipeline()
+    pipeline = make_tokens()
     again = VQTokenPipeline(**pipeline.components)
     assert again.class_names == NAMES and torch.equal(draw(again, [1]), draw(pipeline, [1]))
     again.vae = make_vae(seed=1)
@@ -211,7 +184,7 @@ def test_bad_requests_are_refused(pipeline, labels, options, message):
 
 
 def test_parts_that_do_not_belong_together_are_refused():
-    vae, other, model = make_vae(), make_vae(seed=1), make_model()
+    vae, other, model = make_vae(), make_vae(seed=1), make_token_model()
     names = dict(enumerate(NAMES))
     with pytest.raises(ValueError, match="is not the one the language model was trained on"):
         VQTokenPipeline(model, other, names, vae.fingerprint())
@@ -222,9 +195,9 @@ def test_parts_that_do_not_belong_together_are_refused():
     with pytest.raises(ValueError, match="17 positions, but an image of this autoencoder has 64 codes"):
         VQTokenPipeline(model, make_vae(image_size=32), names)
     with pytest.raises(ValueError, match="architecture must be one of"):
-        make_model(architecture="bert")
+        make_token_model(architecture="bert")
     with pytest.raises(ValueError, match="width 30 must be a multiple of num_heads 4"):
-        make_model(width=30, num_heads=4)
+        make_token_model(width=30, num_heads=4)
 
 
 def test_saved_pipeline_draws_the_same_and_its_model_loads_with_transformers_alone(pipeline, tmp_path):
@@ -266,7 +239,7 @@ def test_nats_are_those_of_the_tokens_one_by_one(pipeline):
 
 
 def test_unlabelled_model_draws_without_classes_in_bfloat16_too():
-    unlabelled = make_pipeline(names=[])
+    unlabelled = make_tokens(names=[])
     assert unlabelled.null_token == CODES and draw(unlabelled, None, num_images=2, guidance_scale=4.0).shape[0] == 2
     with pytest.raises(ValueError, match="pass None"):
         draw(unlabelled, [0])

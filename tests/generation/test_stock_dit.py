@@ -13,11 +13,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
 )
-from test_pipeline_vq_dit import NAMES, generator, make_pipeline
-from test_without_package import run_foreign
+from foreign_processes import run_foreign
+from tiny_pipelines import generator, make_dit, make_exportable
 
-from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
+from hf_dpssl import VQDiTPipeline
 from hf_dpssl.generation.stock_dit import stock_autoencoder
 
 SYNONYMS = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 134: "crane", 517: "crane"}
@@ -88,7 +87,7 @@ def test_a_name_has_the_id_that_diffusers_gives_it_or_is_refused_as_of_several_c
     names = ["crane", "tench, Tinca tinca", "heron", "maillot", "maillot, tank suit", "dog, pug", "pug, moth", *"abc"]
     names.append("heron")
     in_file = {str(i): names[i] for i in sorted(range(11), key=str)}  # 10 before 2
-    pipeline = make_pipeline(names)
+    pipeline = make_dit(names)
     pipeline.register_to_config(id2label=in_file)
     stock = DiTPipeline(None, None, None, id2label=in_file)
     assert pipeline.class_ids("tench, Tinca tinca") == [1]
@@ -127,26 +126,6 @@ def test_pictures_go_through_autoencoder_kl(ours):
     found = ours([1], image=picture, mask_image=mask, **options).images
     torch.testing.assert_close(found[0, :, 6:], picture[:, 6:], rtol=0, atol=1e-6)
     assert (found[0, :, :6] - picture[:, :6]).abs().mean() > 0.05
-
-
-def make_exportable(quantizer: str = "vq", objective: str = "epsilon", scheduler=None, **config) -> VQDiTPipeline:
-    """Three classes, scalar latent scale, per-channel shift."""
-    torch.manual_seed(1)
-    settings = dict(
-        image_size=16, encoder_block_out_channels=[8, 16], norm_num_groups=4, num_codes=16, quantizer=quantizer,
-        attention_levels=[1], latent_mean=[0.3, -0.2, 0.1, 0.5], latent_std=[1.7] * 4,
-    )  # fmt: skip
-    vae = VQAutoencoder(VQConfig(**settings | config)).eval()
-    if vae.quantizer is not None:
-        torch.nn.init.normal_(vae.quantizer.codebook, std=2.0)
-    size = dict(num_layers=2, width=32, num_heads=2, patch_size=2, latent_channels=4, latent_size=8)
-    transformer = make_transformer(**size, num_classes=3)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    scheduler = scheduler or make_scheduler(objective)
-    pipeline = VQDiTPipeline(transformer.eval(), vae, scheduler, dict(enumerate(NAMES)), vae.fingerprint())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 FOREIGN = """

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Launched
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from launches import REPOSITORY, Launched
 from PIL import Image
 
 SIZE = ["--num_layers", 1, "--width", 16, "--num_heads", 2, "--max_train_steps", 2, "--batch_size", 16]

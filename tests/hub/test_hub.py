@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import subprocess
-import sys
-import textwrap
-from json import loads
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from foreign_processes import run_client
 from hub_server import HubServer
 
 from hf_dpssl import ContrastiveConfig, SimCLRForPreTraining, VQAutoencoder, VQConfig, VQDiTPipeline
@@ -23,39 +18,6 @@ from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
 
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "hf_only_for_tests"
-
-
-def run_client(code: str, server: HubServer, home: Path, **env: str) -> dict:
-    """Run `code` in a fresh process for which `server` is the Hub; the dict `report` that it fills.
-
-    `report["requests"]` are the requests it made, to any host: the server is its HTTP proxy too. The code may use
-    `attempt(f)`, which is what f() returns, or its error as text.
-    """
-    head = """
-        import json, os, sys
-        report = {}
-        def attempt(function):
-            try:
-                return function()
-            except Exception as error:
-                return f"{type(error).__name__}: {error}"
-    """
-    tail = 'with open(os.environ["REPORT"], "w") as file: json.dump(report, file)'
-    hub = {
-        "HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0", "HTTP_PROXY": server.endpoint, "HTTPS_PROXY": server.endpoint,
-        "NO_PROXY": "127.0.0.1,localhost", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY),
-        "ORT_DISABLE_TELEMETRY": "1", "REPORT": str(home / "report.json"),  # diffusers imports onnxruntime
-    }  # fmt: skip
-    inherited = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|TRANSFORMERS_|.*_PROXY$", k, re.I)}
-    command = [sys.executable, "-c", "\n".join([textwrap.dedent(head), textwrap.dedent(code), tail])]
-    first = len(server.requests)
-    done = subprocess.run(command, env=inherited | hub | env, capture_output=True, text=True, cwd=home, timeout=300)
-    assert done.returncode == 0, done.stderr
-    requests = server.requests[first:]
-    elsewhere = [path for _, path in requests if not path.startswith("/")]
-    assert all("://datasets-server." in path for path in elsewhere), elsewhere  # a service that `datasets` asks first
-    return loads((home / "report.json").read_text()) | {"requests": requests}
 
 
 def save_parquet(folder: Path, train: int, test: int) -> None:

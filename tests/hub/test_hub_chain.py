@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from foreign_processes import BLOCK, run_client
 from hub_server_write import TOKEN, WritableHub
-from test_hub import run_client
-from test_without_package import BLOCK
 from tiny_checkpoints import encoder_model, save_checkpoints
 
 NAMES = {"encoder": "t-moco-v2", "autoencoder": "autoencoder", "dit": "dit", "token": "ar"}

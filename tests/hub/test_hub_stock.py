@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from foreign_processes import run_client
 from hub_server_write import TOKEN, WritableHub
-from test_hub import run_client
 from tiny_checkpoints import save_checkpoints
 
 from hf_dpssl.hub import replay

@@ -4,32 +4,15 @@ import json
 
 import pytest
 import torch
+from tiny_encoders import MEAN, RESNET, STD, encoder_folder
 
-from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder
+from hf_dpssl import VQAutoencoder
 from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
 from hf_dpssl.models.backbone_encoder import BackboneEncoder, complete_backbone
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 16, 24, 32]}
 CONVNEXT = {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [16, 16, 24, 32]}
 VIT = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN = {"img_size": 32, "patch_size": 2, "depths": [1, 1], "embed_dim": 16, "num_heads": [2, 2], "window_size": 4}
-
-
-def encoder_folder(folder, architecture: str, model_args: dict | None, stem: str = "timm", size: int = 32):
-    """A folder as training/contrastive.py writes it; batch norms have seen images, so that they are no identity."""
-    torch.manual_seed(0)
-    preprocessing = {
-        "input_size": [3, size, size],
-        "mean": MEAN,
-        "std": STD,
-        "interpolation": "bilinear",
-        "crop_pct": 1,
-    }
-    encoder = ContrastiveEncoder(ContrastiveConfig(architecture, model_args, preprocessing, stem))
-    encoder.train()(torch.randn(8, 3, size, size))
-    encoder.eval().save_pretrained(folder)
-    return encoder
 
 
 def normalized(pixel_values: torch.Tensor) -> torch.Tensor:

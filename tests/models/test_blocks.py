@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from test_modeling_contrastive import config, images
+from tiny_encoders import config, images
 
 from hf_dpssl import ContrastiveEncoder, SimCLRForPreTraining
 from hf_dpssl.models.blocks import OnePixelConv2d, guard_one_pixel_convolutions_

@@ -9,30 +9,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_encoders import BACKBONES, config, images
 from transformers import AutoConfig, AutoModel
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.contrastive.losses import info_nce, moco, t_simclr
 
-BACKBONES = {
-    "convnext": ("convnext_atto", dict(patch_size=1, depths=[1, 1, 1, 1], dims=[8, 8, 16, 16], ls_init_value=1.0)),
-    "resnet": ("resnet18", dict(layers=[1, 1, 1, 1], channels=[8, 8, 16, 16])),
-    "vit": ("vit_tiny_patch16_224", dict(img_size=16, patch_size=4, depth=2, embed_dim=24, num_heads=2)),
-    # The last two have buffers that no checkpoint holds.
-    "swin": ("swin_tiny_patch4_window7_224", dict(img_size=16, window_size=4, depths=[2], embed_dim=16, num_heads=[2])),
-    "rope": ("vit_small_patch16_rope_224", dict(img_size=16, patch_size=4, depth=1, embed_dim=24, num_heads=2)),
-}
 QUEUE = {"normalization": "anchor", "queue_size": 10, "momentum": 0.9}
-
-
-def config(backbone: str = "convnext", **options) -> ContrastiveConfig:
-    architecture, model_args = BACKBONES[backbone]
-    return ContrastiveConfig(architecture=architecture, model_args=model_args, **({"projection_dim": 6} | options))
-
-
-def images(seed: int, count: int = 4) -> torch.Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def trained_moco(**options) -> MoCoForPreTraining:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_modeling_vq import SMALL, images, make, same, state, train_steps
-from test_modeling_vq_precision import gradients
+from tiny_autoencoders import SMALL, gradients, images, make, same, state, train_steps
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.models import modeling_vq

@@ -4,19 +4,12 @@ import copy
 
 import pytest
 import torch
-from test_modeling_vq import images, make
+from tiny_autoencoders import gradients, images, make
 
 from hf_dpssl import VQAutoencoder
 
 # The name in transformers 5.1; later versions have another one beside it.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
-
-
-def gradients(model: VQAutoencoder, pixel_values: torch.Tensor, seed: int = 1) -> dict[str, torch.Tensor]:
-    torch.manual_seed(seed)
-    model.zero_grad()
-    model(pixel_values).loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def saved_bytes(model: VQAutoencoder, pixel_values: torch.Tensor) -> int:

@@ -1,13 +1,11 @@
 """Checkpoints load where hf_dpssl cannot be imported, with bit-equal outputs."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
+from foreign_processes import run_foreign
+from launches import Launched
 from safetensors.torch import save_file
-from test_backbone_encoder import RESNET, encoder_folder
+from tiny_encoders import RESNET, encoder_folder
 
 from hf_dpssl import ContrastiveEncoder, VQAutoencoder, VQConfig
 from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
@@ -15,40 +13,11 @@ from hf_dpssl.data.decoding import decode_image, to_square_tensor
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.views import normalize
 
-# The first lines of every foreign process: hf_dpssl is as good as not installed.
-BLOCK = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_dpssl":
-            raise ModuleNotFoundError("hf_dpssl is blocked in this process")
-sys.meta_path.insert(0, Block())
-try:
-    import hf_dpssl
-except ModuleNotFoundError:
-    pass
-else:
-    raise SystemExit("hf_dpssl could be imported")
-import json, torch
-from PIL import Image
-from safetensors.torch import load_file
-"""
-
-
-def run_foreign(code: str, folder) -> dict:
-    """Run code without hf_dpssl in `folder`; it prints one line of JSON last."""
-    command = [sys.executable, "-c", BLOCK + code]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, fork_server):
     """The demo's encoder and autoencoder, trained for three steps, an autoencoder on a frozen encoder's features, and
     pictures and our own outputs beside them."""
-    from conftest import Launched
-
     folder = tmp_path_factory.mktemp("foreign")
     steps = ["--output_dir", str(folder), "--max_train_steps", "3", "--batch_size", "32"]
     Launched(fork_server, "contrastive", steps, 1, folder / "log").wait()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pictures import noise
 from PIL import Image
-from test_pipeline_vq_token import make_vae
+from tiny_pipelines import make_vae
 
 from hf_dpssl.evaluation import psnr
 from hf_dpssl.pages.latent_views import code_colours, cross_fade, morph, pixel_values, view

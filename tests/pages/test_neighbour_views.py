@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_embedder import save_ours
+from tiny_encoders import save_ours
 
 from hf_dpssl.pages.demo_outputs import example_pictures
 from hf_dpssl.pages.neighbour_views import EncoderView, PictureBank

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pipeline_vq_dit import make_pipeline as make_dit
-from test_pipeline_vq_token import make_pipeline as make_tokens
+from tiny_pipelines import make_dit, make_tokens
 
 from hf_dpssl.pages.picture_stream import PictureRequest, emitted, snippet, stream_pictures
 

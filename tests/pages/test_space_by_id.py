@@ -1,8 +1,8 @@
 """Spaces on models of the Hub: each is built, served and asked in a fresh process that knows ids only."""
 
 import pytest
+from foreign_processes import run_client
 from hub_server import HubServer
-from test_hub import run_client
 from tiny_checkpoints import autoencoder_model, save_checkpoints
 
 pytest.importorskip("gradio", minversion="6.0")

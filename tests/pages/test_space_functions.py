@@ -5,14 +5,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from pictures import encoded, noise
+from load_space import load_app
+from pictures import BAD_UPLOADS, encoded, noise
 from PIL import Image
-from test_embedder import save_ours
-from test_pipeline_vq_dit import make_pipeline as make_dit
-from test_pipeline_vq_token import make_pipeline as make_tokens
-from test_pipeline_vq_token import make_vae
-from test_spaces import load_app
-from test_uploads import BAD
+from tiny_encoders import save_ours
+from tiny_pipelines import make_dit, make_tokens, make_vae
 
 gradio = pytest.importorskip("gradio", minversion="6.0")
 BOTH = ["dit", "token transformer"]
@@ -146,9 +143,9 @@ def test_without_a_picture_the_message_says_what_to_do(explorer, latents, models
             call()
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD_UPLOADS)
 def test_bad_files_are_refused_by_both_spaces_that_take_pictures(explorer, latents, models, tmp_path, name):
-    content, said = BAD[name]
+    content, said = BAD_UPLOADS[name]
     (tmp_path / name).write_bytes(content)
     for call in (
         lambda: explorer.explore(models(explorer), str(tmp_path / name), 5),

@@ -5,10 +5,9 @@ import time
 
 import httpx
 import pytest
-from pictures import encoded, noise
-from test_pipeline_vq_token import make_vae
-from test_spaces import load_app
-from test_uploads import BAD
+from load_space import load_app
+from pictures import BAD_UPLOADS, encoded, noise
+from tiny_pipelines import make_vae
 
 gradio = pytest.importorskip("gradio", minversion="6.0")
 client = pytest.importorskip("gradio_client")
@@ -48,7 +47,7 @@ def test_an_example_is_computed_once_and_then_comes_from_the_cache(url, calls):
 
 def test_bad_uploads_are_refused_by_the_server_whatever_the_browser_lets_through(url, calls, tmp_path):
     user = client.Client(url, verbose=False)
-    for name, (content, said) in BAD.items():
+    for name, (content, said) in BAD_UPLOADS.items():
         (tmp_path / name).write_bytes(content)
         if name == "heavy.png":  # not even kept
             with open(tmp_path / name, "rb") as file:

@@ -1,6 +1,5 @@
 """The Spaces without a browser: what is shipped, their functions, bad input, and starting one from the command line."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from load_space import load_app
 from PIL import Image
 
 from hf_dpssl.cli.space import main, space_names
@@ -16,14 +16,6 @@ from hf_dpssl.pages.demo_outputs import MODELS, find_models, source_arguments
 from hf_dpssl.runs.shipped_folders import shipped_folder
 
 gradio = pytest.importorskip("gradio", minversion="6.0")
-
-
-def load_app(name: str):
-    """The module of a Space."""
-    spec = importlib.util.spec_from_file_location(f"space_{name}", shipped_folder("spaces") / name / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

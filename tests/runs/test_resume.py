@@ -1,12 +1,9 @@
 """A run killed with SIGKILL at any moment and resumed ends with weights bit-identical to the uninterrupted run."""
 
-import os
 import random
-import time
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from kills import assert_identical, run_with_kills
 
 STEPS = 10
 COMMON = ["--checkpointing_steps", 2, "--logging_steps", 2]
@@ -45,44 +42,6 @@ RUNS = {  # script, flags, processes
     "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
 }
 FAST = ["t_moco", "t_simclr_two_processes", "t_simclr_stream_two_workers", "vqgan", "dae_gan", "dae_dit"]
-
-
-def weights(folder: Path) -> dict:
-    """All tensors of all safetensors files below a folder."""
-    files = sorted(folder.rglob("*.safetensors"))
-    assert files, f"no weights in {folder}"
-    return {f"{file.relative_to(folder)}/{k}": v for file in files for k, v in load_file(file).items()}
-
-
-def assert_identical(found: Path, expected: Path) -> None:
-    found, expected = weights(found), weights(expected)
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if not found[name].equal(expected[name])]
-    assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:3]}"
-
-
-def wait_for_checkpoint(launched, folder: Path, count: int) -> None:
-    """Until `count` checkpoints have been seen in any loop of the run, or it has ended."""
-    seen = set()
-    while launched.is_alive() and len(seen) < count:
-        for parent, names, _ in os.walk(folder):  # unlike rglob, at peace with folders that vanish meanwhile
-            seen |= {f"{parent}/{name}" for name in names if name.startswith("step-")}
-        time.sleep(0.002)
-
-
-def run_with_kills(launch, script, flags, processes, folder, kills: int, generator: random.Random) -> int:
-    """Start, kill after a random number of checkpoints and milliseconds, resume, ...; returns the kills that struck."""
-    struck = 0
-    argv = [*flags, "--output_dir", folder, "--resume_from_checkpoint", "latest"]
-    for _ in range(kills):
-        launched = launch(script, argv, processes)
-        wait_for_checkpoint(launched, folder / "checkpoints", generator.randint(1, 3))
-        time.sleep(generator.random() * 0.1)
-        struck += launched.is_alive()
-        launched.kill()
-    output = launch(script, argv, processes).wait()
-    assert struck == 0 or "resumed at" in output
-    return struck
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import dae_ar
 import pytest
 import torch
 import torch.nn.functional as F
+from kills import assert_identical, run_with_kills
 from PIL import Image
-from test_resume import assert_identical, run_with_kills
 from transformers import AutoModelForCausalLM
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline

@@ -5,7 +5,7 @@ import multiprocessing
 import sys
 
 import torch
-from conftest import REPOSITORY
+from launches import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
 import dimensions

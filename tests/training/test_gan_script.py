@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from foreign_processes import run_foreign
 from safetensors.torch import save_file
-from test_without_package import run_foreign
 from transformers.dynamic_module_utils import get_imports
 
 from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder, VAEGANConfig

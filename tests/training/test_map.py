@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import forget_accelerator
+from launches import forget_accelerator
 from pictures import noise, write_parquet
 from pictures import row as picture_row
 from PIL import Image
