@@ -243,12 +243,13 @@ def save(
         pipeline.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=f"token model, {args.architecture}")
-        if pipeline.class_names:
-            guided = sample_grid(pipeline, args, args.guidance_scale)
-            save_grid(guided, folder / "samples-guided.png", columns=args.samples_per_class, min_side=64)
-        save_grid(sample_grid(pipeline, args, 1.0), folder / "samples.png", columns=args.samples_per_class, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
         write_card(folder)
+    # The weights are safe before pictures are drawn.
+    grids = {"samples-guided.png": args.guidance_scale} if pipeline.class_names else {}
+    for name, scale in (grids | {"samples.png": 1.0}).items():
+        save_grid(sample_grid(pipeline, args, scale), target / name, columns=args.samples_per_class, min_side=64)
+    write_card(target)  # now with the pictures
     say(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 

@@ -228,14 +228,14 @@ def save(
         pipeline.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=f"DiT, {args.objective}")
-        columns = args.grid_images_per_class
-        save_grid(
-            sample_grid(pipeline, args, args.guidance_scale), folder / "samples.png", columns=columns, min_side=64
-        )
-        save_grid(sample_grid(pipeline, args, 1.0), folder / "samples-unguided.png", columns=columns, min_side=64)
         samples = {"train": num_latents}
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
+    # The weights are safe before pictures are drawn, which takes minutes for a large model.
+    for name, scale in (("samples.png", args.guidance_scale), ("samples-unguided.png", 1.0)):
+        grid = sample_grid(pipeline, args, scale)
+        save_grid(grid, target / name, columns=args.grid_images_per_class, min_side=64)
+    write_card(target)  # now with the pictures
     say(f"{target}: pipeline and sample grids written")
 
 

@@ -46,6 +46,7 @@ class _CachedTable(torch.utils.data.Dataset):
     def __init__(self, folder: str | Path, flip_seed: int | None = None):
         self.folder = Path(folder)
         self.flip_seed = flip_seed
+        self.unlabelled = False
         index = _read(self.folder / "index.json")
         if index is None:
             raise FileNotFoundError(f"{folder} holds no finished cache: build it with build_latent_cache.")
@@ -60,8 +61,17 @@ class _CachedTable(torch.utils.data.Dataset):
         self.shards = [_open_shard(self.folder / shard["name"], shard["rows"]) for shard in index["shards"]]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
+    def __reduce__(self) -> tuple:
+        # A loader worker opens the shards itself: pickled, a memory-mapped array would be sent whole.
+        return _opened_again, (type(self), self.folder, self.flip_seed, self.unlabelled)
+
     def __len__(self) -> int:
         return len(self.labels)
+
+    def forget_labels(self) -> None:
+        """From now on all labels are -1."""
+        self.unlabelled = True
+        self.labels.fill_(-1)
 
     def mirrored(self, rows: Tensor, epoch: int) -> Tensor:
         """Whether an epoch shows the mirrored copy of rows (B,): bool (B,), a function of (flip_seed, epoch, row)."""
@@ -89,6 +99,13 @@ class _CachedTable(torch.utils.data.Dataset):
         if self.flip_seed is not None:
             batch["mirrored"] = self.mirrored(rows, epoch)
         return batch | {self.content: getattr(self, self.content)(rows, batch.get("mirrored"))}
+
+
+def _opened_again(kind: type[_CachedTable], folder: Path, flip_seed: int | None, unlabelled: bool) -> _CachedTable:
+    table = kind(folder, flip_seed)
+    if unlabelled:
+        table.forget_labels()
+    return table
 
 
 class LatentTable(_CachedTable):
@@ -302,8 +319,12 @@ def _write_shard(
         pixel_values = unit_pixels(batch["images"].to(autoencoder.device), config.num_channels)
         place = slice(len(labels), len(labels) + len(pixel_values))
         for copy in range(1 + flipped):
-            encoded = getattr(autoencoder.encode(pixel_values.flip(-1) if copy else pixel_values), content)
-            values[place, copy] = (encoded.float() if content == "latents" else encoded).cpu().numpy()
+            images = pixel_values.flip(-1) if copy else pixel_values
+            if content == "latents":  # nothing is quantised for them
+                encoded = autoencoder.encode_latents(images).float()
+            else:
+                encoded = autoencoder.encode(images).codes
+            values[place, copy] = encoded.cpu().numpy()
         labels += batch["labels"].tolist()
     values = values[: len(labels)] if flipped else values[: len(labels), 0]
     path.with_suffix(".json").unlink(missing_ok=True)

@@ -99,7 +99,7 @@ def cached_training_images(
     if args.flip_cache:
         table.flip_seed = args.seed
     if args.unconditional:
-        table.labels.fill_(-1)
+        table.forget_labels()
     if content == "codes" and (images := source.evaluation_table()) is not None:
         held_out = build(images, folder / "held-out", "evaluation")
     if len(table) < args.batch_size * accelerator.num_processes:

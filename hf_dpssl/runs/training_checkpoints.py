@@ -45,7 +45,7 @@ class CheckpointFolder:
         Raises:
             OSError: the disk is full; says which checkpoint is whole.
         """
-        target = self.path / f"step-{step:08d}"
+        target = self.folder_of(step)
         try:
             with atomic_folder(target) as folder:
                 with open(folder / "state.pt", "wb") as file:
@@ -55,10 +55,10 @@ class CheckpointFolder:
             if error.errno != errno.ENOSPC:
                 raise
             whole = self.steps()
-            last = f"the last whole checkpoint is {self.path}/step-{whole[-1]:08d}" if whole else "there is none before"
+            last = f"the last whole checkpoint is {self.folder_of(whole[-1])}" if whole else "there is none before"
             raise OSError(errno.ENOSPC, f"the disk is full at step {step}; {last}") from error
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path / f"step-{old:08d}")
+            shutil.rmtree(self.folder_of(old))
         return target
 
     def load(self, which: str) -> tuple[dict, dict] | None:
@@ -88,7 +88,11 @@ class CheckpointFolder:
         if which != "latest":
             return Path(which)
         steps = self.steps()
-        return self.path / f"step-{steps[-1]:08d}" if steps else None
+        return self.folder_of(steps[-1]) if steps else None
+
+    def folder_of(self, step: int) -> Path:
+        """Where the checkpoint of a step stands, or would."""
+        return self.path / f"step-{step:08d}"
 
     def clear(self) -> None:
         """Remove all checkpoints and what a killed process left half-written."""

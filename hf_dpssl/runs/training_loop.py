@@ -156,9 +156,34 @@ def check_start(args: RunArguments, accelerator: Accelerator, name: str, data: I
                 "start afresh with --overwrite, or choose another --output_dir."
             )
         return
-    meta = checkpoints.read_meta(args.resume_from_checkpoint)
-    if meta is not None:
+    which = same_checkpoint(args.resume_from_checkpoint, checkpoints)
+    if which is not None:
+        meta = checkpoints.read_meta(which)
         check_same_run(meta, args, accelerator.num_processes, data, str(checkpoints.path))
+
+
+def same_checkpoint(which: str, checkpoints: CheckpointFolder) -> str | None:
+    """ "latest" as the first process sees it, for all processes; None where it sees none.
+
+    Raises:
+        FileNotFoundError: a process, on another machine perhaps, does not see that checkpoint.
+    """
+    if which == "latest":
+        steps = checkpoints.steps()
+        which = str(checkpoints.folder_of(steps[-1])) if steps else None
+    if not torch.distributed.is_initialized():
+        return which
+    first = [which]
+    torch.distributed.broadcast_object_list(first)
+    seen = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(seen, first[0] is None or (Path(first[0]) / "state.pt").exists())
+    if not all(seen):
+        blind = [rank for rank, sees in enumerate(seen) if not sees]
+        raise FileNotFoundError(
+            f"processes {blind} of {len(seen)} do not see {first[0]}, where the first one goes on: all machines need "
+            "the same --output_dir on shared storage."
+        )
+    return first[0]
 
 
 def _listed(sample_ids: torch.Tensor | None) -> str:
@@ -229,11 +254,11 @@ class TrainingLoop:
         return [value for value in self._kept.values() if isinstance(value, torch.nn.Module)]
 
     def _resume(self, which: str) -> None:
-        loaded = self.checkpoints.load(which)
-        if loaded is None:
+        found = same_checkpoint(which, self.checkpoints)
+        if found is None:
             say(f"{self.name}: no checkpoint in {self.checkpoints.path}, starting afresh")
             return
-        state, meta = loaded
+        state, meta = self.checkpoints.load(found)
         for name, value in self._kept.items():
             if name in state:  # a monitor that is new to the run starts with nothing
                 load_whole_state_(value, self._modules(), state[name])

@@ -1,6 +1,7 @@
 """Cached latents against direct encoding; what is reused, what is rebuilt, what survives an interruption."""
 
 import json
+import pickle
 import shutil
 
 import datasets
@@ -218,3 +219,13 @@ def test_unreadable_pictures_are_left_out(autoencoder, tmp_path, broken, preload
         assert [len(shard) for shard in cached.shards] == [
             sum(first <= i < first + 10 for i in readable) for first in (0, 10, 20)
         ]
+
+
+def test_pickled_table_is_its_path_and_a_worker_reads_the_same(autoencoder, table, tmp_path):
+    built = build(autoencoder, table, tmp_path / "cache")
+    built.forget_labels()
+    sent = pickle.dumps(built)
+    assert len(sent) < 10_000
+    opened, rows = pickle.loads(sent), torch.arange(len(built))
+    assert torch.equal(opened.latents(rows), built.latents(rows))
+    assert opened.fingerprint == built.fingerprint and torch.equal(opened.labels, torch.full((len(built),), -1))

@@ -1,14 +1,18 @@
 """A run goes on with the images it began with, wherever they lie, and a refused one leaves everything as it was."""
 
 import json
+import os
 import shutil
 
 import evaluate
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_dpssl.data import load_images
+from hf_dpssl.runs.training_checkpoints import CheckpointFolder
+from hf_dpssl.runs.training_loop import same_checkpoint
 
 ENCODER = ["--batch_size", 4, "--image_size", 16, "--checkpointing_steps", 1, "--logging_steps", 1]
 
@@ -116,3 +120,29 @@ def test_a_finished_training_is_kept_when_its_measures_cannot_be_taken(pictures,
 def test_extractor_that_is_not_there_is_refused_before_training(pictures, tmp_path, refusal):
     message = refusal("dae_gan", ["--dataset", pictures, "--output_dir", tmp_path / "run", "--extractor", "no/where"])
     assert "no/where" in message and not (tmp_path / "run").exists()
+
+
+def _latest(folder: str) -> dict:
+    """What each of two processes takes for the latest checkpoint of a folder that only the first one sees."""
+    rank = torch.distributed.get_rank()
+    checkpoints = CheckpointFolder(f"{folder}/shared")
+    seen = same_checkpoint("latest", checkpoints)
+    os.chdir(f"{folder}/{rank}")  # as on two machines: the same path, other disks
+    try:
+        same_checkpoint("latest", CheckpointFolder("run"))
+        message = ""
+    except FileNotFoundError as error:
+        message = str(error)
+    named = torch.tensor(list(f"{seen} {message}".encode()))
+    return {"named": named}
+
+
+def test_all_processes_go_on_from_the_checkpoint_of_the_first_or_say_who_does_not_see_it(run_in_two, tmp_path):
+    for step in (1, 2):
+        CheckpointFolder(tmp_path / "shared").save(step, {}, {})
+    CheckpointFolder(tmp_path / "0/run").save(7, {}, {})
+    (tmp_path / "1").mkdir()
+    for result in run_in_two(_latest, str(tmp_path)):
+        text = bytes(result["named"].tolist()).decode()
+        assert "shared/step-00000002" in text
+        assert "[1] of 2 do not see" in text and "step-00000007" in text and "shared storage" in text
