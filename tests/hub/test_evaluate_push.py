@@ -84,7 +84,7 @@ def test_a_pull_request_leaves_the_branch_and_figures_on_a_data_set_of_the_hub_h
     (local / ".eval_results/org--pictures.yaml").write_text(yaml.safe_dump([own]))
     push(local, "org/asked")
     merged = yaml.safe_load(hub.files("org/asked")[".eval_results/org--pictures.yaml"])
-    assert len(merged) == 3 and own in merged
+    assert len(merged) == len(entries) + 1 and own in merged
     assert main(["evaluate", "org/asked", *FEW, "--create_pr"]) == 2
     assert "--create_pr is for --push" in capsys.readouterr().err
 
