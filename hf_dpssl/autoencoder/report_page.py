@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..runs.plots import plain_text
+
 # Rows of the table: key (an extractor's name is filled in), title, format.
 _ROWS = (
     ("psnr", "PSNR, dB", "{:.2f}"),
@@ -32,6 +34,7 @@ _ROWS = (
 )
 
 
+@plain_text
 def draw_page(entries: dict[str, dict], path: Path | IO[bytes], *, title: str) -> None:
     """Write the page.
 

@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 
+from ..runs.console import printable
+
 FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _EXPECTED_OF_OURS = (RuntimeError, ArithmeticError)  # of other libraries they are bugs, or memory that ran out
 
@@ -36,7 +38,7 @@ def reported(program: str, command: Callable[[], object]) -> int:
         ours = _raised_by_us(error)
         if debugging() or not (isinstance(error, _expected()) or ours and isinstance(error, _EXPECTED_OF_OURS)):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = printable(" ".join(str(error).split())) or type(error).__name__
         hint = "" if ours else f" ({type(error).__name__}; DPSSL_DEBUG=1 shows the traceback)"
         print(f"{program}: {message}{hint}", file=sys.stderr)
         return exit_status(error)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..embedding.choices import BAD_IMAGES, KINDS, PROTOCOLS
 from ..evaluation.choices import CLASSIFIERS, METRICS, SOLVERS, WEIGHTINGS
+from ..runs.console import printable
 from .parsing import command_parser, parse_command
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def main(argv: list[str]) -> int:
     path = Path(output) if output else None if checkpoint.repo_id else checkpoint.folder / "results.json"
     if path is not None:
         append_entry(path, entry)
-    print(json.dumps(entry, indent=2) if as_json else _summary(entry, path))
+    print(json.dumps(entry, indent=2) if as_json else printable(_summary(entry, path)))
     if push:
         commit = _push(checkpoint, entry, create_pr=create_pr)
         print(f"{checkpoint.repo_id}: {commit}", file=sys.stderr if as_json else sys.stdout)

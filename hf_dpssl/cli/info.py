@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..runs.console import printable
 from .parsing import command_parser, local_folder, parse_command
 
 
@@ -24,8 +25,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`hf-dpssl info`: returns the exit status; errors of `describe_checkpoint`."""
     args = parse_command(parser(), argv)
-    facts = describe_checkpoint(args.checkpoint)
-    print(json.dumps(facts, indent=2) if args.json else _table(facts))
+    from ..hub.checkpoint_facts import well_formed
+
+    with well_formed(args.checkpoint):
+        facts = describe_checkpoint(args.checkpoint)
+        text = json.dumps(facts, indent=2) if args.json else printable(_table(facts))
+    print(text)
     return 0
 
 

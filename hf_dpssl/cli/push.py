@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ..runs.console import say
+from ..runs.console import printable, say
 from .parsing import command_parser, parse_command
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if as_json:
         print(json.dumps(asdict(report), indent=2))
     elif report.commit is None:  # what was asked for
-        print(_summary(report))
+        print(printable(_summary(report)))
     else:
         say(_summary(report))
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..autoencoder.choices import GENERATOR, PARTS
-from ..runs.console import say
+from ..runs.console import printable, say
 from .parsing import command_parser, parse_command
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         return 0
     names = dict.fromkeys(name for entry in metrics.values() for name in entry)
     width = max(len(name) for name in names) + 2
-    print(" " * width + "".join(f"{name[:16]:>18}" for name in metrics))
+    print(printable(" " * width + "".join(f"{name[:16]:>18}" for name in metrics)))
     for name in names:
         values = (f"{entry[name]:.4g}" if name in entry else "" for entry in metrics.values())
         print(f"{name:<{width}}" + "".join(f"{value:>18}" for value in values))

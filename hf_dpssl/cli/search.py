@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 from ..evaluation.choices import METRICS
+from ..runs.console import printable
 from .parsing import command_parser, parse_command
 
 if TYPE_CHECKING:
@@ -54,10 +55,11 @@ def main(argv: list[str]) -> int:
 
 def _print_neighbours(queries: list[dict]) -> None:
     for entry in queries:
-        print(entry["query"])
+        print(printable(entry["query"]))
         for row in entry["neighbours"]:
             where = f"{row['split']} row {row['row']}"
-            print(f"  {row['similarity']:>9.4f}  {where:<22}{row['label'] or '':<16}{row['file'] or ''}")
+            found = f"{row['label'] or '':<16}{row['file'] or ''}"
+            print(printable(f"  {row['similarity']:>9.4f}  {where:<22}{found}"))
 
 
 def _save_neighbours(table: EmbeddingsTable, queries: list[str], found: list[list[dict]], path: str) -> None:

@@ -14,8 +14,9 @@ import pickle
 import pickletools
 import re
 import struct
+import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ _SETTINGS = re.compile(
     r"numpy\.(_?core\.multiarray\.scalar|dtype|dtypes\.\w+DType|bool_?|u?int\d+|float\d+)"
 )
 _ZIP = b"PK\3\4"
+_LARGEST_SHARE = 8  # bytes of tensors for each of the file, of which several may be the same
 _LEGACY_PICKLES = 4  # magic number, protocol, system, and then the checkpoint itself
 
 
@@ -70,6 +72,7 @@ def read_pickled_tensors(path: str | os.PathLike, *, inert: Iterable[str] = ()) 
     path, inert = Path(path), set(inert)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: give a checkpoint such as checkpoint_0199.pth.tar or last.ckpt.")
+    _check_unpacked_size(path)
     asked_for = pickled_globals(path)
     settings = {name for name in asked_for if _SETTINGS.fullmatch(name)} | inert
     stand_ins = {name: Settings for name in settings} | {"collections.defaultdict": _empty_dictionary}
@@ -77,7 +80,7 @@ def read_pickled_tensors(path: str | os.PathLike, *, inert: Iterable[str] = ()) 
         raise UnknownPickledClassError(_refusal(path, ", ".join(unknown)))
     try:
         with torch.serialization.safe_globals([(value, name) for name, value in stand_ins.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         if named:
@@ -97,6 +100,42 @@ def read_pickled_tensors(path: str | os.PathLike, *, inert: Iterable[str] = ()) 
         struct.error,
     ) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of torch.save: {error}") from error
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
+    if claimed > _LARGEST_SHARE * path.stat().st_size:
+        raise ValueError(
+            f"{path} has {path.stat().st_size:,} bytes, and its tensors claim {claimed:,}, more than it can hold: it "
+            "is not read."
+        )
+    return content
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """ValueError for a zip file that unpacks to more than itself: torch.save compresses nothing."""
+    if not zipfile.is_zipfile(path):
+        return
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of torch.save: {error}") from error
+    if unpacked > size:
+        raise ValueError(
+            f"{path} has {size:,} bytes and would unpack to {unpacked:,}: torch.save compresses nothing, so it is not "
+            "read. Unpack a file that was compressed later, and save it again with torch.save."
+        )
+
+
+def _tensors(content: object) -> Iterator[torch.Tensor]:
+    """Tensors of nested dictionaries, lists and tuples."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _tensors(value)
 
 
 def _refusal(path: Path, names: str) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .licences import licence_entries
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIBRARIES = {"encoder": "timm", "autoencoder": "transformers", "dit": "hf_dpssl", "token": "hf_dpssl"}
 # Ancestors by their part in the making: whose weights went on learning, and whose are used as they are. Others, such as
 # a perceptual loss, are in no weight of the model.
@@ -230,7 +230,7 @@ def _bases(lineage: list[dict]) -> tuple[list[str], str]:
     found = {
         part["part"]: part["name"]
         for part in lineage
-        if part["part"] in (*_CONTINUED, *_BUILT_ON) and _HUB_ID.fullmatch(part["name"])
+        if part["part"] in (*_CONTINUED, *_BUILT_ON) and HUB_ID.fullmatch(part["name"])
     }
     return list(found.values()), "finetune" if set(found) & set(_CONTINUED) else "adapter"
 

@@ -35,6 +35,7 @@ def marked_card(front_matter: dict, text: str, *, given: Iterable[str] = ()) -> 
     digests = " ".join(f"{key}={','.join(map(_digest, _items(key, value)))}" for key, value in generated.items())
     begin = f"<!-- {_NAME}:begin (what stands between the marks is overwritten by `hf-dpssl card`) {digests} -->"
     end = f"<!-- {_NAME}:end (what stands outside of the marks is yours and is kept) -->"
+    text = text.replace(_NAME, _NAME.replace(":", "&#58;"))  # a name of data that holds a mark is none
     return f"---\n{_dump(front_matter)}---\n\n{begin}\n\n{text.strip()}\n\n{end}\n"
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -19,6 +22,20 @@ CONFIG_FILES = (
     "language_model/config.json scheduler/scheduler_config.json results.json recipe.yaml"
 ).split()
 _DIFFUSERS_AUTOENCODERS = ("VQModel", "AutoencoderKL")
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError)
+
+
+@contextmanager
+def well_formed(folder: str | os.PathLike) -> Iterator[None]:
+    """Whatever goes wrong in the block because files of a folder hold values of wrong types is a ValueError of it."""
+    try:
+        yield
+    except _MALFORMED as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder} holds files that no run of this package writes ({type(error).__name__}: {what}): write or copy "
+            "them again."
+        ) from error
 
 
 def facts_of(folder: Path) -> dict:
@@ -36,6 +53,11 @@ def facts_of(folder: Path) -> dict:
     for name in CONFIG_FILES:
         if name.endswith(".json"):
             read_json(folder / name)  # all of them are read before anything is said
+    with well_formed(folder):
+        return _facts(folder)
+
+
+def _facts(folder: Path) -> dict:
     kind = checkpoint_kind(folder)
     index = read_json(folder / "model_index.json") or {}
     config = read_json(folder / "config.json") or {}

@@ -6,6 +6,8 @@ he changes in the front matter, is kept by the next rendering (`merge_card`).
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from collections.abc import Iterable
 from functools import partial
@@ -16,11 +18,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedErro
 
 from ..runs.atomic_files import atomic_file
 from ..runs.lineage import read_json
-from ..runs.redaction import redacted
+from ..runs.redaction import redacted, without_folders
 from ..runs.shipped_folders import shipped_folder
-from .card_data import energy, eval_results, figures, front_matter, licences_of
+from .card_data import HUB_ID, energy, eval_results, figures, front_matter, licences_of
 from .card_merge import marked_card, merge_card, with_entries
-from .checkpoint_facts import KINDS, facts_of
+from .checkpoint_facts import KINDS, facts_of, well_formed
 from .eval_files import eval_files
 from .licences import KEYS as LICENCE_KEYS
 from .licences import is_restricted, licence_entries
@@ -29,6 +31,7 @@ _OF_THE_MACHINE = (  # what a recipe says of the machine and not of the model
     "output_dir overwrite num_workers preload_gb log_with logging_steps checkpointing_steps checkpoints_total_limit "
     "resume_from_checkpoint num_processes"
 ).split()
+_PICTURE = re.compile(r"(curves|samples|reconstructions|map)(-[\w-]+)?\.png")  # as runs name them
 _CAPTIONS = {
     ("autoencoder", "reconstructions.png"): "Held-out images above, their reconstructions below.",
     ("dit", "samples.png"): "Samples with guidance {guidance_scale}.",
@@ -96,6 +99,13 @@ def render_card(
     license_of_data: str | None = None,
 ) -> str:
     """The generated card of a checkpoint folder as text; arguments and errors of `write_card`."""
+    with well_formed(folder):
+        return _render(folder, title, licence, license_link, license_of_data)
+
+
+def _render(
+    folder: Path, title: str | None, licence: str | None, license_link: str | None, license_of_data: str | None
+) -> str:
     facts = facts_of(folder)
     kind = facts["kind"]
     if kind not in KINDS:
@@ -146,9 +156,31 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    environment.filters |= {"plain": _plain, "cell": _plain, "code": _code, "fenced": _fenced, "python": _python}
     environment.globals["number"] = _number
     return environment
+
+
+def _plain(value) -> str:
+    """Text as words of Markdown, whatever characters it holds: no markup, HTML, cell of a table or line of its own."""
+    text = html.escape(" ".join(str(value).split()), quote=False)
+    return re.sub(r"([\\`*_{}\[\]|~$#!])", r"\\\1", text)
+
+
+def _code(value) -> str:
+    """Text as code within a line, also of a table: `...`."""
+    return "`" + " ".join(str(value).replace("`", "'").split()).replace("|", "\\|") + "`"
+
+
+def _fenced(text: str, language: str) -> str:
+    """Text as a block of code, between more backticks than it holds itself."""
+    fence = "`" * (max(3, *(len(run) + 1 for run in re.findall("`+", text))) if "`" in text else 3)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _python(value) -> str:
+    """A plain value as Python within a block of code."""
+    return json.dumps(value).replace("`", "\\u0060")
 
 
 def _number(value: float | None) -> str:
@@ -160,7 +192,7 @@ def _read_recipe(path: Path) -> dict:
         raise FileNotFoundError(f"{path.parent} has no recipe.yaml: give the folder of a finished run.")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}): it is damaged.") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} must be flags with values, not a {type(recipe).__name__}: it is damaged.")
@@ -182,10 +214,11 @@ def _title(facts: dict, results: dict) -> str:
 
 def _pictures(folder: Path, kind: str, recipe: dict) -> list[dict]:
     """Sample pictures first, curves last."""
-    names = sorted(path.name for path in folder.glob("*.png"))
+    names = sorted(path.name for path in folder.glob("*.png") if _PICTURE.fullmatch(path.name))
     ordered = [name for name in names if name != "curves.png"] + [name for name in names if name == "curves.png"]
-    captions = _CAPTIONS | {(kind, "curves.png"): "Training curves."}
-    return [{"file": n, "caption": captions.get((kind, n), f"{Path(n).stem}.").format(**recipe)} for n in ordered]
+    captions = {name: caption.format(**recipe) for (of, name), caption in _CAPTIONS.items() if of == kind}
+    captions["curves.png"] = "Training curves."
+    return [{"file": name, "caption": captions.get(name, f"{Path(name).stem}.")} for name in ordered]
 
 
 def _recipe_text(recipe: dict) -> str:
@@ -195,13 +228,15 @@ def _recipe_text(recipe: dict) -> str:
 
 def _lineage(parts: list[dict], indent: str = "") -> Iterable[str]:
     for part in parts:
-        name = part["name"]
-        where = f"[{name}](https://huggingface.co/{name})" if "/" in name else f"local folder `{name}`"
+        name = without_folders(part["name"])
+        is_id = HUB_ID.fullmatch(name)
+        where = f"[{name}](https://huggingface.co/{name})" if is_id else f"local folder {_code(name)}"
         about = [f"commit `{part['revision'][:12]}`"] if part.get("revision") else []
         about += [f"fingerprint `{part['fingerprint'][:16]}`"] if part.get("fingerprint") else []
         if part.get("dataset"):
-            about.append(f"trained on `{part['dataset']}` ({part.get('licence_of_data') or 'licence unknown'})")
-        yield f"{indent}- {part['part']}: {', '.join([where, *about])}"
+            licence = _plain(part.get("licence_of_data") or "licence unknown")
+            about.append(f"trained on {_code(without_folders(part['dataset']))} ({licence})")
+        yield f"{indent}- {_plain(part['part'])}: {', '.join([where, *about])}"
         yield from _lineage(part.get("lineage") or [], indent + "  ")
 
 

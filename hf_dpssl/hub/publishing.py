@@ -26,6 +26,7 @@ from huggingface_hub.utils import get_token
 
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
 from . import eval_files, model_card, replay
+from .checkpoint_facts import well_formed
 from .published_files import publishable_files, without_machine
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -260,7 +261,8 @@ def push(
         PushError: the Hub refuses or cannot be reached, and nothing is published; or what was pulled back differs.
     """
     start, folder = time.perf_counter(), Path(folder)
-    files, left_out = publishable_files(folder)
+    with well_formed(folder):
+        files, left_out = publishable_files(folder)
     contents, card = {name: without_machine(name, path) for name, path in files.items()}, files.get("README.md")
     if card:
         contents["README.md"] = card.read_text(encoding="utf-8").replace("REPO_OR_FOLDER", repo_id).encode()

@@ -36,11 +36,14 @@ from ..generation.pipeline_vq_token import VQTokenPipeline, code_nats
 from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vaegan import VAEGAN
 from ..models.modeling_vq import VQAutoencoder
+from ..runs.lineage import read_json
 
 FILE_NAME = "replay.safetensors"
 TOLERANCE = 1e-4  # of the largest output (at least 1): float32 on another CPU or in another version
 _NUM_STEPS = 4
 Tensors = dict[str, Tensor]
+# What libraries raise of configs whose values have wrong types.
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError)
 _PIPELINES = {"VQDiTPipeline": "dit", DiTPipeline.__name__: "dit", "VQTokenPipeline": "token"}
 _MODELS = {"dpssl_contrastive": "encoder", "dpssl_vq": "autoencoder", "dpssl_vaegan": "gan"}
 
@@ -53,8 +56,7 @@ def checkpoint_kind(folder: str | os.PathLike) -> str:
     """
     folder = Path(folder)
     for name in ("model_index.json", "config.json"):
-        if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if (content := read_json(folder / name)) is not None:
             break
     else:
         below = sorted(path.parent.name for n in ("config", "model_index") for path in folder.glob(f"*/{n}.json"))
@@ -65,11 +67,9 @@ def checkpoint_kind(folder: str | os.PathLike) -> str:
         return "autoencoder"
     if class_name in _PIPELINES:
         return _PIPELINES[class_name]
-    return (
-        "encoder"
-        if "dpssl" in content and "architecture" in content
-        else _MODELS.get(content.get("model_type"), "other")
-    )
+    if "dpssl" in content and "architecture" in content:
+        return "encoder"
+    return _MODELS.get(str(content.get("model_type")), "other")
 
 
 def record(folder: str | os.PathLike) -> bytes | None:
@@ -141,7 +141,13 @@ def fitting_pair(folder: str | os.PathLike, pairs: list[bytes | None]) -> bytes 
 
 def _open(folder: str | os.PathLike, kind: str) -> tuple[Callable, Callable, object]:
     load, draw, run = _KINDS[kind]
-    return draw, torch.no_grad()(run), load(Path(folder))
+    try:
+        return draw, torch.no_grad()(run), load(Path(folder))
+    except _MALFORMED as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {what}): its files are damaged."
+        ) from error
 
 
 def _load_encoder(folder: Path) -> list:

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import re
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ def write_map_page(
     }
     # "<" could end the script element, and may come from a file name.
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    page = _PAGE.replace("__TITLE__", html.escape(title)).replace("__SPRITE__", sprite).replace("__DATA__", data)
+    parts = {"__TITLE__": html.escape(title), "__SPRITE__": sprite, "__DATA__": data}
+    page = re.sub("|".join(parts), lambda found: parts[found[0]], _PAGE)  # at once: a title may hold another's mark
     with atomic_file(path) as file:
         file.write(page)
 

@@ -28,4 +28,10 @@ def is_quiet() -> bool:
 def say(text: str) -> None:
     """A line on stdout, of a machine's first process only; nothing under `--quiet`."""
     if not is_quiet() and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, flush=True)
+        print(printable(text), flush=True)
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what a file said cannot move the cursor, colour or hide lines; line ends and blanks stay."""
+    kept = "\n\t\u00a0"
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+# Names of classes and runs are no formulas, whatever they hold.
+plain_text = matplotlib.rc_context({"text.parse_math": False})
 
+
+@plain_text
 def plot_curves(history: list[dict], path: Path, *, title: str) -> None:
     """One panel per logged value over optimiser steps; `history` as in `TrainingLoop.history`."""
     names = list(dict.fromkeys(name for entry in history for name, value in entry.items() if _is_curve(name, value)))
@@ -47,6 +52,7 @@ def save_grid(images: Tensor, path: Path, *, columns: int, min_side: int = 32) -
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
 
 
+@plain_text
 def plot_map(maps: dict[str, tuple[np.ndarray, np.ndarray]], class_names: list[str], path: Path) -> None:
     """Scatter plots of 2-D embeddings side by side; `maps`: title -> (points (N, 2), classes (N,), -1: none)."""
     figure = Figure(figsize=(5.5 * len(maps), 5.2), layout="constrained")

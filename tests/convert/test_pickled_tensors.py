@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hf_dpssl.cli.commands import main
 from hf_dpssl.convert.pickled_tensors import Settings, UnknownPickledClassError, pickled_globals, read_pickled_tensors
 
 
@@ -114,3 +115,20 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path):
         archive.writestr("a.txt", "not a checkpoint")
     with pytest.raises(ValueError, match=r"other\.zip is damaged or no checkpoint"):
         read_pickled_tensors(tmp_path / "other.zip")
+
+
+def test_a_file_that_unpacks_to_more_than_itself_is_refused_before_it_is_read(tmp_path):
+    path = save({"state_dict": {"weight": torch.zeros(2_000_000)}}, tmp_path / "plain.pth")
+    bomb = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    assert bomb.stat().st_size < path.stat().st_size / 100
+    assert torch.load(bomb, weights_only=True)["state_dict"]["weight"].shape == (2_000_000,)  # torch would unpack it
+    with pytest.raises(ValueError, match=r"bomb.pth has [\d,]+ bytes and would unpack to 8,0"):
+        read_pickled_tensors(bomb)
+    assert main(["import", str(bomb), "--output_dir", str(tmp_path / "out")]) == 2 and not (tmp_path / "out").exists()
+    claims = save({"weight": torch.zeros(1).expand(10**12)}, tmp_path / "claims.pth")  # four bytes, as 10^12 numbers
+    with pytest.raises(ValueError, match="its tensors claim 4,000,000,000,000"):
+        read_pickled_tensors(claims)
+    assert len(read_pickled_tensors(path)["state_dict"]["weight"]) == 2_000_000
