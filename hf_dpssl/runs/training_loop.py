@@ -22,11 +22,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
@@ -66,7 +67,11 @@ def start_accelerator(args: RunArguments) -> Accelerator:
         log_with=args.log_with or None,
         project_dir=str(Path(args.output_dir) / "logs"),
         # Buffers are equal by construction (queue, codebook) or each process's own (batch norm).
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # While one process draws pictures and measures, the others wait, longer than NCCL's 10 minutes.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        ],
         step_scheduler_with_optimizer=False,
     )
     _check_processes(asked_for, accelerator.num_processes)
