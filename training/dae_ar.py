@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Model
     language_model = make_model(args, autoencoder, null_class)
-    optimizer = torch.optim.AdamW(parameter_groups(language_model, args), lr=args.learning_rate, betas=(0.9, 0.95))
+    groups = parameter_groups(language_model, args)
+    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), fused=True)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_train_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
     model, optimizer = accelerator.prepare(language_model, optimizer)
@@ -120,8 +121,7 @@ def main(argv: list[str] | None = None) -> Path:
             if table is not None:
                 taken.metrics[name] = nats_per_image(language_model, table, null_class, num_codes, args, accelerator)
         samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
-        names = dict(enumerate(class_names))
-        pipeline = VQTokenPipeline(language_model, autoencoder, names, autoencoder.fingerprint())
+        pipeline = VQTokenPipeline(language_model, autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
         if extractors and held_out is not None:
             taken.take("quality of generated images", judged, pipeline, args, extractors)
             samples["generated"] = args.num_generated

@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> Path:
         model, features = align(args, transformer, accelerator)
     if args.compile:
         model.compile()
-    betas = (0.9, args.adam_beta2)
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas, weight_decay=args.weight_decay)
+    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.warmup_steps, args.max_train_steps)
     # A sharded transformer cannot sample on one process alone: a whole copy takes the averaged weights when it has to.
     sharded = accelerator.distributed_type == DistributedType.FSDP

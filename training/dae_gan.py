@@ -183,7 +183,7 @@ def generator_loss(
 
 def make_optimizer(parameters: list, steps: int, args: GANArguments):
     """Adam with DCGAN's first beta, and its schedule."""
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, betas=(0.5, 0.999), fused=True)
     schedule = dict(num_warmup_steps=args.warmup_steps, num_training_steps=steps)
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
 

@@ -244,7 +244,7 @@ def total_loss(
 
 def make_optimizer(parameters: list, learning_rate: float, steps: int, args: VQArguments):
     """AdamW and its schedule over a stage."""
-    settings = {"betas": tuple(args.adam_betas), "weight_decay": args.weight_decay}
+    settings = {"betas": tuple(args.adam_betas), "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, **settings)
     schedule = dict(num_warmup_steps=args.warmup_steps, num_training_steps=steps)
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)

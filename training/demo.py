@@ -241,7 +241,7 @@ def train_classifier(images: dict[str, Tensor], epochs: int) -> nn.Module:
     classifier = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 10))
     train, classes = images["train"], images["train_classes"]
     batches = len(train) // 64
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     for epoch in range(epochs):
         order = keyed_random.permutation(len(train), seed=0, epoch=epoch)

@@ -42,7 +42,7 @@ def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encode
     assert metrics[f"ceiling_{name}"] < metrics[name], output
     assert set(densities) == {"diagonal", "full", "held_out"} and all(name in found for found in densities.values())
     card = (tmp_path / "gan" / "README.md").read_text()
-    assert "| held_out | images suspiciously close to a training image, % |" in card
+    assert r"| held\_out | images suspiciously close to a training image, % |" in card
     embedder, data = ImageEmbedder(str(encoder)), load_images("digits")
     features = embedder.embed_pictures([decode_image(row["image"]) for row in data.train])
     latents = model.standardize(features)
