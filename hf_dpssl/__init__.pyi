@@ -2,6 +2,7 @@ from . import autoencoder as autoencoder
 from . import contrastive as contrastive
 from . import convert as convert
 from . import data as data
+from . import domains as domains
 from . import embedding as embedding
 from . import evaluation as evaluation
 from . import generation as generation

@@ -17,6 +17,7 @@ ROOMS = [
     "evaluation",
     "runs",
     "embedding",
+    "domains",
     "autoencoder",
     "generation",
     "pages",

@@ -1,0 +1,76 @@
+"""Sums over the samples of each domain, gathered batch by batch: all that the score of an encoder needs to know."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ROWS = 4096  # converted to float64 at once
+
+
+class DomainStatistics:
+    """Counts, sums and second moments of features and classes, one set for each of M domains, in float64.
+
+    Features are counted from the first sample on, so that a large common offset costs no digits. Memory: M D^2 numbers
+    of 8 bytes, however many samples there are.
+
+    Args:
+        domains: M, at least 2.
+        classes: C, at least 2; 0 without labels.
+        dimension: D.
+    """
+
+    def __init__(self, domains: int, classes: int, dimension: int):
+        self.counts = np.zeros(domains, dtype=np.int64)
+        self.sums = np.zeros((domains, dimension))
+        self.moments = np.zeros((domains, dimension, dimension))
+        self.class_counts = np.zeros((domains, classes))
+        self.class_sums = np.zeros((domains, classes, dimension))
+        self.origin: np.ndarray | None = None
+
+    def update(self, features: Tensor, labels: Tensor | None, domains: Tensor) -> None:
+        """Add samples: features (N, D), class ids (N,) or None where there are 0 classes, domain ids (N,).
+
+        Raises:
+            ValueError: other shapes, ids outside [0, C) or [0, M), or features that are not finite.
+        """
+        self._check(features, labels, domains)
+        for start in range(0, len(features), _ROWS):
+            part = slice(start, start + _ROWS)
+            rows = features[part].detach().cpu().double().numpy()
+            if self.origin is None:
+                self.origin = rows[0].copy()
+            rows = rows - self.origin
+            of = domains[part].cpu().numpy()
+            classes = None if labels is None else labels[part].cpu().numpy()
+            for domain in np.unique(of):
+                chosen = of == domain
+                inside = rows[chosen]
+                self.counts[domain] += len(inside)
+                self.sums[domain] += inside.sum(0)
+                self.moments[domain] += inside.T @ inside
+                if classes is not None:
+                    one_hot = np.eye(self.class_counts.shape[1])[classes[chosen]]
+                    self.class_counts[domain] += one_hot.sum(0)
+                    self.class_sums[domain] += one_hot.T @ inside
+
+    def _check(self, features: Tensor, labels: Tensor | None, domains: Tensor) -> None:
+        classes, dimension = self.class_sums.shape[1:]
+        if features.ndim != 2 or features.shape[1] != dimension or not len(features):
+            raise ValueError(f"features must be (N, {dimension}) with N >= 1, got {tuple(features.shape)}.")
+        if (labels is None) != (classes == 0):
+            raise ValueError(
+                f"labels must be {'left out' if classes == 0 else 'given'} where there are {classes} classes."
+            )
+        ids = {"domains": (domains, len(self.counts))} | ({} if labels is None else {"labels": (labels, classes)})
+        for name, (values, limit) in ids.items():
+            if values.shape != features.shape[:1] or values.is_floating_point():
+                raise ValueError(
+                    f"{name} must be {len(features)} whole numbers, got {tuple(values.shape)} {values.dtype}."
+                )
+            if not 0 <= int(values.min()) <= int(values.max()) < limit:
+                raise ValueError(f"{name} must lie in [0, {limit}), got {int(values.min())} to {int(values.max())}.")
+        finite = torch.isfinite(features).all(1)
+        if not bool(finite.all()):
+            raise ValueError(f"row {int((~finite).nonzero()[0])} of the features is NaN or infinite.")

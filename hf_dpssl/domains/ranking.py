@@ -1,0 +1,138 @@
+"""Which encoder to take for data of several domains: the score of ZooD (Dong et al. 2022), domain by domain left out.
+
+    labels     log p(y' | X', y, X): the labels of the domain that was left out, by a Bayesian linear model of the other
+               domains (evidence.py), one model per class on 0/1 labels: mean over classes and samples
+    density    log p(X' | X): its features, by a Gaussian of those of the others (density.py): per sample and dimension
+    stability  density, minus the same of the features that the Gaussian was fitted to
+    score      labels + stability
+
+ZooD's own sum has the density in place of the stability. A density rises without limit as features collapse to few
+directions, and so prefers encoders that say nothing; measured from the old features' own density it is 0 for features
+that are spread alike in all domains, whatever their spectrum, and can only be lost by moving.
+
+All parts are in nats. Features are centred by the mean of the domains that are not left out, labels by their class
+frequencies there; one common scale of the features makes no difference to any part, nor does a rotation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .density import held_out_density
+from .domain_statistics import DomainStatistics
+from .evidence import log_predictive, maximise_evidence, spectrum_of
+
+
+def leave_one_domain_out(features: Tensor, labels: Tensor, domains: Tensor) -> list[dict[str, float]]:
+    """What an encoder's features are worth, with each domain left out once.
+
+    Args:
+        features: (N, D), finite.
+        labels: (N,) class ids from 0 on.
+        domains: (N,) domain ids from 0 on.
+
+    Returns:
+        For each domain {"samples", "labels", "density", "stability", "score"}, as the top of this file says; a higher
+        score is better.
+
+    Raises:
+        ValueError: other shapes, features that are not finite or all equal, or what `check_domains` refuses.
+    """
+    check_domains(labels, domains)
+    if features.ndim != 2 or len(features) != len(labels) or not features.shape[1]:
+        raise ValueError(f"features must be (N, D), N = {len(labels)}, got {tuple(features.shape)}.")
+    dimension = features.shape[1]
+    if dimension > len(features) and bool(torch.isfinite(features).all()):
+        # The same points in as many coordinates as there are points: no part changes under rotation.
+        centred = features.double() - features.double().mean(0)
+        features = torch.linalg.qr(centred.T, mode="r")[1].T
+    statistics = DomainStatistics(int(domains.max()) + 1, int(labels.max()) + 1, features.shape[1])
+    statistics.update(features, labels, domains)
+    return score_domains(statistics, dimension=dimension)
+
+
+def check_domains(
+    labels: Tensor, domains: Tensor, class_names: list[str] | None = None, domain_names: list[str] | None = None
+) -> None:
+    """ValueError unless each domain can be left out: at least two domains of two samples, each class in two of them.
+
+    Args:
+        labels, domains: (N,) ids from 0 on.
+        class_names, domain_names: by id, for messages.
+    """
+    for name, ids in (("labels", labels), ("domains", domains)):
+        if ids.ndim != 1 or not len(ids) or ids.is_floating_point() or int(ids.min()) < 0:
+            raise ValueError(f"{name} must be (N,) whole numbers of at least 0, got {tuple(ids.shape)} {ids.dtype}.")
+    if len(labels) != len(domains):
+        raise ValueError(f"labels and domains must be equally many, got {len(labels)} and {len(domains)}.")
+    shape = (int(domains.max()) + 1, int(labels.max()) + 1)
+    table = torch.bincount(domains * shape[1] + labels, minlength=shape[0] * shape[1]).reshape(shape)  # (M, C)
+
+    def shown(names: list[str] | None, number: int) -> str:
+        return f"{number}" if names is None else f"{names[number]!r}"
+
+    if len(table) < 2:
+        raise ValueError("all samples are of one domain: leaving domains out needs two or more.")
+    if table.shape[1] < 2:
+        raise ValueError("all samples are of one class: ranking needs two or more.")
+    if (sizes := table.sum(1)).min() < 2:
+        domain = int(sizes.argmin())
+        raise ValueError(
+            f"domain {shown(domain_names, domain)} has {int(sizes[domain])} samples: at least 2 are needed."
+        )
+    found = (table > 0).sum(0)
+    for number in (found < 2).nonzero()[:, 0].tolist():
+        where = ", ".join(shown(domain_names, domain) for domain in table[:, number].nonzero()[:, 0].tolist())
+        where = f"in domain {where} only" if where else "in no domain"
+        raise ValueError(
+            f"class {shown(class_names, number)} is found {where}: with it left out nothing is known of the class. "
+            "Each class must be found in two domains or more; leave that class out, or add images of it."
+        )
+
+
+def score_domains(statistics: DomainStatistics, *, dimension: int | None = None) -> list[dict[str, float]]:
+    """As `leave_one_domain_out`, from sums that were gathered batch by batch.
+
+    Args:
+        statistics: of all samples; every class in two domains or more.
+        dimension: D, where the sums are of coordinates in a subspace that holds all samples.
+
+    Raises:
+        ValueError: a domain or class without samples, or features that are all equal.
+    """
+    if (statistics.counts < 1).any() or len(statistics.counts) < 2:
+        raise ValueError(f"every one of two or more domains needs samples, got {statistics.counts.tolist()}.")
+    return [_score(statistics, left_out, dimension) for left_out in range(len(statistics.counts))]
+
+
+def _score(statistics: DomainStatistics, left_out: int, dimension: int | None) -> dict[str, float]:
+    others = np.arange(len(statistics.counts)) != left_out
+    total = {name: getattr(statistics, name) for name in ("counts", "sums", "moments", "class_counts", "class_sums")}
+    old = {name: values[others].sum(0) for name, values in total.items()}
+    new = {name: values[left_out] for name, values in total.items()}
+    mean = old["sums"] / old["counts"]
+    shares = old["class_counts"] / old["counts"]
+    old = _centred(old, mean, shares)
+    new = _centred(new, mean, shares)
+    train, vectors = spectrum_of(*old)
+    alpha, beta = maximise_evidence(train)
+    both, _ = spectrum_of(*(first + second for first, second in zip(old, new, strict=True)))
+    labels = float(log_predictive(train, both, alpha, beta).mean() / new[0])
+    moments = ((new[1] @ vectors) * vectors).sum(0) / new[0]
+    size = dimension or len(mean)
+    density, stability = held_out_density(train.eigenvalues / train.count, train.count, moments, size)
+    parts = {"labels": labels, "density": density, "stability": stability}
+    return {"samples": int(new[0])} | parts | {"score": labels + stability}
+
+
+def _centred(sums: dict, mean: np.ndarray, shares: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+    """n, X'X, X'Y and the squares of Y of samples about given means, from sums about another point."""
+    count = int(sums["counts"])
+    cross = np.outer(sums["sums"], mean)
+    gram = sums["moments"] - cross - cross.T + count * np.outer(mean, mean)
+    products = (sums["class_sums"] - np.outer(sums["class_counts"], mean)).T
+    products = products - np.outer(sums["sums"] - count * mean, shares)
+    squares = sums["class_counts"] * (1 - 2 * shares) + count * shares**2
+    return count, gram, products, squares
