@@ -63,6 +63,7 @@ class WriteHandler(Handler):
 
     routes = Handler.routes | {
         "_create_repo": ("POST", r"/api/repos/create"),
+        "_space_variable": ("POST", r"/api/spaces/(?P<repo_id>[^/]+/[^/]+)/variables"),
         "_validate_yaml": ("POST", r"/api/validate-yaml"),
         "_preupload": ("POST", rf"{REPO}/preupload/(?P<revision>[^/]+)"),
         "_commit": ("POST", rf"{REPO}/commit/(?P<revision>[^/]+)"),
@@ -140,6 +141,13 @@ class WriteHandler(Handler):
             self.server.store.repos[kind, repo_id] = repo
             return self._send_json(answer)
         self._send(409, json.dumps(answer | {"error": "You already created this repo"}).encode(), {})
+
+    def _space_variable(self, repo_id: str) -> None:
+        self._writable("space", repo_id)
+        asked = json.loads(self._body())
+        variables = self.server.variables.setdefault(repo_id, {})
+        variables[asked["key"]] = asked["value"]
+        self._send_json({name: {"key": name, "value": value} for name, value in variables.items()})
 
     def _validate_yaml(self) -> None:
         text = json.loads(self._body())["content"]
@@ -272,6 +280,7 @@ class WritableHub(HubServer):
         self.tokens: dict[str, tuple[str, ...]] = {TOKEN: ("org",)}
         self.faults: dict[str, list[Fault]] = {}
         self.received: list[tuple[str, int]] = []
+        self.variables: dict[str, dict[str, str]] = {}  # of Spaces
         self.chunk_size: int | None = None
         self.parts: dict[tuple[str, int], bytes] = {}
 

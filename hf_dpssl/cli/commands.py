@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..runs.console import be_quiet
 from ..runs.flags import FlagParser
-from .errors import reported
+from .errors import reader_has_gone, reported
 
 
 class Command(NamedTuple):
@@ -83,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         be_quiet()
     name = _parser().parse_args(argv[:1]).command
     try:
-        return reported(f"hf-dpssl {name}", lambda: command_module(name).main(argv[1:]))
+        status = reported(f"hf-dpssl {name}", lambda: command_module(name).main(argv[1:]))
+        sys.stdout.flush()  # a reader that has gone is noticed here
+        return status
+    except BrokenPipeError:
+        return reader_has_gone()
     except SystemExit as ended:  # of an argparse that has printed its help
         if ended.code:
             raise

@@ -34,6 +34,8 @@ def reported(program: str, command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # as of `| head`: what was written is what was wanted
+        return reader_has_gone()
     except Exception as error:
         ours = _raised_by_us(error)
         if debugging() or not (isinstance(error, _expected()) or ours and isinstance(error, _EXPECTED_OF_OURS)):
@@ -42,6 +44,12 @@ def reported(program: str, command: Callable[[], object]) -> int:
         hint = "" if ours else f" ({type(error).__name__}; DPSSL_DEBUG=1 shows the traceback)"
         print(f"{program}: {message}{hint}", file=sys.stderr)
         return exit_status(error)
+
+
+def reader_has_gone() -> int:
+    """Nobody reads stdout any more: end without a word, as other commands do."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python still holds is written at its end
+    return 0
 
 
 def exit_status(error: Exception) -> int:

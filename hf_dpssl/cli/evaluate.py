@@ -169,9 +169,9 @@ def _find(source: str) -> _Checkpoint:
         except (ValueError, FileNotFoundError):
             raise
         except Exception as error:  # the client's many kinds
-            text = str(error).strip().splitlines() or ["no message"]
+            text = " ".join(str(error).split()) or "no message"
             raise OSError(
-                f"cannot read {source} from the Hub ({type(error).__name__}: {text[0]}). Is the name right? A private "
+                f"cannot read {source} from the Hub ({type(error).__name__}: {text}). Is the name right? A private "
                 "repository needs `hf auth login` or HF_TOKEN."
             ) from error
     raise AssertionError("unreachable")

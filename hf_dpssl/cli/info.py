@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`hf-dpssl info`: returns the exit status; errors of `describe_checkpoint`."""
     args = parse_command(parser(), argv)
-    from ..hub.checkpoint_facts import well_formed
+    from ..runs.lineage import well_formed
 
     with well_formed(args.checkpoint):
         facts = describe_checkpoint(args.checkpoint)

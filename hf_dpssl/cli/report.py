@@ -90,6 +90,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
     from ..embedding.feature_extractors import load_extractor
     from ..evaluation import quality_fingerprint
     from ..models.modeling_vq import VQAutoencoder
+    from ..runs.lineage import well_formed
 
     if args.images < 2:
         raise ValueError(f"--images must be at least 2, got {args.images}.")
@@ -101,7 +102,8 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, dict], dict[str, int]]:
     entries, samples = {}, {}
     for name, source in zip(names, tqdm(args.autoencoders, "autoencoders", leave=False), strict=True):
         try:
-            model = VQAutoencoder.from_pretrained(source).eval()
+            with well_formed(source):
+                model = VQAutoencoder.from_pretrained(source).eval()
         except (OSError, ValueError) as error:
             raise ValueError(f"cannot load the autoencoder {source!r}: {error}") from error
         shape = {"num_channels": model.config.num_channels}

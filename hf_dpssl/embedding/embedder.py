@@ -22,6 +22,7 @@ from ..data.decoding import to_square_tensor
 from ..data.views import normalize
 from ..models.modeling_contrastive import ContrastiveConfig
 from ..models.weight_hashes import combined_sha256, tensor_sha256
+from ..runs.lineage import well_formed
 from .choices import KINDS
 
 # Said outright: where nothing is said, transformers asks on the terminal whether to run a repository's code.
@@ -88,10 +89,11 @@ class ImageEmbedder:
             name, _, revision = name.partition("@")
         self.name = str(encoder)
         self.kind = kind
-        self.preprocess = Preprocessor(name, revision)
         self.first_token = False
         load = _load_with_head if kind == "embeddings" else self._load
-        self.model = load(name, revision).eval().requires_grad_(False)
+        with well_formed(name):
+            self.preprocess = Preprocessor(name, revision)
+            self.model = load(name, revision).eval().requires_grad_(False)
         self.device = torch.device(device or best_device())
         hashes = tensor_sha256(self.model.state_dict())
         settings = json.dumps(self.preprocess.settings, sort_keys=True, default=str)

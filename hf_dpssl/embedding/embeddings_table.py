@@ -9,7 +9,6 @@ embedding_job.py writes it; `datasets.load_dataset("parquet", data_dir=FOLDER)` 
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from ..data.image_table import decode_row
 from ..evaluation import nearest_neighbours
 from ..models.weight_hashes import combined_sha256
 from ..runs.atomic_files import atomic_file
+from ..runs.lineage import read_json, well_formed
 from .embedder import ImageEmbedder
 
 
@@ -47,7 +47,11 @@ class EmbeddingsTable:
         if not (self.folder / "manifest.json").exists():
             state = "unfinished: run the same hf-dpssl embed again" if (self.folder / "plan.json").exists() else "none"
             raise FileNotFoundError(f"embeddings in {self.folder}: {state}.")
-        self.manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        self.manifest = read_json(self.folder / "manifest.json")
+        with well_formed(self.folder):
+            self._read()
+
+    def _read(self) -> None:
         self.class_names = self.manifest["class_names"]
         tables = [(shard["split"], pq.read_table(self.folder / shard["file"])) for shard in self.manifest["shards"]]
         self.splits = [split for split, table in tables for _ in range(len(table))]
@@ -91,7 +95,9 @@ class EmbeddingsTable:
 
     def embedder(self, encoder: str | None = None) -> ImageEmbedder:
         """The encoder that made this table, loaded from where it was or from `encoder`; ValueError if it is another."""
-        embedder = ImageEmbedder(encoder or self.manifest["encoder"], kind=self.manifest["features"])
+        with well_formed(self.folder):
+            source, kind = encoder or self.manifest["encoder"], self.manifest["features"]
+        embedder = ImageEmbedder(source, kind=kind)
         if embedder.fingerprint != self.manifest["encoder_fingerprint"]:
             raise ValueError(
                 f"{embedder.name!r} ({embedder.fingerprint[:12]}) is not the encoder that made {self.folder} "

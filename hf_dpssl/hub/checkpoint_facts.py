@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..models.configuration_vq import VQConfig
-from ..runs.lineage import fingerprint_of, read_json
+from ..runs.lineage import fingerprint_of, read_json, well_formed
 from ..runs.redaction import command_without_folders, without_folders
 from .replay import FILE_NAME, checkpoint_kind
 
@@ -22,20 +19,6 @@ CONFIG_FILES = (
     "language_model/config.json scheduler/scheduler_config.json results.json recipe.yaml"
 ).split()
 _DIFFUSERS_AUTOENCODERS = ("VQModel", "AutoencoderKL")
-_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError)
-
-
-@contextmanager
-def well_formed(folder: str | os.PathLike) -> Iterator[None]:
-    """Whatever goes wrong in the block because files of a folder hold values of wrong types is a ValueError of it."""
-    try:
-        yield
-    except _MALFORMED as error:
-        what = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{folder} holds files that no run of this package writes ({type(error).__name__}: {what}): write or copy "
-            "them again."
-        ) from error
 
 
 def facts_of(folder: Path) -> dict:

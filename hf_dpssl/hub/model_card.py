@@ -17,12 +17,12 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
 from ..runs.atomic_files import atomic_file
-from ..runs.lineage import read_json
+from ..runs.lineage import read_json, well_formed
 from ..runs.redaction import redacted, without_folders
 from ..runs.shipped_folders import shipped_folder
 from .card_data import HUB_ID, energy, eval_results, figures, front_matter, licences_of
 from .card_merge import marked_card, merge_card, with_entries
-from .checkpoint_facts import KINDS, facts_of, well_formed
+from .checkpoint_facts import KINDS, facts_of
 from .eval_files import eval_files
 from .licences import KEYS as LICENCE_KEYS
 from .licences import is_restricted, licence_entries

@@ -25,8 +25,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
+from ..runs.lineage import well_formed
 from . import eval_files, model_card, replay
-from .checkpoint_facts import well_formed
 from .published_files import publishable_files, without_machine
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -147,6 +147,12 @@ class Target:
                     raise
                 return Published(head, self._url(head), None)
 
+    def set_variables(self, variables: dict[str, str]) -> None:
+        """Environment variables of a Space, which restarts with them."""
+        with self._explained():
+            for name, value in variables.items():
+                _retried(lambda name=name, value=value: self.api.add_space_variable(self.where["repo_id"], name, value))
+
     def _own_commit(self, adds: list[CommitOperationAdd], removed: list[str] | tuple) -> str | None:
         """The branch's head, when it is our commit whose answer was lost."""
         head = self.api.repo_info(**self.where, revision=self.revision).sha
@@ -189,7 +195,10 @@ class Target:
             found = "does not accept the token" if has_token else "wants a token, and there is none"
             return f"{endpoint} {found}: log in with `hf auth login`, or set HF_TOKEN to one that may write."
         if status == 403:
-            return f"The token may not write to {repo_id}: use one with write access to it, or another organisation."
+            return (
+                f"The token may not write to {repo_id} ({reason_of(error)}): use one with write access to it, or "
+                "another organisation."
+            )
         if status == 404:
             return f"{endpoint} has no {repo_id} at revision {self.revision!r} that this token may read."
         if status == 412:
@@ -212,7 +221,12 @@ def _holds(files: dict[str, str], add: CommitOperationAdd) -> bool:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return f"{type(error).__name__}: {reason_of(error)}"
+
+
+def reason_of(error: BaseException) -> str:
+    """The whole of what an error of the client says, in one line: a request's number comes first, the reason last."""
+    return " ".join(str(error).split()) or "no message"
 
 
 def _retried(call: Callable[[], Result], attempts: int | None = None) -> Result:

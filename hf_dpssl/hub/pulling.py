@@ -54,7 +54,7 @@ def download(repo_id: str, revision: str | None = None, **options) -> Path:
     except HFValidationError:
         raise
     except Exception as error:
-        found = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        found = " ".join(str(error).split()) or "no message"
         raise OSError(
             f"cannot pull {repo_id} at revision {revision or 'main'!r} from {constants.ENDPOINT} "
             f"({type(error).__name__}: {found}). Is the name right? A private repository needs `hf auth login` or "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import html
 import os
 import tempfile
 from pathlib import Path
@@ -44,6 +46,25 @@ def find_models(*names: str) -> dict[str, str]:
     return found
 
 
+def about_models(sources: dict[str, str]) -> str:
+    """What each of these models is, on what it was trained and for how long, as HTML; a folder by its name alone."""
+    from ..runs.lineage import read_json, small_files  # imports torch, which the command line's help does without
+    from ..runs.redaction import without_folders
+
+    lines = []
+    for name, source in sources.items():
+        is_folder = Path(source).is_dir()
+        folder = Path(source) if is_folder else small_files(source)
+        results = (read_json(folder / "results.json") or {}) if folder else {}
+        dataset, training = results.get("dataset"), results.get("training")
+        seconds = training.get("seconds") if isinstance(training, dict) else None
+        parts = [Path(source).name if is_folder else source]
+        parts.append(f"trained on {without_folders(str(dataset))}" if dataset else "training data not recorded")
+        parts.append(f"for {seconds / 60:.1f} min" if isinstance(seconds, int | float) else "time not recorded")
+        lines.append(f"<li><b>{html.escape(name)}</b>: {html.escape(', '.join(parts))}</li>")
+    return f"<ul>{''.join(lines)}</ul>"
+
+
 def source_arguments(source: str) -> dict[str, str]:
     """`from_pretrained(**...)` of a folder, a Hub id, or `id@revision`."""
     if Path(source).exists() or "@" not in source:
@@ -53,14 +74,19 @@ def source_arguments(source: str) -> dict[str, str]:
 
 
 def example_pictures(count: int) -> list[str]:
-    """Paths of the first `count` handwritten digits of scikit-learn as PNG, in a temporary folder."""
+    """Paths of the first `count` handwritten digits of scikit-learn as PNG, in a folder that goes with the process."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    folder = Path(tempfile.mkdtemp(prefix="digits-"))
+    folder = Path(_temporary_folder().name)
     paths = []
     for i, image in enumerate(load_digits().images[:count]):
         paths.append(str(folder / f"digit-{i}.png"))
         Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8)).save(paths[-1])
     return paths
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="digits-", ignore_cleanup_errors=True)

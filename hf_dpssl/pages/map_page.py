@@ -124,7 +124,8 @@ button[aria-pressed="true"] { border-color: CanvasText; }
 #legend button[aria-pressed="false"] { opacity: 0.4; }
 #legend i { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 6px; }
 #plot { position: relative; flex: 1; min-height: 200px; border-top: 1px solid var(--line); overflow: hidden; }
-#plot > canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; cursor: crosshair; }
+#plot > canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: pan-y pinch-zoom;
+  cursor: crosshair; }
 #tip { position: absolute; display: none; pointer-events: none; background: Canvas; border: 1px solid var(--line);
   border-radius: 8px; padding: 8px; max-width: 260px; overflow-wrap: anywhere; box-shadow: 0 2px 10px #0005; }
 #tip canvas { display: block; width: 112px; height: 112px; margin-bottom: 6px; }
@@ -243,6 +244,7 @@ canvas.addEventListener("pointerdown", event => {
   canvas.setPointerCapture(event.pointerId);
 });
 canvas.addEventListener("pointerup", () => { drag = null; });
+canvas.addEventListener("pointercancel", () => { drag = null; hovered = -1; show(-1); draw(); });  // the page scrolls
 canvas.addEventListener("pointermove", event => {
   const [x, y] = at(event);
   if (drag && Math.hypot(x - drag.from[0], y - drag.from[1]) > 3) {

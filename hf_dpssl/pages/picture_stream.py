@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +67,12 @@ class PictureRequest:
 
 
 def snippet(kind: type, source: str, request: PictureRequest) -> str:
-    """Python that draws the request's pictures again with `kind` (VQDiTPipeline or VQTokenPipeline) from `source`."""
+    """Python that draws the request's pictures again with `kind` (VQDiTPipeline or VQTokenPipeline) from `source`.
+
+    Of a folder by its whole path only the last part is shown.
+    """
+    if Path(source).is_absolute():  # of the server, which means nothing to a visitor
+        source = f"path/to/{Path(source).name}"
     place = source_arguments(source)
     arguments = [repr(place.pop("pretrained_model_name_or_path")), *(f"{k}={v!r}" for k, v in place.items())]
     labels = list(request.labels)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
-# Kept examples of an earlier start may be another model's.
-os.environ.setdefault("GRADIO_EXAMPLES_CACHE", tempfile.mkdtemp(prefix="examples-"))
+# Goes with the process: kept examples of an earlier start may be another model's, uploads are nobody's business.
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="space-", ignore_cleanup_errors=True)
+os.environ.setdefault("GRADIO_EXAMPLES_CACHE", f"{_TEMPORARY.name}/examples")
+os.environ.setdefault("GRADIO_TEMP_DIR", f"{_TEMPORARY.name}/files")
 import gradio as gr  # noqa: E402
 
 MAX_FILE_SIZE = 5 * 2**20  # bytes of an upload
@@ -63,6 +66,7 @@ def main(build: Callable[[], gr.Blocks], css: str = "") -> None:
     except (OSError, ValueError) as error:
         print(f"{Path(sys.argv[0]).parent.name}: {error}", file=sys.stderr)
         sys.exit(2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as containers end it: temporary folders go then, too
     launch(page, css)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from huggingface_hub import hf_hub_download
 from ..models.configuration_vq import VQConfig
 from ..models.modeling_vq import latent_fingerprint
 from .redaction import without_folders
+
+_MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError)
 
 if TYPE_CHECKING:  # not needed to read a card's files
     from accelerate import Accelerator
@@ -63,7 +66,7 @@ def describe_ancestor(source: str | os.PathLike) -> dict:
     folder = Path(source)
     about = {"name": folder.resolve().name} if folder.exists() else {"name": str(source)}
     if not folder.exists():
-        folder = _cached(str(source))
+        folder = small_files(str(source))
         about |= {"revision": folder.name} if folder else {}
     if folder is None or not folder.is_dir():
         return about
@@ -78,8 +81,8 @@ def describe_ancestor(source: str | os.PathLike) -> dict:
     return {name: value for name, value in about.items() if value}
 
 
-def _cached(source: str) -> Path | None:
-    """The snapshot folder of a Hub id, with its small files; None where it cannot be had."""
+def small_files(source: str) -> Path | None:
+    """The snapshot folder of a Hub id, with config.json and results.json; None where it cannot be had."""
     repo_id, _, revision = source.partition("@")
     if repo_id.count("/") != 1:
         return None
@@ -119,3 +122,15 @@ def read_json(path: Path) -> dict | None:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}: it is damaged.")
     return content
+
+
+@contextmanager
+def well_formed(source: str | os.PathLike) -> Iterator[None]:
+    """ValueError for whatever goes wrong in the block because files of a folder or Hub id hold wrong types."""
+    try:
+        yield
+    except _MALFORMED as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{source} holds files that cannot be read ({type(error).__name__}: {what}): write or copy them again."
+        ) from error

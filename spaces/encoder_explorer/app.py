@@ -13,7 +13,7 @@ try:
 except ImportError:
     pass
 
-from hf_dpssl.pages.demo_outputs import example_pictures, find_models
+from hf_dpssl.pages.demo_outputs import about_models, example_pictures, find_models
 from hf_dpssl.pages.neighbour_views import EncoderView, PictureBank
 from hf_dpssl.pages.page_pictures import picture_grid
 from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, picture_upload, readable_errors
@@ -90,6 +90,7 @@ def build(models: Models | None = None) -> gr.Blocks:
 
     with gr.Blocks(title="Encoder explorer", analytics_enabled=False, fill_width=True, delete_cache=CACHE) as page:
         gr.Markdown(INTRODUCTION + models.note, elem_classes="heading")
+        gr.HTML(about_models(models.sources), js_on_load=None, elem_classes="heading")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
                 picture = picture_upload(examples[0], "picture", "the picture to look for")

@@ -20,7 +20,7 @@ except ImportError:
 
 from hf_dpssl import VQDiTPipeline, VQTokenPipeline
 from hf_dpssl.embedding.embedder import best_device
-from hf_dpssl.pages.demo_outputs import find_models, source_arguments
+from hf_dpssl.pages.demo_outputs import about_models, find_models, source_arguments
 from hf_dpssl.pages.page_pictures import picture_grid, progress_bar
 from hf_dpssl.pages.picture_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, PictureRequest, snippet, stream_pictures
 from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, readable_errors
@@ -125,6 +125,7 @@ def build(models: Models | None = None) -> gr.Blocks:
     choices = models.class_choices(first)
     with gr.Blocks(title="Image generator", analytics_enabled=False, fill_width=True, delete_cache=CACHE) as page:
         gr.Markdown(INTRODUCTION, elem_classes="heading")
+        gr.HTML(about_models(models.sources), js_on_load=None, elem_classes="heading")
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 names = [(TITLES[name], name) for name in models.pipelines]

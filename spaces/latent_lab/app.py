@@ -12,7 +12,7 @@ except ImportError:
 
 from hf_dpssl import VQAutoencoder
 from hf_dpssl.embedding.embedder import best_device
-from hf_dpssl.pages.demo_outputs import example_pictures, find_models, source_arguments
+from hf_dpssl.pages.demo_outputs import about_models, example_pictures, find_models, source_arguments
 from hf_dpssl.pages.latent_views import LARGEST_ERROR, cross_fade, morph, view
 from hf_dpssl.pages.page_pictures import picture_grid
 from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, picture_upload, readable_errors
@@ -99,6 +99,7 @@ def build(models: Models | None = None) -> gr.Blocks:
 
     with gr.Blocks(title="Latent lab", analytics_enabled=False, fill_width=True, delete_cache=CACHE) as page:
         gr.Markdown(INTRODUCTION + models.note, elem_classes="heading")
+        gr.HTML(about_models(models.sources), js_on_load=None, elem_classes="heading")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 first = picture_upload(examples[0], "picture", "the picture to encode")

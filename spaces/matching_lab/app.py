@@ -39,6 +39,9 @@ Both maps see the **same P** of 256 points: who is similar in many dimensions. E
 similarities **Q** in two dimensions fit. The left map measures Q with a **Gaussian** (SNE), the right one with **the
 kernel you choose**. Far fewer points fit around a point in a plane than in 64 dimensions: under the Gaussian they crowd
 together, the heavy tail of **Student-t** makes room. That is what turns SNE into t-SNE, and SimCLR into t-SimCLR.
+
+**Class gap**: how many times as far as the nearest point of its own class the nearest point of another class is, in the
+median over all points. 1 is a map on which classes cannot be told apart; more is more room between them.
 """
 
 

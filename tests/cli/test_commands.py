@@ -245,3 +245,10 @@ def test_wheel_trains_writes_a_card_and_names_its_spaces_from_an_empty_folder(wh
         assert name in printed
         assert (site / f"hf_dpssl/_spaces/{name}/requirements.txt").is_file()
     assert [path.name for path in empty.iterdir()] == ["run"]
+
+
+def test_a_reader_that_stops_early_ends_a_command_quietly(tmp_path):
+    """As `hf-dpssl env | head -1`: nothing on stderr, and no broken status."""
+    command = f"{sys.executable} -m hf_dpssl.cli env --json | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["{", "0"] and done.stderr == ""

@@ -2,12 +2,14 @@
 
 import base64
 import io
+import json
 from html.parser import HTMLParser
 
 import numpy as np
 import torch
 from PIL import Image
 
+from hf_dpssl.pages.demo_outputs import about_models
 from hf_dpssl.pages.page_pictures import curves_svg, map_svg, picture_grid, to_pictures
 
 BAD = '"><script>alert(1)</script>&amp;'
@@ -49,3 +51,12 @@ def test_pictures_have_the_rounded_pixels_and_addresses_hold_them_losslessly():
     address = next(v for v in Read(picture_grid(pictures[:1], ["one"])).values if v.startswith("data:image/png"))
     stored = Image.open(io.BytesIO(base64.b64decode(address.split(",")[1])))
     assert (np.asarray(stored) == np.asarray(pictures[0])).all()
+
+
+def test_a_page_says_what_its_models_are_on_what_and_for_how_long_they_were_trained(tmp_path):
+    (tmp_path / "mine").mkdir()
+    results = {"dataset": "/home/me/<b>faces", "training": {"seconds": 90}}
+    (tmp_path / "mine" / "results.json").write_text(json.dumps(results))
+    text = about_models({"dit": str(tmp_path / "mine"), "dae": "no id"})
+    assert "<b>dit</b>: mine, trained on &lt;b&gt;faces, for 1.5 min" in text and str(tmp_path) not in text
+    assert "<b>dae</b>: no id, training data not recorded, time not recorded" in text
