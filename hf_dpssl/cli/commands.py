@@ -49,6 +49,10 @@ COMMANDS = {
         "vectors of a folder or data set, as parquet", "outputs/demo/encoder digits --output_dir outputs/embeddings"
     ),
     "search": Command("nearest neighbours of pictures among embeddings", "outputs/embeddings picture.png --k 5"),
+    "rank": Command(
+        "which encoder to take for pictures of several domains",
+        "path/to/domains --zoo outputs/demo/encoder timm/resnet18.a1_in1k --output_dir outputs/rank",
+    ),
     "import": Command(
         "write another code's checkpoint as a folder of ours",
         "moco_v2_800ep_pretrain.pth.tar --output_dir outputs/moco-v2",

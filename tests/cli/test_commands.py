@@ -88,6 +88,7 @@ BAD_INPUT = [
     ("sample {missing} --output_dir {new}", "missing"),
     ("embed {missing} digits --output_dir {new}", "missing"),
     ("search {missing} picture.png", "missing"),
+    ("rank {missing} --zoo encoder --output_dir {new}", "missing"),
     ("import {missing} --output_dir {new}", "missing"),
     ("export {missing} --format timm --output_dir {new}", "missing is no folder"),
     ("export {empty} --format timm --output_dir {new}", "is no finished checkpoint"),

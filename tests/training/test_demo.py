@@ -108,6 +108,8 @@ def readers_folder(short_demo, tmp_path, monkeypatch, launch, hub):
         for index in range(12):
             picture = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
             picture.save(tmp_path / "path/to/images" / name / f"{index}.png")
+    for domain in ("photo", "sketch"):
+        shutil.copytree(tmp_path / "path/to/images", tmp_path / "path/to/domains" / domain)
     shutil.copy(tmp_path / "path/to/images/cat/0.png", tmp_path / "query.png")
     state = timm.create_model("resnet18", num_classes=128).state_dict()
     moco = {f"module.encoder_{branch}.{key}": value for branch in "qk" for key, value in state.items()}

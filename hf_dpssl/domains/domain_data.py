@@ -1,0 +1,144 @@
+"""Pictures with a domain each, and a class where there are labels.
+
+| what is given | domains | classes |
+|---|---|---|
+| a column of domains | its values | the label column |
+| a folder of images | folders of the first level (below train, test ... where there are these) | of the second level |
+
+All splits count together. Nothing is decoded here.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from torch import Tensor
+
+from ..data.image_data import ImageData, load_images
+from ..data.subsets import random_rows
+from ..embedding.embeddings_table import dataset_fingerprint
+from .ranking import check_domains
+
+_NUMBER = "row_number"
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """Pictures of several domains.
+
+    Attributes:
+        data: how the pictures are read; its "label" is the row's number in `images`.
+        images: all splits in one.
+        domains: (N,) domain of each row; domain_names: by id.
+        labels: (N,) class of each row, or None; class_names: by id, or None.
+        rows: those that are used, ascending.
+        fingerprint: of images and rows.
+    """
+
+    data: ImageData
+    images: Dataset
+    domains: Tensor
+    domain_names: list[str]
+    labels: Tensor | None
+    class_names: list[str] | None
+    rows: Sequence[int]
+    fingerprint: str
+
+
+def load_domains(
+    name: str,
+    *,
+    domain_column: str | None = None,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    revision: str | None = None,
+    labelled: bool = True,
+    limit: int | None = None,
+    seed: int = 0,
+) -> DomainData:
+    """Load a data set by the rules at the top of this file, and check that each domain can be left out.
+
+    Args:
+        name, label_column, image_column, revision: as in `load_images`.
+        domain_column: of domains; None: those are folders.
+        labelled: whether classes are needed.
+        limit: at most so many pictures, drawn at random, of each class of each domain its share.
+        seed: of that draw.
+
+    Raises:
+        ValueError: what `load_images` and `check_domains` refuse, no domains or no classes; says what to do.
+    """
+    if limit is not None and limit < 4:
+        raise ValueError(f"at least 4 images are needed, two of each of two domains, got a limit of {limit}.")
+    options = {"image_column": image_column, "revision": revision, "hold_out": False}
+    if domain_column is not None and domain_column == label_column:
+        raise ValueError(f"domains and classes cannot both be the column {domain_column!r}.")
+    data = load_images(name, label_column=domain_column, **options)
+    images = _in_one(data)
+    if domain_column is None:
+        inside = _folders(name, data, images)
+        domains = torch.tensor(images[data.label_column][:])
+        class_names = sorted({folder for folder in inside if folder is not None})
+        ids = {folder: number for number, folder in enumerate(class_names)} | {None: -1}
+        labels = torch.tensor([ids[folder] for folder in inside])
+    else:
+        domains = torch.tensor(images[domain_column][:])
+        if bare := int((domains < 0).sum()):
+            raise ValueError(f"{bare} of {len(domains)} images of {name!r} have no domain in {domain_column!r}.")
+        labels, class_names = _classes(name, domain_column, label_column, options) if labelled else (domains, None)
+    if labelled and (bare := int((labels < 0).sum())):
+        layout = "sort them as DOMAIN/CLASS/image" if domain_column is None else "mend the labels"
+        raise ValueError(f"{bare} of {len(labels)} images of {name!r} have no class: {layout}, or pass --no_labels.")
+    groups = domains if not labelled else domains * (int(labels.max()) + 1) + labels
+    rows = range(len(images))
+    if limit is not None and limit < len(images):
+        rows = random_rows(len(images), limit, labels=groups.tolist(), seed=seed)
+    chosen = torch.tensor(list(rows))
+    if len(data.class_names or []) < 2:
+        raise ValueError(
+            f"all images of {name!r} are of one domain: ranking leaves domains out, and needs two or more."
+        )
+    check_domains(labels[chosen] if labelled else None, domains[chosen], class_names, data.class_names)
+    splits = {"train": data.train} | ({} if data.evaluation is None else {"evaluation": data.evaluation})
+    fingerprint = f"{dataset_fingerprint(splits)}-{limit}-{seed}"
+    images = images.select_columns([data.image_column]).add_column(_NUMBER, list(range(len(images))))
+    reading = replace(data, label_column=_NUMBER)
+    names = class_names if labelled else None
+    return DomainData(
+        reading, images, domains, data.class_names, labels if labelled else None, names, rows, fingerprint
+    )
+
+
+def _in_one(data: ImageData) -> Dataset:
+    return data.train if data.evaluation is None else concatenate_datasets([data.train, data.evaluation])
+
+
+def _classes(name: str, domain_column: str, label_column: str | None, options: dict) -> tuple[Tensor, list[str]]:
+    data = load_images(name, label_column=label_column, **options)
+    if data.class_names is None or data.label_column == domain_column:
+        why = f" ({data.label_problem})" if data.label_problem else ""
+        raise ValueError(f"{name!r} has no classes{why}: name their column with --label_column, or pass --no_labels.")
+    return torch.tensor(_in_one(data)[data.label_column][:]), data.class_names
+
+
+def _folders(name: str, data: ImageData, images: Dataset) -> list[str | None]:
+    """The folder below that of the domain, of each image; None where there is none."""
+    root = Path(name).expanduser()
+    paths = [value["path"] if isinstance(value, dict) else None for value in images[data.image_column][:]]
+    if not root.is_dir() or not all(path and Path(path).is_relative_to(root) for path in paths):
+        raise ValueError(f"{name!r} is no folder of images: name the column of the domains with --domain_column.")
+    if data.class_names is None:
+        raise ValueError(
+            f"{name!r} has no folders of domains: sort the images as DOMAIN/CLASS/image, two domains or more."
+        )
+    found = []
+    for path in paths:
+        parts = [unicodedata.normalize("NFC", part) for part in Path(path).relative_to(root).parts]
+        below = parts[1:] if parts[0] in data.class_names else parts[2:]  # a split stands above
+        found.append(below[0] if len(below) > 1 else None)
+    return found

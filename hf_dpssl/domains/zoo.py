@@ -1,0 +1,146 @@
+"""Ranking a zoo, which is a list of encoders, on pictures of several domains: features once, then closed forms."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.image_table import BadImageError
+from ..embedding.embedder import ImageEmbedder
+from ..embedding.encoder_evaluation import extract_features, extract_views
+from ..evaluation.geometry import effective_rank
+from ..evaluation.neighbours import nearest_neighbours
+from ..evaluation.student_interval import student_interval
+from ..models.weight_hashes import combined_sha256
+from .baselines import h_score, knn_across_domains, log_me
+from .domain_data import DomainData
+from .ranking import leave_one_domain_out
+
+
+def rank_zoo(
+    zoo: Sequence[str],
+    given: DomainData,
+    *,
+    features: str = "features",
+    cache: str | os.PathLike | None = None,
+    batch_size: int = 64,
+    on_bad_image: str = "error",
+    seed: int = 0,
+) -> list[dict]:
+    """Score every encoder, best first; those that failed stand last.
+
+    With labels the score is that of `leave_one_domain_out`, whose mean over domains is ranked. Without, it is the share
+    in percent of a domain's pictures of which one random view is nearest, among the second views of all pictures of
+    the domain, to its own second view: features that tell pictures apart and not how they are cropped or coloured.
+
+    Args:
+        zoo: folders or Hub ids, as `ImageEmbedder` takes them.
+        given: the pictures.
+        features: "features" (of the backbone) or "embeddings" (of the head).
+        cache: folder in which features are kept, by encoder and pictures; None: nowhere.
+        batch_size: pictures embedded at once.
+        on_bad_image: "error", or "skip" to leave unreadable pictures out.
+        seed: of the views.
+
+    Returns:
+        For each encoder {"encoder", "score": {"mean", "low", "high"} over domains, "domains": {name: its parts},
+        "behind": the same three of the first one's score minus this one's, domain by domain, "width", "parameters",
+        "seconds", "cached", "fingerprint"} and, with labels, "labels", "stability", "log_me", "h_score", "knn_top1",
+        without them "effective_rank"; or {"encoder", "error"}.
+
+    Raises:
+        ValueError: an empty zoo, the same encoder twice, or none that could be measured. BadImageError: an unreadable
+            picture, with on_bad_image="error".
+    """
+    double = sorted({name for name in zoo if list(zoo).count(name) > 1})
+    if not zoo or double:
+        raise ValueError(
+            f"the same encoder is given twice: {double}." if double else "the zoo is empty: name encoders."
+        )
+    reading = {"batch_size": batch_size, "on_bad_image": on_bad_image}
+    entries = []
+    for name in tqdm(zoo, "encoders", unit="encoder"):
+        try:
+            entries.append(_measured(name, given, features, cache, reading, seed))
+        except BadImageError:
+            raise
+        except Exception as error:  # libraries and the Hub raise many kinds, and the other encoders go on
+            entries.append({"encoder": name, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+    done = [entry for entry in entries if "score" in entry]
+    if not done:
+        raise ValueError("no encoder could be measured: " + "; ".join(f"{e['encoder']}: {e['error']}" for e in entries))
+    done.sort(key=lambda entry: -entry["score"]["mean"])
+    best = _scores(done[0])
+    for entry in done:
+        entry["behind"] = student_interval([first - own for first, own in zip(best, _scores(entry), strict=True)])
+    return done + [entry for entry in entries if "error" in entry]
+
+
+def _scores(entry: dict) -> list[float]:
+    return [parts["score"] for parts in entry["domains"].values()]
+
+
+def _measured(name: str, given: DomainData, kind: str, cache, reading: dict, seed: int) -> dict:
+    start = time.perf_counter()
+    embedder = ImageEmbedder(name, kind=kind)
+    found, rows, cached = _features(embedder, given, cache, reading)
+    domains = given.domains[rows]
+    if given.labels is None:
+        views = extract_views(embedder, given.data, given.images, rows.tolist(), seed=seed, **reading)
+        per_domain = _agreement(*views, domains)
+        more = effective_rank(found, centre=True)
+    else:
+        labels = given.labels[rows]
+        per_domain = leave_one_domain_out(found, labels, domains)
+        more = {
+            part: sum(entry[part] for entry in per_domain) / len(per_domain) for part in ("labels", "stability")
+        } | {"log_me": log_me(found, labels), "h_score": h_score(found, labels)}
+        right = knn_across_domains(found, labels, domains)
+        more["knn_top1"] = sum(right) / len(right)
+    return {
+        "encoder": name,
+        "score": student_interval([entry["score"] for entry in per_domain]),
+        "domains": dict(zip(given.domain_names, per_domain, strict=True)),
+        **more,
+        "width": embedder.dimension,
+        "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
+        "seconds": time.perf_counter() - start,
+        "cached": cached,
+        "fingerprint": embedder.fingerprint,
+    }
+
+
+def _features(embedder: ImageEmbedder, given: DomainData, cache, reading: dict) -> tuple[Tensor, Tensor, bool]:
+    """Features (n, D) of the pictures that can be read, their rows (n,), and whether they lay in the cache."""
+    key = combined_sha256(
+        {"encoder": embedder.fingerprint, "images": given.fingerprint, "bad": reading["on_bad_image"]}
+    )
+    path = Path(cache) / f"{key[:32]}.safetensors" if cache is not None else None
+    if path is not None and path.exists():
+        kept = load_file(path)
+        return kept["features"], kept["rows"], True
+    found, rows = extract_features(embedder, given.data, given.images, given.rows, **reading)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({"features": found.contiguous(), "rows": rows}, temporary)
+        temporary.replace(path)
+    return found, rows, False
+
+
+def _agreement(first: Tensor, second: Tensor, domains: Tensor) -> list[dict[str, float]]:
+    """Of each domain: percent of first views whose nearest second view (cosine) is of the same picture."""
+    found = []
+    for domain in domains.unique().tolist():
+        inside = domains == domain
+        _, nearest = nearest_neighbours(second[inside], first[inside], k=1)
+        right = nearest[:, 0] == torch.arange(len(nearest))
+        found.append({"samples": len(nearest), "score": 100 * float(right.double().mean())})
+    return found

@@ -1,0 +1,143 @@
+"""`hf-dpssl rank` on tiny encoders and pictures of three domains."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_encoders import save_ours
+
+from hf_dpssl.cli.commands import main
+from hf_dpssl.domains import leave_one_domain_out, load_domains
+from hf_dpssl.domains.zoo import _agreement
+from hf_dpssl.embedding.embedder import ImageEmbedder
+
+DOMAINS, CLASSES, EACH = ["dark", "light", "noisy"], ["green", "red"], 7
+
+
+def picture(domain: int, label: int, number: int) -> Image.Image:
+    """16 x 16: the class is a colour, the domain a brightness or noise."""
+    random = np.random.default_rng([domain, label, number])
+    pixels = random.normal(60 if domain == 0 else 140, 60 if domain == 2 else 20, (16, 16, 3))
+    pixels[..., 1 - label] += 60
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+PLACES = [(d, c, n) for d in range(len(DOMAINS)) for c in range(len(CLASSES)) for n in range(EACH)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    for domain, label, number in PLACES:
+        folder = root / DOMAINS[domain] / CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(domain, label, number).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Two encoders, and one that has no weights."""
+    root = tmp_path_factory.mktemp("zoo")
+    save_ours(root / "narrow")
+    save_ours(root / "wide", model_args={"channels": [8, 16, 16, 32]})
+    save_ours(root / "broken")
+    (root / "broken/model.safetensors").write_bytes(b"nothing")
+    return [str(root / name) for name in ("broken", "narrow", "wide")]
+
+
+def rank(capsys, *argv) -> list[dict]:
+    assert main(["rank", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_last(pictures, zoo, tmp_path, capsys):
+    found = rank(capsys, pictures, "--zoo", *zoo, "--output_dir", tmp_path)
+    assert found[-1].keys() == {"encoder", "error"} and found[-1]["encoder"] == zoo[0]
+    domains, labels, _ = torch.tensor(PLACES).T
+    for entry in found[:2]:
+        embedder = ImageEmbedder(entry["encoder"])
+        features = embedder.embed_pictures([picture(*place) for place in PLACES])
+        wanted = leave_one_domain_out(features, labels, domains)
+        for name, expected in zip(DOMAINS, wanted, strict=True):
+            assert entry["domains"][name] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        scores = [expected["score"] for expected in wanted]
+        assert entry["score"]["mean"] == pytest.approx(np.mean(scores), abs=1e-3)
+        assert entry["score"]["low"] < entry["score"]["mean"] < entry["score"]["high"]
+        assert entry["width"] == features.shape[1] and entry["parameters"] > 1000 and not entry["cached"]
+    assert found[0]["score"]["mean"] >= found[1]["score"]["mean"]
+    assert found[0]["behind"] == {"mean": 0, "low": 0, "high": 0} and found[1]["behind"]["mean"] >= 0
+    written = json.loads((tmp_path / "rank.json").read_text())
+    assert written["metrics"][zoo[1]]["score"] == next(e["score"] for e in found if e["encoder"] == zoo[1])
+    assert Image.open(tmp_path / "rank.png").size[0] > 100
+
+    assert main(["rank", str(pictures), "--zoo", *zoo, "--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{zoo[0]}" in printed and "failed: " in printed
+    assert f"hf-dpssl embed {found[0]['encoder']} {pictures} --output_dir outputs/embeddings" in printed
+    again = json.loads((tmp_path / "rank.json").read_text())["metrics"]
+    assert all(again[e["encoder"]]["cached"] and again[e["encoder"]]["score"] == e["score"] for e in found[:2])
+
+
+def test_domains_of_a_column_give_what_folders_give(pictures, zoo, tmp_path, capsys):
+    def png(place) -> dict:
+        file = io.BytesIO()
+        picture(*place).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    domains, labels, _ = torch.tensor(PLACES).T
+    types = {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES), "style": datasets.Value("string")}
+    columns = {"image": [png(place) for place in PLACES], "label": labels.tolist()}
+    columns["style"] = [DOMAINS[domain] for domain in domains.tolist()]
+    datasets.Dataset.from_dict(columns, features=datasets.Features(types)).to_parquet(tmp_path / "table.parquet")
+    arguments = ["--zoo", zoo[1], "--output_dir"]
+    of_column = rank(capsys, tmp_path / "table.parquet", "--domain_column", "style", *arguments, tmp_path / "column")
+    of_folders = rank(capsys, pictures, *arguments, tmp_path / "folders")
+    assert of_column[0]["domains"] == of_folders[0]["domains"]
+
+
+def test_without_labels_pictures_are_told_apart_by_their_views(pictures, zoo, tmp_path, capsys):
+    found = rank(capsys, pictures, "--zoo", *zoo[1:], "--no_labels", "--output_dir", tmp_path)
+    for entry in found:
+        assert list(entry["domains"]) == DOMAINS and 1 <= entry["effective_rank"] <= entry["width"]
+        assert 0 <= entry["score"]["mean"] <= 100
+    domains = torch.arange(60) // 30
+    told = torch.randn(60, 8)
+    cases = {"told": told, "noise": torch.randn(60, 8), "collapsed": torch.ones(60, 8)}
+    for name, first in cases.items():
+        scores = [entry["score"] for entry in _agreement(first, first if name == "collapsed" else told + 0.01, domains)]
+        assert scores == [100, 100] if name == "told" else max(scores) < 15, name
+
+
+def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, tmp_path, capsys):
+    flat, lonely = tmp_path / "flat", tmp_path / "lonely"
+    for number, name in enumerate(["a/1", "a/2", "b/1", "b/2", "b/3"]):
+        (flat / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0, 0, number).save(flat / f"{name}.png")
+    for number, name in enumerate(["a/x/1", "a/x/2", "a/y/1", "b/x/1", "b/x/2"]):
+        (lonely / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0, 0, number).save(lonely / f"{name}.png")
+    cases = [
+        (f"{pictures / 'dark' / 'red'} --zoo none", "no folders of domains"),
+        (f"{flat} --zoo none", "5 of 5 images"),
+        (f"{lonely} --zoo none", "class 'y' is found in domain 'a' only"),
+        ("digits --zoo none", "name the column of the domains with --domain_column"),
+        ("digits --zoo none --domain_column style", "has no column 'style'"),
+        ("digits --zoo none --domain_column label", "with --label_column"),
+        (f"{pictures} --zoo none none", "the same encoder is given twice: ['none']"),
+        (f"{pictures} --zoo none --images 2", "at least 4 images"),
+    ]
+    for line, message in cases:
+        assert main(["rank", *line.split(), "--output_dir", str(tmp_path / "new")]) == 2, line
+        assert message in capsys.readouterr().err, line
+        assert not (tmp_path / "new").exists(), line
+
+
+def test_a_limit_takes_of_each_class_of_each_domain_its_share(pictures):
+    given = load_domains(str(pictures), limit=18)
+    rows = list(given.rows)
+    assert len(rows) == 18 and torch.bincount(given.domains[rows] * 2 + given.labels[rows]).tolist() == [3] * 6
