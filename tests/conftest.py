@@ -6,7 +6,6 @@ import copy
 import importlib
 import multiprocessing
 import os
-import random
 import sys
 import traceback
 import warnings
@@ -22,23 +21,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-def _seed() -> None:
-    import numpy as np
-    import torch
-
-    torch.manual_seed(0), np.random.seed(0), random.seed(0)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def seeded_module():
     """What a module's fixtures draw does not depend on the modules before."""
-    _seed()
+    from cases import seed_generators
+
+    seed_generators()
 
 
 @pytest.fixture(autouse=True)
 def seeded_test(seeded_module):
     """Draws without a seed of their own are the same in every run, so that a test does not fail by chance."""
-    _seed()
+    from cases import seed_generators
+
+    seed_generators()
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cases import for_each
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "hf_dpssl"
@@ -46,7 +47,7 @@ def test_every_module_lives_in_a_room():
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@for_each("room", ROOMS)
 def test_rooms_import_lower_rooms_only(room):
     lower = set(ROOMS[: ROOMS.index(room)])
     wrong = {
@@ -55,7 +56,7 @@ def test_rooms_import_lower_rooms_only(room):
     assert not wrong
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@for_each("room", ROOMS)
 def test_no_module_bears_a_public_name_of_its_room(room):
     """An import of the module would hide the name, as public names are imported when they are first used."""
     public = set(re.findall(r"import (\w+) as", (PACKAGE / room / "__init__.pyi").read_text(encoding="utf-8")))
@@ -64,7 +65,7 @@ def test_no_module_bears_a_public_name_of_its_room(room):
     assert public & modules == as_modules
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@for_each("room", ROOMS)
 def test_a_room_says_what_lives_in_it_in_ten_lines(room):
     text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")))
     assert text and len(text.splitlines()) <= 10 and ".py" in text

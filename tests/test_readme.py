@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import for_each
 from documents import steps_of
 
 from hf_dpssl.cli.commands import command_module
@@ -42,7 +43,7 @@ def test_the_readme_is_read_in_one_go():
     assert len(README.splitlines()) <= 200
 
 
-@pytest.mark.parametrize("page", PAGES)
+@for_each("page", PAGES)
 def test_files_that_a_page_names_exist(page):
     path = REPOSITORY / page
     targets = re.findall(r"\]\(([^)#:]+)\)", path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import for_each
 from torch import nn
 
 from hf_dpssl.autoencoder.adversarial_losses import (
@@ -199,7 +200,7 @@ def test_adversary_learns_to_tell_constant_fakes_from_noise():
     assert losses[0] == pytest.approx(1, abs=0.1) and losses[-1] < 0.1
 
 
-@pytest.mark.parametrize(("size", "layers"), [(8, 1), (16, 2), (32, 3), (256, 3)])
+@for_each("size, layers", [(8, 1), (16, 2), (32, 3), (256, 3)])
 def test_number_of_layers_follows_the_image_size(size, layers):
     assert PatchDiscriminatorConfig(image_size=size).num_layers == layers
     config = PatchDiscriminatorConfig(width=8, image_size=size)
@@ -207,7 +208,7 @@ def test_number_of_layers_follows_the_image_size(size, layers):
     assert PatchDiscriminator(config)(torch.zeros(1, 3, size, size)).logits.shape == (1, 1, side, side)
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": "batch"}, {"norm": "none", "spectral_norm": True}], ids=str)
+@for_each("options", [{}, {"norm": "batch"}, {"norm": "none", "spectral_norm": True}])
 def test_discriminator_survives_save_and_load(options, tmp_path):
     model = make_discriminator(**options).eval()
     model.save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import for_each
 
 from hf_dpssl.autoencoder import generator_complexity
 from hf_dpssl.autoencoder.complexity_curve import Budget, critic_gap, generator_gaps, rows_of, train_generator
@@ -32,7 +33,7 @@ def noise(count: int, random: torch.Generator) -> torch.Tensor:
     return torch.randn(count, 4, generator=random)
 
 
-@pytest.mark.parametrize("mean, sd", [(0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (0.0, 3.0), (9.0, 1.0)])
+@for_each("mean, sd", [(0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (0.0, 3.0), (9.0, 1.0)])
 def test_gap_is_the_jensen_shannon_divergence_from_below(mean, sd):
     random, draw = torch.Generator().manual_seed(0), normal(0.0)
     x = torch.linspace(-20, 20, 20_001, dtype=torch.float64)

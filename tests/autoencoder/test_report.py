@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from PIL import Image
 from tiny_checkpoints import encoder_model
 
@@ -112,8 +113,8 @@ def test_names_are_the_shortest_ends_that_differ():
         unique_names(["a/x", "a/x"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
+@for_each(
+    "flags, message",
     [
         (["./nowhere"], "nowhere"),
         (["FOLDER", "--names", "a", "b"], "--names needs 1"),

@@ -6,6 +6,7 @@ import math
 import contrastive
 import pytest
 import torch
+from cases import for_each
 from scipy.optimize import brentq
 
 from hf_dpssl import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining, moco, t_simclr
@@ -197,7 +198,7 @@ def test_learned_dof_stay_in_their_range_whatever_the_step():
     assert low == pytest.approx(DOF_RANGE[0]) and high == pytest.approx(DOF_RANGE[1])
 
 
-@pytest.mark.parametrize("loss", ["joint", "anchor", "queue"])
+@for_each("loss", ["joint", "anchor", "queue"])
 def test_gradient_of_learned_dof_equals_finite_differences(loss):
     view_1, view_2, queue = random(6, 3), random(6, 3, seed=1), random(9, 3, seed=2)
 

@@ -5,6 +5,7 @@ import math
 import loops
 import pytest
 import torch
+from cases import for_each
 from loops import points
 
 from hf_dpssl.contrastive.kernels import KERNELS, Kernel, log_similarities, make_kernel, squared_distances
@@ -46,7 +47,7 @@ def test_gradient_of_squared_distances_is_twice_the_difference():
     torch.testing.assert_close(x.grad, 2 * (x.detach() - y))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@for_each("name", KERNELS)
 def test_every_form_of_a_kernel_equals_the_logarithm_of_the_loop(name):
     x, y = points(4), points(5, seed=1)
     for temperature in (0.1, 1.0, 8.0):
@@ -84,7 +85,7 @@ def test_log_kernel_does_not_underflow_where_the_kernel_itself_does():
     torch.testing.assert_close(value, torch.tensor(-50.5 * math.log1p(100)))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@for_each("name", KERNELS)
 def test_kernel_is_symmetric_largest_at_the_point_itself_and_keeps_its_invariance(name):
     x, y = points(6, 4), points(3, 4, seed=1)
     found = log_similarities(x, y, **OPTIONS[name])
@@ -98,7 +99,7 @@ def test_kernel_is_symmetric_largest_at_the_point_itself_and_keeps_its_invarianc
     torch.testing.assert_close(log_similarities(*moved, **OPTIONS[name]), found)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@for_each("name", KERNELS)
 def test_half_precision_is_computed_in_float32_autocast_changes_no_bit_and_float64_stays(name):
     for dtype in (torch.bfloat16, torch.float16):
         x, y = points(6, 32).to(dtype), points(5, 32, seed=1).to(dtype)

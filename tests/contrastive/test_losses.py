@@ -7,6 +7,7 @@ import loops
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import for_each
 from loops import close, points, similarity, views
 from sklearn.manifold._t_sne import _joint_probabilities, _kl_divergence
 
@@ -87,7 +88,7 @@ def test_moco_with_cosine_equals_cross_entropy_of_the_positive():
     torch.testing.assert_close(moco(query, key, queue), F.cross_entropy(logits, torch.zeros(4, dtype=torch.int64)))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@for_each("name", KERNELS)
 def test_clip_and_sup_con_equal_the_loops_and_sup_con_skips_lonely_anchors(name):
     kernel, options = KERNELS[name]
     image, text = views(6)
@@ -104,7 +105,7 @@ def test_sup_con_of_one_positive_each_is_the_contrastive_loss():
     torch.testing.assert_close(sup_con(z, labels, temperature=0.5, kernel="student_t", dof=2.0), expected)
 
 
-@pytest.mark.parametrize("dof", [1.0, 3.0, 7.0])
+@for_each("dof", [1.0, 3.0, 7.0])
 def test_joint_t_simclr_is_t_sne_with_pairs_as_neighbours(dof):
     pairs = 5
     a, b = views(pairs, 2)
@@ -130,7 +131,7 @@ def test_sne_equals_the_loop():
     assert close(sne(p, y, temperature=1.5), expected)
 
 
-@pytest.mark.parametrize("dof", [1.0, 2.0, 7.0])
+@for_each("dof", [1.0, 2.0, 7.0])
 def test_t_sne_equals_scikit_learns_objective_and_gradient(dof):
     x, y = points(20, 6), points(20, 2, seed=3).requires_grad_()
     condensed = _joint_probabilities(torch.cdist(x, x).pow(2).numpy().astype("float32"), 5.0, 0)
@@ -182,7 +183,7 @@ def test_value_at_collapse_is_the_log_of_the_number_of_candidates():
 # Invariances and gradients.
 
 
-@pytest.mark.parametrize("name", PAIR_LOSSES)
+@for_each("name", PAIR_LOSSES)
 def test_only_the_pairing_and_the_ratio_of_weights_matter(name):
     loss = PAIR_LOSSES[name]
     a, b = views(7)

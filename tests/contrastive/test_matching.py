@@ -7,6 +7,7 @@ import math
 import loops
 import pytest
 import torch
+from cases import for_each
 from loops import points
 
 from hf_dpssl import matching
@@ -44,7 +45,7 @@ def test_divergence_equals_its_definition(normalization):
             assert loops.close(match(p, log_q, name, alpha=alpha), expected, 1e-11), (name, alpha, zeros)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@for_each("kernel", KERNELS)
 def test_q_equals_the_loop_and_leaves_out_self_and_masked_pairs(kernel):
     z, mask = points(5), torch.ones(5, 5, dtype=torch.bool)
     mask[0, 3] = False
@@ -323,7 +324,7 @@ BUILDERS = {
 }
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@for_each("name", BUILDERS)
 def test_every_cell_of_this_p_trains_on_the_mixture(name):
     for normalization, kernel, divergence in itertools.product(NORMALIZATIONS, KERNELS, DIVERGENCES):
         p = BUILDERS[name](normalization)

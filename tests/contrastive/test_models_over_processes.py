@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from cases import for_each
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dpssl import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining
@@ -91,7 +92,7 @@ def both_processes(run_in_two):
     return run_in_two(run_all)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@for_each("method", METHODS)
 def test_losses_gradients_and_state_of_two_processes_are_those_of_one(method, both_processes):
     for norm, dtype in [case[1:] for case in CASES if case[0] == method]:
         expected = run(method, norm, dtype)

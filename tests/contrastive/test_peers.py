@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from sklearn.manifold._t_sne import _joint_probabilities, _kl_divergence
 
 from hf_dpssl.contrastive.losses import info_nce, sup_con, t_simclr, t_sne
@@ -58,7 +59,7 @@ def test_info_nce_equals_infoncecosine_of_tsimcne(temperature):
     equal(lambda a, b: info_nce(a, b, temperature=temperature), lambda a, b: loss(torch.cat([a, b]))["loss"])
 
 
-@pytest.mark.parametrize(("temperature", "dof"), [(0.5, 5), (8.0, 5), (2.0, 1), (1.0, 30)])
+@for_each("temperature, dof", [(0.5, 5), (8.0, 5), (2.0, 1), (1.0, 30)])
 def test_t_simclr_per_anchor_equals_infoncet_of_tsimcne(temperature, dof):
     # Its temperature multiplies and its scale is 2 / dof: d^2 / (temperature * dof) needs 1 / (2 temperature).
     infonce = pytest.importorskip("tsimcne.losses.infonce")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from cases import for_each
 from loops import points
 from sklearn.manifold._utils import _binary_search_perplexity
 
@@ -47,7 +48,7 @@ BUILDERS = {
 }
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@for_each("name", BUILDERS)
 def test_similarities_are_distributions_over_other_points(name):
     joint, anchor = (BUILDERS[name](normalization) for normalization in NORMALIZATIONS)
     for p in (joint, anchor):

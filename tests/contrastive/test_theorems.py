@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import for_each
 
 from hf_dpssl.contrastive.losses import alignment, info_nce, t_simclr, uniformity
 from hf_dpssl.contrastive.matching import (
@@ -166,8 +167,8 @@ def polygon(samples: int) -> list[float]:
     return [math.cos(2 * math.pi * k / samples) for k in range(1, samples)]
 
 
-@pytest.mark.parametrize(
-    ("samples", "columns", "cosines", "temperature"),
+@for_each(
+    "samples, columns, cosines, temperature",
     [(7, 2, polygon(7), 0.2), (12, 2, polygon(12), 0.5), (5, 4, [-1 / 4] * 4, 0.5), (5, 8, [-1 / 4] * 4, 0.2)],
 )
 def test_free_embeddings_end_on_the_regular_polygon_or_the_simplex(samples, columns, cosines, temperature):

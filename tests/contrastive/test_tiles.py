@@ -5,6 +5,7 @@ import math
 import loops
 import pytest
 import torch
+from cases import for_each
 from loops import points
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +48,7 @@ def tiling(request, monkeypatch):
     monkeypatch.setattr(tiles, "_KEPT_BYTES", kept)
 
 
-@pytest.mark.parametrize("form", KERNELS)
+@for_each("form", KERNELS)
 def test_log_partition_and_gradient_equal_the_dense_matrix(form, tiling):
     x, weights = points(23, 5).requires_grad_(), torch.rand(23, dtype=torch.float64)
     diagonal = torch.eye(23, dtype=torch.bool)
@@ -68,7 +69,7 @@ def test_log_partition_and_gradient_equal_the_dense_matrix(form, tiling):
                     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", KERNELS)
+@for_each("form", KERNELS)
 def test_cross_partition_and_gradient_equal_the_dense_matrix(form, tiling):
     x, y = points(13, 4).requires_grad_(), points(17, 4, seed=1).requires_grad_()
     weights, others = torch.rand(13, dtype=torch.float64), torch.rand(17, dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_cross_partition_and_gradient_equal_the_dense_matrix(form, tiling):
         assert_same(found, expected, (x, y, kernel.scale))
 
 
-@pytest.mark.parametrize("form", KERNELS)
+@for_each("form", KERNELS)
 def test_bank_partition_and_gradient_equal_the_dense_matrix(form):
     upstream = torch.linspace(-1, 1, 300, dtype=torch.float64)
     for spread in (1.0, 20.0):
@@ -119,7 +120,7 @@ def hard_points() -> dict[str, torch.Tensor]:
     return {"cloud": cloud, "coincident": torch.ones(40, 8), "distance 1e4": far, "off the origin": cloud + 100}
 
 
-@pytest.mark.parametrize("kind", hard_points())
+@for_each("kind", hard_points())
 def test_float32_agrees_with_float64_where_sums_of_kernels_would_vanish(kind):
     for normalization in ("joint", "anchor"):
         for dof in (1.0, 5.0, 1e3, math.inf):

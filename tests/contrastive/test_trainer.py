@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import for_each
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -68,7 +69,7 @@ def train(model: torch.nn.Module, folder, *, rows: int, **options) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("name", MODELS)
+@for_each("name", MODELS)
 def test_trainer_lowers_the_loss_and_its_checkpoint_loads(name, tmp_path):
     model = MODELS[name]()
     before = {key: value.clone() for key, value in model.state_dict().items()}

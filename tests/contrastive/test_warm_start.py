@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import for_each
 
 from hf_dpssl import ContrastiveConfig, MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, last_layer, start_from_pretraining_
@@ -16,8 +17,8 @@ def make(model_class=SimCLRForPreTraining, seed: int = 0, **changes):
     return model_class(ContrastiveConfig(**options | changes))
 
 
-@pytest.mark.parametrize("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
-@pytest.mark.parametrize(("dimension", "feature_norm"), [(6, "batch"), (2, "none")])
+@for_each("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
+@for_each("dimension, feature_norm", [(6, "batch"), (2, "none")])
 def test_encoder_and_head_are_copied_and_the_last_layer_where_it_fits(model_class, dimension, feature_norm, tmp_path):
     given = make(seed=1, feature_norm=feature_norm)
     given.save_pretrained(tmp_path / "pretraining")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from cases import for_each
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
 from hf_dpssl import VQAutoencoder, VQConfig
@@ -39,14 +40,13 @@ def images(channels: int = 3) -> torch.Tensor:
     return torch.rand(2, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-@pytest.mark.parametrize(
+@for_each(
     "config",
     [
         {"latent_channels": 6, "num_vq_embeddings": 40},
         {"latent_channels": 6, "num_vq_embeddings": 9, "vq_embed_dim": 5, "in_channels": 1, "out_channels": 1},
         ATTENTION | {"num_vq_embeddings": 30, "mid_block_add_attention": False},
     ],
-    ids=["plain", "other code width, grey", "attention in one level"],
 )
 @torch.no_grad()
 def test_vq_model_gives_its_latents_codes_and_images(tmp_path, config):
@@ -64,15 +64,11 @@ def test_vq_model_gives_its_latents_codes_and_images(tmp_path, config):
     assert ours.config.latent_mean is None and ours.config.num_codes == config["num_vq_embeddings"]
 
 
-@pytest.mark.parametrize(
-    "config, mean, std",
-    [
+@for_each("config, mean, std", [
         ({"scaling_factor": 0.25}, [0.0] * 4, [4.0] * 4),
         (ATTENTION | {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.5}, [0.5] * 4, None),
         ({"latents_mean": [1, 2] * 2, "latents_std": [5, 6] * 2, "scaling_factor": 0.5}, [1, 2] * 2, [10, 12] * 2),
-    ],
-    ids=["scaled", "without quant_conv, shifted", "statistics by channel"],
-)  # fmt: skip
+    ])  # fmt: skip
 @torch.no_grad()
 def test_autoencoder_kl_gives_its_mean_variance_and_images(tmp_path, config, mean, std):
     theirs, x = drawn(AutoencoderKL, latent_channels=4, **config), images()

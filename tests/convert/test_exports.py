@@ -7,6 +7,7 @@ import json
 import pytest
 import timm
 import torch
+from cases import for_each
 from diffusers import AutoencoderKL, DiTPipeline, DPMSolverMultistepScheduler, VQModel
 from foreign_processes import run_foreign
 from huggingface_hub import constants
@@ -210,7 +211,7 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "format", "reason"), REFUSALS)
+@for_each("kind, format, reason", REFUSALS)
 def test_a_refusal_names_the_reason_and_writes_nothing(folders, tmp_path, kind, format, reason):
     source = folders.get(kind, tmp_path / "source")
     if kind == "stem":

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from cases import for_each
 from torch import nn
 from transformers import AutoModel
 
@@ -22,7 +23,7 @@ from hf_dpssl.convert.foreign_layouts import (
 )
 
 
-@pytest.mark.parametrize("name", sorted(_RESNETS.values()))
+@for_each("name", sorted(_RESNETS.values()))
 def test_architecture_is_read_off_the_shapes(name):
     with torch.device("meta"):
         ours, theirs = timm.create_model(name, num_classes=0), getattr(torchvision.models, name)()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from cases import for_each
 from torch import nn
 
 from hf_dpssl import ContrastiveEncoder, MoCoForPreTraining
@@ -67,15 +68,14 @@ def from_lightly(splits: int) -> nn.Sequential:
     return nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
 
 
-@pytest.mark.parametrize(
-    ("method", "make_backbone", "stem"),
+@for_each(
+    "method, make_backbone, stem",
     [
         (SimCLR, from_torchvision, "timm"),
         (MoCo, from_torchvision, "timm"),
         (SimCLR, lambda: from_lightly(0), "small_image_linear"),
         (MoCo, lambda: from_lightly(4), "small_image_linear"),
     ],
-    ids=["simclr-torchvision", "moco-torchvision", "simclr-lightly", "moco-lightly-split-batch-norm"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoint_of_lightlys_example_gives_its_features(tmp_path, method, make_backbone, stem):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from cases import for_each
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -149,7 +150,7 @@ def saved(folder, state: dict, **rest):
     return folder / "last.ckpt"
 
 
-@pytest.mark.parametrize("layout", [VQ, VQ_WIDE, KL], ids=["vq", "attention at all levels", "kl"])
+@for_each("layout", [VQ, VQ_WIDE, KL])
 @torch.no_grad()
 def test_latents_codes_and_images_equal_the_architecture_as_functions(tmp_path, layout):
     state, levels = random_state(layout), len(layout["ch_mult"])

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from cases import for_each
 from PIL import Image
 
 from hf_dpssl.data.folder_scan import scan_folder
@@ -24,37 +25,36 @@ def numbered(folder, count):
     return [f"{folder}/{i}.png" for i in range(count)]
 
 
-@pytest.mark.parametrize(
-    ("names", "splits", "classes", "left_out"),
+@for_each(
+    "names, splits, classes, left_out",
     [
-        pytest.param(
+        # a class called train
+        (
             numbered("bus", 30) + numbered("car", 30) + numbered("train", 30),
             {"train": [30, 30, 30]},
             ["bus", "car", "train"],
             0,
-            id="a class called train",
         ),
-        pytest.param(
-            ["photo-of-a-train.png", *(f"{i}.png" for i in range(29))], {"train": 30}, None, 0, id="a flat folder"
-        ),
-        pytest.param(
+        # a flat folder
+        (["photo-of-a-train.png", *(f"{i}.png" for i in range(29))], {"train": 30}, None, 0),
+        # file names that look like splits
+        (
             [*numbered("cat", 3), "cat/dev-1.png", "cat/dev-2.png", *numbered("dog", 5)],
             {"train": [5, 5]},
             ["cat", "dog"],
             0,
-            id="file names that look like splits",
         ),
-        pytest.param(
-            numbered("train", 5) + numbered("test", 3), {"train": 5, "test": 3}, None, 0, id="splits of plain images"
-        ),
-        pytest.param(
+        # splits of plain images
+        (numbered("train", 5) + numbered("test", 3), {"train": 5, "test": 3}, None, 0),
+        # synonyms of splits with classes
+        (
             numbered("Training/cat", 2) + numbered("Training/dog", 3) + numbered("DEV/dog", 1),
             {"train": [2, 3], "validation": [0, 1]},
             ["cat", "dog"],
             0,
-            id="synonyms of splits with classes",
         ),
-        pytest.param(
+        # a stray picture, a table, hidden files and a hidden class
+        (
             [
                 *numbered("cat", 10),
                 *numbered("dog", 10),
@@ -67,29 +67,24 @@ def numbered(folder, count):
             {"train": [10, 10]},
             ["cat", "dog"],
             5,
-            id="a stray picture, a table, hidden files and a hidden class",
         ),
-        pytest.param(
-            ["cat/day1/1.png", "cat/day2/1.png", "dog/day1/2.png"],
-            {"train": [2, 1]},
-            ["cat", "dog"],
-            0,
-            id="classes are the first level",
-        ),
-        pytest.param(
+        # classes are the first level
+        (["cat/day1/1.png", "cat/day2/1.png", "dog/day1/2.png"], {"train": [2, 1]}, ["cat", "dog"], 0),
+        # other formats
+        (
             ["a/1.png", "a/noext", "b/2.png", "b/x.heic", "b/y.svg", "b/readme.txt", "all.zip", "b/z.<img>"],
             {"train": [2, 1]},
             ["a", "b"],
             5,
-            id="other formats",
         ),
-        pytest.param(numbered("photos", 4), {"train": 4}, None, 0, id="one folder is no class"),
-        pytest.param(
+        # one folder is no class
+        (numbered("photos", 4), {"train": 4}, None, 0),
+        # names that patterns would read otherwise
+        (
             [f"{name}/1.png" for name in ("[x]", "a*b", "50% off?", "é")],
             {"train": [1, 1, 1, 1]},
             ["50% off?", "[x]", "a*b", "é"],
             0,
-            id="names that patterns would read otherwise",
         ),
     ],
 )
@@ -109,20 +104,31 @@ def test_splits_classes_and_left_out_files(tmp_path, names, splits, classes, lef
     assert len(set(read)) + left_out == len(names)  # every file is read or named
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
+@for_each(
+    "names, message",
     [
-        pytest.param([], "no file at all", id="nothing"),
-        pytest.param(["notes.txt"], "{'.txt files': 1}", id="no picture"),
-        pytest.param(["train/1.png", "test/1.png", "preview.png"], "preview.png.* lie beside the split", id="stray"),
-        pytest.param(["train/1.png", "val/1.png", "dev/1.png"], "'dev', 'val'.* for one split", id="synonyms"),
-        pytest.param(["val/1.png", "test/1.png"], "no training images", id="no training split"),
-        pytest.param(["train/a/1.png", "train/b/1.png", "test/c/1.png"], "has the classes c, which", id="new class"),
-        pytest.param(["train/a/1.png", "train/b/1.png", "test/1.png"], "some have none", id="classes in one split"),
-        pytest.param(["train/a/1.png", "train/b/1.png", "test/B/1.png"], "'B', 'b'.*spelling", id="case"),
-        pytest.param(["cafe\u0301/1.png", "caf\u00e9/1.png", "x/1.png"], "two class folders.*café", id="forms"),
-        pytest.param(["a/1.png", "b/1.png", "rows.parquet"], "2 images and 1 parquet", id="parquet beside images"),
-        pytest.param(["a/1.png", "1.png", "2.png"], "2 of 3 images", id="as many beside class folders"),
+        # nothing
+        ([], "no file at all"),
+        # no picture
+        (["notes.txt"], "{'.txt files': 1}"),
+        # stray
+        (["train/1.png", "test/1.png", "preview.png"], "preview.png.* lie beside the split"),
+        # synonyms
+        (["train/1.png", "val/1.png", "dev/1.png"], "'dev', 'val'.* for one split"),
+        # no training split
+        (["val/1.png", "test/1.png"], "no training images"),
+        # new class
+        (["train/a/1.png", "train/b/1.png", "test/c/1.png"], "has the classes c, which"),
+        # classes in one split
+        (["train/a/1.png", "train/b/1.png", "test/1.png"], "some have none"),
+        # case
+        (["train/a/1.png", "train/b/1.png", "test/B/1.png"], "'B', 'b'.*spelling"),
+        # forms
+        (["cafe\u0301/1.png", "caf\u00e9/1.png", "x/1.png"], "two class folders.*café"),
+        # parquet beside images
+        (["a/1.png", "b/1.png", "rows.parquet"], "2 images and 1 parquet"),
+        # as many beside class folders
+        (["a/1.png", "1.png", "2.png"], "2 of 3 images"),
     ],
 )
 def test_what_could_mean_two_things_is_refused(tmp_path, names, message):

@@ -4,6 +4,7 @@ import datasets
 import huggingface_hub.constants
 import numpy as np
 import pytest
+from cases import for_each
 from datasets import ClassLabel, Value
 from pictures import encoded, row, write_parquet
 from sklearn.datasets import load_digits
@@ -90,7 +91,7 @@ def test_image_folder_without_class_folders_is_unlabelled(tmp_path):
     assert {identity(r["image"]) for split in (data.train, data.evaluation) for r in split} == set(range(10))
 
 
-@pytest.mark.parametrize("held_out", ["test-00000-of-00001", "set_val", "validation", "test/part"])
+@for_each("held_out", ["test-00000-of-00001", "set_val", "validation", "test/part"])
 def test_parquet_folder_is_split_by_file_name(tmp_path, held_out):
     folder = tmp_path / "set"
     labelled(folder / "train-00000-of-00002.parquet", 6)

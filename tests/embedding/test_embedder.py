@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from pictures import noise
 from PIL import Image
 from tiny_encoders import INPUT, save_ours
@@ -45,8 +46,8 @@ def by_hand(size: int, mean, std) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
-@pytest.mark.parametrize("stem", ["timm", "small_image"])
+@for_each("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
+@for_each("stem", ["timm", "small_image"])
 def test_our_encoder_and_head_equal_the_model_called_by_hand(model_class, stem, tmp_path):
     plain = {"architecture": "resnet18", "model_args": None} if stem == "small_image" else {}
     model = save_ours(tmp_path, model_class, stem=stem, **plain)
@@ -72,7 +73,7 @@ def test_fingerprint_follows_weights_and_input_but_not_the_place(tmp_path):
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
-@pytest.mark.parametrize("name", ["vit classifier", "tokens", "resnet", "clip"])
+@for_each("name", ["vit classifier", "tokens", "resnet", "clip"])
 def test_stock_encoder_equals_the_model_called_by_hand(name, tmp_path):
     torch.manual_seed(0)
     if name == "vit classifier":

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 
 from hf_dpssl.evaluation import (
     FeatureStatistics,
@@ -50,7 +51,7 @@ def test_features_like_pooled_activations_equal_torch_fidelity():
     assert frechet_distance_of_features(first, second) == pytest.approx(fidelity(*given), rel=1e-6)
 
 
-@pytest.mark.parametrize("zeros", [(0, 0), (10, 0), (0, 10), (15, 25), (40, 40)])
+@for_each("zeros", [(0, 0), (10, 0), (0, 10), (15, 25), (40, 40)])
 def test_commuting_covariances_give_the_closed_form(zeros):
     directions = torch.linalg.qr(random(40, 40)).Q
     variances = [random(40, seed=s).square() for s in (1, 2)]

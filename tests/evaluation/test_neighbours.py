@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import for_each
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
@@ -42,8 +43,8 @@ CLOUDS = {
 }
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("k", [1, 20, 1024])
+@for_each("metric", METRICS)
+@for_each("k", [1, 20, 1024])
 def test_neighbours_are_those_of_float64(metric, k):
     for cloud, (bank, queries) in CLOUDS.items():
         similarities, indices = nearest_neighbours(bank, queries, k=k, metric=metric)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import for_each
 from scipy.stats import ttest_1samp
 
 from hf_dpssl.evaluation.student_interval import student_interval
@@ -23,7 +24,7 @@ def test_interval_is_that_of_scipys_t_test():
     assert student_interval([2.5, 2.5, 2.5]) == {"mean": 2.5, "low": 2.5, "high": 2.5}
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [1.0, float("nan")], [1.0, float("inf")], [[1.0, 2.0]]])
+@for_each("values", [[], [1.0], [1.0, float("nan")], [1.0, float("inf")], [[1.0, 2.0]]])
 def test_what_has_no_interval_is_refused(values):
     with pytest.raises(ValueError, match="at least two runs, each one finite number; got"):
         student_interval(values)

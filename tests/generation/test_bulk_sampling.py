@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from kills import die_at_rename
 from PIL import Image
 from tiny_pipelines import NAMES, make_dit, make_tokens
@@ -61,7 +62,7 @@ def whole(folder, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["flow", "epsilon", "ancestral", "token"])
+@for_each("kind", ["flow", "epsilon", "ancestral", "token"])
 def test_image_depends_on_its_number_alone(kind):
     pipeline = make_tokens() if kind == "token" else make_dit(objective="flow" if kind == "flow" else "epsilon")
     if kind == "ancestral":  # draws noise at each step
@@ -124,7 +125,7 @@ def assert_same_pictures(found, expected):
         assert np.abs(picture.astype(int) - expected[name]).max() <= 1
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_run_goes_on_to_the_same_pictures_with_other_batches(world, fork_server, folder, whole, tmp_path):
     out = tmp_path / "out"
     processes = start(fork_server, argv(folder, out, *STEP_FLAGS, "--batch_size", 1), world, dies_at=5)

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
 
 from hf_dpssl.data.image_table import ImageTable
@@ -32,7 +33,7 @@ def encoded_codes(autoencoder, rows):
     return torch.cdist(latents.double(), autoencoder.quantizer.codebook.double()).argmin(-1)
 
 
-@pytest.mark.parametrize(("num_codes", "dtype"), [(16, np.int16), (2**15, np.int16), (2**15 + 1, np.int32)])
+@for_each("num_codes, dtype", [(16, np.int16), (2**15, np.int16), (2**15 + 1, np.int32)])
 def test_cached_codes_are_those_of_the_images_in_the_smallest_type_that_holds_them(table, tmp_path, num_codes, dtype):
     autoencoder = make_autoencoder(num_codes=num_codes)
     with torch.no_grad():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import for_each
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
@@ -198,8 +199,8 @@ def test_variance_of_the_posterior_is_the_best_for_an_exact_mean():
     assert bool((bounds[0][1:] <= bounds[1][1:]).all() and (bounds[1][1:] <= bounds[2][1:]).all())
 
 
-@pytest.mark.parametrize("objective", ["flow", "epsilon", "v_prediction"])
-@pytest.mark.parametrize("gamma", [0.5, 5.0])
+@for_each("objective", ["flow", "epsilon", "v_prediction"])
+@for_each("gamma", [0.5, 5.0])
 def test_min_snr_weighs_errors_of_the_clean_latents_by_the_clipped_ratio(objective, gamma):
     scheduler = make_scheduler(objective)
     clean, error = draws("clean", "error")

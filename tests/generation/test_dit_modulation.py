@@ -1,7 +1,7 @@
 """Modulations of all steps at once: the same predictions as diffusers' own forward pass."""
 
-import pytest
 import torch
+from cases import for_each
 from diffusers import DiTTransformer2DModel
 from tiny_pipelines import generator, make_dit
 
@@ -17,10 +17,8 @@ def make_transformer(**options) -> DiTTransformer2DModel:
     return transformer.eval()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"out_channels": 8}, {"patch_size": 4, "in_channels": 3, "attention_bias": False}]
-)
-@pytest.mark.parametrize("labels", [[2], [4, 0, 4], [1, 1, 1]])
+@for_each("options", [{}, {"out_channels": 8}, {"patch_size": 4, "in_channels": 3, "attention_bias": False}])
+@for_each("labels", [[2], [4, 0, 4], [1, 1, 1]])
 @torch.no_grad()
 def test_predictions_equal_those_of_the_whole_model(options, labels):
     transformer, labels = make_transformer(**options), torch.tensor(labels)

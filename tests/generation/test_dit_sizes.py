@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import for_each
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dpssl.generation.diffusion import make_transformer
@@ -28,7 +29,7 @@ def on_meta(name: str, num_layers: int | None = None):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("letters", PAPER)
+@for_each("letters", PAPER)
 def test_size_is_the_papers_in_shape_operations_and_parameters(letters):
     dimensions, millions, operations = PAPER[letters]
     for patch, gflops in operations.items():

@@ -5,6 +5,7 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
+from cases import for_each
 from pictures import row, write_parquet
 from torch.nn.parallel import DistributedDataParallel
 
@@ -90,7 +91,7 @@ def assert_same(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@for_each("name", OBJECTIVES)
 def test_accumulation_leaves_the_trajectory_unchanged_over_epochs(name):
     whole = train(name, 16)  # three epochs; 8 images of each are left over, which batches of 8 must not show either
     assert_same(train(name, 8, accumulate=2), whole)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cases import for_each
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, VQModel
 from PIL import Image
 from scipy.linalg import LinAlgWarning, sqrtm
@@ -105,7 +106,7 @@ def test_autoencoders_of_diffusers_are_measured_as_diffusers_runs_them(folders, 
     assert set(without["metrics"]) == {"psnr", "ssim"}
 
 
-@pytest.mark.parametrize("name", ["dit", "token", "stock"])
+@for_each("name", ["dit", "token", "stock"])
 def test_numbers_of_a_pipeline_are_those_of_the_images_that_sample_draws(folders, capsys, tmp_path, name):
     steps = [] if name == "token" else ["--num_inference_steps", "2"]
     drawing = ["--num_images", "20", "--seed", "3", *steps]
@@ -139,7 +140,7 @@ def test_drawn_images_are_kept_and_gone_on_with_by_two_processes(folders, capsys
     shared = evaluate(capsys, folders["dit"], *flags, "--reference", "train", *where)
     assert shared["fingerprint"] == alone["fingerprint"] and shared["metrics"] == alone["metrics"]
     assert len(list((tmp_path / "kept").rglob("*.png"))) == 18 and shared["samples"]["train"] == 90
-    held_out = evaluate(capsys, folders["dit"], *flags, *where)
+    held_out = evaluate(capsys, folders["dit"], *flags, *where[:2])
     assert held_out["metrics"] != shared["metrics"] and held_out["fingerprint"] != shared["fingerprint"]
 
 

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from pictures import noise
 from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
 
@@ -32,14 +33,14 @@ def table(tmp_path):
     return make_table(tmp_path / "set")
 
 
-@pytest.mark.parametrize("rows_per_shard, shards", [(1000, 1), (23, 1), (22, 2), (10, 3), (1, 23)])
+@for_each("rows_per_shard, shards", [(1000, 1), (23, 1), (22, 2), (10, 3), (1, 23)])
 def test_cache_equals_direct_encoding_in_any_number_of_shards(autoencoder, table, tmp_path, rows_per_shard, shards):
     cached = build(autoencoder, table, tmp_path / "cache", rows_per_shard=rows_per_shard)
     assert len(cached.shards) == shards
     assert_holds(cached, autoencoder, range(COUNT))
 
 
-@pytest.mark.parametrize("rows_per_shard", [1000, 10, 1])
+@for_each("rows_per_shard", [1000, 10, 1])
 def test_cache_of_a_stream_holds_the_whole_stream_and_survives_an_interruption(autoencoder, tmp_path, rows_per_shard):
     make_table(tmp_path / "set")
     stream = load_images(str(tmp_path / "set"), streaming=True)
@@ -82,7 +83,7 @@ def test_latents_of_different_pictures_differ(autoencoder):
     assert torch.pdist(latents).min() > 1e-2  # else the comparisons above would show nothing
 
 
-@pytest.mark.parametrize("rows", [[22, 0, 10, 9], [5, 5, 20], [19], list(range(COUNT))[::-1]])
+@for_each("rows", [[22, 0, 10, 9], [5, 5, 20], [19], list(range(COUNT))[::-1]])
 def test_rows_come_in_the_order_asked_for(autoencoder, table, tmp_path, rows):
     cached = build(autoencoder, table, tmp_path / "cache")
     assert torch.allclose(cached.latents(torch.tensor(rows)), encoded(autoencoder, rows), atol=1e-5)
@@ -155,7 +156,7 @@ def test_image_size_is_part_of_the_fingerprint(autoencoder, table, tmp_path):
     assert build(autoencoder, smaller, tmp_path / "cache").latents(torch.tensor([0])).shape == (1, 4, 4, 4)
 
 
-@pytest.mark.parametrize("missing", [0, 1, 2])
+@for_each("missing", [0, 1, 2])
 def test_interrupted_build_is_finished_and_whole_shards_are_kept(autoencoder, table, tmp_path, missing):
     folder = tmp_path / "cache"
     build(autoencoder, table, folder)
@@ -207,8 +208,8 @@ def test_folder_of_something_else_is_not_trusted(autoencoder, table, tmp_path):
     assert_holds(build(autoencoder, table, folder), autoencoder, range(COUNT))
 
 
-@pytest.mark.parametrize("preload", [False, True])
-@pytest.mark.parametrize("broken", [[0], [3, 4, 12, 22], list(range(8, 16))])
+@for_each("preload", [False, True])
+@for_each("broken", [[0], [3, 4, 12, 22], list(range(8, 16))])
 def test_unreadable_pictures_are_left_out(autoencoder, tmp_path, broken, preload):
     table = make_table(tmp_path / "set", broken, on_bad_image="skip", preload=preload)
     cached = build(autoencoder, table, tmp_path / "cache")

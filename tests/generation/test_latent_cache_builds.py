@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from kills import die_at_rename
 from pictures import noise
 from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
@@ -103,7 +104,7 @@ def _build_share(set_folder, cache_folder, streaming=False) -> dict:
     return {"latents": cached.latents(torch.arange(len(cached))), "labels": cached.labels, "mine": mine, "index": index}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@for_each("streaming", [False, True])
 def test_two_processes_share_the_shards_and_the_main_one_writes_the_index(run_in_two, autoencoder, tmp_path, streaming):
     make_table(tmp_path / "set")
     first, second = run_in_two(_build_share, str(tmp_path / "set"), str(tmp_path / "cache"), streaming)
@@ -130,9 +131,8 @@ def _build_in_child(set_folder, cache_folder, cache, dies_at):
     os._exit(0)
 
 
-@pytest.mark.parametrize("dies_at", [1, 10])
-def test_killed_build_is_finished_and_what_it_wrote_is_kept(fork_server, autoencoder, table, tmp_path, dies_at):
-    folder = tmp_path / "cache"
+def test_killed_build_is_finished_and_what_it_wrote_is_kept(fork_server, autoencoder, table, tmp_path):
+    folder, dies_at = tmp_path / "cache", 10
     arguments = (str(tmp_path / "set"), folder, tmp_path / "datasets", dies_at)
     process = fork_server.Process(target=_build_in_child, args=arguments)
     process.start(), process.join()
@@ -165,8 +165,8 @@ def damage_by_a_lost_shard(folder, other):
     (folder / "latents-00001.npy").unlink()
 
 
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize(
+@for_each("finished", [True, False])
+@for_each(
     "damage",
     [
         damage_by_truncation,

@@ -3,16 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
 )
 from tiny_pipelines import NAMES, draw_dit, generator, make_dit
 
@@ -31,21 +24,31 @@ def test_names_ids_and_mixtures_mean_the_same(pipeline):
     assert draw_dit(pipeline, "dog").shape == (1, 3, 16, 16)  # a name is not split into letters
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [(["hors"], "known are for example \\['horse'\\]"), ([3], r"class ids lie in \[0, 2\], got 3"), ([-1], "got -1"),
-     ([], "class_labels is empty")],
-)  # fmt: skip
+@for_each(
+    "labels, message",
+    [
+        (["hors"], "known are for example \\['horse'\\]"),
+        ([3], r"class ids lie in \[0, 2\], got 3"),
+        ([-1], "got -1"),
+        ([], "class_labels is empty"),
+    ],
+)
 def test_unknown_classes_are_refused_with_what_is_known(pipeline, labels, message):
     with pytest.raises(ValueError, match=message):
         draw_dit(pipeline, labels)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "options",
-    [{"guidance_scale": 0.5}, {"num_inference_steps": 0}, {"output_type": "jpeg"}, {"generator": [generator()]},
-     {"latents": torch.zeros(2, 4, 4, 4)}, {"num_images": 2}],
-)  # fmt: skip
+    [
+        {"guidance_scale": 0.5},
+        {"num_inference_steps": 0},
+        {"output_type": "jpeg"},
+        {"generator": [generator()]},
+        {"latents": torch.zeros(2, 4, 4, 4)},
+        {"num_images": 2},
+    ],
+)
 def test_bad_options_are_refused(pipeline, options):
     with pytest.raises(ValueError, match="got|num_images"):
         draw_dit(pipeline, [0, 1], **options)
@@ -96,24 +99,6 @@ def test_unlabelled_model_generates_without_classes(tmp_path):
     assert unlabelled.class_names == [] and draw_dit(unlabelled, None).shape == (1, 3, 16, 16)
     with pytest.raises(ValueError, match="pass None"):
         draw_dit(unlabelled, [0])
-
-
-SCHEDULERS = {
-    "flow": [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler],
-    "epsilon": [
-        DDPMScheduler, DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
-        DPMSolverMultistepScheduler, UniPCMultistepScheduler,
-    ],
-    "v_prediction": [DDIMScheduler, DPMSolverMultistepScheduler],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("objective", "scheduler"), [(o, s) for o, all_ in SCHEDULERS.items() for s in all_])
-def test_any_scheduler_runs_and_is_reproducible(objective, scheduler):
-    pipeline = make_dit(objective=objective)
-    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-    first, second = draw_dit(pipeline, [0, 1]), draw_dit(pipeline, [0, 1])
-    assert torch.isfinite(first).all() and torch.equal(first, second)
 
 
 def test_flow_model_runs_with_dpm_solver_on_flow_sigmas(pipeline):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 from tiny_pipelines import NAMES, draw_dit, generator, make_dit
@@ -76,7 +77,7 @@ def test_images_per_label_follow_one_another_and_seeds_stand_for_generators(pipe
     assert torch.equal(several, repeated)
 
 
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@for_each("output_type", ["pil", "np", "pt", "latent"])
 def test_micro_batches_give_the_same_images(pipeline, output_type):
     whole = draw_dit(pipeline, [0, 1, 2, 0, 1], output_type=output_type)
     parts = draw_dit(pipeline, [0, 1, 2, 0, 1], output_type=output_type, batch_size=2)
@@ -297,17 +298,20 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "message"), BAD)
+@for_each("options, message", BAD)
 def test_bad_options_are_refused_saying_what_is_allowed(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         draw_dit(pipeline, [0, 1], **options)
 
 
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [([1.5], "an id .integer. or a name, got 1.5"), ([("cat", "dog", 1.5)], "share of the other"),
-     ([("cat", "dog")], "share of the other")],
-)  # fmt: skip
+@for_each(
+    "labels, message",
+    [
+        ([1.5], "an id .integer. or a name, got 1.5"),
+        ([("cat", "dog", 1.5)], "share of the other"),
+        ([("cat", "dog")], "share of the other"),
+    ],
+)
 def test_bad_labels_are_refused(pipeline, labels, message):
     with pytest.raises(ValueError, match=message):
         draw_dit(pipeline, labels)

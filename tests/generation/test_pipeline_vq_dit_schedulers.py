@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from cases import for_each
 from diffusers import DiTTransformer2DModel, schedulers
 from tiny_pipelines import NAMES, generator, make_dit
 
@@ -18,12 +19,20 @@ HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete LMSDiscrete UniPCMultistep SAS
 """.split()
 FLOW = "FlowMatchEulerDiscrete FlowMatchHeunDiscrete FlowMatchLCM LTXEulerAncestralRF".split()
 WITH_FLOW_SIGMAS = "DPMSolverMultistep DPMSolverSinglestep DEISMultistep UniPCMultistep SASolver".split()
-CASES = [(kind, name) for kind in ("epsilon", "v_prediction") for name in ON_TIMESTEPS]
-FEWER = [case for case in CASES if case[0] == "epsilon" or case[1] in ("DDIM", "PNDM", "DPMSolverMultistep")]
-CASES += [("flow", name) for name in FLOW] + [("flow_prediction", name) for name in WITH_FLOW_SIGMAS]
-FEWER += CASES[-len(FLOW + WITH_FLOW_SIGMAS) :]  # v_prediction differs from epsilon in the predictions alone
-NO_PICTURES = [(kind, "PNDM") for kind in ("epsilon", "v_prediction")]
-NO_PICTURES += [("flow", "LTXEulerAncestralRF"), ("flow_prediction", "SASolver")]
+EVERY_CLASS = [("epsilon", name) for name in ON_TIMESTEPS] + [("flow", name) for name in FLOW]
+EVERY_CLASS += [("flow_prediction", name) for name in WITH_FLOW_SIGMAS]
+# With and without noise in a step, a history of predictions, several calls a step, levels that are no timesteps.
+KINDS_OF_STEPS = [
+    *(("epsilon", name) for name in ("DDPM", "PNDM", "DPMSolverMultistep", "KDPM2AncestralDiscrete", "LCM")),
+    *(("flow", name) for name in ("FlowMatchHeunDiscrete", "LTXEulerAncestralRF")),
+    ("flow_prediction", "SASolver"),
+]
+# PNDM, LTXEulerAncestralRF and SASolver on flow sigmas take none.
+WITH_PICTURES = [
+    *(("epsilon", name) for name in ("DDIM", "DPMSolverSinglestep", "HeunDiscrete", "KDPM2Discrete", "SASolver")),
+    *(("flow", name) for name in ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete")),
+    ("flow_prediction", "UniPCMultistep"),
+]
 # These two end at the last noise level above 0 in diffusers, 1 / steps: some noise stays.
 STOP_EARLY = [("flow_prediction", "DEISMultistep"), ("flow_prediction", "SASolver")]
 AUTOENCODER = make_dit().vae
@@ -94,7 +103,7 @@ def latents_of(pipeline, labels, **options):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "name"), CASES)
+@for_each("kind, name", [*EVERY_CLASS, *[("v_prediction", name) for name in ("DDIM", "PNDM", "DPMSolverMultistep")]])
 def test_every_fitting_scheduler_reaches_the_only_image_of_a_point_mass(kind, name):
     pipeline = point_mass_pipeline(kind, make_one(kind, name))
     found = latents_of(pipeline, [0, 1])
@@ -108,7 +117,7 @@ def network():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "name"), FEWER)
+@for_each("kind, name", KINDS_OF_STEPS)
 def test_image_does_not_depend_on_its_batch_nor_on_micro_batches(network, kind, name):
     pipeline = VQDiTPipeline(network.transformer, network.vae, make_one(kind, name), dict(enumerate(NAMES)))
     pipeline.set_progress_bar_config(disable=True)
@@ -148,7 +157,7 @@ def test_noise_of_an_image_is_bit_identical_in_every_batch_also_in_stochastic_st
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "name"), [case for case in FEWER if case not in NO_PICTURES])
+@for_each("kind, name", WITH_PICTURES)
 def test_pictures_start_at_their_noise_level_and_known_cells_follow_it(kind, name):
     pipeline = point_mass_pipeline(kind, make_one(kind, name))
     picture, mask = torch.rand(3, 16, 16, generator=generator(1)), torch.zeros(16, 16)
@@ -170,9 +179,7 @@ def test_pictures_start_at_their_noise_level_and_known_cells_follow_it(kind, nam
             torch.testing.assert_close(shown[..., 4:], (a * known + s * noise)[..., 4:], rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize(
-    "name", ["DDPM", "DDIM", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerDiscrete", "SASolver"]
-)
+@for_each("name", ["DDPM", "DDIM", "DPMSolverMultistep", "DPMSolverSinglestep", "EulerDiscrete", "SASolver"])
 @pytest.mark.filterwarnings("ignore")
 def test_learned_variance_is_used_by_ddpm_and_cut_off_for_other_schedulers(name):
     learned = make_scheduler("epsilon", learned_variance=True)
@@ -259,7 +266,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@for_each("name", REFUSED)
 def test_schedulers_of_another_kind_are_refused(name):
     cls = getattr(schedulers, f"{name}Scheduler")
     scheduler = cls(num_vec_classes=4) if name == "VQDiffusion" else cls()
@@ -267,7 +274,7 @@ def test_schedulers_of_another_kind_are_refused(name):
         prediction_type_of(scheduler)
 
 
-@pytest.mark.parametrize(("trained", "given"), [("flow", "epsilon"), ("epsilon", "v_prediction"), ("epsilon", "flow")])
+@for_each("trained, given", [("flow", "epsilon"), ("epsilon", "v_prediction"), ("epsilon", "flow")])
 def test_a_scheduler_of_the_wrong_prediction_type_is_refused_naming_both(trained, given):
     pipeline = make_dit(objective=trained)
     pipeline.scheduler = make_scheduler(given)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from cases import for_each
 from scipy.stats import chi2
 from tiny_pipelines import CODES, NAMES, TOKENS, generator, make_token_model, make_tokens, make_vae
 from transformers import (
@@ -18,9 +19,14 @@ from hf_dpssl import VQTokenPipeline
 from hf_dpssl.generation.pipeline_vq_token import CodeSampler, code_nats, token_sequences
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def pipeline(request):
-    return make_tokens(architecture=request.param)
+@pytest.fixture(scope="module")
+def pipelines():
+    return [make_tokens(architecture=architecture) for architecture in ("gpt2", "llama")]
+
+
+@pytest.fixture(scope="module")
+def pipeline(pipelines):
+    return pipelines[0]
 
 
 def draw(pipeline, labels, **options):
@@ -46,13 +52,14 @@ def reference(pipeline, ids, guidance_scale=1.0, temperature=1.0, generators=Non
     return torch.tensor(drawn)
 
 
-@pytest.mark.parametrize(("guidance_scale", "temperature"), [(1.0, 1.0), (3.0, 1.0), (2.0, 0.5), (1.5, 0.0)])
-def test_codes_equal_the_loop_without_cache(pipeline, guidance_scale, temperature):
-    options = dict(guidance_scale=guidance_scale, temperature=temperature)
-    found = draw(pipeline, [0, 2, 1], generator=[generator(s) for s in (5, 6, 7)], **options)
-    expected = reference(pipeline, [0, 2, 1], generators=[generator(s) for s in (5, 6, 7)], **options)
-    assert found.shape == (3, 4, 4) and found.dtype == torch.int64
-    assert torch.equal(found.flatten(1), expected)
+@for_each("guidance_scale, temperature", [(1.0, 1.0), (3.0, 1.0), (2.0, 0.5), (1.5, 0.0)])
+def test_codes_equal_the_loop_without_cache(pipelines, guidance_scale, temperature):
+    for pipeline in pipelines:
+        options = dict(guidance_scale=guidance_scale, temperature=temperature)
+        found = draw(pipeline, [0, 2, 1], generator=[generator(s) for s in (5, 6, 7)], **options)
+        expected = reference(pipeline, [0, 2, 1], generators=[generator(s) for s in (5, 6, 7)], **options)
+        assert found.shape == (3, 4, 4) and found.dtype == torch.int64
+        assert torch.equal(found.flatten(1), expected)
 
 
 def test_guidance_of_one_is_no_guidance_and_more_changes_the_codes(pipeline):
@@ -63,16 +70,17 @@ def test_guidance_of_one_is_no_guidance_and_more_changes_the_codes(pipeline):
     assert torch.equal(without[0], without[1]) and not torch.equal(plain[0], without[0])
 
 
-def test_greedy_guided_codes_equal_transformers_own_processor(pipeline):
-    prompt = torch.tensor([[CODES], [CODES + 2]])
-    null = torch.full((2, 1), CODES + 3)
-    processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(
-        2.5, pipeline.language_model, unconditional_ids=null, use_cache=False
-    )
-    tokens = pipeline.language_model.generate(
-        prompt, logits_processor=LogitsProcessorList([processor]), max_new_tokens=TOKENS, do_sample=False
-    )
-    assert torch.equal(draw(pipeline, [0, 2], guidance_scale=2.5, temperature=0.0).flatten(1), tokens[:, 1:])
+def test_greedy_guided_codes_equal_transformers_own_processor(pipelines):
+    for pipeline in pipelines:
+        prompt = torch.tensor([[CODES], [CODES + 2]])
+        null = torch.full((2, 1), CODES + 3)
+        processor = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            2.5, pipeline.language_model, unconditional_ids=null, use_cache=False
+        )
+        tokens = pipeline.language_model.generate(
+            prompt, logits_processor=LogitsProcessorList([processor]), max_new_tokens=TOKENS, do_sample=False
+        )
+        assert torch.equal(draw(pipeline, [0, 2], guidance_scale=2.5, temperature=0.0).flatten(1), tokens[:, 1:])
 
 
 def test_small_temperatures_approach_the_most_probable_codes(pipeline):
@@ -97,7 +105,7 @@ WARPED = [
 ]
 
 
-@pytest.mark.parametrize("options", WARPED, ids=str)
+@for_each("options", WARPED)
 def test_draws_follow_the_softmax_of_transformers_warpers(options):
     scores = torch.randn(1, CODES + 4, generator=generator(2)) * 1.5
     makers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
@@ -127,13 +135,14 @@ def test_whole_images_follow_the_models_distribution():
     assert float(((counts - expected).pow(2) / expected).sum()) < chi2.ppf(0.9999, 80)
 
 
-def test_image_of_its_own_generator_does_not_depend_on_the_batch(pipeline):
-    together = draw(pipeline, [0, 1, 2], generator=[generator(s) for s in (5, 6, 7)], guidance_scale=2.0)
-    alone = draw(pipeline, [1], generator=[generator(6)], guidance_scale=2.0)
-    assert torch.equal(together[1:2], alone)
-    state = torch.get_rng_state()
-    draw(pipeline, [0])
-    assert torch.equal(state, torch.get_rng_state())
+def test_image_of_its_own_generator_does_not_depend_on_the_batch(pipelines):
+    for pipeline in pipelines:
+        together = draw(pipeline, [0, 1, 2], generator=[generator(s) for s in (5, 6, 7)], guidance_scale=2.0)
+        alone = draw(pipeline, [1], generator=[generator(6)], guidance_scale=2.0)
+        assert torch.equal(together[1:2], alone)
+        state = torch.get_rng_state()
+        draw(pipeline, [0])
+        assert torch.equal(state, torch.get_rng_state())
 
 
 def test_seeds_lists_and_tuples_stand_for_their_generators(pipeline):
@@ -162,8 +171,8 @@ def test_names_ids_and_mixtures_mean_the_same(pipeline):
     assert draw(pipeline, "dog").shape == (1, 4, 4)
 
 
-@pytest.mark.parametrize(
-    ("labels", "options", "message"),
+@for_each(
+    "labels, options, message",
     [
         (["hors"], {}, "known are for example \\['horse'\\]"),
         ([3], {}, r"class ids lie in \[0, 2\], got 3"),
@@ -200,17 +209,18 @@ def test_parts_that_do_not_belong_together_are_refused():
         make_token_model(width=30, num_heads=4)
 
 
-def test_saved_pipeline_draws_the_same_and_its_model_loads_with_transformers_alone(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path)
-    reloaded = VQTokenPipeline.from_pretrained(tmp_path)
-    assert reloaded.class_names == NAMES
-    for options in ({}, {"guidance_scale": 3.0, "top_k": 7}):
-        assert torch.equal(draw(reloaded, ["dog", 2], **options), draw(pipeline, ["dog", 2], **options))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="language_model")
-    tokens = model.generate(torch.tensor([[CODES + 1]] * 50), do_sample=True)  # by itself: an image of codes only
-    assert tokens.shape == (50, 1 + TOKENS) and int(tokens[:, 1:].max()) < CODES
-    greedy = model.generate(torch.tensor([[CODES + 1]]), do_sample=False)
-    assert torch.equal(greedy[0, 1:], draw(pipeline, [1], temperature=0.0).flatten())
+def test_saved_pipeline_draws_the_same_and_its_model_loads_with_transformers_alone(pipelines, tmp_path):
+    for pipeline in pipelines:
+        pipeline.save_pretrained(tmp_path)
+        reloaded = VQTokenPipeline.from_pretrained(tmp_path)
+        assert reloaded.class_names == NAMES
+        for options in ({}, {"guidance_scale": 3.0, "top_k": 7}):
+            assert torch.equal(draw(reloaded, ["dog", 2], **options), draw(pipeline, ["dog", 2], **options))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="language_model")
+        tokens = model.generate(torch.tensor([[CODES + 1]] * 50), do_sample=True)  # by itself: an image of codes only
+        assert tokens.shape == (50, 1 + TOKENS) and int(tokens[:, 1:].max()) < CODES
+        greedy = model.generate(torch.tensor([[CODES + 1]]), do_sample=False)
+        assert torch.equal(greedy[0, 1:], draw(pipeline, [1], temperature=0.0).flatten())
 
 
 def test_output_types_agree_and_codes_decode_to_the_images(pipeline):
@@ -225,17 +235,18 @@ def test_output_types_agree_and_codes_decode_to_the_images(pipeline):
     assert isinstance(pipeline([0], return_dict=False), tuple)
 
 
-def test_nats_are_those_of_the_tokens_one_by_one(pipeline):
-    codes, labels = torch.randint(0, CODES, (2, 4, 4), generator=generator()), torch.tensor([1, 3])
-    with torch.no_grad():
-        found = code_nats(pipeline.language_model, codes, labels, CODES)
-        inputs, targets = token_sequences(codes, labels, CODES)
-        assert inputs[:, 0].tolist() == [CODES + 1, CODES + 3] and torch.equal(targets, codes.flatten(1))
-        for image in range(2):
-            for place in range(TOKENS):
-                scores = pipeline.language_model(inputs[image : image + 1, : place + 1]).logits[0, -1, :CODES]
-                expected = -scores.log_softmax(0)[targets[image, place]]
-                torch.testing.assert_close(found[image, place], expected, rtol=1e-4, atol=1e-5)
+def test_nats_are_those_of_the_tokens_one_by_one(pipelines):
+    for pipeline in pipelines:
+        codes, labels = torch.randint(0, CODES, (2, 4, 4), generator=generator()), torch.tensor([1, 3])
+        with torch.no_grad():
+            found = code_nats(pipeline.language_model, codes, labels, CODES)
+            inputs, targets = token_sequences(codes, labels, CODES)
+            assert inputs[:, 0].tolist() == [CODES + 1, CODES + 3] and torch.equal(targets, codes.flatten(1))
+            for image in range(2):
+                for place in range(TOKENS):
+                    scores = pipeline.language_model(inputs[image : image + 1, : place + 1]).logits[0, -1, :CODES]
+                    expected = -scores.log_softmax(0)[targets[image, place]]
+                    torch.testing.assert_close(found[image, place], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unlabelled_model_draws_without_classes_in_bfloat16_too():

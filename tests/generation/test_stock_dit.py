@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from cases import for_each
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -59,10 +60,10 @@ def ours(stock, tmp_path_factory):
     return pipeline
 
 
-@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize("labels", [[207], [207, 1, 999, 207]])
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("precompute", [True, False])
+@for_each("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+@for_each("labels", [[207], [207, 1, 999, 207]])
+@for_each("guidance_scale", [1.0, 4.0])
+@for_each("precompute", [True, False])
 def test_images_equal_those_of_the_stock_pipeline(stock, ours, scheduler, labels, guidance_scale, precompute):
     stock.scheduler = scheduler.from_config(stock.scheduler.config)
     ours.scheduler = scheduler.from_config(stock.scheduler.config)
@@ -206,7 +207,7 @@ REFUSALS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "reason"), REFUSALS)
+@for_each("change, reason", REFUSALS)
 def test_export_is_refused_with_the_reason(tmp_path, change, reason):
     with pytest.raises(ValueError, match=reason):
         make_exportable(**change).export_stock(tmp_path / "stock")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import for_each
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.generation.diffusion import make_transformer
@@ -51,7 +52,7 @@ def test_features_are_the_encoders_own_of_normalised_images(name):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("side", [2, 4, 8])
+@for_each("side", [2, 4, 8])
 def test_places_of_the_features_are_those_of_the_tokens(side):
     features = SpatialFeatures(encoder("vit"), side)
     plain = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from cases import for_each
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -80,7 +81,7 @@ def test_a_readme_without_marks_is_kept_above_the_generated_part():
     assert merge_card(" \n", card()) == card()
 
 
-@pytest.mark.parametrize(
+@for_each(
     "damaged",
     [
         card().replace("hf_dpssl:generated:end", "hf_dpssl:generated:ende"),
@@ -95,7 +96,7 @@ def test_damaged_marks_are_refused_with_the_way_out(damaged):
         merge_card(damaged, card())
 
 
-@pytest.mark.parametrize("front_matter", ["a: [1", "- a\n- b", "model-index: 5", "model-index:\n- name: x"])
+@for_each("front_matter", ["a: [1", "- a\n- b", "model-index: 5", "model-index:\n- name: x"])
 def test_front_matter_that_cannot_be_read_is_refused(front_matter):
     with pytest.raises(ValueError, match="mend it"):
         merge_card(f"---\n{front_matter}\n---\nWords.\n", card())

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cases import for_each
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from launches import REPOSITORY, Launched
@@ -28,14 +29,23 @@ RUNS = {  # folder: script, flags, snippets of its card
     "ar": ("dae_ar", [*SIZE, "--samples_per_class", 1], 2),
     "gan": ("dae_gan", ["--width", 8, "--latent_dim", 8, "--stage_1_steps", 2, *SHORT], 2),
 }
+# Each list of snippets in a process of its own, in which torch and timm are imported and nothing else.
 RUNNER = """
-import json, sys
-for number, snippet in enumerate(json.load(open("snippets.json"))):
-    names = {"__name__": f"snippet_{number}"}
-    exec(compile(snippet, f"snippet {number}", "exec"), names)
-    made = [name for name in ("features", "embeddings", "images", "codes", "reconstructions") if name in names]
-    values = {name: names[name] for name in made}
-    print(json.dumps({name: list(getattr(value, "shape", [len(value)])) for name, value in values.items()}))
+import json, os, timm, torch, torchvision
+for snippets in json.load(open("snippets.json")):
+    child = os.fork()
+    if child:
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(1)
+        continue
+    for number, snippet in enumerate(snippets):
+        names = {"__name__": f"snippet_{number}"}
+        exec(compile(snippet, f"snippet {number}", "exec"), names)
+        made = [name for name in ("features", "embeddings", "images", "codes", "reconstructions") if name in names]
+        values = {name: names[name] for name in made}
+        shapes = {name: list(getattr(value, "shape", [len(value)])) for name, value in values.items()}
+        print(json.dumps(shapes), flush=True)
+    os._exit(0)
 """
 
 
@@ -53,8 +63,8 @@ def snippets_of(folder: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", ModelCard.load(folder / "README.md").text, re.DOTALL)
 
 
-def run_snippets(snippets: list[str], folder: Path, **hub: str) -> list[dict]:
-    """Shapes of what each snippet makes, all in one fresh process in `folder`."""
+def run_snippets(snippets: list[list[str]], folder: Path, **hub: str) -> list[dict]:
+    """Shapes of what each snippet makes, every list of them in a fresh process in `folder`."""
     folder.mkdir()
     Image.radial_gradient("L").convert("RGB").resize((40, 30)).save(folder / "picture.png")
     (folder / "snippets.json").write_text(json.dumps(snippets))
@@ -78,14 +88,17 @@ EXPECTED = {  # shapes of what the snippets make
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_snippets_run_by_id_at_a_commit_in_a_fresh_process(name, trained, tmp_path):
-    snippets = snippets_of(trained / name)
-    assert len(snippets) == RUNS[name][2]
+SHAPES = [shape for name in RUNS for shape in EXPECTED[name]]
+
+
+def test_snippets_run_by_id_at_a_commit_in_a_fresh_process(trained, tmp_path):
+    given = []
     with HubServer() as hub:
-        commit = hub.add_repo("model", f"org/{name}", trained / name)
-        given = [text.replace("REPO_OR_FOLDER", f"org/{name}").replace("COMMIT", commit) for text in snippets]
-        assert run_snippets(given, tmp_path / "client", HF_ENDPOINT=hub.endpoint) == EXPECTED[name]
+        for name in RUNS:
+            commit, texts = hub.add_repo("model", f"org/{name}", trained / name), snippets_of(trained / name)
+            assert len(texts) == RUNS[name][2]
+            given.append([t.replace("REPO_OR_FOLDER", f"org/{name}").replace("COMMIT", commit) for t in texts])
+        assert run_snippets(given, tmp_path / "client", HF_ENDPOINT=hub.endpoint) == SHAPES
 
 
 def test_snippets_run_on_folders_without_a_network(trained, tmp_path):
@@ -93,11 +106,10 @@ def test_snippets_run_on_folders_without_a_network(trained, tmp_path):
     for name in RUNS:
         texts = [text.replace("hf-hub:REPO", "local-dir:REPO") for text in snippets_of(trained / name)]
         given += [text.replace("REPO_OR_FOLDER", str(trained / name)) for text in texts]
-    shapes = run_snippets(given, tmp_path / "client", HF_HUB_OFFLINE="1")
-    assert shapes == [shape for name in RUNS for shape in EXPECTED[name]]
+    assert run_snippets([given], tmp_path / "client", HF_HUB_OFFLINE="1") == SHAPES
 
 
-@pytest.mark.parametrize("name", RUNS)
+@for_each("name", RUNS)
 def test_remote_code_is_pinned_to_a_commit_and_really_trained_cards_are_clean(name, trained):
     calls = [call for text in snippets_of(trained / name) for call in re.findall(r"from_pretrained\(.*\)", text)]
     remote = [call for call in calls if "trust_remote_code" in call]

@@ -10,6 +10,7 @@ import shutil
 import pytest
 import timm
 import torch
+from cases import for_each
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
@@ -48,7 +49,7 @@ def contents(folder) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if name not in PRIVATE}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@for_each("kind", KINDS)
 def test_push_to_hub_of_every_class_gives_the_repository_of_its_folder(hub, folders, kind):
     made = {"encoder": encoder_model, "autoencoder": autoencoder_model, "dit": dit_pipeline, "token": token_pipeline}
     report = made.get(kind, gan_model)().push_to_hub(f"org/{kind}")
@@ -59,7 +60,7 @@ def test_push_to_hub_of_every_class_gives_the_repository_of_its_folder(hub, fold
     assert set(published) - set(expected) - FROM_A_RUN == {".gitattributes", replay.FILE_NAME}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@for_each("kind", KINDS)
 def test_a_push_is_one_commit_of_exactly_the_publishable_files_and_a_replayed_pair(hub, folders, kind):
     report = push(folders[kind], f"org/{kind}")
     published = hub.files(f"org/{kind}")
@@ -213,7 +214,7 @@ def test_large_files_come_in_parts_where_the_hub_wants_it(hub, folders):
     assert parts == [50_000] * (len(expected) // 50_000) + [len(expected) % 50_000]
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "shard"])
+@for_each("missing", ["config.json", "model.safetensors", "shard"])
 def test_an_unfinished_folder_is_refused_before_any_request(hub, folders, tmp_path, missing):
     folder = tmp_path / "run" / "autoencoder"
     VQAutoencoder.from_pretrained(folders["autoencoder"]).save_pretrained(folder, max_shard_size="50KB")
@@ -250,8 +251,8 @@ def test_commands_push_and_pull_bring_a_folder_there_and_back(hub, folders, tmp_
     assert main(pull) == 2 and "is there already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
+@for_each(
+    "argv, words",
     [
         (["push", "{gan}", "org/a/b"], "Repo id must be in the form"),
         (["push", "{gan}", "elsewhere/gan"], "may not write to elsewhere/gan"),

@@ -12,6 +12,7 @@ import dae_gan
 import dae_vq
 import pytest
 import yaml
+from cases import for_each
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from tiny_checkpoints import save_checkpoints
 
@@ -81,7 +82,7 @@ def card_of(folder: Path, **options) -> ModelCard:
     return ModelCard.load(write_card(folder, **options))
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@for_each("kind", RUNS)
 def test_card_says_what_the_files_say_and_the_client_reads_the_results_back_equal(kind, finished):
     folder = finished(kind)
     card = card_of(folder)
@@ -98,7 +99,7 @@ def test_card_says_what_the_files_say_and_the_client_reads_the_results_back_equa
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@for_each("kind", RUNS)
 def test_card_is_clean_markdown_without_folders_of_the_machine(kind, finished):
     text = card_of(finished(kind, command="x.py --output_dir /home/me/run --dataset ~/digits")).text
     assert not re.search(r"\{\{|\{%|\{#|Undefined|\n\n\n|/home|~/", text)
@@ -112,7 +113,7 @@ def test_card_is_clean_markdown_without_folders_of_the_machine(kind, finished):
     assert len(entries) == len(set(entries)) >= 2 and text.count("{") == text.count("}")
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@for_each("kind", RUNS)
 def test_what_was_not_measured_says_so(kind, finished):
     expected = {"encoder": 2, "autoencoder": 2, "dit": 2, "token": 2, "gan": 2}[kind]
     card = card_of(finished(kind, metrics={"psnr": float("nan")} if kind == "autoencoder" else {}))
@@ -146,7 +147,7 @@ def test_time_hardware_and_energy_are_those_of_the_run(finished):
 
 
 # Texts of licences that were once taken for free ones, and what the Hub's client knows of them.
-@pytest.mark.parametrize(
+@for_each(
     "restriction",
     [
         "ImageNet terms, non-commercial research",
@@ -277,8 +278,8 @@ def test_missing_entry_of_the_recipe_is_an_error_and_writes_no_card(finished):
     assert not (folder / "README.md").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
+@for_each(
+    "name, content, message",
     [
         ("results.json", None, "no results.json"),
         ("recipe.yaml", None, "no recipe.yaml"),

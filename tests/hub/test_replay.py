@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import for_each
 from safetensors import safe_open
 from tiny_checkpoints import autoencoder_model, gan_model
 
@@ -25,7 +26,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("first", "second"), [("gan", "other-gan"), ("codes", "no-codes"), ("codes", "gan")])
+@for_each("first, second", [("gan", "other-gan"), ("codes", "no-codes"), ("codes", "gan")])
 def test_a_pair_of_another_model_is_refused_and_replaced(folders, tmp_path, first, second):
     path = tmp_path / replay.FILE_NAME
     for owner, other in ((first, second), (second, first)):

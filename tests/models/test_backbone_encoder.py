@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from cases import for_each
 from tiny_encoders import MEAN, RESNET, STD, encoder_folder
 
 from hf_dpssl import VQAutoencoder
@@ -24,7 +25,7 @@ def images(size: int = 32, channels: int = 3) -> torch.Tensor:
     return torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-@pytest.mark.parametrize(
+@for_each(
     "architecture, model_args, stem, reduction",
     [
         ("resnet18", RESNET, "small_image", 8),

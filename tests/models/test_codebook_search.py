@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import for_each
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dpssl import VectorQuantizer
@@ -140,7 +141,7 @@ def test_shapes_that_do_not_fit_are_refused():
             nearest_codes(torch.zeros(vectors), torch.zeros(codebook))
 
 
-@pytest.mark.parametrize("tile", [(1, 1, 1), (7, 8, 4), (512, 2048, 128)])
+@for_each("tile", [(1, 1, 1), (7, 8, 4), (512, 2048, 128)])
 def test_nearest_codes_equal_brute_force_also_in_tiles(tile, monkeypatch):
     for name, size in zip(("_TILE_VECTORS", "_TILE_CODES", "_BLOCK"), tile, strict=True):
         monkeypatch.setattr(sys.modules["hf_dpssl.models.codebook_search"], name, size)

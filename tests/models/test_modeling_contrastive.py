@@ -8,6 +8,7 @@ import shutil
 import pytest
 import timm
 import torch
+from cases import for_each
 from safetensors.torch import load_file, save_file
 from tiny_encoders import BACKBONES, config, images
 from transformers import AutoConfig, AutoModel
@@ -218,8 +219,8 @@ def test_eval_mode_moves_neither_keys_nor_queue():
 # Checkpoints.
 
 
-@pytest.mark.parametrize(
-    ("backbone", "model_class"),
+@for_each(
+    "backbone, model_class",
     [
         *((backbone, MoCoForPreTraining) for backbone in BACKBONES),
         *(("resnet", model_class) for model_class in (ContrastiveEncoder, SimCLRForPreTraining)),

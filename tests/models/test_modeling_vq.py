@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import for_each
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from safetensors.torch import load_file, save_file
 from tiny_autoencoders import SMALL, images, make, same, state, train_steps
@@ -236,7 +237,7 @@ def test_saved_autoencoder_comes_back_bit_equal(quantizer, tmp_path):
         assert loaded.config.latent_std == [1.0, 2.0, 3.0] and loaded.fingerprint() == model.fingerprint()
 
 
-@pytest.mark.parametrize("missing", ["quantizer.codebook", "encoder.conv_in.weight", "decoder.conv_out.bias"])
+@for_each("missing", ["quantizer.codebook", "encoder.conv_in.weight", "decoder.conv_out.bias"])
 def test_incomplete_checkpoint_is_refused_by_name(missing, tmp_path):
     make().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

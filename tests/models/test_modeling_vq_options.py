@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import for_each
 from tiny_autoencoders import SMALL, gradients, images, make, same, state, train_steps
 
 from hf_dpssl import VQAutoencoder, VQConfig
@@ -60,9 +61,9 @@ def test_kl_weight_pulls_the_latents_to_the_standard_normal():
 # Options of the quantiser.
 
 
-@pytest.mark.parametrize("distance", ["l2", "cosine"])
-@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
-@pytest.mark.parametrize("update", ["ema", "gradient"])
+@for_each("distance", ["l2", "cosine"])
+@for_each("gradient", ["straight_through", "rotation"])
+@for_each("update", ["ema", "gradient"])
 def test_codes_come_back_as_the_reconstruction_bit_for_bit_with_every_quantiser(distance, gradient, update, tmp_path):
     model = make(code_distance=distance, quantizer_gradient=gradient, codebook_update=update)
     model.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import for_each
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersQuantizer
 
 from hf_dpssl import VectorQuantizer
@@ -126,8 +127,8 @@ def loop_entropy(vectors: torch.Tensor, codebook: torch.Tensor, temperature: flo
     return -(shares * shares.log()).sum() / len(vectors) + (mean * mean.log()).sum()
 
 
-@pytest.mark.parametrize("elements", [16, 48, 2**24])
-@pytest.mark.parametrize("offset", [0.0, 100.0])
+@for_each("elements", [16, 48, 2**24])
+@for_each("offset", [0.0, 100.0])
 def test_entropy_term_and_its_gradients_equal_the_loop(elements, offset, monkeypatch):
     monkeypatch.setattr("hf_dpssl.models.quantizer._ENTROPY_ELEMENTS", elements)
     vq = quantizer(update="gradient", entropy_temperature=0.7)

@@ -6,6 +6,7 @@ from statistics import median
 
 import pytest
 import torch
+from cases import for_each
 from sklearn.manifold import TSNE
 
 from hf_dpssl.contrastive.matching import DIVERGENCES, KERNELS, NORMALIZATIONS
@@ -49,7 +50,7 @@ def test_two_maps_of_one_seed_are_equal_and_of_two_seeds_are_not():
     assert not torch.allclose(maps[0].embeddings, maps[2].embeddings)
 
 
-@pytest.mark.parametrize(
+@for_each(
     "similarities, kernel, normalization", list(product(SIMILARITIES, KERNELS, NORMALIZATIONS))
 )  # every cell that the page offers
 def test_every_cell_moves_the_map_or_says_why_not(similarities, kernel, normalization):
@@ -76,14 +77,14 @@ def test_a_divergence_that_overflows_is_refused_and_the_map_stays():
     assert torch.equal(one.embeddings.detach(), before)
 
 
-@pytest.mark.parametrize("change", [{"similarities": "friends"}, {"perplexity": 500.0}, {"temperature": 0.0}])
+@for_each("change", [{"similarities": "friends"}, {"perplexity": 500.0}, {"temperature": 0.0}])
 def test_settings_out_of_range_are_refused(change):
     points, labels = map_data("digits", 40)
     with pytest.raises(ValueError):
         LiveMap(points, labels).advance(replace(MapSettings(perplexity=8.0), **change))
 
 
-@pytest.mark.parametrize("name", DATA)
+@for_each("name", DATA)
 def test_second_half_of_the_data_repeats_the_classes_of_the_first(name):
     points, labels = map_data(name, 64)
     assert points.shape[0] == 64 and bool(points.isfinite().all())

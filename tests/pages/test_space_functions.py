@@ -5,6 +5,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from cases import for_each
 from load_space import load_app
 from pictures import BAD_UPLOADS, encoded, noise
 from PIL import Image
@@ -91,11 +92,18 @@ def test_each_class_in_turn_and_no_class_can_be_asked_for(generator, models):
     assert generator.read_request(models(generator), "dit", generator.NONE, 2, 0, 2, 4, 1, 0).labels == ()
 
 
-@pytest.mark.parametrize(
+@for_each(
     "change, said",
-    [({0: "cow"}, "no class 'cow'"), ({1: 17}, "1 to 16"), ({1: None}, "seed"), ({2: None}, "seed"), ({2: -1}, "whole"),
-     ({3: 99.0}, "Guidance"), ({4: 1000}, "1 to 100")],
-)  # fmt: skip
+    [
+        ({0: "cow"}, "no class 'cow'"),
+        ({1: 17}, "1 to 16"),
+        ({1: None}, "seed"),
+        ({2: None}, "seed"),
+        ({2: -1}, "whole"),
+        ({3: 99.0}, "Guidance"),
+        ({4: 1000}, "1 to 100"),
+    ],
+)
 def test_controls_out_of_range_are_refused(generator, models, change, said):
     values = [change.get(i, value) for i, value in enumerate(CONTROLS)]
     with pytest.raises(ValueError, match=said):
@@ -127,7 +135,7 @@ def test_explorer_shows_neighbours_and_a_map_of_each_encoder(explorer, models, p
     assert all("<iframe" in part and "your picture" in part for part in parts[2:])
 
 
-@pytest.mark.parametrize("count", [0, 21, float("nan")])
+@for_each("count", [0, 21, float("nan")])
 def test_explorer_refuses_a_number_of_neighbours_out_of_range(explorer, models, picture, count):
     with pytest.raises(ValueError, match="1 to 20"):
         explorer.explore(models(explorer), picture, count)
@@ -143,7 +151,7 @@ def test_without_a_picture_the_message_says_what_to_do(explorer, latents, models
             call()
 
 
-@pytest.mark.parametrize("name", BAD_UPLOADS)
+@for_each("name", BAD_UPLOADS)
 def test_bad_files_are_refused_by_both_spaces_that_take_pictures(explorer, latents, models, tmp_path, name):
     content, said = BAD_UPLOADS[name]
     (tmp_path / name).write_bytes(content)

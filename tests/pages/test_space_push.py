@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import yaml
+from cases import for_each
 from packaging.requirements import Requirement
 
 from hf_dpssl.cli.commands import main
@@ -26,12 +27,12 @@ def published(hub, repo_id: str) -> dict[str, bytes]:
     return {path: file.content for path, file in repo.commits[repo.branches["main"]].files.items()}
 
 
-@pytest.mark.parametrize("name", space_names())
+@for_each("name", space_names())
 def test_pushed_space_holds_the_files_of_its_folder(hub, name):
-    push_space(name, "org/page", package=WHEEL)
+    push_space(name, f"org/{name}", package=WHEEL)
     expected = {path.name: path.read_bytes() for path in (shipped_folder("spaces") / name).iterdir() if path.is_file()}
     expected["requirements.txt"] = f"hf_dpssl[demo] @ {WHEEL}\n".encode()
-    found = published(hub, "org/page")
+    found = published(hub, f"org/{name}")
     assert {file: found[file] for file in expected} == expected
     assert set(found) - set(expected) <= {".gitattributes"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cases import for_each
 from load_space import load_app
 from PIL import Image
 
@@ -23,7 +24,7 @@ def matching():
     return load_app("matching_lab")
 
 
-@pytest.mark.parametrize("name", space_names())
+@for_each("name", space_names())
 def test_a_space_has_a_readme_that_the_hub_can_read_requirements_and_a_picture(name):
     folder = shipped_folder("spaces") / name
     front = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
@@ -120,7 +121,7 @@ def test_models_come_from_the_variable_then_from_the_demo_and_else_the_message_s
     assert source_arguments(str(tmp_path)) == {"pretrained_model_name_or_path": str(tmp_path)}
 
 
-@pytest.mark.parametrize(
+@for_each(
     "argv, said",
     [
         (["matching_lab", "--demo", "nowhere"], "hf-dpssl demo"),
@@ -134,7 +135,7 @@ def test_wrong_values_of_the_command_are_one_line_and_status_2(argv, said, capsy
     assert said in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["nonsense"], ["matching_lab", "--port", "70000"], []])
+@for_each("argv", [["nonsense"], ["matching_lab", "--port", "70000"], []])
 def test_unknown_space_or_port_ends_with_usage_and_status_2(argv, capsys):
     with pytest.raises(SystemExit) as ended:
         main(argv)

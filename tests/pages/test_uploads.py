@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+from cases import for_each
 from pictures import BAD_UPLOADS, encoded, noise
 from PIL import Image, ImageFile
 
 from hf_dpssl.pages.uploads import FORMATS, read_upload
 
 
-@pytest.mark.parametrize("name", BAD_UPLOADS)
+@for_each("name", BAD_UPLOADS)
 def test_bad_file_is_refused_with_what_is_wrong(name, tmp_path):
     content, said = BAD_UPLOADS[name]
     (tmp_path / name).write_bytes(content)
@@ -16,7 +17,7 @@ def test_bad_file_is_refused_with_what_is_wrong(name, tmp_path):
         read_upload(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["bomb.png", "large.png", "heavy.png"])
+@for_each("name", ["bomb.png", "large.png", "heavy.png"])
 def test_too_large_pictures_are_refused_before_a_pixel_is_decoded(name, tmp_path, monkeypatch):
     (tmp_path / name).write_bytes(BAD_UPLOADS[name][0])
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
@@ -24,7 +25,7 @@ def test_too_large_pictures_are_refused_before_a_pixel_is_decoded(name, tmp_path
         read_upload(tmp_path / name)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@for_each("kind", FORMATS)
 def test_every_format_named_is_read_as_pillow_reads_it(kind, tmp_path):
     path = tmp_path / "picture"  # the ending does not matter
     path.write_bytes(encoded(noise(1, 24, 16), kind))

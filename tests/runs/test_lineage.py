@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from cases import for_each
 from huggingface_hub import constants
 from tiny_checkpoints import save_checkpoints
 
@@ -55,7 +56,7 @@ def test_an_ancestor_that_is_gone_is_named_and_no_more(tmp_path, monkeypatch):
     assert describe_ancestor(tmp_path / "model.ckpt") == {"name": "model.ckpt"}
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\x00"])
+@for_each("content", ["{", "[1]", "\x00"])
 def test_damaged_json_is_named(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match="config.json .*damaged"):

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from launches import REPOSITORY
 from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))

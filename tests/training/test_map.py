@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from cases import for_each
 from launches import forget_accelerator
 from pictures import noise, write_parquet
 from pictures import row as picture_row
@@ -187,8 +188,8 @@ def test_names_cannot_end_the_script_or_become_markup(tmp_path):
     assert page.count("<script") == 2 and "alert(1)</script>" not in page
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
+@for_each(
+    "changes, message",
     [
         ({"names": ["one"]}, "as many points, names, labels and flags as its 7 images"),
         ({"maps": {}}, "as many points"),

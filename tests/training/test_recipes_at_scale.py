@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cases import for_each
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +59,7 @@ def results(costs):
     return json.loads((costs.EVIDENCE / "results" / "recipe_costs.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@for_each("name", PUBLISHED)
 def test_recipe_has_the_published_settings(name):
     values = asdict(arguments(name))
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
