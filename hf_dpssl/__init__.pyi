@@ -18,6 +18,7 @@ from .contrastive import matching as matching
 from .contrastive import moco as moco
 from .contrastive import t_simclr as t_simclr
 from .generation import VQDiTPipeline as VQDiTPipeline
+from .generation import VQDriftPipeline as VQDriftPipeline
 from .generation import VQTokenPipeline as VQTokenPipeline
 from .hub import push_to_hub as push_to_hub
 from .models import VAEGAN as VAEGAN

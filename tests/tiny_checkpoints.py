@@ -15,6 +15,7 @@ from hf_dpssl import (
     VQAutoencoder,
     VQConfig,
     VQDiTPipeline,
+    VQDriftPipeline,
     VQTokenPipeline,
 )
 from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
@@ -23,6 +24,7 @@ from hf_dpssl.hub.card_merge import marked_card
 from hf_dpssl.runs.atomic_files import write_json
 
 TOKENS, NAMES = 64, {0: "zero", 1: "one"}
+KINDS = ("encoder", "autoencoder", "dit", "drift", "token", "gan")
 
 
 def encoder_model() -> MoCoForPreTraining:
@@ -56,6 +58,12 @@ def dit_pipeline() -> VQDiTPipeline:
     return VQDiTPipeline(transformer, autoencoder, make_scheduler("flow"), NAMES, autoencoder.fingerprint())
 
 
+def drift_pipeline() -> VQDriftPipeline:
+    """The transformer of `dit_pipeline` as a one-step generator."""
+    made = dit_pipeline()
+    return VQDriftPipeline(made.transformer, made.vae, NAMES, made.vae.fingerprint())
+
+
 def token_pipeline() -> VQTokenPipeline:
     """Two classes, over the codes of `autoencoder_model`."""
     autoencoder = autoencoder_model()
@@ -82,7 +90,7 @@ def finish(folder: Path, kind: str) -> None:
         (folder / name).write_text("private")
 
 
-def save_checkpoints(folder: Path, kinds: tuple = ("encoder", "autoencoder", "dit", "token", "gan")) -> dict[str, Path]:
+def save_checkpoints(folder: Path, kinds: tuple = KINDS) -> dict[str, Path]:
     """Folders by kind below `folder`."""
     for kind in kinds:
         if kind == "encoder":
@@ -90,7 +98,8 @@ def save_checkpoints(folder: Path, kinds: tuple = ("encoder", "autoencoder", "di
             model.encoder.save_pretrained(folder / kind)
             model.save_pretrained(folder / kind / "pretraining")
         else:
-            make = {"autoencoder": autoencoder_model, "dit": dit_pipeline, "token": token_pipeline, "gan": gan_model}
+            make = {"autoencoder": autoencoder_model, "dit": dit_pipeline, "drift": drift_pipeline}
+            make |= {"token": token_pipeline, "gan": gan_model}
             make[kind]().save_pretrained(folder / kind)
         finish(folder / kind, kind)
     return {kind: folder / kind for kind in kinds}

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> Path:
             scheduler.step()
             ema.step(transformer.parameters())
             if monitor and monitor.is_due(loop.step + 1):
-                validate(monitor, loop, ema)
+                monitor.record(loop, ema)
 
     # Save
     target_folder = Path(args.output_dir) / args.name
@@ -197,16 +197,6 @@ def step_losses(
     return losses
 
 
-def validate(monitor: GenerationMonitor, loop: TrainingLoop, ema: EMAModel) -> None:
-    """Measure the averaged weights, and write the figures into curves and trackers."""
-    step = loop.step + 1
-    if metrics := monitor.validate(step, ema):
-        loop.history.append({"step": step, **metrics})
-        loop.accelerator.log({f"{loop.name}/{name}": value for name, value in metrics.items()}, step=step)
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        say(f"{loop.name}, step {step}: {listed}; best is that of step {monitor.best_step}")
-
-
 def save(
     pipeline: VQDiTPipeline,
     args: DiTArguments,
@@ -222,8 +212,7 @@ def save(
     metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
     if monitor and monitor.metrics:
         metrics = monitor.metrics
-        about["best"] = {"step": monitor.best_step, monitor.metric: monitor.best}
-        about["validations"] = [entry for entry in loop.history if entry.keys() >= metrics.keys()]
+        about |= monitor.summary(loop)
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
@@ -232,8 +221,8 @@ def save(
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
     # The weights are safe before pictures are drawn, which takes minutes for a large model.
-    for name, scale in (("samples.png", args.guidance_scale), ("samples-unguided.png", 1.0)):
-        grid = sample_grid(pipeline, args, scale)
+    for name, options in (("samples.png", args.grid), ("samples-unguided.png", args.sampling)):
+        grid = sample_grid(pipeline, args, options)
         save_grid(grid, target / name, columns=args.grid_images_per_class, min_side=64)
     write_card(target)  # now with the pictures
     say(f"{target}: pipeline and sample grids written")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..embedding.evaluation_entries import Measured
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_ENCODERS, _AUTOENCODERS, _PIPELINES = ("encoder",), ("autoencoder",), ("dit", "token")
+_ENCODERS, _AUTOENCODERS, _PIPELINES = ("encoder",), ("autoencoder",), ("dit", "drift", "token")
 _GENERATORS = (*_PIPELINES, "gan")
 _GROUPS = {
     _ENCODERS: "encoders",
@@ -95,9 +95,9 @@ def parser() -> argparse.ArgumentParser:
         "evaluate",
         "Measure a checkpoint. Encoders (ours, timm's, transformers'): kNN, linear probe, few-shot, "
         "effective rank, uniformity, alignment. Autoencoders (ours, diffusers' VQModel and AutoencoderKL): PSNR, SSIM, "
-        "rFID; hf-dpssl report measures more. Generators (VQDiTPipeline, VQTokenPipeline, diffusers' DiTPipeline, "
-        "VAEGAN): FID, inception score, class consistency. The numbers, with a fingerprint of all that decides them, "
-        "go into the list 'evaluations' of the folder's results.json.",
+        "rFID; hf-dpssl report measures more. Generators (VQDiTPipeline, VQDriftPipeline, VQTokenPipeline, "
+        "diffusers' DiTPipeline, VAEGAN): FID, inception score, class consistency. The numbers, with a fingerprint of "
+        "all that decides them, go into the list 'evaluations' of the folder's results.json.",
     )
     add = parser.add_argument
     add("checkpoint", help="folder or Hub id (id@revision)")
@@ -188,7 +188,8 @@ def _kind(folder: Path) -> str:
     if "_class_name" in content:
         raise ValueError(
             f"{folder.name} holds a {content['_class_name']}, which is not measured: give an image encoder, "
-            "VQAutoencoder, VQModel, AutoencoderKL, VQDiTPipeline, VQTokenPipeline, DiTPipeline or VAEGAN."
+            "VQAutoencoder, VQModel, AutoencoderKL, VQDiTPipeline, VQDriftPipeline, VQTokenPipeline, DiTPipeline or "
+            "VAEGAN."
         )
     return "encoder"
 

@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         fromfile_prefix_chars="@",
     )
     add = parser.add_argument
-    add("pipeline", help="folder or Hub id (id@revision) of a VQDiTPipeline or VQTokenPipeline")
+    add("pipeline", help="folder or Hub id (id@revision) of a VQDiTPipeline, VQDriftPipeline or VQTokenPipeline")
     add("--output_dir", required=True, help="folder of the result")
     add("--num_images", type=int, default=50_000, help="images in all")
     add("--format", default="png", choices=FORMATS, help="pictures, or one samples.npz (arr_0, arr_1) as ADM reads it")

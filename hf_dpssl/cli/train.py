@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..autoencoder.arguments import VQArguments
 from ..generation.dit_arguments import DiTArguments
+from ..generation.drift_arguments import DriftArguments
 from ..generation.gan_arguments import GANArguments
 from ..generation.token_arguments import ARArguments
 from ..runs.contrastive_arguments import ContrastiveArguments
@@ -24,6 +25,7 @@ SCRIPTS = {
     "contrastive": ContrastiveArguments,
     "dae_ar": ARArguments,
     "dae_dit": DiTArguments,
+    "dae_drift": DriftArguments,
     "dae_gan": GANArguments,
     "dae_vq": VQArguments,
     "map": MapArguments,

@@ -20,7 +20,8 @@ What it descends: of these only the Gaussian field per anchor is a gradient, tha
 scale Q(real | x_i) / 2, where Q are SNE's similarities of x_i and all targets. The kernel of t-SNE's gradient has a
 further factor 1 / (1 + d^2), which this field has not; a symmetric field depends on the other generated samples too.
 
-Source: "drifting", arXiv 2602.04770 (field, normalisation); van der Maaten and Hinton 2008 (attraction and repulsion).
+Source: Deng et al. 2026, arXiv 2602.04770 (field, normalisation); van der Maaten and Hinton 2008 (attraction and
+repulsion).
 """
 
 from __future__ import annotations
@@ -32,11 +33,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.contrastive_options import FIELD_KERNELS, FIELD_SCALES
 from ..models.matrix_products import full_float32
 from .kernels import check_positive, in_float32, make_kernel
 
-FIELD_KERNELS = ("exponential", "gaussian", "student_t")
-DEFAULT_SCALES = (0.02, 0.05, 0.2)  # of the exponential kernel, in mean distances
 _TILE = 2**22  # distances held at once
 _NOISE = 1024  # roundings: a field below so many, relative to what it is a difference of, is none
 Space = Callable[[Tensor], Tensor]
@@ -63,7 +63,7 @@ def drift_field(
     real: Tensor,
     *,
     kernel: str = "exponential",
-    scales: Sequence[float] = DEFAULT_SCALES,
+    scales: Sequence[float] | None = None,
     dof: float = 5.0,
     weights: Tensor | None = None,
     negatives: Tensor | None = None,
@@ -75,7 +75,7 @@ def drift_field(
         generated: (..., N, D) features of generated samples; leading dimensions are sets of their own (classes).
         real: (..., K, D) features of real ones, which attract.
         kernel: one of FIELD_KERNELS.
-        scales: > 0, in mean distances; the fields of all are added up.
+        scales: > 0, in mean distances; the fields of all are added up. None: FIELD_SCALES of the kernel.
         dof: degrees of freedom of "student_t", > 0.
         weights: (..., K + M), >= 0, of real samples and negatives: how often each counts; None: once. 0 leaves one
             out, so that sets of unequal sizes can be padded.
@@ -89,7 +89,7 @@ def drift_field(
         ValueError: an unknown kernel, a scale or dof out of range, shapes that do not fit, a set without anything that
             repels or attracts, features that are not finite, or that all coincide.
     """
-    log_kernels = _log_kernels(kernel, scales, dof)
+    log_kernels = log_kernels_of(kernel, scales, dof)
     if negatives is None:
         negatives = real[..., :0, :] if real.ndim > 1 else real
     _check_shapes(generated, real, negatives)
@@ -156,12 +156,13 @@ def _features(space: Space, samples: Tensor) -> Tensor:
     return in_float32(features.flatten(1).unflatten(0, samples.shape[:2]))[0]
 
 
-def _log_kernels(kernel: str, scales: Sequence[float], dof: float) -> list[Callable[[Tensor], Tensor]]:
-    """The logarithm of each scale's kernel, as a function of distances."""
+def log_kernels_of(kernel: str, scales: Sequence[float] | None, dof: float) -> list[Callable[[Tensor], Tensor]]:
+    """The logarithm of each scale's kernel, as a function of distances; arguments and errors of `drift_field`."""
     if kernel not in FIELD_KERNELS:
         raise ValueError(f"kernel must be one of {FIELD_KERNELS}, got {kernel!r}.")
+    scales = FIELD_SCALES[kernel] if scales is None else scales
     if len(scales) == 0:
-        raise ValueError(f"scales must hold at least one number, such as {DEFAULT_SCALES}.")
+        raise ValueError(f"scales must hold at least one number, such as {FIELD_SCALES[kernel]}.")
     for scale in scales:
         check_positive(scale=scale)
     if kernel == "exponential":

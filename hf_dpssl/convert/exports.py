@@ -103,7 +103,13 @@ def export(
     kind = checkpoint_kind(folder)
     if kind not in kinds:
         fitting = [name for name, allowed in FORMATS.items() if kind in allowed]
-        what = {"dit": "latent DiT", "token": "token model", "gan": "GAN", "other": "checkpoint of another library"}
+        what = {
+            "dit": "latent DiT",
+            "drift": "one-step generator",
+            "token": "token model",
+            "gan": "GAN",
+            "other": "checkpoint of another library",
+        }
         instead = f"can be exported as {' or '.join(fitting)}" if fitting else "cannot be exported"
         article = "an" if kind in ("encoder", "autoencoder") else "a"
         raise ValueError(

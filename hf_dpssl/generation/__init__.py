@@ -1,4 +1,4 @@
-"""Images from latents: a DiT by diffusion, a token transformer, GANs.
+"""Images from latents: a DiT by diffusion or in one step, a token transformer, GANs.
 
 Read pipeline_vq_dit.py first, the whole inference story; then diffusion.py (what is trained), latent_cache.py (on what)
 and bulk_sampling.py (`hf-dpssl sample`). May import rooms up to autoencoder."""

@@ -32,10 +32,16 @@ from ..runs.results import environment
 from .choices import DTYPES, FORMATS, LAYOUTS, OPTIONS
 from .pipeline_classes import ClassConditionalPipeline
 from .pipeline_vq_dit import VQDiTPipeline
+from .pipeline_vq_drift import VQDriftPipeline
 from .pipeline_vq_token import VQTokenPipeline
 from .sample_folder import DECIDES, check_folder, claim, finish, picture_path, save_picture
 
-_PIPELINES = {"VQDiTPipeline": VQDiTPipeline, "VQTokenPipeline": VQTokenPipeline, "DiTPipeline": VQDiTPipeline}
+_PIPELINES = {
+    "VQDiTPipeline": VQDiTPipeline,
+    "VQDriftPipeline": VQDriftPipeline,
+    "VQTokenPipeline": VQTokenPipeline,
+    "DiTPipeline": VQDiTPipeline,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class SampleJob:
     """What to draw, by what, and where to.
 
     Args:
-        pipeline: folder or Hub id (`id@revision`) of a VQDiTPipeline, VQTokenPipeline or diffusers DiTPipeline.
+        pipeline: folder or Hub id (`id@revision`) of a VQDiTPipeline, VQDriftPipeline, VQTokenPipeline or
+            diffusers DiTPipeline.
         folder: of the result.
         num_images: images in all.
         format: "png", or "npz": one file of all images, in RGB.
@@ -167,7 +174,7 @@ def draw_images(
     """The images of some numbers, whatever others there are in the batch.
 
     Args:
-        pipeline: a VQDiTPipeline or VQTokenPipeline.
+        pipeline: a VQDiTPipeline, VQDriftPipeline or VQTokenPipeline.
         numbers: of the images, at least 0.
         class_ids: taken in turn: image i is of class class_ids[i % len(class_ids)]; None: without class.
         seed: image i's generator is seeded by (seed, i).

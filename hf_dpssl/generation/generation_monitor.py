@@ -26,12 +26,19 @@ from ..embedding.feature_extractors import FeatureExtractor, load_extractor
 from ..evaluation.generated_images import class_consistency
 from ..evaluation.image_measures import image_quality
 from ..runs.atomic_files import atomic_folder
+from ..runs.console import say
 from ..runs.plots import save_grid
 from ..runs.recipe import save_recipe
 from ..runs.results import write_results
 from ..runs.sharding import copy_whole_
+from ..runs.training_loop import TrainingLoop
 from .dit_arguments import DiTArguments
+from .drift_arguments import DriftArguments
 from .pipeline_vq_dit import VQDiTPipeline
+from .pipeline_vq_drift import VQDriftPipeline
+from .transformer_arguments import TransformerRunArguments
+
+LatentPipeline = VQDiTPipeline | VQDriftPipeline
 
 
 @contextmanager
@@ -62,7 +69,11 @@ class GenerationMonitor:
     """
 
     def __init__(
-        self, args: DiTArguments, accelerator: Accelerator, pipeline: VQDiTPipeline, images: ImageTable | None
+        self,
+        args: DiTArguments | DriftArguments,
+        accelerator: Accelerator,
+        pipeline: LatentPipeline,
+        images: ImageTable | None,
     ):
         self.args = args
         self.accelerator = accelerator
@@ -112,6 +123,20 @@ class GenerationMonitor:
         self.accelerator.wait_for_everyone()
         return dict(self.metrics)
 
+    def record(self, loop: TrainingLoop, ema: EMAModel) -> None:
+        """Measure the averaged weights after this step, and write the figures into curves and trackers."""
+        step = loop.step + 1
+        if metrics := self.validate(step, ema):
+            loop.history.append({"step": step, **metrics})
+            loop.accelerator.log({f"{loop.name}/{name}": value for name, value in metrics.items()}, step=step)
+            listed = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            say(f"{loop.name}, step {step}: {listed}; best is that of step {self.best_step}")
+
+    def summary(self, loop: TrainingLoop) -> dict:
+        """For results.json: the best validation, and all of them."""
+        validations = [entry for entry in loop.history if entry.keys() >= self.metrics.keys()]
+        return {"best": {"step": self.best_step, self.metric: self.best}, "validations": validations}
+
     @torch.no_grad()
     def _generate(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Features, classes and logits of all processes' images, None where nothing needs them."""
@@ -150,8 +175,7 @@ class GenerationMonitor:
             images = self.pipeline(
                 labels,
                 num_images=None if labels else len(ids),
-                guidance_scale=1.0,
-                num_inference_steps=self.args.sampling_steps,
+                **self.args.sampling,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 output_type="pt",
             ).images
@@ -195,7 +219,7 @@ class GenerationMonitor:
     def _write_grid(self, step: int) -> None:
         """The fixed-noise grid of this step, as a file and in the trackers that take pictures."""
         name = f"{self.args.name}-progress/step-{step:08d}.png"
-        images = sample_grid(self.pipeline, self.args, self.args.guidance_scale)
+        images = sample_grid(self.pipeline, self.args, self.args.grid)
         path = Path(self.args.output_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
@@ -220,15 +244,17 @@ def check_classifier(classifier: FeatureExtractor, num_classes: int, image_size:
         raise ValueError(f"the classifier {classifier.name!r} knows {found} classes, the data set has {num_classes}.")
 
 
-def sample_grid(pipeline: VQDiTPipeline, args: DiTArguments, guidance_scale: float) -> Tensor:
-    """The first samples of seed `args.seed`, in [-1, 1]: one row per class (of at most 10), or one grid without."""
+def sample_grid(pipeline: LatentPipeline, args: TransformerRunArguments, options: dict) -> Tensor:
+    """The first samples of seed `args.seed`, in [-1, 1]: one row per class (of at most 10), or one grid without.
+
+    `options` are of the pipeline's call.
+    """
     per_class = args.grid_images_per_class
     class_ids = [class_id for class_id in range(len(pipeline.class_names))[:10] for _ in range(per_class)]
     images = pipeline(
         class_ids or None,
         num_images=None if class_ids else per_class**2,
-        guidance_scale=guidance_scale,
-        num_inference_steps=args.sampling_steps,
+        **options,
         generator=torch.Generator().manual_seed(args.seed),
         output_type="pt",
     ).images

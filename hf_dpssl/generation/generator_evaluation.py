@@ -50,7 +50,7 @@ def measure_generator(checkpoint: str, folder: Path, kind: str, args: argparse.N
     Args:
         checkpoint: folder or Hub id (id@revision).
         folder: where its files are.
-        kind: "dit", "token" or "gan".
+        kind: "dit", "drift", "token" or "gan".
         args: flags of `hf-dpssl evaluate`.
 
     Raises:

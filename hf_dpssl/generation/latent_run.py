@@ -65,13 +65,20 @@ def classes_of_run(args: LatentRunArguments, data: ImageData) -> list[str]:
 
 
 def cached_training_images(
-    args: LatentRunArguments, autoencoder: VQAutoencoder, data: ImageData, accelerator: Accelerator, content: str
+    args: LatentRunArguments,
+    autoencoder: VQAutoencoder,
+    data: ImageData,
+    accelerator: Accelerator,
+    content: str,
+    *,
+    whole_batches: bool = True,
 ) -> tuple[LatentTable | CodeTable, LatentTable | CodeTable | None, dict[str, str]]:
     """Latents or codes under OUTPUT_DIR, which the processes encode together, each every n-th shard.
 
     Args:
         args, autoencoder, data, accelerator: of the run.
         content: "latents", or "codes", which are cached of the held-out images too.
+        whole_batches: a step takes a batch of different images; False where it draws its own.
 
     Returns:
         The training images' table (with `--flip_cache` a random half of it mirrored in each epoch, with
@@ -102,7 +109,7 @@ def cached_training_images(
         table.forget_labels()
     if content == "codes" and (images := source.evaluation_table()) is not None:
         held_out = build(images, folder / "held-out", "evaluation")
-    if len(table) < args.batch_size * accelerator.num_processes:
+    if whole_batches and len(table) < args.batch_size * accelerator.num_processes:
         raise ValueError(
             f"{len(table)} {content} are fewer than one batch of all processes "
             f"({args.batch_size} x {accelerator.num_processes}): lower --batch_size."

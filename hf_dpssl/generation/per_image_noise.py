@@ -8,6 +8,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ..models.generators import Generators, read_generator
+
 
 @dataclass
 class PerImageInputs:
@@ -47,6 +49,33 @@ def initial_noise(shape: tuple[int, ...], generator, latents: Tensor | None, dev
     if tuple(latents.shape) != shape:
         raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
     return latents.to(device, torch.promote_types(latents.dtype, torch.float32))
+
+
+def noise_path(
+    shape: tuple[int, ...], count: int, generator: Generators, latents: tuple[Tensor, ...] | None, device: torch.device
+) -> Tensor:
+    """`count` noises (count, C, h, w) from that of the first of two generators to that of the second; of one: its own.
+
+    Args:
+        shape: (C, h, w).
+        count: at least 2.
+        generator: one or a list of one or two; seeds are fine.
+        latents: the two noises (C, h, w) themselves, instead of drawing them.
+        device: of the result.
+
+    Raises:
+        ValueError: fewer than two images, more than two generators, or noises of another shape.
+    """
+    if count < 2:
+        raise ValueError(f"an interpolation has at least 2 images, got num_images={count}.")
+    if latents is None:
+        both = generator if isinstance(generator, list | tuple) else [generator]
+        both = [read_generator(one, 1) for one in read_generator(both, len(both))]
+        if len(both) > 2:
+            raise ValueError(f"an interpolation has one generator or two (start, end), got {len(both)}.")
+        latents = [initial_noise((1, *shape), one, None, device)[0] for one in both]
+    ends = [initial_noise(shape, None, one, device) for one in (latents[0], latents[-1])]
+    return spherical_path(*ends, count)
 
 
 def spherical_path(start: Tensor, end: Tensor, count: int) -> Tensor:

@@ -186,6 +186,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
             rows.append((*pair, float(share)))
         return rows
 
+    def _class_rows(
+        self, class_labels, num_images: int | None, per_label: int, null_class: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Labels, labels to blend in and their shares, (N,) each; the last two None without blending."""
+        self._check_counts(num_images=num_images, num_images_per_label=per_label)
+        if class_labels is None:
+            if per_label != 1:
+                raise ValueError("num_images_per_label is for class_labels; for images without class give num_images.")
+            rows = [(null_class, null_class, 0.0)] * (1 if num_images is None else num_images)
+        else:
+            rows = [row for row in self.class_mixtures(class_labels, null_class) for _ in range(per_label)]
+        device = self._execution_device
+        labels = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device)
+        others = torch.tensor([row[1] for row in rows], dtype=torch.int64, device=device)
+        weights = torch.tensor([row[2] for row in rows], dtype=torch.float32, device=device)
+        return (labels, others, weights) if weights.any() else (labels, None, None)
+
+    @staticmethod
+    def _class_path(start: int | str | None, end: int | str | None, count: int) -> dict:
+        """Arguments of a call for `count` images from one class to another; None is no class."""
+        if start is None and end is None:
+            return {"class_labels": None, "num_images": count}
+        return {"class_labels": [(start, end, i / (count - 1)) for i in range(count)]}
+
     def _class_of_name(self, label: str) -> int:
         names = self.class_names
         parts = [[name, *(part.strip() for part in name.split(","))] for name in names]

@@ -25,7 +25,7 @@ from ..models.modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline i
 from . import stock_dit
 from .dit_modulation import Predictor
 from .guidance import Guidance
-from .per_image_noise import PerImageInputs, initial_noise, spherical_path, step_generators
+from .per_image_noise import PerImageInputs, initial_noise, noise_path, step_generators
 from .pipeline_classes import ClassConditionalPipeline, joined
 from .scheduler_steps import (
     PREDICTION_TYPES,
@@ -46,7 +46,7 @@ def switch_off_label_dropout_(transformer: nn.Module) -> None:
             module.dropout_prob = 0.0
 
 
-def _check_latents(transformer: DiTTransformer2DModel, vae: latent_codec.Autoencoder) -> None:
+def check_latents(transformer: DiTTransformer2DModel, vae: latent_codec.Autoencoder) -> None:
     """ValueError unless an autoencoder has latents of the transformer's channels and side."""
     config = transformer.config
     theirs = (latent_codec.latent_channels(vae), getattr(vae.config, "latent_size", config.sample_size))
@@ -102,7 +102,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         exported = classes == stock_dit.STOCK_CLASSES  # its rows beyond the names are copies of the null row
         if id2label and len(id2label) != classes and not (exported and len(id2label) < classes):
             raise ValueError(f"the transformer has {classes} classes, but id2label names {len(id2label)}.")
-        _check_latents(transformer, vae)
+        check_latents(transformer, vae)
         switch_off_label_dropout_(transformer)
         modules = dict(transformer=transformer, scheduler=scheduler)
         self._register(id2label, vae, vae_fingerprint, "transformer", **modules)
@@ -198,11 +198,11 @@ class VQDiTPipeline(ClassConditionalPipeline):
             ValueError: an unknown class or output type, guidance below 1, no steps, a scheduler of another prediction
                 type, a wrong number of generators, or pictures, masks or latents of a wrong shape, mode or range.
         """
-        _check_latents(self.transformer, self.vae)
+        check_latents(self.transformer, self.vae)
         self._check_fingerprint(self.vae, self.config.vae_fingerprint, "transformer")
         guided = class_labels is not None
         guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale)
-        labels, others, weights = self._labels(class_labels, num_images, num_images_per_label)
+        labels, others, weights = self._class_rows(class_labels, num_images, num_images_per_label, self.null_class)
         self._check_request(labels, class_labels, num_images, guidance_scale, generator, output_type, "latent")
         self._check_counts(num_inference_steps=num_inference_steps, batch_size=batch_size)
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -259,22 +259,12 @@ class VQDiTPipeline(ClassConditionalPipeline):
             ValueError: fewer than two images, or as a call.
         """
         self._check_counts(num_images=num_images)
-        if num_images < 2:
-            raise ValueError(f"an interpolation has at least 2 images, got num_images={num_images}.")
         config = self.transformer.config
-        shape = (1, config.in_channels, config.sample_size, config.sample_size)
-        if latents is None:
-            both = generator if isinstance(generator, list | tuple) else [generator]
-            both = [read_generator(one, 1) for one in read_generator(both, len(both))]
-            if len(both) > 2:
-                raise ValueError(f"an interpolation has one generator or two (start, end), got {len(both)}.")
-            latents = [initial_noise(shape, one, None, self._execution_device)[0] for one in both]
-        ends = [initial_noise(shape[1:], None, one, self._execution_device) for one in (latents[0], latents[-1])]
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        noise = noise_path(shape, num_images, generator, latents, self._execution_device)
         steps = [torch.Generator().manual_seed(0) for _ in range(num_images)]  # the same noise in the steps of all
-        options |= {"latents": spherical_path(*ends, num_images), "generator": steps}
-        if start is None and end is None:
-            return self(None, num_images=num_images, **options)
-        return self([(start, end, i / (num_images - 1)) for i in range(num_images)], **options)
+        options |= {"latents": noise, "generator": steps}
+        return self(**self._class_path(start, end, num_images), **options)
 
     def export_stock(self, folder: str | os.PathLike) -> None:
         """Write a folder that diffusers alone loads as `DiTPipeline`, with the same images.
@@ -283,21 +273,6 @@ class VQDiTPipeline(ClassConditionalPipeline):
             ValueError: naming every reason why the stock classes cannot express this model.
         """
         stock_dit.export_dit_pipeline(self, folder)
-
-    def _labels(self, class_labels, num_images: int | None, per_label: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels, labels to blend in and their shares, (N,) each; the last two None without blending."""
-        self._check_counts(num_images=num_images, num_images_per_label=per_label)
-        if class_labels is None:
-            if per_label != 1:
-                raise ValueError("num_images_per_label is for class_labels; for images without class give num_images.")
-            rows = [(self.null_class, self.null_class, 0.0)] * (1 if num_images is None else num_images)
-        else:
-            rows = [row for row in self.class_mixtures(class_labels, self.null_class) for _ in range(per_label)]
-        device = self._execution_device
-        labels = torch.tensor([row[0] for row in rows], dtype=torch.int64, device=device)
-        others = torch.tensor([row[1] for row in rows], dtype=torch.int64, device=device)
-        weights = torch.tensor([row[2] for row in rows], dtype=torch.float32, device=device)
-        return (labels, others, weights) if weights.any() else (labels, None, None)
 
     @staticmethod
     def _strength(image, mask_image, strength: float | None) -> float | None:

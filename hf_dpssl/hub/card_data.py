@@ -18,7 +18,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from .licences import licence_entries
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_LIBRARIES = {"encoder": "timm", "autoencoder": "transformers", "dit": "hf_dpssl", "token": "hf_dpssl"}
+_LIBRARIES = {
+    "encoder": "timm",
+    "autoencoder": "transformers",
+    "dit": "hf_dpssl",
+    "drift": "hf_dpssl",
+    "token": "hf_dpssl",
+}
 # Ancestors by their part in the making: whose weights went on learning, and whose are used as they are. Others, such as
 # a perceptual loss, are in no weight of the model.
 _CONTINUED = ("initial encoder", "initial encoder and head", "encoder and codebook")
@@ -31,6 +37,7 @@ _TAGS = {
     "encoder": "image-feature-extraction timm transformers self-supervised contrastive-learning",
     "autoencoder": "vq-vae autoencoder decoupled-autoencoder",
     "dit": "image-generation dit latent-diffusion",
+    "drift": "image-generation one-step-generation dit",
     "token": "image-generation autoregressive vq",
     "gan": "gan image-generation",
 }
@@ -39,6 +46,7 @@ _EXPECTED = {
     "encoder": "knn_top1 knn_top1_embeddings",
     "autoencoder": "psnr ssim",
     "dit": "fid class_consistency",
+    "drift": "fid class_consistency",
     "token": "nats_per_image fid",
     "gan": "fid copies",
 }

@@ -12,7 +12,7 @@ from ..runs.lineage import fingerprint_of, read_json, well_formed
 from ..runs.redaction import command_without_folders, without_folders
 from .replay import FILE_NAME, checkpoint_kind
 
-KINDS = ("encoder", "autoencoder", "dit", "token", "gan")
+KINDS = ("encoder", "autoencoder", "dit", "drift", "token", "gan")
 PARTS = ("", "pretraining", "vae", "transformer", "language_model")  # folders of a checkpoint that hold weights
 CONFIG_FILES = (
     "model_index.json config.json pretraining/config.json vae/config.json transformer/config.json "
@@ -91,6 +91,7 @@ def _size(kind: str, config: dict, parts: dict[str, dict]) -> dict:
         "encoder": (config, "architecture model_args num_features"),
         "autoencoder": (config, "encoder_block_out_channels decoder_block_out_channels encoder_layers_per_block"),
         "dit": (parts["transformer"], "num_layers num_attention_heads attention_head_dim patch_size"),
+        "drift": (parts["transformer"], "num_layers num_attention_heads attention_head_dim patch_size"),
         "token": (
             parts["language_model"],
             "model_type n_layer n_embd n_head num_hidden_layers hidden_size num_attention_heads",

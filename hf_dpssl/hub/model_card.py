@@ -36,6 +36,7 @@ _CAPTIONS = {
     ("autoencoder", "reconstructions.png"): "Held-out images above, their reconstructions below.",
     ("dit", "samples.png"): "Samples with guidance {guidance_scale}.",
     ("dit", "samples-unguided.png"): "Samples without guidance.",
+    ("drift", "samples.png"): "Samples, one pass each.",
     ("token", "samples.png"): "Samples without guidance.",
     ("token", "samples-guided.png"): "Samples with guidance {guidance_scale}.",
     ("gan", "samples.png"): "Samples.",
@@ -206,6 +207,7 @@ def _title(facts: dict, results: dict) -> str:
     what = {
         "autoencoder": f"Autoencoder ({results.get('quantizer')}, {results.get('arm')})",
         "dit": "Latent DiT",
+        "drift": "One-step generator",
         "token": "Token model",
         "gan": f"GAN ({results.get('latent')})",
     }

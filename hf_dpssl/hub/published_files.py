@@ -28,6 +28,7 @@ _FOLDERS = {  # of each kind: folders that hold a part of the model, and files o
     "autoencoder": (("",), ""),
     "gan": (("",), ""),
     "dit": (("transformer", "vae"), r"|model_index\.json|scheduler/scheduler_config\.json"),
+    "drift": (("transformer", "vae"), r"|model_index\.json"),
     "token": (("language_model", "vae"), r"|model_index\.json"),
 }
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")

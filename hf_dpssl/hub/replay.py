@@ -8,6 +8,7 @@
 | encoder | pixel_values | features; with `pretraining/` also embeddings |
 | autoencoder | pixel_values; codes, or latents where it has no codebook | latents, images of the codes or latents |
 | latent DiT | noise, classes | latents after 4 guided steps, images of drawn latents |
+| one-step generator | noise, classes | latents, images of drawn latents |
 | token model | codes, classes | nats of each code given those before it, images of the codes |
 | GAN | latents, and pixel_values where it has an encoder | images, means |
 
@@ -32,6 +33,7 @@ from ..autoencoder import latent_codec
 from ..contrastive import modeling_pretraining
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
 from ..generation.pipeline_vq_dit import VQDiTPipeline
+from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..generation.pipeline_vq_token import VQTokenPipeline, code_nats
 from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vaegan import VAEGAN
@@ -44,12 +46,17 @@ _NUM_STEPS = 4
 Tensors = dict[str, Tensor]
 # What libraries raise of configs whose values have wrong types.
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, SafetensorError, TypeError)
-_PIPELINES = {"VQDiTPipeline": "dit", DiTPipeline.__name__: "dit", "VQTokenPipeline": "token"}
+_PIPELINES = {
+    "VQDiTPipeline": "dit",
+    DiTPipeline.__name__: "dit",
+    "VQDriftPipeline": "drift",
+    "VQTokenPipeline": "token",
+}
 _MODELS = {"dpssl_contrastive": "encoder", "dpssl_vq": "autoencoder", "dpssl_vaegan": "gan"}
 
 
 def checkpoint_kind(folder: str | os.PathLike) -> str:
-    """ "encoder", "autoencoder", "dit", "token", "gan", or "other" for a checkpoint of another library.
+    """ "encoder", "autoencoder", "dit", "drift", "token", "gan", or "other" for a checkpoint of another library.
 
     Raises:
         FileNotFoundError: no checkpoint; names checkpoints one level below, if there are any.
@@ -222,7 +229,7 @@ def _draw_classes(pipeline, generator: torch.Generator) -> Tensors:
     return {"classes": torch.randint(count, (2,), generator=generator)} if count else {}
 
 
-def _draw_for_dit(pipeline: VQDiTPipeline, generator: torch.Generator) -> Tensors:
+def _draw_for_dit(pipeline: VQDiTPipeline | VQDriftPipeline, generator: torch.Generator) -> Tensors:
     config = pipeline.transformer.config
     noise = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=generator)
     return {"noise": noise} | _draw_classes(pipeline, generator) | _draw_latents(pipeline.vae, generator)
@@ -232,6 +239,12 @@ def _run_dit(pipeline: VQDiTPipeline, inputs: Tensors) -> Tensors:
     labels = inputs["classes"].tolist() if "classes" in inputs else None
     options = {"num_images": None if labels else 2, "generator": [0, 1], "num_inference_steps": _NUM_STEPS}
     latents = pipeline(labels, latents=inputs["noise"], output_type="latent", **options).images
+    return {"latents": latents, "images": _decode(pipeline.vae, inputs)}
+
+
+def _run_drift(pipeline: VQDriftPipeline, inputs: Tensors) -> Tensors:
+    labels = inputs["classes"].tolist() if "classes" in inputs else None
+    latents = pipeline(labels, num_images=None if labels else 2, latents=inputs["noise"], output_type="latent").images
     return {"latents": latents, "images": _decode(pipeline.vae, inputs)}
 
 
@@ -268,6 +281,7 @@ _KINDS = {  # how to load, what to draw, what to compute
     "encoder": (_load_encoder, _draw_for_encoder, _run_encoder),
     "autoencoder": (_load_autoencoder, _draw_for_autoencoder, _run_autoencoder),
     "dit": (_load_pipeline(VQDiTPipeline), _draw_for_dit, _run_dit),
+    "drift": (_load_pipeline(VQDriftPipeline), _draw_for_dit, _run_drift),
     "token": (_load_pipeline(VQTokenPipeline), _draw_for_tokens, _run_tokens),
     "gan": (_load_gan, _draw_for_gan, _run_gan),
 }

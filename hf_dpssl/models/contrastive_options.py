@@ -6,6 +6,12 @@ No library is imported here: command lines read their choices without waiting fo
 import math
 
 KERNELS = ("cosine", "student_t")
+FIELD_KERNELS = ("exponential", "gaussian", "student_t")  # of one-step generation, and their scales in mean distances
+FIELD_SCALES = {
+    "exponential": (0.02, 0.05, 0.2),
+    "gaussian": (0.03, 0.08, 0.3),  # as steep where distances are about 0.8
+    "student_t": (0.002, 0.01, 0.05),
+}
 NORMALIZATIONS = ("joint", "anchor")  # one denominator for all pairs, or one per anchor
 FEATURE_NORMS = ("l2", "batch", "none")
 MOMENTUM_SCHEDULES = ("constant", "cosine")  # of the key encoder

@@ -124,7 +124,7 @@ def complete(line: str, tmp_path: Path) -> list[str]:
 def test_tab_completes_commands_scripts_flags_and_choices(tmp_path):
     pytest.importorskip("argcomplete")
     assert complete("hf-dpssl ev", tmp_path) == ["evaluate"]
-    assert set(complete("hf-dpssl train dae_", tmp_path)) == {"dae_ar", "dae_dit", "dae_gan", "dae_vq"}
+    assert set(complete("hf-dpssl train dae_", tmp_path)) == {"dae_ar", "dae_dit", "dae_drift", "dae_gan", "dae_vq"}
     assert complete("hf-dpssl train dae_vq --learn", tmp_path) == ["--learning_rate"]
     assert set(complete("hf-dpssl embed --features ", tmp_path)) == {"features", "embeddings"}
 

@@ -26,6 +26,7 @@ RUNS = {  # folder: script, flags, snippets of its card
     "autoencoder": ("dae_vq", [*STAGES, *SMALL, "--num_codes", 16], 2),
     "kl": ("dae_vq", [*STAGES, *SMALL, "--quantizer", "kl", "--name", "kl"], 2),
     "dit": ("dae_dit", [*SIZE, "--sampling_steps", 2, "--grid_images_per_class", 1], 2),
+    "drift": ("dae_drift", [*SIZE, "--images_per_set", 8, "--grid_images_per_class", 1], 2),
     "ar": ("dae_ar", [*SIZE, "--samples_per_class", 1], 2),
     "gan": ("dae_gan", ["--width", 8, "--latent_dim", 8, "--stage_1_steps", 2, *SHORT], 2),
 }
@@ -83,6 +84,7 @@ EXPECTED = {  # shapes of what the snippets make
     "autoencoder": [{"images": [1, 3, 16, 16], "codes": [1, 8, 8]}, {"reconstructions": [1, 3, 16, 16]}],
     "kl": [{"images": [1, 3, 16, 16]}, {"reconstructions": [1, 3, 16, 16]}],
     "dit": [{"images": [3]}, {}],
+    "drift": [{"images": [3]}, {}],
     "ar": [{"images": [3]}, {"codes": [1, 64]}],
     "gan": [{"images": [16, 3, 16, 16]}, {"images": [16, 3, 16, 16]}],
 }

@@ -18,6 +18,7 @@ from safetensors.torch import load, load_file, save_file
 from tiny_checkpoints import (
     autoencoder_model,
     dit_pipeline,
+    drift_pipeline,
     encoder_model,
     gan_model,
     save_checkpoints,
@@ -33,7 +34,7 @@ PRIVATE = {
     "checkpoints/step-00000002/state.pt", "logs/events.json", "optimizer.pt", "train.log", "trainer_state.json",
 }  # fmt: skip
 FROM_A_RUN = {"README.md", "curves.png", "recipe.yaml", "results.json"}
-KINDS = ("encoder", "autoencoder", "dit", "token", "gan")
+KINDS = ("encoder", "autoencoder", "dit", "drift", "token", "gan")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def contents(folder) -> dict[str, bytes]:
 
 @for_each("kind", KINDS)
 def test_push_to_hub_of_every_class_gives_the_repository_of_its_folder(hub, folders, kind):
-    made = {"encoder": encoder_model, "autoencoder": autoencoder_model, "dit": dit_pipeline, "token": token_pipeline}
+    made = {"encoder": encoder_model, "autoencoder": autoencoder_model, "dit": dit_pipeline}
+    made |= {"drift": drift_pipeline, "token": token_pipeline}
     report = made.get(kind, gan_model)().push_to_hub(f"org/{kind}")
     saved = contents(folders[kind])
     expected = {name: content for name, content in saved.items() if name not in FROM_A_RUN}

@@ -8,6 +8,7 @@ from pathlib import Path
 import contrastive
 import dae_ar
 import dae_dit
+import dae_drift
 import dae_gan
 import dae_vq
 import pytest
@@ -32,6 +33,7 @@ RUNS = {
     "encoder": (contrastive.ContrastiveArguments, {"knn_top1": 91.25, "effective_rank": 5.5}, "91.25"),
     "autoencoder": (dae_vq.VQArguments, {"psnr": 31.4159, "code_usage": 77.0, "code_perplexity": 101.5}, "31.42"),
     "dit": (dae_dit.DiTArguments, {"fid_resnet56-cifar10": 12.345, "class_consistency": 88.0}, "12.35"),
+    "drift": (dae_drift.DriftArguments, {"fid_resnet56-cifar10": 9.8765, "class_consistency": 99.0}, "9.877"),
     "token": (dae_ar.ARArguments, {"nats_per_image": 61.9234, "nats_per_image_uniform": 88.7}, "61.92"),
     "gan": (dae_gan.GANArguments, {"copies": 1.234, "ceiling_fid_x": 3.0}, "1.234"),
 }
@@ -89,7 +91,7 @@ def test_card_says_what_the_files_say_and_the_client_reads_the_results_back_equa
     for stated in (RUNS[kind][2], "| 7 |", "`digits`, 360 of them", "CC BY 4.0", "![Training curves.](curves.png)"):
         assert stated in card.text
     assert card.data.license is None and "hf_dpssl" in card.data.tags and card.data.base_model is None
-    library = {"encoder": "timm", "dit": "hf_dpssl", "token": "hf_dpssl"}.get(kind, "transformers")
+    library = {"encoder": "timm", "dit": "hf_dpssl", "drift": "hf_dpssl", "token": "hf_dpssl"}.get(kind, "transformers")
     assert card.data.library_name == library
     facts, results = facts_of(folder), json.loads((folder / "results.json").read_text())
     expected = eval_results(facts, results)
@@ -115,7 +117,7 @@ def test_card_is_clean_markdown_without_folders_of_the_machine(kind, finished):
 
 @for_each("kind", RUNS)
 def test_what_was_not_measured_says_so(kind, finished):
-    expected = {"encoder": 2, "autoencoder": 2, "dit": 2, "token": 2, "gan": 2}[kind]
+    expected = {"encoder": 2, "autoencoder": 2, "dit": 2, "drift": 2, "token": 2, "gan": 2}[kind]
     card = card_of(finished(kind, metrics={"psnr": float("nan")} if kind == "autoencoder" else {}))
     table = card.text.split("## Results")[1].split("\n\n")[1]
     assert table.count("| not measured |") == expected and card.data.eval_results is None

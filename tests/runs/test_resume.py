@@ -20,6 +20,8 @@ DIT = [*COMMON, "--max_train_steps", STEPS, "--width", 32, "--num_layers", 2, "-
 DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointing_steps 2"]
 DIT_OPTIONS = ["--objective", "epsilon", "--learned_variance", True, "--min_snr_gamma", 5, "--validation_steps", 3]
 DIT_OPTIONS += ["--grid_images_per_class", 1, "--gradient_accumulation_steps", 2, "--gradient_checkpointing", True]
+DRIFT = [*DIT[: DIT.index("--sampling_steps")], *DIT[DIT.index("--autoencoder_args") :], "--batch_size", 32]
+DRIFT += ["--images_per_set", 8, "--real_per_set", 8, "--grid_images_per_class", 1]
 RUNS = {  # script, flags, processes
     "t_simclr": ("contrastive", CONTRASTIVE, 1),
     "t_simclr_calibrated": ("contrastive", [*CONTRASTIVE, "--temperature", "auto", "--learnable_dof"], 1),
@@ -39,9 +41,11 @@ RUNS = {  # script, flags, processes
     "dae_dit": ("dae_dit", DIT, 1),
     "dae_dit_two_processes": ("dae_dit", DIT, 2),
     "dae_dit_options_two_processes": ("dae_dit", [*DIT, *DIT_OPTIONS, "--batch_size", 16], 2),
+    "dae_drift": ("dae_drift", DRIFT, 1),
+    "dae_drift_two_processes": ("dae_drift", [*DRIFT, "--guidance_scale", 1.5, "--validation_steps", 3], 2),
     "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
 }
-FAST = ["t_moco", "t_simclr_two_processes", "t_simclr_stream_two_workers", "vqgan", "dae_gan", "dae_dit"]
+FAST = ["t_moco", "t_simclr_two_processes", "t_simclr_stream_two_workers", "vqgan", "dae_gan", "dae_dit", "dae_drift"]
 
 
 @pytest.mark.parametrize(

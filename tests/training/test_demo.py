@@ -89,6 +89,7 @@ BUDGETS = {  # flags that are put behind those of a command that starts so: the 
     "train contrastive": ["--batch_size", 6, "--max_train_steps", 2],
     "train dae_vq": ["--batch_size", 4, "--stage_1_steps", 2, "--stage_2_steps", 2],
     "train dae_dit": ["--batch_size", 4, "--max_train_steps", 2, "--sampling_steps", 2, "--grid_images_per_class", 1],
+    "train dae_drift": ["--batch_size", 64, "--max_train_steps", 2, "--grid_images_per_class", 1],
     "train dae_ar": ["--batch_size", 4, "--max_train_steps", 2, "--samples_per_class", 1],
     "train dae_gan": ["--batch_size", 4, "--max_train_steps", 2, "--stage_1_steps", 2, "--num_generated", 10],
     "evaluate outputs/demo/dit": ["--num_images", 20],

@@ -1,0 +1,69 @@
+"""Arguments that the trainers of transformers over latents share: size, validation and sample grids."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from ..runs.flags import option
+from .dit_sizes import PRESETS, preset
+from .latent_arguments import LatentRunArguments
+
+
+@dataclass
+class TransformerRunArguments(LatentRunArguments):
+    """Size of a DiT, and what is measured of its samples while it trains."""
+
+    preset: str | None = option(None, "size of the DiT paper instead of the next four", choices=PRESETS, group="model")
+    num_layers: int = option(4, "blocks of the transformer")
+    width: int = option(128, "width of the transformer")
+    num_heads: int = option(4, "attention heads")
+    patch_size: int = option(2, "latent cells per token and side")
+
+    grid_images_per_class: int = option(
+        10, "images of each of the first 10 classes in the sample grids", group="evaluation"
+    )
+    validation_steps: int = option(0, "steps between two validations of the averaged weights; 0: none")
+    validation_images: int = option(1000, "images that a validation generates, without guidance")
+    validation_extractor: str | None = option(
+        None,
+        "extractor of a validation's FID against training images: inception, timm:<model>, an encoder's folder ...",
+    )
+    validation_classifier: str | None = option(
+        None, "extractor with a classifier's head (resnet56-cifar10, timm:<model>) for class consistency"
+    )
+    best_metric: str | None = option(
+        None,
+        "validation metric by which OUTPUT_DIR/NAME-best is kept; default: FID, else class consistency",
+        choices=["fid", "class_consistency"],
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._apply_preset()
+        for name in ("grid_images_per_class", "validation_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.validation_steps < 0:
+            raise ValueError(f"--validation_steps must be 0 (none) or more, got {self.validation_steps}.")
+        self._check_validation()
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, value in asdict(preset(self.preset)).items():
+            if getattr(self, name) not in (value, defaults[name]):
+                raise ValueError(
+                    f"--preset {self.preset} has --{name} {value}, got {getattr(self, name)}: leave one out."
+                )
+            setattr(self, name, value)
+
+    def _check_validation(self) -> None:
+        given = {"fid": self.validation_extractor, "class_consistency": self.validation_classifier}
+        if any(given.values()) and not self.validation_steps:
+            raise ValueError(
+                "--validation_extractor and --validation_classifier need --validation_steps of at least 1."
+            )
+        if self.best_metric and not given[self.best_metric]:
+            flag = "--validation_extractor" if self.best_metric == "fid" else "--validation_classifier"
+            raise ValueError(f"--best_metric {self.best_metric} needs {flag}.")
