@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline, VQTokenPipeline
+from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
 from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
 from hf_dpssl.generation.pipeline_vq_token import make_language_model
 
@@ -55,6 +55,12 @@ def make_token_model(names=NAMES, architecture="gpt2", **options):
         if parameter.ndim >= 2:
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def make_drift() -> VQDriftPipeline:
+    """The transformer of `make_dit` as a one-step generator."""
+    made = make_dit()
+    return VQDriftPipeline(made.transformer, made.vae, dict(enumerate(NAMES)), made.vae.fingerprint())
 
 
 def make_tokens(names=NAMES, **options) -> VQTokenPipeline:

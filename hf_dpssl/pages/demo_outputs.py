@@ -14,6 +14,7 @@ MODELS = {  # name -> environment variable, folder within the demo's outputs
     "dae": ("DPSSL_DAE", "autoencoder"),
     "joint": ("DPSSL_JOINT", "comparison/joint-total"),
     "dit": ("DPSSL_DIT", "dit"),
+    "one step": ("DPSSL_DRIFT", "drift"),
     "token transformer": ("DPSSL_TOKENS", "ar"),
 }
 

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..autoencoder import latent_codec
 from ..generation.pipeline_vq_dit import VQDiTPipeline
+from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..generation.pipeline_vq_token import VQTokenPipeline
 from .demo_outputs import source_arguments
 from .page_pictures import to_pictures
@@ -34,7 +35,8 @@ class PictureRequest:
     """What to draw: one seed per image, so that image i is the same alone and among others.
 
     labels: a class name per image; empty: `number` images without class.
-    steps is read for a DiT, temperature and top_k (0: all codes) for a token transformer.
+    steps is read for a DiT, temperature and top_k (0: all codes) for a token transformer, guidance for both; a one-step
+    generator reads none of them.
 
     Raises:
         ValueError: a value out of range.
@@ -60,14 +62,18 @@ class PictureRequest:
 
     def options(self, kind: type) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call, all but the generators."""
-        options: dict[str, Any] = {"guidance_scale": self.guidance} if self.labels else {"num_images": self.number}
+        options: dict[str, Any] = {} if self.labels else {"num_images": self.number}
+        if kind is VQDriftPipeline:
+            return options
+        if self.labels:
+            options["guidance_scale"] = self.guidance
         if kind is VQDiTPipeline:
             return options | {"num_inference_steps": self.steps}
         return options | {"temperature": self.temperature} | ({"top_k": self.top_k} if self.top_k else {})
 
 
 def snippet(kind: type, source: str, request: PictureRequest) -> str:
-    """Python that draws the request's pictures again with `kind` (VQDiTPipeline or VQTokenPipeline) from `source`.
+    """Python that draws the request's pictures again with `kind`, the class of the pipeline, from `source`.
 
     Of a folder by its whole path only the last part is shown.
     """
@@ -95,7 +101,7 @@ def snippet(kind: type, source: str, request: PictureRequest) -> str:
 
 
 def stream_pictures(
-    pipeline: VQDiTPipeline | VQTokenPipeline, request: PictureRequest, *, frame_seconds: float = 0.0
+    pipeline: VQDiTPipeline | VQDriftPipeline | VQTokenPipeline, request: PictureRequest, *, frame_seconds: float = 0.0
 ) -> Iterator[tuple[int, int, list[Image.Image]]]:
     """(steps done, steps in all, pictures so far) after each step; last, with done = all + 1, the finished pictures.
 
@@ -106,7 +112,10 @@ def stream_pictures(
     generators = [torch.Generator().manual_seed(request.seed + i) for i in range(request.number)]
     options = request.options(type(pipeline)) | {"generator": generators}
     labels = list(request.labels) or None
-    total = request.steps if isinstance(pipeline, VQDiTPipeline) else pipeline.num_tokens
+    if isinstance(pipeline, VQDriftPipeline):
+        total = 1
+    else:
+        total = request.steps if isinstance(pipeline, VQDiTPipeline) else pipeline.num_tokens
 
     shown = [-math.inf]
 
@@ -124,6 +133,9 @@ def stream_pictures(
                 return {}
 
             images = pipeline(labels, callback_on_step_end=show, **options).images
+        elif isinstance(pipeline, VQDriftPipeline):
+            images = pipeline(labels, **options).images
+            emit((1, total, images))
         else:
             images = pipeline(
                 labels, streamer=_PartsOfPictures(pipeline, request.number, is_due, emit), **options

@@ -18,22 +18,27 @@ try:
 except ImportError:
     pass
 
-from hf_dpssl import VQDiTPipeline, VQTokenPipeline
+from hf_dpssl import VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
 from hf_dpssl.embedding.embedder import best_device
 from hf_dpssl.pages.demo_outputs import about_models, find_models, source_arguments
 from hf_dpssl.pages.page_pictures import picture_grid, progress_bar
 from hf_dpssl.pages.picture_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, PictureRequest, snippet, stream_pictures
 from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, readable_errors
 
-KINDS = {"dit": VQDiTPipeline, "token transformer": VQTokenPipeline}
-TITLES = {"dit": "diffusion transformer (DiT)", "token transformer": "token transformer"}
+KINDS = {"dit": VQDiTPipeline, "one step": VQDriftPipeline, "token transformer": VQTokenPipeline}
+TITLES = {
+    "dit": "diffusion transformer (DiT)",
+    "one step": "one-step generator",
+    "token transformer": "token transformer",
+}
+UNITS = {"dit": ("step", "steps"), "one step": ("pass", "passes"), "token transformer": ("code", "codes")}
 EVERY, NONE = "each class in turn", "no class"
 FRAME_SECONDS = 0.08  # at least so long between two pictures of a run
 INTRODUCTION = """# Image generator
 
 A **diffusion transformer** starts from noise and clears all of a picture's latents step by step; a **token
-transformer** writes its codes one after the other. Both work in the latents of the same autoencoder. Choose a class
-and watch.
+transformer** writes its codes one after the other; a **one-step generator** draws in a single pass. All work in the
+latents of an autoencoder. Choose a class and watch.
 """
 
 
@@ -78,7 +83,7 @@ def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
     code = snippet(KINDS[name], models.sources[name], request)
     wanted = request.labels or (NONE,) * request.number
     captions = [f"{label}, seed {request.seed + i}" for i, label in enumerate(wanted)]
-    unit = "step" if name == "dit" else "code"
+    unit, units = UNITS[name]
     start = time.monotonic()
     for done, total, pictures in models.frames(name, request):
         finished = done > total
@@ -86,7 +91,7 @@ def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
         state = (
             f"{len(pictures)} pictures in {time.monotonic() - start:.1f} s" if finished else f"{unit} {done} of {total}"
         )
-        bar = progress_bar(min(done, total), total, f"{unit}s done")
+        bar = progress_bar(min(done, total), total, f"{units} done")
         grid = picture_grid(pictures, captions, side=side, download="picture" if finished else None)
         state = f'<p role="status">{state}</p>{bar}'
         if not finished:
@@ -112,9 +117,10 @@ def fit_controls(models: Models, name: str, label: str) -> tuple:
     choices = models.class_choices(name)
     return (
         gr.Dropdown(choices=choices, value=label if label in choices else choices[0]),
+        gr.Slider(visible=name != "one step"),
         gr.Slider(visible=name == "dit"),
-        gr.Slider(visible=name != "dit"),
-        gr.Slider(visible=name != "dit"),
+        gr.Slider(visible=name == "token transformer"),
+        gr.Slider(visible=name == "token transformer"),
     )
 
 
@@ -133,10 +139,11 @@ def build(models: Models | None = None) -> gr.Blocks:
                 label = gr.Dropdown(choices, value=EVERY if EVERY in choices else choices[0], label="class")
                 number = gr.Slider(1, MAX_IMAGES, 10, step=1, label="pictures")
                 seed = gr.Number(0, label="seed of the first", precision=0, minimum=0, maximum=2**32 - 1)
-                guidance = gr.Slider(1, MAX_GUIDANCE, 2, step=0.1, label="guidance", info="1: none; more: clearer")
+                guided, tokens, info = first != "one step", first == "token transformer", "1: none; more: clearer"
+                guidance = gr.Slider(1, MAX_GUIDANCE, 2, step=0.1, label="guidance", info=info, visible=guided)
                 steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="steps", visible=first == "dit")
-                temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature", visible=first != "dit")
-                top_k = gr.Slider(0, 200, 0, step=1, label="top k", info="0: all codes", visible=first != "dit")
+                temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature", visible=tokens)
+                top_k = gr.Slider(0, 200, 0, step=1, label="top k", info="0: all codes", visible=tokens)
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", min_width=120)
                     stop = gr.Button("Stop", min_width=120)
@@ -163,7 +170,7 @@ def build(models: Models | None = None) -> gr.Blocks:
         go.click(None, js=SHOW_RESULTS)
         stop.click(None, cancels=[running])
         model.input(
-            partial(fit_controls, models), [model, label], [label, steps, temperature, top_k],
+            partial(fit_controls, models), [model, label], [label, guidance, steps, temperature, top_k],
             api_visibility="private", show_progress="hidden",
         )  # fmt: skip
         gr.Examples(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pipeline_vq_dit import make_pipeline
 from tiny_checkpoints import encoder_model
+from tiny_pipelines import make_dit
 
 from hf_dpssl import VQAutoencoder, VQDriftPipeline, drift_loss
 from hf_dpssl.data import keyed_random
@@ -39,7 +39,7 @@ def make_table(folder, counts=(12, 9, 15)) -> LatentTable:
 def autoencoder(tmp_path_factory) -> str:
     """Folder of an untrained autoencoder of 16 px."""
     folder = tmp_path_factory.mktemp("autoencoder")
-    make_pipeline().vae.save_pretrained(folder)
+    make_dit().vae.save_pretrained(folder)
     return str(folder)
 
 
@@ -126,7 +126,7 @@ def test_a_finished_folder_has_a_card_its_progress_and_a_pipeline(run_script, au
 
 
 def test_training_starts_from_a_flow_and_refuses_what_does_not_fit(run_script, refusal, starts, tmp_path):
-    flow = make_pipeline([str(digit) for digit in range(10)])
+    flow = make_dit([str(digit) for digit in range(10)])
     flow.save_pretrained(tmp_path / "dit")
     flags = ["--init_from", tmp_path / "dit", "--autoencoder", tmp_path / "dit" / "vae", *SMALL]
     size = ["--num_layers", 2, "--width", 32]
@@ -134,8 +134,8 @@ def test_training_starts_from_a_flow_and_refuses_what_does_not_fit(run_script, r
     run_script("dae_drift", flags)
     for name, tensor in flow.transformer.state_dict().items():
         assert torch.equal(starts["drift"]["model"].state_dict()[name], tensor)
-    make_pipeline([str(digit) for digit in range(10)], objective="epsilon").save_pretrained(tmp_path / "epsilon")
-    make_pipeline(seed=1).vae.save_pretrained(tmp_path / "other")
+    make_dit([str(digit) for digit in range(10)], objective="epsilon").save_pretrained(tmp_path / "epsilon")
+    make_dit(seed=1).vae.save_pretrained(tmp_path / "other")
     flags = [*flags, "--overwrite"]
     for changed, message in [
         (["--num_layers", 3], "pass --num_layers 2 --width 32 --num_heads 2 --patch_size 2"),
@@ -160,7 +160,7 @@ def test_unlabelled_data_with_guidance_is_refused(tmp_path):
 
 
 def test_decoded_features_are_those_of_the_pictures_and_have_a_gradient():
-    vae = make_pipeline().vae
+    vae = make_dit().vae
     encoder = encoder_model().encoder.eval()
     space = DecodedFeatures(encoder, vae)
     latents = torch.randn(3, 4, 8, 8, requires_grad=True)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from test_pipeline_vq_dit import NAMES, make_pipeline
 from tiny_checkpoints import save_checkpoints
+from tiny_pipelines import NAMES, make_dit
 
 from hf_dpssl import VQDiTPipeline, VQDriftPipeline
 from hf_dpssl.autoencoder import latent_codec
@@ -15,7 +15,7 @@ from hf_dpssl.generation.diffusion import make_transformer
 
 @pytest.fixture(scope="module")
 def flow() -> VQDiTPipeline:
-    return make_pipeline()
+    return make_dit()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_samples_start_at_unit_deviation_driven_by_the_noise_for_transformers_of
     for layers, width, patch, classes in ((1, 16, 8, 0), (4, 64, 2, 10), (2, 32, 1, 1000)):
         size = {"num_layers": layers, "width": width, "num_heads": 2, "patch_size": patch}
         transformer = make_transformer(**size, latent_channels=4, latent_size=8, num_classes=classes)
-        vae = make_pipeline().vae
+        vae = make_dit().vae
         pipeline = VQDriftPipeline(transformer, vae)
         labels = torch.arange(256) % max(1, classes) if classes else None
         pipeline.register_to_config(id2label={str(i): str(i) for i in range(classes)})
@@ -85,7 +85,7 @@ def test_bad_requests_and_parts_are_named(flow, pipeline):
         (lambda: VQDriftPipeline(flow.transformer, flow.vae, {0: "a"}), "has 3 classes, but id2label names 1"),
         (lambda: VQDriftPipeline(flow.transformer, flow.vae, vae_fingerprint="0" * 64), "is not the one"),
         (
-            lambda: VQDriftPipeline(make_pipeline(objective="epsilon", learned_variance=True).transformer, flow.vae),
+            lambda: VQDriftPipeline(make_dit(objective="epsilon", learned_variance=True).transformer, flow.vae),
             "8 channels for 4",
         ),
     ]

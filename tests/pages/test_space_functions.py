@@ -10,10 +10,10 @@ from load_space import load_app
 from pictures import BAD_UPLOADS, encoded, noise
 from PIL import Image
 from tiny_encoders import save_ours
-from tiny_pipelines import make_dit, make_tokens, make_vae
+from tiny_pipelines import make_dit, make_drift, make_tokens, make_vae
 
 gradio = pytest.importorskip("gradio", minversion="6.0")
-BOTH = ["dit", "token transformer"]
+BOTH = ["dit", "one step", "token transformer"]
 CONTROLS = ["cat", 2, 3, 2.0, 4, 1.0, 0]  # class, number, seed, guidance, steps, temperature, top k
 
 
@@ -22,6 +22,7 @@ def demo(tmp_path_factory):
     """A folder like the demo's outputs, of tiny models."""
     folder = tmp_path_factory.mktemp("demo")
     make_dit().save_pretrained(folder / "dit")
+    make_drift().save_pretrained(folder / "drift")
     make_tokens().save_pretrained(folder / "ar")
     make_vae(0).save_pretrained(folder / "autoencoder")
     make_vae(1).save_pretrained(folder / "comparison" / "joint-total")
@@ -111,8 +112,14 @@ def test_controls_out_of_range_are_refused(generator, models, change, said):
 
 
 def test_a_change_of_model_shows_the_sliders_that_it_reads(generator, models):
-    label, steps, temperature, top_k = generator.fit_controls(models(generator), "token transformer", "dog")
-    assert label.value == "dog" and (steps.visible, temperature.visible, top_k.visible) == (False, True, True)
+    shown = {
+        "dit": (True, True, False, False),
+        "one step": (False,) * 4,
+        "token transformer": (True, False, True, True),
+    }
+    for name, expected in shown.items():
+        label, *sliders = generator.fit_controls(models(generator), name, "dog")
+        assert label.value == "dog" and tuple(slider.visible for slider in sliders) == expected
 
 
 def test_latent_lab_compares_both_autoencoders_and_morphs(latents, models, picture):

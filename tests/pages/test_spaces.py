@@ -148,4 +148,6 @@ def test_a_space_without_its_models_ends_with_one_line_and_status_2(tmp_path):
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("image_generator: no model (dit, token transformer)")
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("image_generator: no model (dit, one step, token transformer)")
+    )
