@@ -42,7 +42,7 @@ from hf_dpssl.generation.diffusion import make_transformer  # noqa: E402
 from hf_dpssl.generation.dit_arguments import DiTArguments  # noqa: E402
 from hf_dpssl.runs.recipe import find_recipe, parse  # noqa: E402
 from hf_dpssl.runs.results import write_results  # noqa: E402
-from hf_dpssl.runs.training_checkpoints import atomic_file  # noqa: E402
+from hf_dpssl.runs.atomic_files import atomic_file  # noqa: E402
 
 RECIPES = (
     "simclr-resnet50-cifar10",
