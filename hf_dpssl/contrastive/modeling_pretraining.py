@@ -22,6 +22,7 @@ from ..models.gather import deal_out, gather_dealt, gather_with_gradient, gather
 from ..models.meta_weights import draw_after_meta_
 from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..models.registration import push_to_hub
+from ..models.trainer_labels import ignore_labels
 from .batch_norm import batch_norms, keep_statistics_in_recomputation_, set_batch_norm_
 from .calibration import KernelCalibration
 from .losses import info_nce, moco, t_simclr
@@ -129,6 +130,7 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         paired_pixel_values: Tensor | None = None,
         weights: Tensor | None = None,
         return_loss: bool = True,
+        **others,
     ) -> ContrastiveOutput:
         """Embed one view, and with `paired_pixel_values` (the other view, same order) compute the loss.
 
@@ -137,7 +139,9 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
             paired_pixel_values: (B, C, H, W), second view of the same images.
             weights: (B,) weight of each pair.
             return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
+            others: `labels`, which are not read.
         """
+        ignore_labels(others)
         if paired_pixel_values is None or not return_loss:
             features, embeddings = self._embed(pixel_values)
             return ContrastiveOutput(embeddings=embeddings, features=features)
@@ -230,6 +234,7 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         paired_pixel_values: Tensor | None = None,
         momentum: float | None = None,
         return_loss: bool = True,
+        **others,
     ) -> ContrastiveOutput:
         """Queries of `pixel_values` (B, C, H, W); with `paired_pixel_values` also keys and the loss.
 
@@ -238,10 +243,12 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
             paired_pixel_values: (B, C, H, W), second view of the same images.
             momentum: of this step instead of the config's, e.g. from `momentum_at`.
             return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
+            others: `labels`, which are not read.
 
         Raises:
             ValueError: in training, when the queue is smaller than the batch of all processes.
         """
+        ignore_labels(others)
         paired = paired_pixel_values is not None and return_loss
         if paired and self.training and len(pixel_values) == 1 and batch_norms(self):
             return self._of_one_pair(pixel_values)

@@ -31,6 +31,7 @@ from .matrix_products import product  # noqa: F401
 from .meta_weights import draw_after_meta_
 from .pixel_checks import check_pixel_values
 from .quantizer import QuantizerOutput, VectorQuantizer
+from .trainer_labels import ignore_labels
 from .vq_options import CHOICES  # noqa: F401
 from .weight_hashes import combined_sha256, rounded_sha256, value_sha256
 
@@ -227,11 +228,13 @@ class VQAutoencoder(PreTrainedModel):
         return self.decode(self.quantizer.lookup(codes), return_dict=True)
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, return_loss: bool = True) -> VQAutoencoderOutput:
+    def forward(self, pixel_values: Tensor, return_loss: bool = True, **others) -> VQAutoencoderOutput:
         """Reconstruct images (B, num_channels, H, W) in [-1, 1]; `loss` makes transformers.Trainer work as is.
 
         `return_loss`: False leaves `loss` out; by this name transformers.Trainer knows to report eval_loss.
+        `others`: `labels`, which are not read.
         """
+        ignore_labels(others)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.encoder_frozen):
             latents, log_variance = self._moments(pixel_values)
         config = self.config

@@ -38,15 +38,14 @@ MODELS = {
 
 
 class Rows(IterableDataset):
-    """The same rows in the same order, again and again; with two views of each image and a label."""
+    """The same rows in the same order, again and again: an image, or two views of one, and a label."""
 
-    def __init__(self, count: int, dtype: torch.dtype):
+    def __init__(self, count: int, dtype: torch.dtype, paired: bool):
         first = random(count, 3, 16, 16, seed=1).to(dtype)
         second = first + 0.1 * random(count, 3, 16, 16, seed=2)
-        self.rows = [
-            {"pixel_values": a, "paired_pixel_values": b, "label": i % 3}
-            for i, (a, b) in enumerate(zip(first, second, strict=True))
-        ]
+        self.rows = [{"pixel_values": image, "label": i % 3} for i, image in enumerate(first)]
+        for row, view in zip(self.rows, second, strict=True):
+            row |= {"paired_pixel_values": view} if paired else {}
 
     def __iter__(self):
         while True:
@@ -64,7 +63,9 @@ def train(model: torch.nn.Module, folder, *, rows: int, **options) -> Trainer:
         lr_scheduler_type="constant",
         **options,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(rows, model.dtype))
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=Rows(rows, model.dtype, not isinstance(model, VQAutoencoder))
+    )
     trainer.train()
     return trainer
 

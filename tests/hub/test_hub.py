@@ -71,8 +71,8 @@ def hub(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("hub")
     save_parquet(folder / "pictures", 60, 20)
-    save_parquet(folder / "small", 20, 10)
-    save_pictures(folder / "folders", 20, 10)
+    save_parquet(folder / "small", 40, 10)
+    save_pictures(folder / "folders", 40, 10)
     save_models(folder)
     with HubServer() as server:
         server.add_repo("dataset", "org/pictures", folder / "pictures")
@@ -171,21 +171,21 @@ def digits(train: int, test: int) -> dict:
 
 def test_dataset_by_id_and_revision_loads_through_the_real_client(data_report):
     assert data_report["main"] == digits(60, 20)
-    assert data_report["small"] == digits(20, 10)
+    assert data_report["small"] == digits(40, 10)
     assert data_report["argument"] == data_report["small"] == data_report["commit"]
 
 
 def test_dataset_revision_may_hold_a_slash(data_report):
-    assert data_report["slash"] == digits(20, 10)
+    assert data_report["slash"] == digits(40, 10)
 
 
 def test_folders_of_pictures_by_id_load_with_the_folders_as_classes(data_report):
-    assert data_report["folders"] == digits(20, 10)
+    assert data_report["folders"] == digits(40, 10)
 
 
 def test_streamed_datasets_by_id_give_the_same_pictures(data_report):
     for name in ("streamed", "streamed folders"):
-        assert data_report[name] | {"raw": True} == digits(20, 10), name
+        assert data_report[name] | {"raw": True} == digits(40, 10), name
 
 
 def test_streamed_rows_are_not_decoded_before_they_are_dealt_out(data_report):
@@ -202,7 +202,7 @@ def test_unknown_and_private_datasets_are_refused_with_their_id_and_the_endpoint
 
 
 def test_private_dataset_loads_with_the_token_of_its_owner(model_report):
-    assert model_report["private"] == digits(20, 10)
+    assert model_report["private"] == digits(40, 10)
 
 
 def test_encoder_by_id_gives_equal_features_in_stock_libraries_and_in_ours(model_report):

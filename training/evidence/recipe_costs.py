@@ -40,9 +40,9 @@ from hf_dpssl.autoencoder.training import step_flops  # noqa: E402
 from hf_dpssl.data.image_data import TABLE  # noqa: E402
 from hf_dpssl.generation.diffusion import make_transformer  # noqa: E402
 from hf_dpssl.generation.dit_arguments import DiTArguments  # noqa: E402
+from hf_dpssl.runs.atomic_files import atomic_file  # noqa: E402
 from hf_dpssl.runs.recipe import find_recipe, parse  # noqa: E402
 from hf_dpssl.runs.results import write_results  # noqa: E402
-from hf_dpssl.runs.atomic_files import atomic_file  # noqa: E402
 
 RECIPES = (
     "simclr-resnet50-cifar10",
