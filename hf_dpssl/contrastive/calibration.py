@@ -64,10 +64,12 @@ def temperature_of_perplexity(
         temperature 0 it becomes a power of the distance; where even that is too wide, the lower end comes back.
 
     Raises:
-        ValueError: share outside (0, 1), or dissimilarities that are negative or NaN.
+        ValueError: share outside (0, 1), or on a CPU dissimilarities that are negative or NaN.
     """
     check_share(share)
-    if bool(dissimilarities.isnan().any()) or bool((dissimilarities < 0).any()):
+    # Elsewhere than on a CPU reading would wait; the temperature is NaN then, and the loss refuses it.
+    on_cpu = dissimilarities.device.type == "cpu"
+    if on_cpu and (bool(dissimilarities.isnan().any()) or bool((dissimilarities < 0).any())):
         raise ValueError("dissimilarities must be non-negative numbers; a negative or NaN one was given.")
     counts = _counts(dissimilarities, counts)
     dissimilarities = dissimilarities.masked_fill(dissimilarities.isinf(), 0)

@@ -133,8 +133,13 @@ def in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_positive(**values: float | Tensor) -> None:
-    """Raise ValueError for a value (number or 0-dim tensor) that is not a positive finite number."""
+    """Raise ValueError for a value (number or 0-dim tensor) that is not a positive finite number.
+
+    A tensor of another device than a CPU is not read here: what is out of range makes the kernel NaN.
+    """
     for name, value in values.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            continue
         if not (math.isfinite(_number(value)) and value > 0):
             raise ValueError(f"{name} must be a positive finite number, got {_number(value)}.")
 

@@ -88,7 +88,7 @@ def enqueue_(queue: Tensor, cursor: Tensor, filled: Tensor, keys: Tensor) -> Non
     """
     size = len(queue)
     count = len(keys)
-    rows = (int(cursor) + torch.arange(count, device=queue.device)[-size:]) % size
+    rows = (cursor + torch.arange(count, device=queue.device)[-size:]) % size
     queue[rows] = keys[-size:].to(queue.dtype)
-    cursor.fill_((int(cursor) + count) % size)
-    filled.fill_(min(size, int(filled) + count))
+    cursor.add_(count).remainder_(size)
+    filled.add_(count).clamp_(max=size)

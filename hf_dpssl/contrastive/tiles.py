@@ -58,8 +58,8 @@ def log_partition(points: Tensor, kernel: Kernel, *, joint: bool, weights: Tenso
     """
     (points,) = kernel.scaled(points)
     weights = points.new_full((len(points),), 1 / len(points)) if weights is None else weights.detach().to(points)
-    exponent = torch.as_tensor(kernel.exponent, dtype=points.dtype, device=points.device)
-    return _LogPartition.apply(points, None, exponent, weights, None, kernel.form, joint)
+    exponent = _as_tensor(kernel.exponent, points)
+    return _LogPartition.apply(points, None, exponent, weights, None, kernel, joint)
 
 
 def log_cross_partition(
@@ -71,8 +71,8 @@ def log_cross_partition(
         left, right: (M, D) and (K, D); weights (M,) and right_weights (K,) are constants. The rest as `log_partition`.
     """
     left, right = kernel.scaled(left, right)
-    exponent = torch.as_tensor(kernel.exponent, dtype=left.dtype, device=left.device)
-    return _LogPartition.apply(left, right, exponent, weights.to(left), right_weights.to(left), kernel.form, False)
+    exponent = _as_tensor(kernel.exponent, left)
+    return _LogPartition.apply(left, right, exponent, weights.to(left), right_weights.to(left), kernel, False)
 
 
 def log_bank_partition(query: Tensor, bank: Tensor, kernel: Kernel) -> Tensor:
@@ -92,19 +92,22 @@ def log_bank_partition(query: Tensor, bank: Tensor, kernel: Kernel) -> Tensor:
     (query,) = in_float32(query)
     if kernel.form == "cosine":
         query = F.normalize(query, dim=1)
-    scale = torch.as_tensor(kernel.scale, dtype=query.dtype, device=query.device)
-    exponent = torch.as_tensor(kernel.exponent, dtype=query.dtype, device=query.device)
-    return _LogBankPartition.apply(query, bank.detach(), scale, exponent, kernel.form)
+    scale = _as_tensor(kernel.scale, query)
+    exponent = _as_tensor(kernel.exponent, query)
+    return _LogBankPartition.apply(query, bank.detach(), scale, exponent, kernel)
+
+
+def _as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-dim tensor of the type and device of `like`; a number is filled in there, not copied to it."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
 
 
 class _TiledKernel:
     """A kernel between the rows of two matrices of scaled points: a tile is one product of extended rows."""
 
-    def __init__(self, name: str, exponent: float, left: Tensor, right: Tensor):
+    def __init__(self, name: str, exponent: float, left: Tensor, right: Tensor, left_reach: float, right_reach: float):
         left_squares = left.pow(2).sum(1, keepdim=True)
         right_squares = right.pow(2).sum(1, keepdim=True)
-        left_reach = float(left_squares.max()) ** 0.5
-        right_reach = float(right_squares.max()) ** 0.5
         left_ones = torch.ones_like(left_squares)
         right_ones = torch.ones_like(right_squares)
         self.name = name
@@ -158,18 +161,30 @@ def _power_(target: Tensor, base: Tensor, exponent: float) -> Tensor:
     return target if exponent == whole else target.mul_(base.sqrt())
 
 
-def _precise(kernel: str, exponent: float, *points: Tensor) -> list[Tensor]:
-    """The sets of scaled points, in float64 where float32 would lose small distances between far points.
+def _read(kernel: Kernel, *points: Tensor) -> tuple[float, float, list[float]]:
+    """Scale, exponent, and the largest squared norm of each set of scaled points, in one read of the device.
+
+    Nothing is read where all is known: of a cosine of given temperature the norms are the root of the scale. On a CPU,
+    which has nothing to wait for, they are read nevertheless, so that a NaN is found here and not in the loss.
 
     Raises:
         ValueError: when a point is NaN or infinite.
     """
-    squares = [part.pow(2).sum(1) for part in points]
-    largest = max(float(part.max()) for part in squares)
-    if not math.isfinite(largest):
-        bad = sum(int((~part.isfinite()).sum()) for part in squares)
+    given = [kernel.scale, 1.0 if kernel.form == "cosine" else kernel.exponent]
+    learned = [value.detach().to(points[0]) for value in given if isinstance(value, Tensor)]
+    if kernel.form == "cosine" and not learned and points[0].device.type != "cpu":
+        return float(kernel.scale), 1.0, [float(kernel.scale)] * len(points)
+    values = torch.stack([*learned, *(part.pow(2).sum(1).max().to(points[0]) for part in points)]).tolist()
+    scale, exponent = (values.pop(0) if isinstance(value, Tensor) else float(value) for value in given)
+    if not all(map(math.isfinite, values)):
+        bad = sum(int((~part.pow(2).sum(1).isfinite()).sum()) for part in points)
         raise ValueError(f"embeddings must be finite, got NaN, inf or an overflow of squares in {bad} rows.")
-    far = kernel != "cosine" and max(1.0, exponent) * largest > _LARGEST_SQUARE
+    return scale, exponent, values
+
+
+def _precise(kernel: str, exponent: float, squares: list[float], *points: Tensor) -> list[Tensor]:
+    """The sets of scaled points, in float64 where float32 would lose small distances between far points."""
+    far = kernel != "cosine" and max(1.0, exponent) * max(squares) > _LARGEST_SQUARE
     return [part.double() if far and part.device.type != "mps" else part for part in points]
 
 
@@ -321,17 +336,19 @@ class _Pairs:
 
 class _LogPartition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, left, right, exponent, weights, right_weights, kernel: str, joint: bool) -> Tensor:
+    def forward(ctx, left, right, exponent, weights, right_weights, kernel: Kernel, joint: bool) -> Tensor:
         dtype = left.dtype
         wanted = ctx.needs_input_grad
         with torch.autocast(left.device.type, enabled=False):
-            power_of_kernel = float(exponent)
-            points = _precise(kernel, power_of_kernel, *([left] if right is None else [left, right]))
+            points = [left] if right is None else [left, right]
+            _, power_of_kernel, squares = _read(kernel, *points)
+            points = _precise(kernel.form, power_of_kernel, squares, *points)
             sides = [_Points(points[0], weights.to(points[0]))]
             if right is not None:
                 sides.append(_Points(points[1], right_weights.to(points[1])))
-            learn_exponent = wanted[2] and kernel == "student_t"
-            tiled = _TiledKernel(kernel, power_of_kernel, points[0], points[-1])
+            learn_exponent = wanted[2] and kernel.form == "student_t"
+            reaches = squares[0] ** 0.5, squares[-1] ** 0.5
+            tiled = _TiledKernel(kernel.form, power_of_kernel, points[0], points[-1], *reaches)
             pairs = _Pairs(sides[0], sides[-1], tiled, any(wanted[:3]), learn_exponent)
             if not tiled.direct:
                 value = pairs.over_logarithms(joint)
@@ -436,17 +453,16 @@ class _Bank:
 
 class _LogBankPartition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, bank: Tensor, scale: Tensor, exponent: Tensor, kernel: str) -> Tensor:
+    def forward(ctx, query: Tensor, bank: Tensor, scale: Tensor, exponent: Tensor, kernel: Kernel) -> Tensor:
         dtype = query.dtype
-        factor = float(scale)
-        power_of_kernel = float(exponent)
         with torch.autocast(query.device.type, enabled=False):
             learn_scale = ctx.needs_input_grad[2]
-            learn_exponent = ctx.needs_input_grad[3] and kernel == "student_t"
+            learn_exponent = ctx.needs_input_grad[3] and kernel.form == "student_t"
             # Far points of the bank need no more precision: only those near a query, so about as far, matter.
-            centred = (query - query.mean(0)) * factor**0.5
-            query = query.to(_precise(kernel, power_of_kernel, centred)[0].dtype)
-            sums = _Bank(query, bank, factor, power_of_kernel, kernel, learn_scale, learn_exponent)
+            centred = (query - query.mean(0)) * scale**0.5
+            factor, power_of_kernel, squares = _read(kernel, centred)
+            query = query.to(_precise(kernel.form, power_of_kernel, squares, centred)[0].dtype)
+            sums = _Bank(query, bank, factor, power_of_kernel, kernel.form, learn_scale, learn_exponent)
             sums.visit()
             ctx.save_for_backward(*(gradient.to(dtype) for gradient in sums.gradients()))
             return (sums.sums.log() + sums.log_offset)[:, 0].to(dtype)

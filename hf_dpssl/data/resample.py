@@ -34,8 +34,8 @@ def resized_crop_boxes(
     Returns:
         (B, 4) int64: top, left, height, width.
     """
-    height = torch.as_tensor(height, device=tries.device).expand(len(tries))[:, None]
-    width = torch.as_tensor(width, device=tries.device).expand(len(tries))[:, None]
+    sides = (torch.as_tensor(side).to(tries.device, non_blocking=True) for side in (height, width))
+    height, width = (side.expand(len(tries))[:, None] for side in sides)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
     log_low = math.log(ratio[0])
     log_high = math.log(ratio[1])

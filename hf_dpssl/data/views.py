@@ -281,8 +281,8 @@ class TwoViews:
         factors = (torch.where(p.jitter, factor, 1) for factor in (p.brightness, p.contrast, p.saturation))
         matrix, offset = colour_matrix(*factors, torch.where(p.jitter, p.hue, 0), images.mean((2, 3)) / 255)
         matrix = torch.where(p.grey[:, None, None], grey_matrix(images) @ matrix, matrix)
-        mean = self.mean.to(images)
-        std = self.std.to(images)
+        mean = self.mean.to(images, non_blocking=True)
+        std = self.std.to(images, non_blocking=True)
         images = apply_matrix(images, matrix / (255 * std[:, None]), (offset - mean) / std)
         for channel, (m, s) in enumerate(zip(self.mean.tolist(), self.std.tolist(), strict=True)):
             images[:, channel].clamp_(-m / s, (1 - m) / s)
@@ -297,7 +297,8 @@ def _at_a_time(images: Tensor, pixels: int) -> int:
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(images - mean) / std for images (B, C, H, W) in [0, 1]; mean and std per channel."""
-    return (images - mean.to(images).view(-1, 1, 1)) / std.to(images).view(-1, 1, 1)
+    mean, std = (values.to(images, non_blocking=True).view(-1, 1, 1) for values in (mean, std))
+    return (images - mean) / std
 
 
 def crop_boxes(augmentation: Augmentation, draws: Tensor) -> Tensor:

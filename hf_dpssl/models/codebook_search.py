@@ -178,10 +178,15 @@ def _true(mask: Tensor) -> Tensor:
 
 def code_statistics(vectors: Tensor, codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """How often each code is used (K,), and the sum of its vectors (K, D)."""
-    counts = torch.bincount(codes, minlength=num_codes)
+    counts = _counts(codes, num_codes)
     by_code = vectors[codes.argsort(stable=True)]
     # Deterministic on a GPU too, where index_add is not.
-    return counts.to(vectors.dtype), torch.segment_reduce(by_code, "sum", lengths=counts)
+    return counts.to(vectors.dtype), torch.segment_reduce(by_code, "sum", lengths=counts, unsafe=True)
+
+
+def _counts(codes: Tensor, num_codes: int) -> Tensor:
+    """How often each code stands in codes (N,): (num_codes,) int64. bincount would make the host wait for a GPU."""
+    return codes.new_zeros(num_codes).index_add_(0, codes, torch.ones_like(codes))
 
 
 def k_means(vectors: Tensor, num_codes: int, iterations: int = 10) -> Tensor:
@@ -204,5 +209,5 @@ def k_means(vectors: Tensor, num_codes: int, iterations: int = 10) -> Tensor:
 
 def perplexity_of(codes: Tensor, num_codes: int) -> Tensor:
     """exp of the entropy of the codes' frequencies: a scalar in [1, num_codes]."""
-    usage = torch.bincount(codes.flatten(), minlength=num_codes).float() / codes.numel()
+    usage = _counts(codes.flatten(), num_codes).float() / codes.numel()
     return torch.exp(-torch.special.xlogy(usage, usage).sum())

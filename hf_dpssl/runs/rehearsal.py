@@ -1,0 +1,189 @@
+"""A GPU that is not there: code runs on tensors "on cuda" without one, and what it would wait for is counted.
+
+Devices and their rules are those of torch's FakeTensorMode. Beside every fake tensor runs a real one on the CPU, so
+that values which are read are true ones and the code takes the branches it would take.
+
+What a GPU would wait for ("synchronisation"): a value read on the host (`item`, `bool`, `float`, `tolist`, `nonzero`, a
+mask as index, `bincount`), and a copy between host and GPU that is not `non_blocking`.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+_ROOT = Path(__file__).parents[2]
+_aten = torch.ops.aten
+# Their result's shape, or the result itself, is known when the GPU has computed it.
+_READS = {
+    _aten._local_scalar_dense,
+    _aten.nonzero,
+    _aten.masked_select,
+    _aten.bincount,
+    _aten._unique2,
+    _aten.unique_dim,
+    _aten.unique_consecutive,
+    _aten.repeat_interleave,
+    _aten.equal,
+    _aten.is_nonzero,
+}
+_COPIES = {_aten._to_copy, _aten.copy_}
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index, _aten._index_put_impl_}
+
+
+class Rehearsal(TorchDispatchMode):
+    """What has been counted: `syncs`, one line "file:line function: operation" for each synchronisation, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.syncs: list[str] = []
+
+    def clear(self) -> None:
+        """Count afresh, as after a first step, which may start what later ones go on with."""
+        self.syncs.clear()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = tree_map(_not_meta, kwargs or {})
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(self._faked, (args, kwargs))
+        packet = func.overloadpacket
+        if _waits(packet, args, kwargs):
+            self.syncs.append(f"{_line()}: {packet.__name__}")
+        device = self._device_of_result(func, args, kwargs)
+        given = {id(_real(value)): value for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)}
+        with unset_fake_temporarily():
+            real = func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        # What an operation changes in place it returns.
+        return tree_map(lambda value: given[id(value)] if id(value) in given else self._fake(value, device), real)
+
+    @staticmethod
+    def _device_of_result(func, args, kwargs) -> torch.device:
+        """RuntimeError for operands of two devices, where the GPU would raise it."""
+        packet = func.overloadpacket
+        leaves = tree_leaves((args, kwargs))
+        if packet is _aten.copy_:
+            return args[0].device
+        if packet in _INDEXING:  # indices may lie on the CPU
+            leaves = [args[0], *args[2:3]]
+        if kwargs.get("device") is not None:
+            return torch.device(kwargs["device"])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+        return FakeTensor._find_common_device(func, tensors)[0] if tensors else torch.device("cpu")
+
+    def _fake(self, real, device: torch.device | str):
+        """A fake tensor whose values are those of a real one; what is no tensor as it is."""
+        if not isinstance(real, Tensor):
+            return real
+        fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=device)
+        fake.rehearsed = real
+        return fake
+
+    def _faked(self, value):
+        """A tensor from before the rehearsal as one of the CPU within it."""
+        real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+        return self._fake(value, "cpu") if real else value
+
+    def fake_module_(self, module: nn.Module) -> nn.Module:
+        """Move a module's parameters and buffers onto the GPU, in place."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    fake = nn.Parameter(self.fake_of(parameter), parameter.requires_grad)
+                    part._parameters[name] = fake
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else self.fake_of(buffer)
+        return module
+
+    def fake_of(self, real: Tensor) -> Tensor:
+        """A fake tensor on the GPU whose values are those of a real one, or of a fake one of the CPU."""
+        return self._fake(_real(real), "cuda")
+
+
+def _real(value):
+    """A fake tensor's real one, and the CPU for the GPU."""
+    if isinstance(value, FakeTensor):
+        return value.rehearsed
+    return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
+
+
+def _not_meta(value):
+    """The GPU for the meta device, where C++ code takes it to be that of its operands."""
+    return torch.device("cuda", 0) if isinstance(value, torch.device) and value.type == "meta" else value
+
+
+def _on_gpu(value) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cuda"
+
+
+def _is_mask(index) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _waits(packet, args, kwargs) -> bool:
+    """Whether the host would wait for the GPU."""
+    if packet in _READS:
+        return _on_gpu(args[0])
+    if packet in _COPIES:
+        target = args[0] if packet is _aten.copy_ else kwargs.get("device")
+        source = args[1] if packet is _aten.copy_ else args[0]
+        to_gpu = _on_gpu(target) if packet is _aten.copy_ else target is not None and target.type == "cuda"
+        moves = to_gpu != _on_gpu(source) if packet is _aten.copy_ or target is not None else False
+        blocking = not (args[2] if packet is _aten.copy_ and len(args) > 2 else kwargs.get("non_blocking", False))
+        return moves and blocking
+    if packet in _INDEXING:
+        return _on_gpu(args[0]) and any(_is_mask(index) for index in args[1] or ())
+    return False
+
+
+def _line() -> str:
+    """The innermost line of this repository that led here."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if _ROOT in path.parents and path != Path(__file__) and "site-packages" not in path.parts:
+            return f"{path.relative_to(_ROOT)}:{frame.lineno} {frame.name}"
+    return "outside of the package"
+
+
+@contextmanager
+def rehearsal() -> Iterator[Rehearsal]:
+    """Inside, device "cuda" exists, without driver; tensors of two devices in one operation raise RuntimeError.
+
+    Models are moved with `fake_module_`, tensors with `fake_of`. Not rehearsed: autocast, which looks for tensors that
+    the driver knows; fused attention, whose kernels no CPU computes (it takes its plain form); speed and memory; waits
+    inside of one operation's kernel.
+    """
+    made = torch.Tensor._make_subclass
+
+    def of_no_driver(cls, elem, *args, dispatch_device=False, **kwargs):
+        # To autograd, which asks the driver for streams of a GPU, fake tensors lie on the meta device.
+        return made(cls, elem, *args, dispatch_device=False, **kwargs)
+
+    mode = FakeTensorMode()
+    rehearsed = Rehearsal()
+
+    def tolist(tensor: Tensor) -> list:
+        if _on_gpu(tensor):
+            rehearsed.syncs.append(f"{_line()}: tolist")
+        with unset_fake_temporarily():
+            return tensor.rehearsed.tolist()
+
+    with (
+        mock.patch.object(torch.Tensor, "_make_subclass", of_no_driver),
+        mock.patch.object(FakeTensor, "tolist", tolist),
+        torch.autograd.set_multithreading_enabled(False),
+        sdpa_kernel(SDPBackend.MATH),
+        mode,
+        rehearsed,
+    ):
+        yield rehearsed

@@ -1,0 +1,89 @@
+"""What a GPU would meet, without one: tensors of two devices, and values that the host waits for."""
+
+import pytest
+import torch
+from training_steps import CASES, batch
+
+from hf_dpssl.contrastive import losses
+from hf_dpssl.runs.rehearsal import rehearsal
+
+COLOURS = 3  # copies of small constants for the colours of two views
+# Of a training step; a queue's length and whether codes are dead are read once each.
+BUDGETS = {
+    "contrastive SimCLR": 0 + COLOURS,
+    "contrastive t-SimCLR": 1 + COLOURS,
+    "contrastive SimCLR auto": 1 + COLOURS,
+    "contrastive t-SimCLR auto": 2 + COLOURS,
+    "contrastive MoCo": 1 + COLOURS,
+    "contrastive t-MoCo": 2 + COLOURS,
+    "contrastive t-MoCo auto": 3 + COLOURS,
+    "dae_vq": 2,
+    "dae_vq kl": 0,
+    "dae_vq adversarial": 2,
+    "dae_dit flow": 0,
+    "dae_dit epsilon": 2,
+    "dae_ar llama": 0,
+    "dae_gan dae": 0,
+    "dae_gan noise": 0,
+}
+
+
+def test_what_waits_for_a_gpu_is_counted_and_what_mixes_devices_raises():
+    values = torch.arange(6.0)
+    with rehearsal() as rehearsed:
+        x = rehearsed.fake_of(values)
+        assert x.device.type == "cuda" and (x + 1).sum().device.type == "cuda" and not rehearsed.syncs
+        assert float(x.sum()) == 15 and x.tolist() == values.tolist() and len(x[x > 2]) == 3
+        waits = [line.split(": ")[1] for line in rehearsed.syncs]
+        assert waits == ["_local_scalar_dense", "tolist", "index"] and "test_rehearsal.py" in rehearsed.syncs[0]
+        rehearsed.clear()
+        x.cpu()
+        torch.ones(3).to("cuda")
+        torch.ones(3).to("cuda", non_blocking=True)
+        assert len(rehearsed.syncs) == 2
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.ones(6)
+
+
+def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never():
+    torch.manual_seed(0)
+    views = torch.randn(16, 8), torch.randn(16, 8)
+    t_kernel = {"kernel": "student_t", "dof": 5.0}
+    cases = {
+        "info_nce": (0, lambda x, y: losses.info_nce(x, y, temperature=0.5)),
+        "clip": (0, lambda x, y: losses.clip(x, y, temperature=0.5)),
+        "moco": (0, lambda x, y: losses.moco(x, y.detach(), y.detach(), temperature=0.2)),
+        "t_simclr": (1, lambda x, y: losses.t_simclr(x, y, temperature=1.0, dof=5.0)),
+        "t-moco": (1, lambda x, y: losses.moco(x, y.detach(), y.detach(), temperature=5.0, **t_kernel)),
+    }
+    for name, (most, loss) in cases.items():
+        on_cpu = [view.clone().requires_grad_() for view in views]
+        expected = loss(*on_cpu)
+        expected.backward()
+        with rehearsal() as rehearsed:
+            on_gpu = [rehearsed.fake_of(view).requires_grad_() for view in views]
+            value = loss(*on_gpu)
+            value.backward()
+            assert value.device.type == on_gpu[0].grad.device.type == "cuda"
+            assert len(rehearsed.syncs) <= most, (name, rehearsed.syncs)
+        torch.testing.assert_close(value.rehearsed, expected.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(on_gpu[0].grad.rehearsed, on_cpu[0].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_step_mixes_no_devices_and_waits_no_more_than_its_budget(name):
+    modules, prepare, step = CASES[name]()
+    with rehearsal() as rehearsed:
+        for module in modules:
+            rehearsed.fake_module_(module)
+        prepare()
+        learned = [parameter for parameter in modules[0].parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(learned)
+        given = {key: rehearsed.fake_of(value) for key, value in batch().items()}
+        for _ in range(2):  # the first starts codebook, queue and temperature
+            rehearsed.clear()
+            step(given)
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(rehearsed.syncs) <= BUDGETS[name], "\n".join(rehearsed.syncs)

@@ -1,0 +1,154 @@
+"""One training step of every script, tiny, on whatever device a model and a batch lie on."""
+
+from types import SimpleNamespace
+
+import dae_dit
+import dae_gan
+import dae_vq
+import torch
+
+from hf_dpssl.autoencoder.adversarial_term import AdversarialTerm, Adversary, ReconstructionGuard
+from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl.data.views import NATURAL, TwoViews
+from hf_dpssl.generation.diffusion import dropped_labels, make_scheduler, make_transformer
+from hf_dpssl.generation.pipeline_vq_token import code_nats, make_language_model
+from hf_dpssl.models.configuration_vq import VQConfig
+from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
+from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from hf_dpssl.models.modeling_vaegan import VAEGAN, VAEGANConfig
+from hf_dpssl.models.modeling_vq import VQAutoencoder
+
+SIDE = 16
+COUNT = 8
+
+
+def batch():
+    """Images, codes, latents, labels and numbers of a batch, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "images": torch.randint(0, 256, (COUNT, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
+        "latents": torch.randn(COUNT, 4, 8, 8, generator=generator),
+        "codes": torch.randint(0, 16, (COUNT, 4, 4), generator=generator),
+        "labels": torch.arange(COUNT) % 3,
+        "sample_ids": torch.arange(COUNT),
+    }
+
+
+def contrastive(**options):
+    """(modules, what comes before the first step, forward and backward) of training/contrastive.py; "queue" is MoCo."""
+    made = MoCoForPreTraining if options.pop("negatives", "batch") == "queue" else SimCLRForPreTraining
+    if made is MoCoForPreTraining:
+        options["queue_size"] = 4 * COUNT
+    options = {"normalization": "anchor"} | options
+    config = ContrastiveConfig(architecture="test_resnet.r160_in1k", projection_dim=8, **options)
+    model = made(config).train()
+    views = TwoViews(NATURAL, [0.5] * 3, [0.2] * 3, 0)
+
+    def step(given):
+        model(*views(given["images"], given["sample_ids"], 0)).loss.backward()
+
+    return [model], lambda: None, step
+
+
+def autoencoder(adversarial: bool = False, **options):
+    """Of training/dae_vq.py; with an adversarial term both its halves."""
+    config = VQConfig(
+        image_size=SIDE, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8], num_codes=16, **options
+    )
+    torch.manual_seed(0)
+    model = VQAutoencoder(config).train()
+    if model.quantizer is not None:
+        model.quantizer.defer_update = True
+    args = SimpleNamespace(seed=0, num_channels=3)
+    adversary = adversary_of(AdversarialTerm()) if adversarial else None
+    modules = [model, *([adversary.bare] if adversary else [])]
+
+    def prepare():
+        if adversary:
+            adversary.optimizer = torch.optim.AdamW(adversary.bare.parameters())
+
+    def step(given):
+        images = dae_vq.pixels(given | {"epoch": 0}, args, 0.5)
+        output = model(images)
+        loss, _ = dae_vq.total_loss(args, model, output, images, None, adversary, 0)
+        loss.backward()
+        if adversary:
+            adversary.step(SimpleNamespace(backward=torch.Tensor.backward), images, output.pixel_values)
+        if model.quantizer is not None:
+            model.quantizer.update_codebook_()
+
+    return modules, prepare, step
+
+
+def adversary_of(term):
+    bare = PatchDiscriminator(PatchDiscriminatorConfig(image_size=SIDE, width=8, num_layers=1)).train()
+    return Adversary(term, bare, bare, None, None, ReconstructionGuard())
+
+
+def transformer(objective="flow", **options):
+    """Of training/dae_dit.py."""
+    model = make_transformer(
+        num_layers=1, width=16, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=3,
+        learned_variance=options.get("learned_variance", False),
+    ).train()  # fmt: skip
+    codec = SimpleNamespace(normalize_latents=lambda latents: latents)
+    args = SimpleNamespace(seed=0, objective=objective, logit_normal=None, class_dropout=0.1, min_snr_gamma=None)
+    vars(args).update({name: value for name, value in options.items() if name != "learned_variance"})
+    scheduler = make_scheduler(objective, options.get("learned_variance", False))
+
+    def step(given):
+        dae_dit.step_losses(model, given | {"epoch": 0}, codec, scheduler, args, 3)["loss"].backward()
+
+    return [model], lambda: None, step
+
+
+def language_model(architecture):
+    """Of training/dae_ar.py."""
+    model = make_language_model(
+        architecture, num_layers=1, width=16, num_heads=2, num_codes=16, num_classes=3, num_tokens=16, dropout=0.1
+    ).train()
+
+    def step(given):
+        key = dict(sample_ids=given["sample_ids"], epoch=0, seed=0)
+        labels = dropped_labels(given["labels"], probability=0.1, null_class=3, **key)
+        code_nats(model, given["codes"], labels, 16).mean().backward()
+
+    return [model], lambda: None, step
+
+
+def gan(latent):
+    """Of training/dae_gan.py: generator, then discriminator."""
+    config = VAEGANConfig(image_size=SIDE, width=8, latent_dim=8, latent=latent)
+    model = VAEGAN(config).train()
+    adversary = adversary_of(AdversarialTerm())
+    args = SimpleNamespace(reconstruction="pixels", reconstruction_weight=1.0, kl_weight=1.0)
+
+    def prepare():
+        adversary.optimizer = torch.optim.AdamW(adversary.bare.parameters())
+
+    def step(given):
+        real = given["images"].float() / 127.5 - 1
+        fake, values = dae_gan.images_of(model, config, real, given | {"epoch": 0}, None, 0)
+        dae_gan.generator_loss(args, adversary, real, fake, values).backward()
+        adversary.step(SimpleNamespace(backward=torch.Tensor.backward), real, fake)
+
+    return [model, adversary.bare], prepare, step
+
+
+CASES = {
+    "contrastive SimCLR": lambda: contrastive(kernel="cosine", temperature=0.5),
+    "contrastive t-SimCLR": lambda: contrastive(kernel="student_t", temperature=1.0, dof=5.0, normalization="joint"),
+    "contrastive SimCLR auto": lambda: contrastive(kernel="cosine", temperature="auto"),
+    "contrastive t-SimCLR auto": lambda: contrastive(kernel="student_t", temperature="auto", normalization="joint"),
+    "contrastive MoCo": lambda: contrastive(negatives="queue", kernel="cosine", temperature=0.2),
+    "contrastive t-MoCo": lambda: contrastive(negatives="queue", kernel="student_t", temperature=5.0, dof=10.0),
+    "contrastive t-MoCo auto": lambda: contrastive(negatives="queue", kernel="student_t", temperature="auto"),
+    "dae_vq": lambda: autoencoder(),
+    "dae_vq kl": lambda: autoencoder(quantizer="kl"),
+    "dae_vq adversarial": lambda: autoencoder(adversarial=True),
+    "dae_dit flow": lambda: transformer(),
+    "dae_dit epsilon": lambda: transformer("epsilon"),
+    "dae_ar llama": lambda: language_model("llama"),
+    "dae_gan dae": lambda: gan("dae"),
+    "dae_gan noise": lambda: gan("noise"),
+}
