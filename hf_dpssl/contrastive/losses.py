@@ -40,6 +40,7 @@ def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, wei
 
     Raises:
         ValueError: on unequal shapes, no pair, embeddings that are not finite or a bad temperature.
+            On a GPU, where reading a value waits, the loss of embeddings that are not finite is NaN instead.
 
     Source: Chen et al. 2020 (SimCLR); as SNE: Hu et al., ICLR 2023, section 3.
     Relations: the Student-t form is `t_simclr`; with a queue of negatives see `moco`; over two modalities `clip`.

@@ -118,8 +118,9 @@ def test_a_finished_training_is_kept_when_its_measures_cannot_be_taken(pictures,
 
 
 def test_extractor_that_is_not_there_is_refused_before_training(pictures, tmp_path, refusal):
-    message = refusal("dae_gan", ["--dataset", pictures, "--output_dir", tmp_path / "run", "--extractor", "no/where"])
-    assert "no/where" in message and not (tmp_path / "run").exists()
+    missing = str(tmp_path / "missing")
+    message = refusal("dae_gan", ["--dataset", pictures, "--output_dir", tmp_path / "run", "--extractor", missing])
+    assert missing in message and not (tmp_path / "run").exists()
 
 
 def _latest(folder: str) -> dict:
