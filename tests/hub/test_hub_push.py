@@ -232,8 +232,6 @@ def test_an_unfinished_folder_is_refused_before_any_request(hub, folders, tmp_pa
 
 def test_a_run_folder_is_refused_with_the_checkpoints_in_it(folders):
     with pytest.raises(FileNotFoundError, match=r"one of its folders \['autoencoder', 'dit', 'drift', 'encoder'"):
-        FileNotFoundError, match=r"Did you mean one of its folders \['autoencoder', 'dit', 'drift', 'encoder'"
-    ):
         push(folders["dit"].parent, "org/x")
 
 
