@@ -129,6 +129,7 @@ def _latest(folder: str) -> dict:
     checkpoints = CheckpointFolder(f"{folder}/shared")
     seen = same_checkpoint("latest", checkpoints)
     os.chdir(f"{folder}/{rank}")  # as on two machines: the same path, other disks
+    seen = f"{seen} {same_checkpoint('latest', CheckpointFolder('both'))}"
     try:
         same_checkpoint("latest", CheckpointFolder("run"))
         message = ""
@@ -142,8 +143,10 @@ def test_all_processes_go_on_from_the_checkpoint_of_the_first_or_say_who_does_no
     for step in (1, 2):
         CheckpointFolder(tmp_path / "shared").save(step, {}, {})
     CheckpointFolder(tmp_path / "0/run").save(7, {}, {})
-    (tmp_path / "1").mkdir()
+    CheckpointFolder(tmp_path / "0/both").save(3, {}, {})
+    for step in (3, 9):  # the second machine has been further once
+        CheckpointFolder(tmp_path / "1/both").save(step, {}, {})
     for result in run_in_two(_latest, str(tmp_path)):
         text = bytes(result["named"].tolist()).decode()
-        assert "shared/step-00000002" in text
+        assert "shared/step-00000002" in text and "both/step-00000003" in text
         assert "[1] of 2 do not see" in text and "step-00000007" in text and "shared storage" in text
