@@ -50,7 +50,7 @@ FOREIGN_ENCODER = """
 import timm, torch
 from transformers import AutoImageProcessor, AutoModel
 images = torch.load("images.pt", weights_only=True)
-model = AutoModel.from_pretrained("out", trust_remote_code=True).eval()
+model = AutoModel.from_pretrained("out", trust_remote_code=False).eval()
 assert type(model).__name__ == "TimmWrapperModel", type(model)
 assert AutoImageProcessor.from_pretrained("out").data_config["input_size"][-1] == 16
 stock = timm.create_model("local-dir:out", pretrained=True).eval()

@@ -17,10 +17,14 @@ ATTACKS = {
     "code beside a component": ({"vae": ["evil", "Evil"]}, "vae/evil.py", "its vae is of the class evil.Evil"),
     "code that has a library's name": ({}, "vae/hf_dpssl.py", "vae/hf_dpssl.py stands in the place of the library"),
     "a module of this machine": ({"vae": ["evil_here", "Evil"]}, None, "its vae is of the class evil_here.Evil"),
-    "a pipeline class of its own": ({"_class_name": ["evil", "Evil"]}, "evil.py", "its pipeline class is .'evil', 'E"),
+    "a pipeline class of its own": (
+        {"_class_name": ["evil", "Evil"]},
+        "evil.py",
+        r"its pipeline class is \['evil', 'E",
+    ),
     "no component class": ({"vae": ["transformers", "AutoModel"]}, None, "the class transformers.AutoModel, and only"),
     "a function": ({"vae": ["hf_dpssl", "push_to_hub"]}, None, "the class hf_dpssl.push_to_hub, and only"),
-    "a malformed entry": ({"vae": "hf_dpssl"}, None, "must give vae as .library, class., got 'hf_dpssl'"),
+    "a malformed entry": ({"vae": "hf_dpssl"}, None, r"must give vae as \[library, class\], got 'hf_dpssl'"),
 }
 
 

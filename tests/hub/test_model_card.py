@@ -92,7 +92,7 @@ def test_card_says_what_the_files_say_and_the_client_reads_the_results_back_equa
         assert stated in card.text
     assert card.data.license is None and "hf_dpssl" in card.data.tags and card.data.base_model is None
     library = {"encoder": "timm", "dit": "hf_dpssl", "drift": "hf_dpssl", "token": "hf_dpssl"}.get(kind, "transformers")
-    assert card.data.library_name == library
+    assert card.data.to_dict()["library_name"] == library
     facts, results = facts_of(folder), json.loads((folder / "results.json").read_text())
     expected = eval_results(facts, results)
     assert card.data.eval_results == expected and expected
