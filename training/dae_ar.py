@@ -39,7 +39,6 @@ from hf_dpssl.data.batches import load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.data.subsets import random_rows
 from hf_dpssl.embedding.feature_extractors import load_extractor
-from hf_dpssl.evaluation.image_measures import Extractor
 from hf_dpssl.generation.diffusion import dropped_labels
 from hf_dpssl.generation.latent_cache import CodeTable
 from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
@@ -57,7 +56,6 @@ from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished pipeline."""
     args = parse(ARArguments, argv, __doc__)
-    extractors = [load_extractor(name) for name in args.extractor]
     data = load_images_for(args)
     class_names = classes_of_run(args, data)
     autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
@@ -82,7 +80,10 @@ def main(argv: list[str] | None = None) -> Path:
     def make_loader(start):
         return ordered_batches(codes, args.batch_size, args.seed, start, process, args.num_workers)
 
-    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data)
+    loop = TrainingLoop(
+        args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data,
+        sources={"autoencoder": autoencoder.fingerprint()},
+    )  # fmt: skip
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
     ema.to(accelerator.device)
 
@@ -122,8 +123,8 @@ def main(argv: list[str] | None = None) -> Path:
                 taken.metrics[name] = nats_per_image(language_model, table, null_class, num_codes, args, accelerator)
         samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
         pipeline = VQTokenPipeline(language_model, autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
-        if extractors and held_out is not None:
-            taken.take("quality of generated images", judged, pipeline, args, extractors)
+        if args.extractors and held_out is not None:
+            taken.take("quality of generated images", judged, pipeline, args)
             samples["generated"] = args.num_generated
         about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
         save(pipeline, args, data, taken.metrics, loop, target, about | taken.results() | {"samples": samples})
@@ -193,7 +194,7 @@ def nats_per_image(
     return total / count
 
 
-def judged(pipeline: VQTokenPipeline, args: ARArguments, extractors: list[Extractor]) -> dict[str, float]:
+def judged(pipeline: VQTokenPipeline, args: ARArguments) -> dict[str, float]:
     """Quality of `num_generated` images without guidance beside held-out ones, and those of each part of a union."""
     classes = len(pipeline.class_names)
     generator, images = torch.Generator().manual_seed(args.seed), []
@@ -205,8 +206,8 @@ def judged(pipeline: VQTokenPipeline, args: ARArguments, extractors: list[Extrac
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     common = dict(limit=args.evaluation_images, seed=args.seed, **columns)
     metrics = {}
-    for extractor in extractors:
-        metrics |= generation_quality(torch.cat(images), args.dataset, extractor, **common)
+    for name in args.extractors:
+        metrics |= generation_quality(torch.cat(images), args.dataset, load_extractor(name), **common)
     return metrics
 
 

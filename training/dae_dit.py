@@ -37,12 +37,11 @@ from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.generation.diffusion import (
     dropped_labels,
     make_scheduler,
-    make_transformer,
     objective_loss,
     training_example,
 )
 from hf_dpssl.generation.generation_monitor import GenerationMonitor, sample_grid
-from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
+from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run, new_transformer
 from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
 from hf_dpssl.generation.token_alignment import (
     LatentsWithImages,
@@ -106,7 +105,10 @@ def main(argv: list[str] | None = None) -> Path:
     def make_loader(start):
         return ordered_batches(latents, args.batch_size, args.seed, start, process, args.num_workers, accumulate)
 
-    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data)
+    loop = TrainingLoop(
+        args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data,
+        sources={"autoencoder": pipeline.config.vae_fingerprint},
+    )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     kept = {"monitor": monitor} if monitor else {}
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **kept)
@@ -143,16 +145,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, num_classes: int) -> DiTTransformer2DModel:
     """The transformer of a run's latents and classes."""
-    transformer = make_transformer(
-        num_layers=args.num_layers,
-        width=args.width,
-        num_heads=args.num_heads,
-        patch_size=args.patch_size,
-        latent_channels=autoencoder.config.latent_channels,
-        latent_size=autoencoder.config.latent_size,
-        num_classes=num_classes,
-        learned_variance=args.learned_variance,
-    )
+    transformer = new_transformer(args, autoencoder, num_classes, learned_variance=args.learned_variance)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer

@@ -97,7 +97,10 @@ def main(argv: list[str] | None = None) -> Path:
     def make_loader(start):
         return ordered_batches(sets, args.sets_per_batch, args.seed, start, process, args.num_workers, accumulate)
 
-    loop = TrainingLoop(args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data)
+    loop = TrainingLoop(
+        args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data,
+        sources={"autoencoder": pipeline.config.vae_fingerprint},
+    )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     kept = {"monitor": monitor} if monitor else {}
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **kept)
@@ -166,9 +169,8 @@ def save(
     autoencoder_folder: str | Path,
 ) -> None:
     """Write the complete pipeline folder with a sample grid."""
-    encoders = [name for name in args.features if name != "latent"]
     ancestors = {"autoencoder": autoencoder_folder, "initial transformer": args.init_from}
-    ancestors |= {f"features of the field, {i + 1}": name for i, name in enumerate(encoders)}
+    ancestors |= {f"features of the field, {i + 1}": name for i, name in enumerate(args.encoders)}
     metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
     if monitor and monitor.metrics:
         metrics = monitor.metrics

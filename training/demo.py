@@ -44,6 +44,7 @@ from hf_dpssl.runs.results import write_results
 IMAGE_SIZE = 16
 NUM_SAMPLES = 300
 OUTPUTS = ("encoder", "autoencoder", "dit", "comparison", "checkpoints", "latents", "logs")  # folders
+FILES = ("samples.png", "reconstructions.png", "map.png", "report.json")
 MARK = ".made-by-demo"
 KNN = {"k": 20, "metric": "euclidean"}
 ENCODER_2D = "comparison/encoder-2d"
@@ -97,16 +98,16 @@ def claim(folder: Path) -> None:
     """Remove what an earlier demo left, and mark the folder as a demo's.
 
     Raises:
-        FileExistsError: folders of those names that no demo made.
+        FileExistsError: folders or files of those names that no demo made.
     """
-    existing = [folder / name for name in OUTPUTS if (folder / name).exists()]
+    existing = [folder / name for name in OUTPUTS + FILES if (folder / name).exists()]
     if existing and not (folder / MARK).exists():
         raise FileExistsError(
             f"{existing[0]} is there and was made by no demo (there is no {MARK} in {folder}): choose another "
             "--output_dir."
         )
     for path in existing:
-        shutil.rmtree(path)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,6 +19,7 @@ from ..evaluation.geometry import effective_rank
 from ..evaluation.neighbours import nearest_neighbours
 from ..evaluation.student_interval import student_interval
 from ..models.weight_hashes import combined_sha256
+from ..runs.atomic_files import atomic_file
 from .baselines import h_score, knn_across_domains, log_me
 from .domain_data import DomainData
 from .ranking import leave_one_domain_out
@@ -128,10 +129,8 @@ def _features(embedder: ImageEmbedder, given: DomainData, cache, reading: dict) 
         return kept["features"], kept["rows"], True
     found, rows = extract_features(embedder, given.data, given.images, given.rows, **reading)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file({"features": found.contiguous(), "rows": rows}, temporary)
-        temporary.replace(path)
+        with atomic_file(path, "wb") as file:
+            file.write(save({"features": found.contiguous(), "rows": rows}))
     return found, rows, False
 
 

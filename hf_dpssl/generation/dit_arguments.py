@@ -26,21 +26,18 @@ class DiTArguments(TransformerRunArguments):
     min_snr_gamma: float | None = option(None, "clip the weights of the loss by min-SNR; 5 in its paper")
     timestep_sampling: str = option("uniform", "noise levels of a flow", choices=["uniform", "logit_normal"])
     logit_std: float = option(1.0, "spread of logit-normal noise levels")
-    ema_decay: float = option(0.998, "share of the old averaged weights kept at each step")
     max_train_steps: int = option(2400, "optimiser steps")
     learning_rate: float = option(2e-3, "peak learning rate")
-    adam_beta2: float = option(0.99, "share kept of the mean squared gradient; the DiT paper has 0.999")
-    weight_decay: float = option(0.0, "weight decay")
-    warmup_steps: int = option(50, "steps of linear warm-up")
-    gradient_checkpointing: bool = option(
-        False, "compute activations again in the backward pass instead of keeping them"
-    )
-    compile: bool = option(False, "compile the transformer with torch.compile")
 
     sampling_steps: int = option(25, "denoising steps of the sample grids and of validations", group="evaluation")
     guidance_scale: float = option(1.5, "guidance of the guided sample grid")
 
     name: str = option("dit", "subfolder of output_dir for the finished pipeline", group="run")
+
+    @property
+    def encoders(self) -> list[str]:
+        """The one that tokens are aligned with."""
+        return [self.align_encoder] if self.align_encoder else []
 
     def __post_init__(self):
         super().__post_init__()

@@ -35,18 +35,15 @@ class DriftArguments(TransformerRunArguments):
     real_per_set: int = option(48, "real images of a set, of the same class; they attract")
     guidance_scale: float = option(1.0, "above 1: real images of all classes repel too; trades diversity for fidelity")
     negatives_per_set: int = option(16, "with guidance: images of all classes in a set")
-    ema_decay: float = option(0.998, "share of the old averaged weights kept at each step")
     max_train_steps: int = option(1000, "optimiser steps")
     learning_rate: float = option(1e-3, "peak learning rate")
-    adam_beta2: float = option(0.99, "share kept of the mean squared gradient")
-    weight_decay: float = option(0.0, "weight decay")
-    warmup_steps: int = option(50, "steps of linear warm-up")
-    gradient_checkpointing: bool = option(
-        False, "compute activations again in the backward pass instead of keeping them"
-    )
-    compile: bool = option(False, "compile the transformer with torch.compile")
 
     name: str = option("drift", "subfolder of output_dir for the finished pipeline", group="run")
+
+    @property
+    def encoders(self) -> list[str]:
+        """Those whose features are spaces of the field."""
+        return [name for name in self.features if name != "latent"]
 
     def __post_init__(self):
         super().__post_init__()

@@ -18,9 +18,9 @@ from ..contrastive.drifting import log_kernels_of
 from ..data import keyed_random
 from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vq import VQAutoencoder
-from .diffusion import make_transformer
 from .drift_arguments import DriftArguments
 from .latent_cache import LatentTable
+from .latent_run import new_transformer
 from .pipeline_vq_dit import DiTTransformer2DModel, VQDiTPipeline
 from .pipeline_vq_drift import NOISE_TIMESTEP
 
@@ -112,15 +112,7 @@ def initial_transformer(args: DriftArguments, autoencoder: VQAutoencoder, num_cl
         ValueError: `--init_from` is of another autoencoder, other classes, another objective or size.
     """
     if args.init_from is None:
-        transformer = make_transformer(
-            num_layers=args.num_layers,
-            width=args.width,
-            num_heads=args.num_heads,
-            patch_size=args.patch_size,
-            latent_channels=autoencoder.config.latent_channels,
-            latent_size=autoencoder.config.latent_size,
-            num_classes=num_classes,
-        )
+        transformer = new_transformer(args, autoencoder, num_classes)
     else:
         transformer = _transformer_of(args, autoencoder, num_classes)
     if args.gradient_checkpointing:

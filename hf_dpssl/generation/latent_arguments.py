@@ -27,6 +27,16 @@ class LatentRunArguments(RunArguments):
         10_000, "at most so many images of each split, drawn at random, evaluate and measure", group="evaluation"
     )
 
+    @property
+    def encoders(self) -> list[str]:
+        """Folders and Hub ids of encoders that the run will load."""
+        return []
+
+    @property
+    def extractors(self) -> list[str]:
+        """Names of feature extractors that the run will load."""
+        return []
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.class_dropout < 1:

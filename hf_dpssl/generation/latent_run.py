@@ -8,14 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from diffusers import DiTTransformer2DModel
 
 from ..data.batches import ImageSource
 from ..data.image_data import ImageData
 from ..data.image_table import ImageTable
+from ..embedding.feature_extractors import load_extractor
+from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vq import VQAutoencoder
+from ..runs.console import say
 from ..runs.training_loop import check_start
+from .diffusion import make_transformer
 from .latent_arguments import LatentRunArguments
 from .latent_cache import CodeTable, LatentTable, build_latent_cache
+from .transformer_arguments import TransformerRunArguments
 
 # Flags that a run passes on to the training of its autoencoder.
 _SHARED = (
@@ -38,17 +44,41 @@ _SHARED = (
 
 
 def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Path]) -> str | Path:
-    """`--autoencoder`, or OUTPUT_DIR/autoencoder, which `train(argv)` makes with the run's data, seed and processes."""
+    """`--autoencoder`, or OUTPUT_DIR/autoencoder, which `train(argv)` makes with the run's data, seed and processes.
+
+    What the run names is loaded once before that, so that a wrong name is refused before anything is trained.
+    """
+    for name in args.encoders:
+        ContrastiveEncoder.from_pretrained(name)
+    for name in args.extractors:
+        load_extractor(name)
     folder = Path(args.output_dir) / "autoencoder"
     if args.autoencoder:
         return args.autoencoder
     if (folder / "config.json").exists() and not args.overwrite:
+        say(f"the autoencoder in {folder} is used; --overwrite trains a new one")
         return folder
     argv = ["--recipe", args.autoencoder_recipe] if args.autoencoder_recipe else []
     for name in _SHARED:
         if getattr(args, name) is not None:
             argv += [f"--{name}", str(getattr(args, name))]
     return train(argv + shlex.split(args.autoencoder_args))
+
+
+def new_transformer(
+    args: TransformerRunArguments, autoencoder: VQAutoencoder, num_classes: int, *, learned_variance: bool = False
+) -> DiTTransformer2DModel:
+    """A transformer of the run's size for the autoencoder's latents."""
+    return make_transformer(
+        num_layers=args.num_layers,
+        width=args.width,
+        num_heads=args.num_heads,
+        patch_size=args.patch_size,
+        latent_channels=autoencoder.config.latent_channels,
+        latent_size=autoencoder.config.latent_size,
+        num_classes=num_classes,
+        learned_variance=learned_variance,
+    )
 
 
 def classes_of_run(args: LatentRunArguments, data: ImageData) -> list[str]:
@@ -89,7 +119,8 @@ def cached_training_images(
         ValueError: fewer training images than one batch of all processes.
         FileExistsError, ValueError: the run may not start or go on, as `check_start`.
     """
-    check_start(args, accelerator, args.name, data)  # a refused run leaves the cache of a good one as it is
+    # A refused run leaves the cache of a good one as it is.
+    check_start(args, accelerator, args.name, data, {"autoencoder": autoencoder.fingerprint()})
     # Each image is decoded once: nothing is gained by decoding all of them into memory first.
     source = ImageSource.from_arguments(data, replace(args, preload_gb=0.0), accelerator, autoencoder.config.image_size)
     process = (accelerator.process_index, accelerator.num_processes)

@@ -35,6 +35,11 @@ class ARArguments(LatentRunArguments):
     num_generated: int = option(1000, "images that --extractor judges, of all classes in turn")
     samples_per_class: int = option(10, "pictures of each class (of at most 10), or per row, in the sample grids")
 
+    @property
+    def extractors(self) -> list[str]:
+        """Those that judge generated images."""
+        return self.extractor
+
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.dropout < 1:

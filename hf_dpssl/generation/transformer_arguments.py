@@ -19,6 +19,15 @@ class TransformerRunArguments(LatentRunArguments):
     num_heads: int = option(4, "attention heads")
     patch_size: int = option(2, "latent cells per token and side")
 
+    ema_decay: float = option(0.998, "share of the old averaged weights kept at each step", group="optimiser")
+    adam_beta2: float = option(0.99, "share kept of the mean squared gradient; the DiT paper has 0.999")
+    weight_decay: float = option(0.0, "weight decay")
+    warmup_steps: int = option(50, "steps of linear warm-up")
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass instead of keeping them"
+    )
+    compile: bool = option(False, "compile the transformer with torch.compile")
+
     grid_images_per_class: int = option(
         10, "images of each of the first 10 classes in the sample grids", group="evaluation"
     )
@@ -36,6 +45,11 @@ class TransformerRunArguments(LatentRunArguments):
         "validation metric by which OUTPUT_DIR/NAME-best is kept; default: FID, else class consistency",
         choices=["fid", "class_consistency"],
     )
+
+    @property
+    def extractors(self) -> list[str]:
+        """Those of validations."""
+        return [name for name in (self.validation_extractor, self.validation_classifier) if name]
 
     def __post_init__(self):
         super().__post_init__()

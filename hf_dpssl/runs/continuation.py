@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from ..data.image_data import ImageData
     from .recipe import RunArguments
 
-# Where the images lie and how they are found; what they are is compared by content.
+# Where the images lie and how they are found, and where the autoencoder is: what they are is compared by content.
 _FINDS_DATA = {"dataset", "dataset_revision", "image_column", "label_column"}
+_FINDS_SOURCE = {"autoencoder": {"autoencoder", "autoencoder_recipe", "autoencoder_args"}}
 _LENGTH = {"max_train_steps", "num_train_epochs"}
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 _LISTED = 20
@@ -25,21 +26,32 @@ def record_of_data(data: ImageData | None) -> dict | None:
     return {"name": data.name, "content": data.content, "classes": data.class_names, "account": data.account()}
 
 
-def check_same_run(meta: dict, args: RunArguments, num_processes: int, data: ImageData | None, where: str) -> None:
+def check_same_run(
+    meta: dict, args: RunArguments, num_processes: int, data: ImageData | None, sources: dict[str, str], where: str
+) -> None:
     """Compare a checkpoint's record with the run that wants to go on from it.
 
     Args:
         meta: of the checkpoint.
         args, num_processes, data: of the run.
+        sources: fingerprints of finished models that the run builds on, by their part.
         where: the checkpoint's folder, for messages.
 
     Raises:
-        ValueError: settings that decide about weights, the number of processes, or the classes are others.
+        ValueError: settings that decide about weights, the number of processes, a source or the classes are others.
     """
     then = asdict(type(args)()) | meta["arguments"]  # what came after the checkpoint had what is now its default
     now = asdict(args)
     now_data, then_data = record_of_data(data), meta.get("data")
     free = args.free_to_change() | (_FINDS_DATA if now_data and then_data else set())
+    for part, fingerprint in sources.items():
+        free |= _FINDS_SOURCE[part]
+        recorded = meta.get("sources", {}).get(part, "not recorded")
+        if recorded != fingerprint:
+            raise ValueError(
+                f"cannot continue the run in {where}: its {part} (fingerprint {recorded[:12]}) is not the one of now "
+                f"({fingerprint[:12]}). Give that of the run, or start afresh with --overwrite."
+            )
     if args.lr_scheduler in _SCHEDULES_WITHOUT_END and not args.depends_on_length():
         free |= _LENGTH
     changed = sorted(name for name in then.keys() | now.keys() if name not in free and then.get(name) != now.get(name))

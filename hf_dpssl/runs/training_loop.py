@@ -146,7 +146,9 @@ def _checkpoints(args: RunArguments, name: str) -> CheckpointFolder:
     return CheckpointFolder(Path(args.output_dir) / "checkpoints" / name, args.checkpoints_total_limit)
 
 
-def check_start(args: RunArguments, accelerator: Accelerator, name: str, data: ImageData | None) -> None:
+def check_start(
+    args: RunArguments, accelerator: Accelerator, name: str, data: ImageData | None, sources: dict[str, str]
+) -> None:
     """Whether a loop of that name may start or go on; called before anything is written, by every `TrainingLoop` too.
 
     Raises:
@@ -164,7 +166,7 @@ def check_start(args: RunArguments, accelerator: Accelerator, name: str, data: I
     which = same_checkpoint(args.resume_from_checkpoint, checkpoints)
     if which is not None:
         meta = checkpoints.read_meta(which)
-        check_same_run(meta, args, accelerator.num_processes, data, str(checkpoints.path))
+        check_same_run(meta, args, accelerator.num_processes, data, sources, str(checkpoints.path))
 
 
 def same_checkpoint(which: str, checkpoints: CheckpointFolder) -> str | None:
@@ -206,6 +208,7 @@ class TrainingLoop:
         make_loader: makes an endless iterable of batches from `start=(epoch, batch)`.
         skipped: {row: reason} of unreadable images, extended while training.
         data: the images, which a checkpoint remembers; None for a loop over none.
+        sources: fingerprints of finished models that the run builds on, {"autoencoder": ...}, remembered too.
 
     Raises:
         FileExistsError, ValueError: as `check_start`.
@@ -220,6 +223,7 @@ class TrainingLoop:
         make_loader: Callable[..., Iterable[dict]],
         skipped: dict[str, str],
         data: ImageData | None = None,
+        sources: dict[str, str] | None = None,
     ):
         self.args = args
         self.accelerator = accelerator
@@ -238,8 +242,9 @@ class TrainingLoop:
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
-        self.data = data
-        check_start(args, accelerator, name, data)
+        self.sources = sources or {}
+        check_start(args, accelerator, name, data, self.sources)
+        self._data = record_of_data(data) if accelerator.is_main_process else None
         self.checkpoints = _checkpoints(args, name)
         if accelerator.is_main_process and args.resume_from_checkpoint is None:
             self.checkpoints.clear()
@@ -265,10 +270,8 @@ class TrainingLoop:
             return
         state, meta = self.checkpoints.load(found)
         for name, value in self._kept.items():
-            if name in state:  # a monitor that is new to the run starts with nothing
+            if name in state or name != "monitor":  # one that is new to the run starts with nothing
                 load_whole_state_(value, self._modules(), state[name])
-            elif isinstance(value, torch.nn.Module | torch.optim.Optimizer):
-                raise ValueError(f"the checkpoint in {self.checkpoints.path} holds no {name!r}: it is of another run.")
         self.step = meta["step"]
         if self.step > self.total_steps:
             raise ValueError(
@@ -399,7 +402,8 @@ class TrainingLoop:
                 "history": self.history,
                 "seconds": self.seconds,
                 "skipped": self.skipped,
-                "data": record_of_data(self.data),
+                "data": self._data,
+                "sources": self.sources,
             }
             self.checkpoints.save(self.step, state, meta)
         self.accelerator.wait_for_everyone()

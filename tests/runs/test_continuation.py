@@ -98,8 +98,14 @@ def test_refused_generator_leaves_the_latents_of_the_good_run(pictures, tmp_path
     dit += [1, "--num_heads", 2, "--sampling_steps", 1, "--grid_images_per_class", 1]
     run_script("dae_dit", dit)
     before = {path: path.read_bytes() for path in (tmp_path / "run/latents").rglob("*") if path.is_file()}
+    moved = shutil.copytree(tmp_path / "run/autoencoder", tmp_path / "moved")
+    resume = ["--resume_from_checkpoint", "latest"]
+    assert "resumed at step 1" in run_script("dae_dit", [*dit, *resume, "--autoencoder", moved])
+    run_script("dae_vq", [*tiny, *short, "--seed", 1, "--overwrite"])
+    assert "its autoencoder (fingerprint" in refusal("dae_dit", [*dit, *resume])
+    dit = [*dit, "--autoencoder", moved]
     (pictures / "dog").rename(pictures / "wolf")
-    assert "'cat', 'wolf'" in refusal("dae_dit", [*dit, "--resume_from_checkpoint", "latest"])
+    assert "'cat', 'wolf'" in refusal("dae_dit", [*dit, *resume])
     assert "--overwrite" in refusal("dae_dit", dit)
     assert {path: path.read_bytes() for path in before} == before and before
     meta = json.loads(next((tmp_path / "run/checkpoints/dit").rglob("meta.json")).read_text())
@@ -117,10 +123,14 @@ def test_a_finished_training_is_kept_when_its_measures_cannot_be_taken(pictures,
     assert "knn" in results["not_measured"] and "knn_top1" not in results["metrics"]
 
 
-def test_extractor_that_is_not_there_is_refused_before_training(pictures, tmp_path, refusal):
+def test_encoders_and_extractors_that_are_not_there_are_refused_before_anything_is_trained(pictures, tmp_path, refusal):
     missing = str(tmp_path / "missing")
-    message = refusal("dae_gan", ["--dataset", pictures, "--output_dir", tmp_path / "run", "--extractor", missing])
-    assert missing in message and not (tmp_path / "run").exists()
+    given = ["--dataset", pictures, "--output_dir", tmp_path / "run"]
+    for script, flag in (("dae_gan", "--extractor"), ("dae_ar", "--extractor"), ("dae_dit", "--align_encoder")):
+        assert missing in refusal(script, [*given, flag, missing]), script
+    assert missing in refusal("dae_drift", [*given, "--features", missing])
+    assert missing in refusal("dae_dit", [*given, "--validation_steps", 1, "--validation_extractor", missing])
+    assert not (tmp_path / "run").exists()
 
 
 def _latest(folder: str) -> dict:

@@ -74,6 +74,11 @@ def test_folders_that_no_demo_made_are_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="made by no demo"):
         demo.main(["--output_dir", str(tmp_path)])
     assert [path.name for path in tmp_path.rglob("*")] == ["encoder", "thesis.txt"]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/map.png").write_bytes(b"of a city")
+    with pytest.raises(FileExistsError, match="map.png is there and was made by no demo"):
+        demo.main(["--output_dir", str(tmp_path / "own")])
+    assert (tmp_path / "own/map.png").read_bytes() == b"of a city"
 
 
 def test_moved_digits_depend_on_the_sample_alone():
