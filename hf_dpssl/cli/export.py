@@ -23,8 +23,8 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         required=True,
         choices=FORMATS,
-        help="timm: of an encoder; vqmodel: of an autoencoder; dit-pipeline: of a latent DiT; onnx: of an encoder, or "
-        "of an autoencoder's two halves (needs hf_dpssl[onnx])",
+        help="timm: of an encoder; vqmodel: of an autoencoder; dit-pipeline: of a latent DiT; onnx: of an encoder, of "
+        "an autoencoder's two halves, or of a one-step generator (needs hf_dpssl[onnx])",
     )
     parser.add_argument("--output_dir", required=True, help="folder of the result")
     parser.add_argument(

@@ -5,5 +5,5 @@ FORMATS = {
     "timm": ("encoder",),
     "vqmodel": ("autoencoder",),
     "dit-pipeline": ("dit",),
-    "onnx": ("encoder", "autoencoder"),
+    "onnx": ("encoder", "autoencoder", "drift"),
 }

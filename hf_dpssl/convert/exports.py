@@ -6,6 +6,7 @@
 | vqmodel | VQAutoencoder | diffusers' VQModel; of a KL autoencoder its AutoencoderKL | diffusers |
 | dit-pipeline | VQDiTPipeline | diffusers' DiTPipeline, class table of 1001 rows | diffusers |
 | onnx | encoder, VQAutoencoder | encoder.onnx, decoder.onnx, export.json (see onnx_exports.py) | onnxruntime |
+| onnx | VQDriftPipeline | generator.onnx: noise and classes in, images out; export.json | onnxruntime |
 
 What the other classes cannot express is refused with every reason.
 """
@@ -25,6 +26,7 @@ from transformers import AutoModel
 from ..generation import stock_dit
 from ..generation.bulk_sampling import replace_scheduler
 from ..generation.pipeline_vq_dit import VQDiTPipeline
+from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..hub.pulling import download
 from ..hub.replay import TOLERANCE, checkpoint_kind
 from ..models.modeling_contrastive import ContrastiveEncoder
@@ -113,7 +115,8 @@ def export(
         instead = f"can be exported as {' or '.join(fitting)}" if fitting else "cannot be exported"
         article = "an" if kind in ("encoder", "autoencoder") else "a"
         raise ValueError(
-            f"{source} is {article} {what.get(kind, kind)}, which {instead}; {format} is of {' or '.join(kinds)}."
+            f"{source} is {article} {what.get(kind, kind)}, which {instead}; {format} is of "
+            f"{' or '.join(what.get(name, name) for name in kinds)}."
         )
     with atomic_folder(target) as temporary:
         written, differences = write(folder, temporary, **options)
@@ -239,9 +242,13 @@ def _write_dit(folder: Path, target: Path, scheduler: str | None = None, changes
 
 
 def _write_onnx(folder: Path, target: Path) -> Written:
-    if checkpoint_kind(folder) == "encoder":
+    kind = checkpoint_kind(folder)
+    if kind == "encoder":
         model = ContrastiveEncoder.from_pretrained(folder).eval().float()
         differences, about = onnx_exports.write_encoder(model, target)
+    elif kind == "drift":
+        pipeline = VQDriftPipeline.from_pretrained(folder).to(torch.float32)
+        differences, about = onnx_exports.write_generator(pipeline, target)
     else:
         model = _load_autoencoder(folder, "`hf-dpssl import` makes a VQAutoencoder of it.").float()
         differences, about = onnx_exports.write_autoencoder(model, target)

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from tiny_checkpoints import encoder_model, save_checkpoints
 from tiny_pipelines import make_exportable
 
-from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQDriftPipeline
 from hf_dpssl.cli.commands import main
 from hf_dpssl.convert.exports import export
 from hf_dpssl.hub.publishing import push
@@ -123,12 +123,13 @@ def test_dit_export_of_a_flow_takes_another_scheduler(tmp_path, capsys):
     assert expected.std() > 0.02 and abs(found - expected).max() < 1e-4
 
 
-def run_onnx(file, name: str, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+def run_onnx(file, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Outputs by name."""
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, map(torch.from_numpy, session.run(names, {name: inputs.numpy()})), strict=True))
+    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    return dict(zip(names, map(torch.from_numpy, session.run(names, given)), strict=True))
 
 
 def test_onnx_encoder_gives_timms_features_for_any_batch(folders, tmp_path):
@@ -143,7 +144,7 @@ def test_onnx_encoder_gives_timms_features_for_any_batch(folders, tmp_path):
         images = torch.randn(batch, 3, 16, 16)
         with torch.no_grad():
             expected = stock(images)
-        found = run_onnx(tmp_path / "out/encoder.onnx", "pixel_values", images)["features"]
+        found = run_onnx(tmp_path / "out/encoder.onnx", pixel_values=images)["features"]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
@@ -155,11 +156,33 @@ def test_onnx_halves_of_an_autoencoder_give_our_latents_codes_and_images(folders
     model, images = VQAutoencoder.from_pretrained(folders["vq"]).eval(), torch.rand(5, 3, 8, 8) * 2 - 1
     with torch.no_grad():
         expected, encoded = model(images), model.encode(images)
-    found = run_onnx(tmp_path / "out/encoder.onnx", "pixel_values", images)
+    found = run_onnx(tmp_path / "out/encoder.onnx", pixel_values=images)
     torch.testing.assert_close(found["latents"], encoded.latents, rtol=0, atol=1e-5)
     assert torch.equal(found["codes"], encoded.codes) and len(encoded.codes.unique()) > 2
-    found = run_onnx(tmp_path / "out/decoder.onnx", "latents", found["quantized"])
+    found = run_onnx(tmp_path / "out/decoder.onnx", latents=found["quantized"])
     torch.testing.assert_close(found["pixel_values"], expected.pixel_values, rtol=0, atol=1e-5)
+
+
+def test_onnx_generator_draws_the_pipelines_images_for_any_batch_with_and_without_class(folders, tmp_path):
+    pytest.importorskip("onnxscript")
+    report = export(folders["drift"], tmp_path / "out", "onnx")
+    assert set(report.files) == {"generator.onnx", "export.json"} and max(report.differences.values()) < 1e-5
+    stored = json.loads((tmp_path / "out/export.json").read_text())
+    assert stored["noise"] == [4, 8, 8] and stored["class_names"] == ["zero", "one"] and stored["no_class"] == 2
+    weights = sum(path.stat().st_size for path in folders["drift"].rglob("*.safetensors"))
+    content = (tmp_path / "out/generator.onnx").read_bytes()
+    assert len(content) < weights and b"/" + __file__.encode().split(b"/")[1] not in content  # no folder of a machine
+    pipeline = VQDriftPipeline.from_pretrained(folders["drift"])
+    for labels in ([1], [0, 1, 1, 0, 1]):
+        noise = torch.randn(len(labels), 4, 8, 8)
+        found = run_onnx(tmp_path / "out/generator.onnx", noise=noise, class_labels=torch.tensor(labels))
+        for output_type, name in (("latent", "latents"), ("pt", "images")):
+            expected = pipeline(labels, latents=noise, output_type=output_type).images
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-4)
+    unconditional = pipeline(num_images=5, latents=noise, output_type="pt").images
+    found = run_onnx(tmp_path / "out/generator.onnx", noise=noise, class_labels=torch.full((5,), 2))
+    torch.testing.assert_close(found["images"], unconditional, rtol=0, atol=1e-4)
+    assert expected.std() > 0.02 and (unconditional - expected).abs().max() > 1e-3
 
 
 @pytest.mark.slow
@@ -202,6 +225,7 @@ def small_stem_encoder(folder) -> None:
 REFUSALS = [
     ("encoder", "vqmodel", "is an encoder, which can be exported as timm or onnx; vqmodel is of autoencoder"),
     ("dit", "onnx", "is a latent DiT, which can be exported as dit-pipeline"),
+    ("token", "onnx", "token model, which cannot be exported; onnx is of encoder or autoencoder or one-step generator"),
     ("token", "timm", "is a token model, which cannot be exported; timm is of encoder"),
     ("gan", "onnx", "is a GAN, which cannot be exported"),
     ("stem", "timm", "stem is 'small_image'.*export it as onnx"),
