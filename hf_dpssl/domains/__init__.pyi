@@ -1,3 +1,13 @@
+from .algorithms import ALGORITHMS as ALGORITHMS
+from .algorithms import ARM as ARM
+from .algorithms import ERM as ERM
+from .algorithms import IRM as IRM
+from .algorithms import MMD as MMD
+from .algorithms import RSC as RSC
+from .algorithms import GroupDRO as GroupDRO
+from .algorithms import Mixup as Mixup
+from .algorithms import SagNet as SagNet
+from .algorithms import VREx as VREx
 from .baselines import h_score as h_score
 from .baselines import knn_across_domains as knn_across_domains
 from .baselines import log_me as log_me
@@ -6,4 +16,7 @@ from .domain_statistics import DomainStatistics as DomainStatistics
 from .ranking import check_domains as check_domains
 from .ranking import leave_one_domain_out as leave_one_domain_out
 from .ranking import score_domains as score_domains
+from .soups import greedy_soup as greedy_soup
+from .soups import uniform_soup as uniform_soup
+from .swad import SWAD as SWAD
 from .zoo import rank_zoo as rank_zoo
