@@ -174,7 +174,7 @@ class Transcribed:
         if torch.is_tensor(value):
             self.descend(value, range(4))
         self.step += 1
-        return float(torch.as_tensor(value).detach())
+        return value.item() if torch.is_tensor(value) else value
 
     def descend(self, loss, places):
         gradients = torch.autograd.grad(loss, [self.weights[i] for i in places])
