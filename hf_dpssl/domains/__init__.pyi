@@ -8,9 +8,13 @@ from .algorithms import GroupDRO as GroupDRO
 from .algorithms import Mixup as Mixup
 from .algorithms import SagNet as SagNet
 from .algorithms import VREx as VREx
+from .baselines import accuracy_in_domain as accuracy_in_domain
 from .baselines import h_score as h_score
 from .baselines import knn_across_domains as knn_across_domains
 from .baselines import log_me as log_me
+from .baselines import nce as nce
+from .baselines import nce_of_clusters as nce_of_clusters
+from .baselines import trans_rate as trans_rate
 from .domain_data import load_domains as load_domains
 from .domain_statistics import DomainStatistics as DomainStatistics
 from .ranking import check_domains as check_domains

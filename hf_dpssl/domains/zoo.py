@@ -20,7 +20,7 @@ from ..evaluation.neighbours import nearest_neighbours
 from ..evaluation.student_interval import student_interval
 from ..models.weight_hashes import combined_sha256
 from ..runs.atomic_files import atomic_file
-from .baselines import h_score, knn_across_domains, log_me
+from .baselines import accuracy_in_domain, h_score, knn_across_domains, log_me, nce_of_clusters, trans_rate
 from .domain_data import DomainData
 from .ranking import leave_one_domain_out
 
@@ -53,8 +53,8 @@ def rank_zoo(
     Returns:
         For each encoder {"encoder", "score": {"mean", "low", "high"} over domains, "domains": {name: its parts},
         "behind": the same three of the first one's score minus this one's, domain by domain, "width", "parameters",
-        "seconds", "cached", "fingerprint"} and, with labels, "labels", "stability", "log_me", "h_score", "knn_top1",
-        without them "effective_rank"; or {"encoder", "error"}.
+        "seconds", "cached", "fingerprint"} and, with labels, "labels", "stability", "knn_top1" and what baselines.py
+        measures, without them "effective_rank"; or {"encoder", "error"}.
 
     Raises:
         ValueError: an empty zoo, the same encoder twice, or none that could be measured. BadImageError: an unreadable
@@ -100,11 +100,12 @@ def _measured(name: str, given: DomainData, kind: str, cache, reading: dict, see
     else:
         labels = given.labels[rows]
         per_domain = leave_one_domain_out(found, labels, domains)
-        more = {
-            part: sum(entry[part] for entry in per_domain) / len(per_domain) for part in ("labels", "stability")
-        } | {"log_me": log_me(found, labels), "h_score": h_score(found, labels)}
+        more = {part: sum(entry[part] for entry in per_domain) / len(per_domain) for part in ("labels", "stability")}
         right = knn_across_domains(found, labels, domains)
         more["knn_top1"] = sum(right) / len(right)
+        more["in_domain_top1"] = accuracy_in_domain(found, labels)
+        more |= {"log_me": log_me(found, labels), "h_score": h_score(found, labels)}
+        more |= {"nce": nce_of_clusters(found, labels, domains, seed=seed), "trans_rate": trans_rate(found, labels)}
     return {
         "encoder": name,
         "score": student_interval([entry["score"] for entry in per_domain]),
