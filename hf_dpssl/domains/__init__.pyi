@@ -17,6 +17,8 @@ from .baselines import nce_of_clusters as nce_of_clusters
 from .baselines import trans_rate as trans_rate
 from .domain_data import load_domains as load_domains
 from .domain_statistics import DomainStatistics as DomainStatistics
+from .feature_selection import Selection as Selection
+from .feature_selection import select_features as select_features
 from .ranking import check_domains as check_domains
 from .ranking import leave_one_domain_out as leave_one_domain_out
 from .ranking import score_domains as score_domains

@@ -23,7 +23,7 @@ def log_me(features: Tensor, labels: Tensor) -> float:
     Raises:
         ValueError: other shapes or values.
     """
-    rows, one_hot = _checked(features, labels)
+    rows, one_hot = checked_samples(features, labels)
     squares = one_hot.sum(0)
     if rows.shape[1] > len(rows):  # the same points in fewer coordinates
         rows = np.linalg.qr(rows.T, mode="r").T
@@ -39,7 +39,7 @@ def h_score(features: Tensor, labels: Tensor) -> float:
 
     Args and errors as of `log_me`.
     """
-    rows, one_hot = _checked(features, labels)
+    rows, one_hot = checked_samples(features, labels)
     rows = rows - rows.mean(0)
     counts = one_hot.sum(0)
     means = (one_hot.T @ rows) / counts[:, None]
@@ -63,7 +63,7 @@ def trans_rate(features: Tensor, labels: Tensor, *, epsilon: float = 1e-4) -> fl
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon must be larger than 0, got {epsilon}.")
-    rows, one_hot = _checked(features, labels)
+    rows, one_hot = checked_samples(features, labels)
     rows = rows - rows.mean(0)
 
     def rate(part: np.ndarray) -> float:
@@ -100,7 +100,7 @@ def nce_of_clusters(features: Tensor, labels: Tensor, domains: Tensor, *, seed: 
     Args:
         features, labels: as of `log_me`. domains: (N,) ids. seed: of the first centres.
     """
-    rows, one_hot = _checked(features, labels)
+    rows, one_hot = checked_samples(features, labels)
     clusters = min(one_hot.shape[1] * len(domains.unique()), len(np.unique(rows, axis=0)))
     found = KMeans(clusters, n_init=1, random_state=seed).fit_predict(rows.astype(np.float32))
     return nce(torch.from_numpy(found.astype(np.int64)), labels.cpu())
@@ -114,7 +114,7 @@ def accuracy_in_domain(features: Tensor, labels: Tensor) -> float:
 
     Args and errors as of `log_me`.
     """
-    rows, one_hot = _checked(features, labels)
+    rows, one_hot = checked_samples(features, labels)
     count = len(rows)
     rows = rows - rows.mean(0)
     targets = one_hot - one_hot.mean(0)
@@ -148,7 +148,7 @@ def knn_across_domains(features: Tensor, labels: Tensor, domains: Tensor, *, k: 
     return found
 
 
-def _checked(features: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def checked_samples(features: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, D) and 0/1 labels (N, C), of the classes that have samples, in float64."""
     check_clouds(features)
     check_labels(labels)
