@@ -47,12 +47,13 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 # Other libraries' own checks on our classes, where their sources are given by TRANSFORMERS_SOURCE (its source
-# distribution, of the installed version) and DIFFUSERS_SOURCE (a checkout); skipped without, with pytest's exit code 5.
-# One process each: both call their tests `tests`.
+# distribution, of the installed version), DIFFUSERS_SOURCE and EVALUATE_SOURCE (checkouts); skipped without, with
+# pytest's exit code 5. One process each: all call their tests `tests`. Last our tests with peft and torchao.
 test-mixins: $(PEERS)
 	$(BIN)/python -m pip install --quiet --editable '.[mixins]'
-	$(BIN)/python -m pytest -q -rxX -o addopts= tests/mixins/test_transformers_mixins.py || [ $$? -eq 5 ]
-	$(BIN)/python -m pytest -q -rxX -o addopts= tests/mixins/test_diffusers_mixins.py || [ $$? -eq 5 ]
+	for checks in tests/mixins/test_*.py "tests/models/test_library_conventions.py tests/models/test_storage_precision.py"; do \
+		$(BIN)/python -m pytest -q -rxX -o addopts= $$checks || [ $$? -eq 5 ] || exit 1; \
+	done
 
 # The lowest versions that pyproject.toml allows of what it names, in an environment of their own.
 test-lowest:

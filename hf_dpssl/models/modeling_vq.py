@@ -78,7 +78,8 @@ class VQAutoencoder(PreTrainedModel):
     """Encoder, 1x1 convolution, quantiser, 1x1 convolution, decoder; images in [-1, 1].
 
     `forward`, `encode`, `decode` and `decode_codes` give a tuple with return_dict=False. Attentions and hidden states
-    are not given out, and checkpoints that lack weights are refused instead of being completed at random.
+    are not given out, and checkpoints that lack weights are refused instead of being completed at random. As the `vae`
+    of a pipeline it keeps transformers' file names and config (no `register_to_config`), and decodes whole: no tiles.
     """
 
     config_class = VQConfig

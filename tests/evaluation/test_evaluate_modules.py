@@ -1,6 +1,9 @@
 """The `evaluate` modules work offline, equal the functions, and gather what several processes and batches add."""
 
+import doctest
+import inspect
 import socket
+import sys
 from pathlib import Path
 
 import evaluate
@@ -59,6 +62,27 @@ def test_modules_collect_batches_and_take_options():
         module.add_batch(predictions=x[first : first + 10], references=y[first : first + 10])
     found = module.compute(bank=x[:60], bank_labels=y[:60], k=[1, 5], metric="euclidean")
     assert found == evaluation.knn(x[:60], y[:60], x[60:], y[60:], k=[1, 5], metric="euclidean")
+
+
+def test_examples_of_all_modules_are_right():
+    for name in evaluation.MODULES:
+        found = doctest.testmod(sys.modules[type(evaluation.load(name)).__module__])
+        assert found.failed == 0 and found.attempted > 1, name
+
+
+def test_modules_name_every_option_with_the_default_of_the_function():
+    for name in evaluation.MODULES:
+        found = inspect.signature(evaluation.load(name)._compute).parameters.values()
+        assert all(parameter.kind == parameter.POSITIONAL_OR_KEYWORD for parameter in found), name
+        if name in ("frechet_distance", "inception_score", "reconstruction"):
+            continue  # of other functions, or with options of its own
+        expected = inspect.signature(getattr(evaluation, name)).parameters.values()
+        expected = {
+            parameter.name: parameter.default for parameter in expected if parameter.kind == parameter.KEYWORD_ONLY
+        }
+        assert {
+            parameter.name: parameter.default for parameter in found if parameter.default != parameter.empty
+        } == expected
 
 
 def test_there_is_a_module_for_each_measure_and_no_other():

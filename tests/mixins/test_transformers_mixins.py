@@ -27,7 +27,7 @@ from tests.test_modeling_common import ModelTesterMixin  # noqa: E402
 from tiny_checkpoints import autoencoder_model, encoder_model, gan_model  # noqa: E402
 from transformers import TimmWrapperConfig, TimmWrapperModel  # noqa: E402
 
-from hf_dpssl import (  # noqa: E402  # noqa: E402
+from hf_dpssl import (  # noqa: E402
     VAEGAN,
     ContrastiveConfig,
     ContrastiveEncoder,
@@ -39,7 +39,10 @@ from hf_dpssl import (  # noqa: E402  # noqa: E402
     VQConfig,
 )
 
-pytestmark = pytest.mark.mixins
+pytestmark = [
+    pytest.mark.mixins,
+    pytest.mark.filterwarnings("default:a batch of one pair"),  # which they try, and which warns
+]
 
 
 class Case:

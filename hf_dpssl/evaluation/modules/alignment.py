@@ -9,14 +9,18 @@ _INPUTS = """
 Args:
     predictions: vectors (N, D) of one view.
     references: vectors (N, D) of the other view, in the same order.
-    **options: of hf_dpssl.evaluation.alignment.
+    alpha: exponent of the distance, > 0.
 
 Returns:
     {"alignment": on the sphere, "alignment_raw": as the vectors are, at unit scale}; 0 is best.
 
 Example:
-    hf_dpssl.evaluation.load("alignment").compute(predictions=x, references=y)
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("alignment")
+    >>> module.compute(predictions=[[1.0, 0.0], [0.0, 1.0]], references=[[1.0, 0.0], [0.0, 1.0]])
+    {'alignment': 0.0, 'alignment_raw': 0.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class Alignment(evaluate.Metric):
@@ -31,5 +35,5 @@ class Alignment(evaluate.Metric):
             references=FEATURES,
         )
 
-    def _compute(self, predictions, references, **options):
-        return alignment(*as_tensors(predictions, references), **options)
+    def _compute(self, predictions, references, alpha=2.0):
+        return alignment(*as_tensors(predictions, references), alpha=alpha)

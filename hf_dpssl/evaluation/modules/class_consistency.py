@@ -14,8 +14,12 @@ Returns:
     {"class_consistency": percent}.
 
 Example:
-    hf_dpssl.evaluation.load("class_consistency").compute(predictions=logits, references=classes)
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("class_consistency")
+    >>> module.compute(predictions=[[2.0, 1.0], [2.0, 1.0]], references=[0, 1])
+    {'class_consistency': 50.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class ClassConsistency(evaluate.Metric):

@@ -8,14 +8,18 @@ from hf_dpssl.evaluation.loading import FEATURES, as_tensors, metric_info
 _INPUTS = """
 Args:
     predictions: vectors (N, D).
-    **options: of hf_dpssl.evaluation.effective_rank.
+    centre: subtract the mean first.
 
 Returns:
     {"effective_rank": in [1, min(N, D)]}.
 
 Example:
-    hf_dpssl.evaluation.load("effective_rank").compute(predictions=x)
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("effective_rank")
+    >>> module.compute(predictions=[[1.0, 0.0], [0.0, 1.0]])
+    {'effective_rank': 2.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class EffectiveRank(evaluate.Metric):
@@ -29,5 +33,5 @@ class EffectiveRank(evaluate.Metric):
             predictions=FEATURES,
         )
 
-    def _compute(self, predictions, **options):
-        return effective_rank(*as_tensors(predictions), **options)
+    def _compute(self, predictions, centre=False):
+        return effective_rank(*as_tensors(predictions), centre=centre)

@@ -11,14 +11,21 @@ Args:
     references: (N,) integer classes of these.
     bank: features (M, D) of the training images.
     bank_labels: (M,) integer classes of these.
-    **options: of hf_dpssl.evaluation.few_shot.
+    shots, trials, classifier, seed: as of hf_dpssl.evaluation.few_shot.
 
 Returns:
     {"few_shot_top1_<n>": percent correct, "few_shot_top1_<n>_ci95": half its 95 % interval}.
 
 Example:
-    hf_dpssl.evaluation.load("few_shot").compute(predictions=x, references=y, bank=a, bank_labels=b, shots=(1, 5))
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("few_shot")
+    >>> module.compute(
+    ...     predictions=[[1.0, 0.0], [0.0, 1.0]], references=[0, 1],
+    ...     bank=[[2.0, 0.0], [3.0, 1.0], [0.0, 2.0], [1.0, 3.0]], bank_labels=[0, 0, 1, 1], shots=[1],
+    ... )
+    {'few_shot_top1_1': 100.0, 'few_shot_top1_1_ci95': 0.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class FewShot(evaluate.Metric):
@@ -33,6 +40,16 @@ class FewShot(evaluate.Metric):
             references=LABEL,
         )
 
-    def _compute(self, predictions, references, bank, bank_labels, **options):
-        bank, bank_labels, features, labels = as_tensors(bank, bank_labels, predictions, references)
-        return few_shot(bank, bank_labels, features, labels, **options)
+    def _compute(
+        self,
+        predictions,
+        references,
+        bank,
+        bank_labels,
+        shots=(1, 5, 10),
+        trials=20,
+        classifier="centroid",
+        seed=0,
+    ):
+        arrays = as_tensors(bank, bank_labels, predictions, references)
+        return few_shot(*arrays, shots=shots, trials=trials, classifier=classifier, seed=seed)

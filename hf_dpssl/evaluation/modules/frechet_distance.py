@@ -14,8 +14,12 @@ Returns:
     {"frechet_distance": squared distance of the two Gaussians}; FID when the features are Inception's.
 
 Example:
-    hf_dpssl.evaluation.load("frechet_distance").compute(predictions=x, real=y)
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("frechet_distance")
+    >>> module.compute(predictions=[[0.0], [2.0]], real=[[1.0], [3.0]])
+    {'frechet_distance': 1.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class FrechetDistance(evaluate.Metric):

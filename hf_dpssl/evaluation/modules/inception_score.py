@@ -16,8 +16,12 @@ Returns:
     {"inception_score": mean over splits, in [1, classes], "inception_score_std": standard deviation}.
 
 Example:
-    hf_dpssl.evaluation.load("inception_score").compute(predictions=logits)
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("inception_score")
+    >>> module.compute(predictions=[[99.0, 0.0], [0.0, 99.0]], splits=1)
+    {'inception_score': 2.0, 'inception_score_std': 0.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class InceptionScore(evaluate.Metric):

@@ -11,14 +11,21 @@ Args:
     references: (N,) integer classes of these.
     bank: features (M, D) of the training images.
     bank_labels: (M,) integer classes of these.
-    **options: of hf_dpssl.evaluation.knn.
+    k, metric, weighting, temperature: as of hf_dpssl.evaluation.knn.
 
 Returns:
     {"knn_top1": percent correct}, or one such entry per k.
 
 Example:
-    hf_dpssl.evaluation.load("knn").compute(predictions=x, references=y, bank=a, bank_labels=b, k=20)
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("knn")
+    >>> module.compute(
+    ...     predictions=[[1.0, 0.0], [0.0, 1.0]], references=[0, 1],
+    ...     bank=[[2.0, 0.0], [3.0, 1.0], [0.0, 2.0], [1.0, 3.0]], bank_labels=[0, 0, 1, 1], k=1,
+    ... )
+    {'knn_top1': 100.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class Knn(evaluate.Metric):
@@ -33,6 +40,16 @@ class Knn(evaluate.Metric):
             references=LABEL,
         )
 
-    def _compute(self, predictions, references, bank, bank_labels, **options):
-        bank, bank_labels, features, labels = as_tensors(bank, bank_labels, predictions, references)
-        return knn(bank, bank_labels, features, labels, **options)
+    def _compute(
+        self,
+        predictions,
+        references,
+        bank,
+        bank_labels,
+        k=20,
+        metric="cosine",
+        weighting="uniform",
+        temperature=0.07,
+    ):
+        arrays = as_tensors(bank, bank_labels, predictions, references)
+        return knn(*arrays, k=k, metric=metric, weighting=weighting, temperature=temperature)

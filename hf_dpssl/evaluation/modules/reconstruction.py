@@ -15,8 +15,14 @@ Returns:
     {"psnr": dB, "ssim": in [-1, 1]}, both averaged over images; small images also "ssim_window".
 
 Example:
-    hf_dpssl.evaluation.load("reconstruction").compute(predictions=reconstructions, references=images)
+    >>> from hf_dpssl import evaluation
+    >>> dark = [[[[-0.5] * 8] * 8]]
+    >>> lighter = [[[[-0.3] * 8] * 8]]
+    >>> found = evaluation.load("reconstruction").compute(predictions=lighter, references=dark)
+    >>> round(found["psnr"], 3)
+    20.0
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class Reconstruction(evaluate.Metric):

@@ -8,14 +8,19 @@ from hf_dpssl.evaluation.loading import FEATURES, as_tensors, metric_info
 _INPUTS = """
 Args:
     predictions: vectors (N, D).
-    **options: of hf_dpssl.evaluation.uniformity.
+    t: > 0, of the Gaussian potential.
 
 Returns:
     {"uniformity": on the sphere, "uniformity_raw": as the vectors are, at unit scale}; lower is more even.
 
 Example:
-    hf_dpssl.evaluation.load("uniformity").compute(predictions=x)
+    >>> from hf_dpssl import evaluation
+    >>> module = evaluation.load("uniformity")
+    >>> found = module.compute(predictions=[[1.0, 0.0], [-1.0, 0.0]])
+    >>> {name: round(value, 3) for name, value in found.items()}
+    {'uniformity': -8.0, 'uniformity_raw': -4.0}
 """
+__test__ = {"example": _INPUTS}  # what doctest runs
 
 
 class Uniformity(evaluate.Metric):
@@ -29,5 +34,5 @@ class Uniformity(evaluate.Metric):
             predictions=FEATURES,
         )
 
-    def _compute(self, predictions, **options):
-        return uniformity(*as_tensors(predictions), **options)
+    def _compute(self, predictions, t=2.0):
+        return uniformity(*as_tensors(predictions), t=t)
