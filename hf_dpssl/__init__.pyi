@@ -17,9 +17,13 @@ from .contrastive import info_nce as info_nce
 from .contrastive import matching as matching
 from .contrastive import moco as moco
 from .contrastive import t_simclr as t_simclr
+from .generation import LatentMLP as LatentMLP
 from .generation import VQDiTPipeline as VQDiTPipeline
 from .generation import VQDriftPipeline as VQDriftPipeline
 from .generation import VQTokenPipeline as VQTokenPipeline
+
+# ModelMixin and PreTrainedModel: diffusers looks for a component's base class in the library that model_index.json has.
+from .generation.latent_mlp import ModelMixin as ModelMixin
 from .hub import push_to_hub as push_to_hub
 from .models import VAEGAN as VAEGAN
 from .models import ContrastiveConfig as ContrastiveConfig
@@ -30,6 +34,4 @@ from .models import VAEGANConfig as VAEGANConfig
 from .models import VectorQuantizer as VectorQuantizer
 from .models import VQAutoencoder as VQAutoencoder
 from .models import VQConfig as VQConfig
-
-# diffusers looks for a component's base class in the library that model_index.json names, which is this one.
 from .models.modeling_vq import PreTrainedModel as PreTrainedModel

@@ -29,7 +29,6 @@ if __name__ == "__main__":
 import dae_vq
 import torch
 from accelerate.utils import DistributedType, set_seed
-from diffusers import DiTTransformer2DModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> Path:
     scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.warmup_steps, args.max_train_steps)
     # A sharded transformer cannot sample on one process alone: a whole copy takes the averaged weights when it has to.
     sharded = accelerator.distributed_type == DistributedType.FSDP
-    sampled = DiTTransformer2DModel.from_config(transformer.config) if sharded else transformer
+    sampled = type(transformer).from_config(transformer.config) if sharded else transformer
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
     pipeline = VQDriftPipeline(sampled, autoencoder, names, autoencoder.fingerprint())

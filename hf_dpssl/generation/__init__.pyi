@@ -1,3 +1,4 @@
+from .latent_mlp import LatentMLP as LatentMLP
 from .pipeline_vq_dit import VQDiTPipeline as VQDiTPipeline
 from .pipeline_vq_drift import VQDriftPipeline as VQDriftPipeline
 from .pipeline_vq_token import VQTokenPipeline as VQTokenPipeline

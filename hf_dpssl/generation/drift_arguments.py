@@ -14,8 +14,14 @@ from .transformer_arguments import TransformerRunArguments
 class DriftArguments(TransformerRunArguments):
     """Autoencoder, one-step generator, field and optimiser; the defaults generate the embedded digits."""
 
+    architecture: str = option(
+        "dit",
+        "of the generator: dit; or mlp, --num_layers dense blocks of --width over the whole latent, for small ones",
+        choices=["dit", "mlp"],
+        group="model",
+    )
     init_from: str | None = option(
-        None, "folder or Hub id of a VQDiTPipeline (objective flow) whose transformer is the start", group="model"
+        None, "folder or Hub id of a VQDiTPipeline (objective flow) whose transformer is the start"
     )
 
     batch_size: int = option(
@@ -62,6 +68,10 @@ class DriftArguments(TransformerRunArguments):
             raise ValueError(f"--guidance_scale must be at least 1 (1 = no guidance), got {self.guidance_scale}.")
         if self.guidance_scale > 1 and self.unconditional:
             raise ValueError("--guidance_scale is between classes: leave it out with --unconditional.")
+        if self.architecture == "mlp":
+            for name in ("preset", "init_from", "gradient_checkpointing"):
+                if getattr(self, name):
+                    raise ValueError(f"--{name} is of a DiT: leave it out, or --architecture mlp.")
         if not self.features:
             raise ValueError("--features must name at least one space: latent, or an encoder.")
         if self.streaming:

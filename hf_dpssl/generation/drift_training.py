@@ -20,6 +20,7 @@ from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vq import VQAutoencoder
 from .drift_arguments import DriftArguments
 from .latent_cache import LatentTable
+from .latent_mlp import LatentMLP
 from .latent_run import new_transformer
 from .pipeline_vq_dit import DiTTransformer2DModel, VQDiTPipeline
 from .pipeline_vq_drift import NOISE_TIMESTEP
@@ -105,12 +106,23 @@ class DriftSets(torch.utils.data.Dataset):
         return self.table.latents(flat, mirrored).unflatten(0, (len(rows), -1))
 
 
-def initial_transformer(args: DriftArguments, autoencoder: VQAutoencoder, num_classes: int) -> DiTTransformer2DModel:
-    """A new transformer, whose samples are the noise itself, or that of `--init_from`.
+def initial_transformer(
+    args: DriftArguments, autoencoder: VQAutoencoder, num_classes: int
+) -> DiTTransformer2DModel | LatentMLP:
+    """A new generator, whose samples are the noise itself, or that of `--init_from`.
 
     Raises:
         ValueError: `--init_from` is of another autoencoder, other classes, another objective or size.
     """
+    if args.architecture == "mlp":
+        config = autoencoder.config
+        return LatentMLP(
+            in_channels=config.latent_channels,
+            sample_size=config.latent_size,
+            num_layers=args.num_layers,
+            width=args.width,
+            num_embeds_ada_norm=max(1, num_classes),
+        )
     if args.init_from is None:
         transformer = new_transformer(args, autoencoder, num_classes)
     else:

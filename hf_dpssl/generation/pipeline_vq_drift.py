@@ -19,6 +19,7 @@ from ..autoencoder import latent_codec
 from ..models.generators import Generators, read_generator
 from ..models.modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline is loaded with the modules that are imported
 from .dit_modulation import Predictor
+from .latent_mlp import LatentMLP
 from .per_image_noise import initial_noise, noise_path
 from .pipeline_classes import ClassConditionalPipeline, joined
 from .pipeline_vq_dit import Label, check_latents, switch_off_label_dropout_
@@ -27,7 +28,7 @@ NOISE_TIMESTEP = 1000.0  # of pure noise, as a flow's first Euler step has it
 
 
 class VQDriftPipeline(ClassConditionalPipeline):
-    """Class-conditional or unconditional images in one pass of a `DiTTransformer2DModel`, and an autoencoder's decoder.
+    """Class-conditional or unconditional images in one pass of a DiT or a LatentMLP, and an autoencoder's decoder.
 
     There are no steps and no guidance to choose: guidance is trained in (`dae_drift.py --guidance_scale`).
 
@@ -46,7 +47,7 @@ class VQDriftPipeline(ClassConditionalPipeline):
 
     def __init__(
         self,
-        transformer: DiTTransformer2DModel,
+        transformer: DiTTransformer2DModel | LatentMLP,
         vae: latent_codec.Autoencoder,
         id2label: dict | None = None,
         vae_fingerprint: str | None = None,
@@ -57,7 +58,7 @@ class VQDriftPipeline(ClassConditionalPipeline):
             raise ValueError(
                 f"the transformer has {config.num_embeds_ada_norm} classes, but id2label names {len(id2label)}."
             )
-        if config.out_channels not in (None, config.in_channels):
+        if config.get("out_channels") not in (None, config.in_channels):
             raise ValueError(
                 f"the transformer gives {config.out_channels} channels for {config.in_channels} of the latents, as "
                 "with a learned variance: a one-step generator gives as many as it takes."

@@ -13,8 +13,16 @@ from tiny_pipelines import make_dit
 from hf_dpssl import VQAutoencoder, VQDriftPipeline, drift_loss
 from hf_dpssl.data import keyed_random
 from hf_dpssl.generation.drift_arguments import DriftArguments
-from hf_dpssl.generation.drift_training import DecodedFeatures, DriftSets, Progress, progress
+from hf_dpssl.generation.drift_training import (
+    DecodedFeatures,
+    DriftSets,
+    Progress,
+    generate,
+    initial_transformer,
+    progress,
+)
 from hf_dpssl.generation.latent_cache import LatentTable
+from hf_dpssl.generation.latent_mlp import LatentMLP
 from hf_dpssl.models.contrastive_options import FIELD_KERNELS
 from hf_dpssl.runs.atomic_files import write_json
 
@@ -109,6 +117,38 @@ def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path
     saved = load_file(tmp_path / "drift" / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_samples_of_a_new_generator_have_unit_deviation_and_are_driven_by_the_noise():
+    vae = make_dit().vae
+    noise, other = torch.randn(2, 500, 4, 8, 8).unbind()
+    labels = torch.arange(500) % 10
+    for architecture in ("dit", "mlp"):
+        args = DriftArguments(architecture=architecture, width=256, num_layers=3)
+        model = initial_transformer(args, vae, 10).eval()
+        with torch.no_grad():
+            first = generate(model, noise, labels)
+            of_class = generate(model, noise, (labels + 1) % 10) - first
+            of_noise = generate(model, other, labels) - first
+        assert 0.9 < float(first.std()) < 1.1
+        assert float(of_class.std()) < 0.1 * float(of_noise.std())
+        assert 0.8 < float(of_noise.std()) / 2**0.5 < 1.2
+
+
+def test_dense_generators_train_are_loaded_blend_classes_and_are_no_dit(run_script, refusal, autoencoder, tmp_path):
+    flags = ["--architecture", "mlp", *SMALL, "--max_train_steps", 2, "--autoencoder", autoencoder]
+    flags += ["--output_dir", tmp_path]
+    run_script("dae_drift", flags)
+    pipeline = VQDriftPipeline.from_pretrained(tmp_path / "drift")
+    assert type(pipeline.transformer) is LatentMLP
+    images = pipeline([0, 1, (0, 1, 0.0), (0, 1, 1.0)], generator=[5, 5, 5, 5], output_type="latent").images
+    torch.testing.assert_close(images[2:], images[:2])
+    assert not torch.equal(images[0], images[1])
+    index = (tmp_path / "drift" / "model_index.json").read_text()
+    assert "latent_mlp" not in index
+    for changed in (["--gradient_checkpointing", True], ["--init_from", tmp_path / "dit"]):
+        message = refusal("dae_drift", [*flags, "--overwrite", *changed])
+        assert f"{changed[0]} is of a DiT" in message
 
 
 def test_a_finished_folder_has_a_card_its_progress_and_a_pipeline(run_script, autoencoder, tmp_path):
