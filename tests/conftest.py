@@ -49,12 +49,12 @@ def fork_server():
 
 @pytest.fixture
 def launch(fork_server, tmp_path):
-    """launch(script, argv, num_processes=1) -> Launched, for a script of training/."""
+    """launch(script, argv, num_processes=1, **environment) -> Launched, for a script of training/."""
     started = []
 
-    def start(script: str, argv: list[str], num_processes: int = 1) -> Launched:
+    def start(script: str, argv: list[str], num_processes: int = 1, **environment: str) -> Launched:
         log = tmp_path / f"{script}-{len(started)}.log"
-        started.append(Launched(fork_server, script, [str(a) for a in argv], num_processes, log))
+        started.append(Launched(fork_server, script, [str(a) for a in argv], num_processes, log, environment))
         return started[-1]
 
     yield start

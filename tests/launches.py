@@ -38,21 +38,23 @@ def _run_script(script: str, argv: list[str], environment: dict[str, str], log: 
 class Launched:
     """One or several processes that run a training script; `wait` returns the output, `kill` is SIGKILL."""
 
-    def __init__(self, context, script: str, argv: list[str], num_processes: int, log: Path):
+    def __init__(
+        self, context, script: str, argv: list[str], num_processes: int, log: Path, environment: dict | None = None
+    ):
         self.log = log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.processes = []
         for rank in range(num_processes):
-            environment = {}
+            of_rank = {}
             if num_processes > 1:
-                environment = {
+                of_rank = {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
                     "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                     "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
                 }  # fmt: skip
-            process = context.Process(target=_run_script, args=(script, argv, environment, str(log)))
+            process = context.Process(target=_run_script, args=(script, argv, (environment or {}) | of_rank, str(log)))
             process.start()
             self.processes.append(process)
 

@@ -28,6 +28,7 @@ from diffusers.optimization import get_scheduler
 
 from hf_dpssl import evaluation
 from hf_dpssl.contrastive.backbone_check import check_backbone, fitting_model_args
+from hf_dpssl.contrastive.batch_norm import batch_norms
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.contrastive.momentum import choose_queue_size, momentum_at
 from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
@@ -71,7 +72,12 @@ def main(argv: list[str] | None = None) -> Path:
     optimizer = make_optimizer(args, model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=total_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-    loop = TrainingLoop(args, accelerator, args.name, total_steps, source.loader, source.skipped, data)
+    own_statistics = batch_norms(model) and args.batch_norm != "global"
+    loop = TrainingLoop(
+        args, accelerator, args.name, total_steps, source.loader, source.skipped, data,
+        bound_to_processes=f"its batch norms are those of --batch_norm {args.batch_norm}, whose statistics are each "
+        "process's own" if own_statistics else None,
+    )  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
 

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 import dae_vq
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves, save_grid
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.sharding import copy_whole_
-from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
+from hf_dpssl.runs.training_loop import TrainingLoop, finish, is_sharded, start_accelerator
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> Path:
     data = load_images_for(args)
     names = dict(enumerate(classes_of_run(args, data)))
     autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
-    accelerator = start_accelerator(args)
+    accelerator = start_accelerator(args, can_be_sharded=True)
     set_seed(args.seed)
 
     # Data: latents of the training images, encoded once, of which each step draws sets
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.warmup_steps, args.max_train_steps)
     # A sharded transformer cannot sample on one process alone: a whole copy takes the averaged weights when it has to.
-    sharded = accelerator.distributed_type == DistributedType.FSDP
+    sharded = is_sharded(accelerator)
     sampled = type(transformer).from_config(transformer.config) if sharded else transformer
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay)

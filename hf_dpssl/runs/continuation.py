@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from .console import say
@@ -19,6 +19,21 @@ _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 _LISTED = 20
 
 
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run.
+
+    Args:
+        count: how many.
+        sharded: the model's parameters are spread over them.
+        bound: why their number decides about the weights though the batch of all of them stays; None: it does not.
+    """
+
+    count: int
+    sharded: bool
+    bound: str | None = None
+
+
 def record_of_data(data: ImageData | None) -> dict | None:
     """What a checkpoint remembers of the images: name, digest of the content, number, classes. None: no images."""
     if data is None:
@@ -27,18 +42,27 @@ def record_of_data(data: ImageData | None) -> dict | None:
 
 
 def check_same_run(
-    meta: dict, args: RunArguments, num_processes: int, data: ImageData | None, sources: dict[str, str], where: str
+    meta: dict,
+    args: RunArguments,
+    processes: Processes,
+    data: ImageData | None,
+    sources: dict[str, str],
+    where: str,
 ) -> None:
     """Compare a checkpoint's record with the run that wants to go on from it.
 
+    The number of processes may change where the batch of all of them does not: what is random is a function of the
+    sample, so only the order of sums differs (and what dropout draws).
+
     Args:
         meta: of the checkpoint.
-        args, num_processes, data: of the run.
+        args, processes, data: of the run.
         sources: fingerprints of finished models that the run builds on, by their part.
         where: the checkpoint's folder, for messages.
 
     Raises:
-        ValueError: settings that decide about weights, the number of processes, a source or the classes are others.
+        ValueError: settings that decide about weights, the batch of all processes, a source or the classes are others;
+            the number of processes is, and the run depends on it.
     """
     then = asdict(type(args)()) | meta["arguments"]  # what came after the checkpoint had what is now its default
     now = asdict(args)
@@ -54,10 +78,9 @@ def check_same_run(
             )
     if args.lr_scheduler in _SCHEDULES_WITHOUT_END and not args.depends_on_length():
         free |= _LENGTH
+    free |= _check_processes(meta, processes, then["batch_size"], now["batch_size"], where)
     changed = sorted(name for name in then.keys() | now.keys() if name not in free and then.get(name) != now.get(name))
     listed = [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in changed]
-    if meta["num_processes"] != num_processes:
-        listed.append(f"num_processes: {meta['num_processes']} -> {num_processes}")
     if listed:
         longer = " Another length needs a schedule without end, as of --lr_scheduler constant."
         longer = longer if _LENGTH & set(changed) else ""
@@ -67,6 +90,35 @@ def check_same_run(
         )
     if now_data and then_data:
         _check_data(then_data, now_data, where)
+
+
+def _check_processes(meta: dict, now: Processes, batch_then: int, batch_now: int, where: str) -> set[str]:
+    """The arguments that may differ since the number of processes does."""
+    then = Processes(meta["num_processes"], meta["sharded"])
+    if then.sharded != now.sharded:
+        kinds = {True: "sharded (FSDP)", False: "not sharded"}
+        raise ValueError(
+            f"cannot continue the run in {where}: it was {kinds[then.sharded]}, and is {kinds[now.sharded]} now. "
+            "Use the same configuration of accelerate, or start afresh with --overwrite."
+        )
+    if then.count == now.count:
+        return set()
+    change = f"with {now.count} processes, where it had {then.count}"
+    whole_batch = then.count * batch_then
+    if now.bound:
+        raise ValueError(f"cannot continue the run in {where} {change}: {now.bound}. Start {then.count}.")
+    if whole_batch != now.count * batch_now:
+        fitting = f" or give --batch_size {whole_batch // now.count}" if whole_batch % now.count == 0 else ""
+        raise ValueError(
+            f"cannot continue the run in {where} {change}: the batch of all processes was {whole_batch} "
+            f"({then.count} x {batch_then}) and now is {now.count * batch_now} ({now.count} x {batch_now}). "
+            f"Start {then.count}{fitting}."
+        )
+    say(
+        f"the run in {where} goes on {change}, and with the same batch of {whole_batch}: sums are taken in another "
+        "order, and dropout, where there is any, draws other numbers."
+    )
+    return {"batch_size"}
 
 
 def _check_data(then: dict, now: dict, where: str) -> None:

@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
 
 from ..data import keyed_random
 from .atomic_files import write_json
 from .console import is_quiet, say
-from .continuation import check_same_run, record_of_data
+from .continuation import Processes, check_same_run, record_of_data
 from .recipe import RunArguments
 from .sharding import load_whole_state_, whole_state
 from .training_checkpoints import CheckpointFolder
@@ -46,18 +47,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def start_accelerator(args: RunArguments) -> Accelerator:
+def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Accelerator:
     """Accelerator with the asked-for processes, precision, accumulation and trackers.
+
+    Args:
+        args: of the script.
+        can_be_sharded: the script trains one model whose parameters may be spread over the processes (FSDP2).
 
     Raises:
         RuntimeError: fewer or more processes than asked for.
-        ImportError: a tracker that is not installed. ValueError: an unknown one.
+        ImportError: a tracker that is not installed.
+        ValueError: an unknown tracker; accelerate is to spread a model in a way that the script cannot be trained in.
     """
     logging.basicConfig(level=logging.WARNING if is_quiet() else logging.INFO, format="%(message)s")
     for noisy in ("httpx", "timm", "accelerate", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     _check_trackers(args.log_with)
+    sharded = _check_sharding(can_be_sharded)
     asked_for = args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
         # Without this, processes of a machine without GPU do not find each other, and each trains alone.
@@ -75,6 +82,10 @@ def start_accelerator(args: RunArguments) -> Accelerator:
         step_scheduler_with_optimizer=False,
     )
     _check_processes(asked_for, accelerator.num_processes)
+    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Of processes without GPUs accelerate would copy the whole model, without a word; torch spreads theirs too.
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if args.log_with:
         settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(args).items()}
         accelerator.init_trackers(Path(args.output_dir).name, config=settings)
@@ -123,6 +134,28 @@ def _check_trackers(names: list[str]) -> None:
             raise ImportError(f"--log_with {name} was asked for, but {name} is not installed: pip install {name}.")
 
 
+def _check_sharding(can_be_sharded: bool) -> bool:
+    """Whether accelerate is to spread the model over the processes; ValueError where that is not possible."""
+    for library in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{library}"):
+            raise ValueError(
+                f"accelerate's configuration asks for {library}, which no script trains with: {_UNSHARDED}"
+            )
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    if not can_be_sharded:
+        raise ValueError(f"accelerate's configuration asks for FSDP, and this script trains whole copies: {_UNSHARDED}")
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("accelerate's configuration asks for FSDP 1: set fsdp_version: 2, as in fsdp_8_bf16.yaml.")
+    return True
+
+
+_UNSHARDED = (
+    "use one without it, such as training/accelerate/gpu_8_bf16.yaml. Generators that are sharded (dae_dit, dae_drift) "
+    "take the folder of a finished --autoencoder."
+)
+
+
 def _check_processes(asked_for: int, found: int) -> None:
     if asked_for != found:
         raise RuntimeError(f"{asked_for} processes were asked for, but this run has {found}. {_LAUNCH_HINT}")
@@ -147,7 +180,12 @@ def _checkpoints(args: RunArguments, name: str) -> CheckpointFolder:
 
 
 def check_start(
-    args: RunArguments, accelerator: Accelerator, name: str, data: ImageData | None, sources: dict[str, str]
+    args: RunArguments,
+    accelerator: Accelerator,
+    name: str,
+    data: ImageData | None,
+    sources: dict[str, str],
+    bound_to_processes: str | None = None,
 ) -> None:
     """Whether a loop of that name may start or go on; called before anything is written, by every `TrainingLoop` too.
 
@@ -166,7 +204,13 @@ def check_start(
     which = same_checkpoint(args.resume_from_checkpoint, checkpoints)
     if which is not None:
         meta = checkpoints.read_meta(which)
-        check_same_run(meta, args, accelerator.num_processes, data, sources, str(checkpoints.path))
+        processes = Processes(accelerator.num_processes, is_sharded(accelerator), bound_to_processes)
+        check_same_run(meta, args, processes, data, sources, str(checkpoints.path))
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a prepared model's parameters are spread over the processes (FSDP2)."""
+    return accelerator.distributed_type == DistributedType.FSDP
 
 
 def same_checkpoint(which: str, checkpoints: CheckpointFolder) -> str | None:
@@ -209,6 +253,8 @@ class TrainingLoop:
         skipped: {row: reason} of unreadable images, extended while training.
         data: the images, which a checkpoint remembers; None for a loop over none.
         sources: fingerprints of finished models that the run builds on, {"autoencoder": ...}, remembered too.
+        bound_to_processes: why the run cannot go on with another number of processes and the same batch of all of
+            them; None: it can.
 
     Raises:
         FileExistsError, ValueError: as `check_start`.
@@ -224,6 +270,7 @@ class TrainingLoop:
         skipped: dict[str, str],
         data: ImageData | None = None,
         sources: dict[str, str] | None = None,
+        bound_to_processes: str | None = None,
     ):
         self.args = args
         self.accelerator = accelerator
@@ -243,7 +290,7 @@ class TrainingLoop:
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
         self.sources = sources or {}
-        check_start(args, accelerator, name, data, self.sources)
+        check_start(args, accelerator, name, data, self.sources, bound_to_processes)
         self._data = record_of_data(data) if accelerator.is_main_process else None
         self.checkpoints = _checkpoints(args, name)
         if accelerator.is_main_process and args.resume_from_checkpoint is None:
@@ -385,7 +432,7 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN."""
         main = self.accelerator.is_main_process
-        if main or self.accelerator.distributed_type == DistributedType.FSDP:  # sharded states are gathered by all
+        if main or is_sharded(self.accelerator):  # sharded states are gathered by all
             state = {name: whole_state(value, self._modules()) for name, value in self._kept.items()}
         if main:
             self._check_weights(state)
@@ -398,6 +445,7 @@ class TrainingLoop:
                 "epoch": self.epoch,
                 "batch": self.batch,
                 "num_processes": self.accelerator.num_processes,
+                "sharded": is_sharded(self.accelerator),
                 "arguments": asdict(self.args),
                 "history": self.history,
                 "seconds": self.seconds,
