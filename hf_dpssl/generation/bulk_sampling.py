@@ -122,9 +122,13 @@ def sample_images(job: SampleJob, *, num_processes: int = 1, overwrite: bool = F
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def load_pipeline(job: SampleJob, device: torch.device) -> ClassConditionalPipeline:
-    """The pipeline of a job, with its scheduler, on a device, without progress bars; errors as `sample_images`."""
-    name = job.pipeline
+def open_pipeline(source: str, dtype: torch.dtype = torch.float32) -> ClassConditionalPipeline:
+    """The pipeline of a folder or Hub id (`id@revision`), of the class that it names, without progress bars.
+
+    Raises:
+        ValueError: a folder without pipeline, or one of another class.
+    """
+    name = source
     revision = None
     if not Path(name).exists() and "@" in name:
         name, _, revision = name.partition("@")
@@ -138,11 +142,17 @@ def load_pipeline(job: SampleJob, device: torch.device) -> ClassConditionalPipel
         index = Path(hf_hub_download(name, "model_index.json", revision=revision))
     found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if found not in _PIPELINES:
-        raise ValueError(f"{job.pipeline} is a {found}; images are drawn from {' or '.join(_PIPELINES)}.")
+        raise ValueError(f"{source} is a {found}; images are drawn from {' or '.join(_PIPELINES)}.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # by the newest diffusers only
-        pipeline = _PIPELINES[found].from_pretrained(name, revision=revision, torch_dtype=getattr(torch, job.dtype))
+        pipeline = _PIPELINES[found].from_pretrained(name, revision=revision, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_pipeline(job: SampleJob, device: torch.device) -> ClassConditionalPipeline:
+    """The pipeline of a job, with its scheduler, on a device, without progress bars; errors as `sample_images`."""
+    pipeline = open_pipeline(job.pipeline, getattr(torch, job.dtype))
     if job.scheduler is not None or job.scheduler_config:
         replace_scheduler(pipeline, job.scheduler, job.scheduler_config)
     return pipeline.to(device)

@@ -13,6 +13,8 @@ MODELS = {  # name -> environment variable, folder within the demo's outputs
     "second encoder": ("DPSSL_ENCODER_2", "comparison/encoder-2d"),
     "dae": ("DPSSL_DAE", "autoencoder"),
     "joint": ("DPSSL_JOINT", "comparison/joint-total"),
+    "dae generator": ("DPSSL_DAE_GENERATOR", "dit"),
+    "joint generator": ("DPSSL_JOINT_GENERATOR", "comparison/joint-dit"),
     "dit": ("DPSSL_DIT", "dit"),
     "one step": ("DPSSL_DRIFT", "drift"),
     "token transformer": ("DPSSL_TOKENS", "ar"),
@@ -24,12 +26,8 @@ def demo_folder() -> Path:
     return Path(os.environ.get("DPSSL_DEMO") or "outputs/demo")
 
 
-def find_models(*names: str) -> dict[str, str]:
-    """{name: Hub id or folder} of those models of MODELS that there are.
-
-    Raises:
-        FileNotFoundError: when there is none of them; the message says how to get some.
-    """
+def present_models(*names: str) -> dict[str, str]:
+    """{name: Hub id or folder} of those models of MODELS that there are."""
     found = {}
     for name in names:
         variable, place = MODELS[name]
@@ -38,6 +36,16 @@ def find_models(*names: str) -> dict[str, str]:
             found[name] = given
         elif folder.is_dir():
             found[name] = str(folder)
+    return found
+
+
+def find_models(*names: str) -> dict[str, str]:
+    """As `present_models`, at least one.
+
+    Raises:
+        FileNotFoundError: when there is none of them; the message says how to get some.
+    """
+    found = present_models(*names)
     if not found:
         variables = " or ".join(MODELS[name][0] for name in names)
         raise FileNotFoundError(
@@ -64,6 +72,11 @@ def about_models(sources: dict[str, str]) -> str:
         parts.append(f"for {seconds / 60:.1f} min" if isinstance(seconds, int | float) else "time not recorded")
         lines.append(f"<li><b>{html.escape(name)}</b>: {html.escape(', '.join(parts))}</li>")
     return f"<ul>{''.join(lines)}</ul>"
+
+
+def shown_source(source: str | os.PathLike) -> str:
+    """A source as visitors may see it: of a folder by its whole path, which is the server's, only the last part."""
+    return f"path/to/{Path(source).name}" if Path(source).is_absolute() else str(source)
 
 
 def source_arguments(source: str) -> dict[str, str]:

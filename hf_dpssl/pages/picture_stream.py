@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +20,13 @@ from ..autoencoder import latent_codec
 from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..generation.pipeline_vq_token import VQTokenPipeline
-from .demo_outputs import source_arguments
+from .demo_outputs import shown_source, source_arguments
 from .page_pictures import to_pictures
 
 MAX_IMAGES = 16
 MAX_STEPS = 100
 MAX_GUIDANCE = 10.0
+EVERY, NONE = "each class in turn", "no class"  # what can be asked for beside the names of classes
 _GREY = 0.0  # of what has not been drawn yet, in [-1, 1]
 
 
@@ -60,6 +60,11 @@ class PictureRequest:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {self.seed}.")
 
+    @property
+    def captions(self) -> list[str]:
+        """Class and seed of each picture."""
+        return [f"{label}, seed {self.seed + i}" for i, label in enumerate(self.labels or (NONE,) * self.number)]
+
     def options(self, kind: type) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call, all but the generators."""
         options: dict[str, Any] = {} if self.labels else {"num_images": self.number}
@@ -72,14 +77,62 @@ class PictureRequest:
         return options | {"temperature": self.temperature} | ({"top_k": self.top_k} if self.top_k else {})
 
 
-def snippet(kind: type, source: str, request: PictureRequest) -> str:
-    """Python that draws the request's pictures again with `kind`, the class of the pipeline, from `source`.
+def class_choices(names: list[str]) -> list[str]:
+    """What can be asked of a model with classes of these names, or with none."""
+    return [*names, EVERY, NONE] if names else [NONE]
 
-    Of a folder by its whole path only the last part is shown.
+
+def read_request(names: list[str], label: str, number: float | None, seed: float | None, **options) -> PictureRequest:
+    """The controls of a page as a request; `options`: its other fields.
+
+    Args:
+        names: of the model's classes.
+        label: one of `class_choices(names)`.
+        number: of pictures.
+        seed: of the first one.
+
+    Raises:
+        ValueError: a value that cannot be.
     """
-    if Path(source).is_absolute():  # of the server, which means nothing to a visitor
-        source = f"path/to/{Path(source).name}"
-    place = source_arguments(source)
+    if seed is None or number is None:
+        raise ValueError("Give a number of pictures and a seed.")
+    count = min(int(number), MAX_IMAGES + 1)  # of more the request itself says that they are too many
+    labels: tuple[str, ...] = ()
+    if label == EVERY and names:
+        labels = tuple(names[i % len(names)] for i in range(count))
+    elif label in names:
+        labels = (label,) * count
+    elif label != NONE:
+        raise ValueError(f"There is no class {label!r} here: choose one of the list.")
+    return PictureRequest(labels, int(number), int(seed), **options)
+
+
+def unread(kind: type, with_class: bool, temperature: float = 1.0) -> dict[str, str]:
+    """Why a field of PictureRequest changes nothing in what a pipeline of this class draws, of those that do not.
+
+    Args:
+        kind: class of the pipeline.
+        with_class: whether a class is asked for.
+        temperature: that is asked for.
+    """
+    if kind is VQDriftPipeline:
+        reasons = {"guidance": "a one-step generator was trained with its guidance", "steps": "it draws in one pass"}
+    elif kind is VQDiTPipeline:
+        reasons = {}
+    else:
+        reasons = {"steps": "a token transformer draws one code after the other"}
+    if not with_class:
+        reasons["guidance"] = "guidance leads to a class, and none is asked for"
+    if kind is not VQTokenPipeline:
+        reasons |= {name: "only a token transformer draws codes" for name in ("temperature", "top_k")}
+    elif temperature == 0:
+        reasons["top_k"] = "at temperature 0 the likeliest code is taken"
+    return reasons
+
+
+def snippet(kind: type, source: str, request: PictureRequest) -> str:
+    """Python that draws the request's pictures again with `kind`, the class of the pipeline, from `source`."""
+    place = source_arguments(shown_source(source))
     arguments = [repr(place.pop("pretrained_model_name_or_path")), *(f"{k}={v!r}" for k, v in place.items())]
     labels = list(request.labels)
     if not labels:

@@ -90,6 +90,11 @@ def readable_errors(function: Callable) -> Callable:
     return generate if inspect.isgeneratorfunction(function) else call
 
 
+def switched(info: str | None, reason: str | None) -> dict:
+    """`interactive` and `info` of a control: off with the reason, where there is one why it would change nothing."""
+    return {"interactive": not reason, "info": reason or info}
+
+
 def picture_upload(value: str, label: str, alternative: str) -> gr.Image:
     """A place for a picture that hands on the path of its file, unread: gradio's own would open it first.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..models.configuration_vq import VQConfig
 from ..models.modeling_vq import latent_fingerprint
@@ -82,16 +83,21 @@ def describe_ancestor(source: str | os.PathLike) -> dict:
 
 
 def small_files(source: str) -> Path | None:
-    """The snapshot folder of a Hub id, with config.json and results.json; None where it cannot be had."""
+    """The snapshot folder of a Hub id, with config.json or a pipeline's model_index.json, and results.json.
+
+    None where it cannot be had.
+    """
     repo_id, _, revision = source.partition("@")
     if repo_id.count("/") != 1:
         return None
     folder = None
-    try:
-        folder = Path(hf_hub_download(repo_id, "config.json", revision=revision or None)).parent
-        hf_hub_download(repo_id, "results.json", revision=folder.name)
-    except Exception:  # no results.json, no network: what the model was loaded from is enough
-        pass
+    for name in ("config.json", "model_index.json", "results.json"):
+        try:
+            folder = Path(hf_hub_download(repo_id, name, revision=folder.name if folder else revision or None)).parent
+        except EntryNotFoundError:
+            continue
+        except Exception:  # no network: what the model was loaded from is enough
+            break
     return folder
 
 

@@ -22,8 +22,20 @@ from hf_dpssl import VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
 from hf_dpssl.embedding.embedder import best_device
 from hf_dpssl.pages.demo_outputs import about_models, find_models, source_arguments
 from hf_dpssl.pages.page_pictures import picture_grid, progress_bar
-from hf_dpssl.pages.picture_stream import MAX_GUIDANCE, MAX_IMAGES, MAX_STEPS, PictureRequest, snippet, stream_pictures
-from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, readable_errors
+from hf_dpssl.pages.picture_stream import (
+    EVERY,
+    MAX_GUIDANCE,
+    MAX_IMAGES,
+    MAX_STEPS,
+    NONE,
+    PictureRequest,
+    class_choices,
+    read_request,
+    snippet,
+    stream_pictures,
+    unread,
+)
+from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, readable_errors, switched
 
 KINDS = {"dit": VQDiTPipeline, "one step": VQDriftPipeline, "token transformer": VQTokenPipeline}
 TITLES = {
@@ -32,7 +44,12 @@ TITLES = {
     "token transformer": "token transformer",
 }
 UNITS = {"dit": ("step", "steps"), "one step": ("pass", "passes"), "token transformer": ("code", "codes")}
-EVERY, NONE = "each class in turn", "no class"
+SLIDERS = {  # of the pipelines, and what is said of them
+    "guidance": "1: none; more: clearer",
+    "steps": None,
+    "temperature": "0: the likeliest codes, whatever the seed",
+    "top_k": "0: all codes",
+}
 FRAME_SECONDS = 0.08  # at least so long between two pictures of a run
 INTRODUCTION = """# Image generator
 
@@ -58,31 +75,19 @@ class Models:
 
     def class_choices(self, name: str) -> list[str]:
         """What can be asked of a model."""
-        names = self.pipelines[name].class_names
-        return [*names, EVERY, NONE] if names else [NONE]
+        return class_choices(self.pipelines[name].class_names)
 
 
-def read_request(models: Models, name: str, label: str, number, seed, guidance, steps, temperature, top_k):
+def asked_for(models: Models, name: str, label: str, number, seed, guidance, steps, temperature, top_k):
     """The controls as a PictureRequest; ValueError for a value that cannot be."""
-    if seed is None or number is None:
-        raise ValueError("Give a number of pictures and a seed.")
-    names, count = models.pipelines[name].class_names, int(number)
-    labels: tuple[str, ...] = ()
-    if label == EVERY and names:
-        labels = tuple(names[i % len(names)] for i in range(min(count, MAX_IMAGES + 1)))
-    elif label in names:
-        labels = (label,) * min(count, MAX_IMAGES + 1)
-    elif label != NONE:
-        raise ValueError(f"This model has no class {label!r}: choose one of the list.")
-    return PictureRequest(labels, count, int(seed), float(guidance), int(steps), float(temperature), int(top_k))
+    options = dict(guidance=float(guidance), steps=int(steps), temperature=float(temperature), top_k=int(top_k))
+    return read_request(models.pipelines[name].class_names, label, number, seed, **options)
 
 
 def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
     """(pictures as HTML, state of the run as HTML, file, snippet) as the run goes on."""
-    request = read_request(models, name, *controls)
+    request = asked_for(models, name, *controls)
     code = snippet(KINDS[name], models.sources[name], request)
-    wanted = request.labels or (NONE,) * request.number
-    captions = [f"{label}, seed {request.seed + i}" for i, label in enumerate(wanted)]
     unit, units = UNITS[name]
     start = time.monotonic()
     for done, total, pictures in models.frames(name, request):
@@ -92,7 +97,7 @@ def draw(models: Models, name: str, *controls) -> Iterator[tuple]:
             f"{len(pictures)} pictures in {time.monotonic() - start:.1f} s" if finished else f"{unit} {done} of {total}"
         )
         bar = progress_bar(min(done, total), total, f"{units} done")
-        grid = picture_grid(pictures, captions, side=side, download="picture" if finished else None)
+        grid = picture_grid(pictures, request.captions, side=side, download="picture" if finished else None)
         state = f'<p role="status">{state}</p>{bar}'
         if not finished:
             yield grid, state, gr.skip(), code
@@ -112,16 +117,30 @@ def save(pictures: list, request: PictureRequest, folder: Path) -> str:
     return str(path)
 
 
-def fit_controls(models: Models, name: str, label: str) -> tuple:
-    """Classes of the model, and only the sliders that it reads."""
+def control_states(models: Models, name: str, label: str, temperature: float) -> dict[str, dict]:
+    """Choices, value and switch of the classes and the sliders, by name, of a model and what is asked of it."""
     choices = models.class_choices(name)
-    return (
-        gr.Dropdown(choices=choices, value=label if label in choices else choices[0]),
-        gr.Slider(visible=name != "one step"),
-        gr.Slider(visible=name == "dit"),
-        gr.Slider(visible=name == "token transformer"),
-        gr.Slider(visible=name == "token transformer"),
-    )
+    label = label if label in choices else choices[0]
+    reasons = unread(KINDS[name], label != NONE, temperature)
+    no_class = None if len(choices) > 1 else "this model was trained without classes"
+    states = {"class": dict(choices=choices, value=label) | switched(None, no_class)}
+    return states | {slider: switched(info, reasons.get(slider)) for slider, info in SLIDERS.items()}
+
+
+def fit_controls(models: Models, name: str, label: str, temperature: float) -> tuple:
+    """Classes of the model, and off what changes nothing in its pictures."""
+    classes, *sliders = control_states(models, name, label, temperature).values()
+    return gr.Dropdown(**classes), *(gr.Slider(**state) for state in sliders)
+
+
+def begun() -> tuple:
+    """While a run goes on it can be stopped, and there is no file of it yet."""
+    return gr.Button(interactive=True), gr.DownloadButton(interactive=False)
+
+
+def ended():
+    """There is nothing to stop."""
+    return gr.Button(interactive=False)
 
 
 def build(models: Models | None = None) -> gr.Blocks:
@@ -129,6 +148,7 @@ def build(models: Models | None = None) -> gr.Blocks:
     models = models or Models()
     first = next(iter(models.pipelines))
     choices = models.class_choices(first)
+    state_of = control_states(models, first, EVERY, 1.0)
     with gr.Blocks(title="Image generator", analytics_enabled=False, fill_width=True, delete_cache=CACHE) as page:
         gr.Markdown(INTRODUCTION, elem_classes="heading")
         gr.HTML(about_models(models.sources), js_on_load=None, elem_classes="heading")
@@ -136,17 +156,19 @@ def build(models: Models | None = None) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 names = [(TITLES[name], name) for name in models.pipelines]
                 model = gr.Radio(names, value=first, label="model", visible=len(names) > 1)
-                label = gr.Dropdown(choices, value=EVERY if EVERY in choices else choices[0], label="class")
+                label = gr.Dropdown(label="class", **state_of["class"])
                 number = gr.Slider(1, MAX_IMAGES, 10, step=1, label="pictures")
                 seed = gr.Number(0, label="seed of the first", precision=0, minimum=0, maximum=2**32 - 1)
-                guided, tokens, info = first != "one step", first == "token transformer", "1: none; more: clearer"
-                guidance = gr.Slider(1, MAX_GUIDANCE, 2, step=0.1, label="guidance", info=info, visible=guided)
-                steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="steps", visible=first == "dit")
-                temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature", visible=tokens)
-                top_k = gr.Slider(0, 200, 0, step=1, label="top k", info="0: all codes", visible=tokens)
+                guidance = gr.Slider(1, MAX_GUIDANCE, 2, step=0.1, label="guidance", **state_of["guidance"])
+                steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="steps", **state_of["steps"])
+                tokens = "token transformer" in models.pipelines  # nothing else reads the next two
+                temperature = gr.Slider(
+                    0, 2, 1, step=0.05, label="temperature", visible=tokens, **state_of["temperature"]
+                )
+                top_k = gr.Slider(0, 200, 0, step=1, label="top k", visible=tokens, **state_of["top_k"])
                 with gr.Row():
                     go = gr.Button("Draw", variant="primary", min_width=120)
-                    stop = gr.Button("Stop", min_width=120)
+                    stop = gr.Button("Stop", min_width=120, interactive=False)
             with gr.Column(scale=2, min_width=320, elem_classes="results"):
                 state = gr.HTML("<p>Press <b>Draw</b>.</p>", js_on_load=None, elem_classes="state")
                 grid = gr.HTML(js_on_load=None, min_height=180)
@@ -163,14 +185,19 @@ def build(models: Models | None = None) -> gr.Blocks:
             for drawn, said, _, written in call(*values):  # gradio keeps no file of an example
                 yield drawn, said, written
 
+        quietly = dict(api_visibility="private", show_progress="hidden", queue=False)
+        starts = [go.click, seed.submit]
+        gr.on(starts, begun, None, [stop, file], **quietly)  # the file there may be is of an earlier run
         running = gr.on(
-            [go.click, seed.submit], call, controls, [grid, state, file, code],
+            starts, call, controls, [grid, state, file, code],
             api_name="draw", concurrency_limit=1, concurrency_id="models", show_progress="hidden",
         )  # fmt: skip
+        running.then(ended, None, stop, **quietly)
         go.click(None, js=SHOW_RESULTS)
-        stop.click(None, cancels=[running])
-        model.input(
-            partial(fit_controls, models), [model, label], [label, guidance, steps, temperature, top_k],
+        stop.click(ended, None, stop, cancels=[running], **quietly)
+        gr.on(
+            [model.change, label.change, temperature.change], partial(fit_controls, models),
+            [model, label, temperature], [label, guidance, steps, temperature, top_k],
             api_visibility="private", show_progress="hidden",
         )  # fmt: skip
         gr.Examples(

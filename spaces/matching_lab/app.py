@@ -12,7 +12,7 @@ import torch
 from hf_dpssl import matching
 from hf_dpssl.pages.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, class_gap, map_data
 from hf_dpssl.pages.page_pictures import curves_svg, map_svg
-from hf_dpssl.pages.space_page import CACHE, gr, main, readable_errors
+from hf_dpssl.pages.space_page import CACHE, gr, main, readable_errors, switched
 
 POINTS = 256
 STEPS = 4  # of both maps, in an update
@@ -108,18 +108,25 @@ def apply_preset(name: str) -> list:
     return [getattr(settings, field) for field in MapSettings.__dataclass_fields__]
 
 
+def sliders(similarities: str, kernel: str, divergence: str) -> dict[str, dict]:
+    """Switch of the sliders that not every choice reads, by name."""
+    controls = {  # what is said of it, whether it is read, and what it is for
+        "perplexity": ("neighbours of a point", similarities == "neighbours", "near neighbours"),
+        "dof": ("few: heavy tail", kernel == "student_t", "the Student-t kernel"),
+        "alpha": (None, divergence == "alpha", "the divergence alpha"),
+    }
+    return {name: switched(info, None if read else f"only for {use}") for name, (info, read, use) in controls.items()}
+
+
 def show_what_counts(similarities: str, kernel: str, divergence: str) -> tuple:
     """Only the sliders that the choice reads can be moved."""
-    return (
-        gr.Slider(interactive=similarities == "neighbours"),
-        gr.Slider(interactive=kernel == "student_t"),
-        gr.Slider(interactive=divergence == "alpha"),
-    )
+    return tuple(gr.Slider(**state) for state in sliders(similarities, kernel, divergence).values())
 
 
 def build() -> gr.Blocks:
     """The page."""
     first = Session("digits", 0).draw(MapSettings())
+    state_of = sliders("neighbours", "student_t", "kl")
     with gr.Blocks(title="Matching lab", analytics_enabled=False, fill_width=True, delete_cache=CACHE) as page:
         gr.Markdown(INTRODUCTION, elem_classes="heading")
         session, timer = gr.State(None, time_to_live=3600), gr.Timer(SECONDS, active=False)
@@ -135,15 +142,15 @@ def build() -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 preset = gr.Dropdown(list(PRESETS), value="t-SNE", label="A known loss", info="sets what is below")
                 similarities = gr.Radio(P_CHOICES, value="neighbours", label="P: who belongs together")
-                perplexity = gr.Slider(3, 80, 20, step=1, label="perplexity", info="neighbours of a point")
+                perplexity = gr.Slider(3, 80, 20, step=1, label="perplexity", **state_of["perplexity"])
                 kernels = [(TITLES[name], name) for name in matching.KERNELS]
                 kernel = gr.Radio(kernels, value="student_t", label="Q: kernel of your map")
-                dof = gr.Slider(0.2, 20, 1, step=0.2, label="degrees of freedom", info="few: heavy tail")
+                dof = gr.Slider(0.2, 20, 1, step=0.2, label="degrees of freedom", **state_of["dof"])
                 divergence = gr.Dropdown(D_CHOICES, value="kl", label="divergence")
                 with gr.Accordion("more", open=False):
                     normalization = gr.Radio(["joint", "anchor"], value="joint", label="normalisation of P and Q")
                     temperature = gr.Slider(0.1, 10, 1, step=0.1, label="temperature", info="divides distances")
-                    alpha = gr.Slider(0.1, 2, 0.5, step=0.1, label="order of the alpha divergence", interactive=False)
+                    alpha = gr.Slider(0.1, 2, 0.5, step=0.1, label="order of the alpha divergence", **state_of["alpha"])
                     data = gr.Dropdown(list(DATA), value="digits", label="data")
                     seed = gr.Number(0, label="random seed", precision=0, minimum=0, maximum=2**31)
         controls = [similarities, perplexity, kernel, normalization, temperature, dof, divergence, alpha]

@@ -87,9 +87,9 @@ def browser():
 class Visit:
     """A tab on a Space; `finish` fails on console errors, script errors, failed requests and requests to elsewhere."""
 
-    def __init__(self, browser, url: str, *, width: int = 1280, height: int = 900, scheme: str = "light"):
+    def __init__(self, browser, url: str, *, width=1280, height=900, scheme: str = "light", has_touch: bool = False):
         self.context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=scheme, accept_downloads=True
+            viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=has_touch, accept_downloads=True
         )
         self.context.set_default_timeout(120_000)  # also on a busy machine
         self.page, self.problems, self.url = self.context.new_page(), [], url

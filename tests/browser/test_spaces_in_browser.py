@@ -59,6 +59,9 @@ def act(tab, name: str) -> None:
         page.get_by_text("reconstruction,").first.wait_for()
         page.get_by_role("button", name="Morph", exact=True).click()
         page.get_by_text("through pixels").wait_for()
+        if page.get_by_role("button", name="Draw").is_enabled():
+            page.get_by_role("button", name="Draw").click()
+            page.get_by_text("drawn by").first.wait_for()
     else:
         page.get_by_role("button", name="Find neighbours").click()
         page.get_by_text("with cosine").first.wait_for()
@@ -154,6 +157,7 @@ def test_image_generator_shows_the_steps_stops_saves_and_prints_the_code(spaces,
     page.get_by_role("spinbutton", name=re.compile("pictures")).fill("3")
     page.get_by_role("spinbutton", name=re.compile("steps")).fill("60")
     page.get_by_label("seed of the first").fill("11")
+    assert page.get_by_role("button", name="Stop").is_disabled()
     page.get_by_role("button", name="Draw").click()
     page.get_by_text(re.compile(r"step \d+ of 60")).wait_for()  # seen while it is made
     page.get_by_text(re.compile("3 pictures in")).wait_for()
@@ -172,10 +176,13 @@ def test_image_generator_shows_the_steps_stops_saves_and_prints_the_code(spaces,
     page.get_by_role("button", name="Draw").click()
     page.get_by_text(re.compile(r"step \d+ of 100")).wait_for()
     page.get_by_role("button", name="Stop").click()
+    page.wait_for_function("[...document.querySelectorAll('button')].find(b => b.innerText === 'Stop').disabled")
     page.get_by_role("button", name="four of 1").click()
     page.get_by_text("1, seed 1").wait_for()
     page.get_by_role("radio", name="token transformer").check()
-    page.get_by_role("slider", name=re.compile("temperature")).wait_for()
+    page.get_by_text("draws one code after the other").wait_for()
+    assert page.get_by_role("slider", name=re.compile("steps")).is_disabled()
+    assert page.get_by_role("slider", name=re.compile("temperature")).is_enabled()
     page.get_by_role("button", name="Draw").click()
     page.get_by_text(re.compile(r"code \d+ of \d+")).wait_for()
     page.get_by_text(re.compile("pictures in")).wait_for()
@@ -234,6 +241,73 @@ def test_latent_lab_examples_and_the_switch_of_snapping(spaces, visit):
     page.get_by_label("snap to codes on the way").uncheck()
     page.get_by_role("button", name="Morph", exact=True).click()
     page.wait_for_function("src => document.querySelectorAll('.way img')[3].src !== src", arg=before)
+
+
+def test_latent_lab_draws_in_both_latents_from_the_same_seeds_or_says_what_to_train(spaces, visit):
+    page = visit(spaces("latent_lab")).page
+    samples = page.locator(".samples")
+    if samples.locator("pre").count():
+        assert "hf-dpssl train dae_" in samples.inner_text()
+    if page.get_by_role("button", name="Draw").is_disabled():
+        assert samples.locator("pre").count() == 2
+        return
+    page.get_by_role("spinbutton", name=re.compile("pictures")).fill("3")
+    page.get_by_label("seed of the first").fill("4")
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_text("drawn by").first.wait_for()
+    spoken = [image.get_attribute("alt") for image in samples.locator("img").all()]
+    drawn = samples.locator("h3", has_text="drawn by").count()
+    assert spoken == ["0, seed 4", "1, seed 5", "2, seed 6"] * drawn
+    page.get_by_label("class").click()
+    page.get_by_role("option", name="no class").click()
+    page.get_by_text("none is asked for").wait_for()
+    assert page.get_by_role("slider", name=re.compile("guidance")).is_disabled()
+    page.get_by_label("class").click()
+    page.get_by_role("option", name="7", exact=True).click()
+    page.get_by_text("none is asked for").wait_for(state="detached")
+    assert page.get_by_role("slider", name=re.compile("guidance")).is_enabled()
+
+
+def test_sliders_of_the_matching_lab_that_change_nothing_are_off_and_say_why(spaces, visit):
+    page = visit(spaces("matching_lab")).page
+    assert "Class gap: how many times as far" in page.locator(".heading").first.inner_text()
+    dof, perplexity = (
+        page.get_by_role("slider", name=re.compile(name)) for name in ("degrees of freedom", "perplexity")
+    )
+    page.get_by_role("radio", name="cosine", exact=True).check()
+    page.get_by_text("only for the Student-t kernel").wait_for()
+    assert dof.is_disabled() and perplexity.is_enabled()
+    page.get_by_role("radio", name="same class", exact=True).check()
+    page.get_by_text("only for near neighbours").wait_for()
+    page.get_by_role("radio", name="Student-t", exact=True).check()
+    page.get_by_text("few: heavy tail").wait_for()
+    assert dof.is_enabled() and perplexity.is_disabled()
+
+
+@pytest.mark.parametrize("name", ["matching_lab", "encoder_explorer"])
+def test_a_finger_on_the_map_scrolls_the_page_of_a_phone(spaces, visit, name):
+    page = visit(spaces(name), width=390, height=700, has_touch=True).page
+    place = page.locator("iframe.map" if name == "encoder_explorer" else ".map svg").first
+    place.scroll_into_view_if_needed()
+    page.wait_for_timeout(1000)
+    box, before = place.bounding_box(), page.evaluate("scrollY")
+    room = page.evaluate("document.documentElement.scrollHeight - innerHeight - scrollY")
+    session = page.context.new_cdp_session(page)
+    middle = {"x": box["x"] + box["width"] / 2, "y": min(box["y"] + box["height"] / 2, 600)}
+    session.send("Input.synthesizeScrollGesture", middle | {"yDistance": -300, "gestureSourceType": "touch"})
+    page.wait_for_timeout(500)
+    assert page.evaluate("scrollY") - before >= min(200, room - 1) > 0
+
+
+def test_each_page_says_what_its_models_are_and_what_they_were_trained_on(spaces, visit):
+    for name, models in (
+        ("image_generator", ["dit"]),
+        ("latent_lab", ["dae", "joint"]),
+        ("encoder_explorer", ["encoder"]),
+    ):
+        text = visit(spaces(name)).page.locator("main").inner_text()
+        for model in models:
+            assert re.search(rf"{model}: .+, trained on digits, for [\d.]+ min", text), text[:2000]
 
 
 def test_map_of_the_encoder_explorer_shows_a_thumbnail_under_the_pointer(spaces, visit):

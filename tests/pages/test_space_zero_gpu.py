@@ -78,9 +78,11 @@ CODE = """
         report["bad"] = [attempt(client, "dit", "one", 2, None, 1.5, 3, 1, 0, api_name="/draw")]
     elif name == "latent_lab":
         report["good"] = [client.predict(first, api_name="/compare"),
-                          client.predict(first, second, True, api_name="/morph")]
+                          client.predict(first, second, True, api_name="/morph"),
+                          client.predict("one", 2, 5, 1.5, 3, api_name="/draw")]
         report["bad"] = [attempt(client, bad, api_name="/compare"),
                          attempt(client, first, bad, True, api_name="/morph")]
+        assert "one, seed 6" in report["good"][2]
     else:
         report["good"] = [client.predict(first, 3, api_name="/explore")]
         report["bad"] = [attempt(client, bad, 3, api_name="/explore")]
@@ -94,7 +96,7 @@ CODE = """
     "name, granted, shown, said",
     [
         ("image_generator", 1, "2 pictures in", "Give a number of pictures and a seed"),
-        pytest.param("latent_lab", 2, "reconstruction", "no picture of a known type", marks=pytest.mark.slow),
+        pytest.param("latent_lab", 3, "reconstruction", "no picture of a known type", marks=pytest.mark.slow),
         pytest.param("encoder_explorer", 1, "nearest neighbours", "no picture of a known type", marks=pytest.mark.slow),
     ],
 )

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cases import for_each
 from load_space import load_app
@@ -40,6 +41,28 @@ def test_each_control_of_the_matching_lab_has_a_label_that_a_screen_reader_reads
     kinds = (gradio.Slider, gradio.Radio, gradio.Dropdown, gradio.Number)
     controls = [block for block in page.blocks.values() if isinstance(block, kinds)]
     assert len(controls) == 11 and all(block.label for block in controls)
+
+
+def test_sliders_that_do_not_change_the_divergence_are_off_with_what_they_are_for(matching):
+    """In every state: a step with another value of a slider is another one where it is on, and only there."""
+    others = {"perplexity": 40, "dof": 4.0, "alpha": 0.9}
+    places = {"perplexity": 1, "dof": 5, "alpha": 7}
+    session, *_ = matching.restart("digits", 0, *matching.apply_preset("t-SNE"))
+    one = session.maps[1]
+
+    def divergence(values) -> float:
+        one.embeddings.data.copy_(torch.randn(256, 2, generator=torch.Generator().manual_seed(0)))
+        return one.advance(matching.MapSettings(*values))
+
+    for similarities in ("neighbours", "classes", "pairs"):
+        for kernel in matching.TITLES:
+            for name in ("kl", "alpha", "jensen_shannon"):
+                start = [similarities, 20, kernel, "joint", 1, 1.0, name, 0.5]
+                sliders = matching.show_what_counts(similarities, kernel, name)
+                for (slider, value), shown in zip(others.items(), sliders, strict=True):
+                    values = [value if i == places[slider] else old for i, old in enumerate(start)]
+                    assert shown.interactive == (divergence(values) != divergence(start)), (start, slider)
+                    assert shown.interactive or shown.info.startswith("only for")
 
 
 def test_update_moves_the_map_and_pauses_by_itself(matching):
