@@ -1,57 +1,93 @@
-"""States of models whose parameters are spread over processes (FSDP2): gathered whole, and spread again.
+"""States of models whose parameters are spread over processes (FSDP2): each process writes and reads its own part.
 
-A checkpoint holds whole tensors, as that of a run without sharding; only the moments of a sharded optimiser stand under
-the names of their parameters instead of numbers. All processes call these functions together.
+torch.distributed.checkpoint writes the parts while training goes on, and puts them together again for any number of
+processes. All processes call these functions together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
-
-_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-_SPREAD = StateDictOptions(full_state_dict=True)
+from torch.utils._pytree import tree_map_only
 
 
-def whole_state(target, modules: Iterable[nn.Module]) -> dict:
-    """`target.state_dict()` with whole tensors; those of a sharded target are on the CPU of process 0 and nowhere else.
+def own_part(target, modules: Iterable[nn.Module]) -> dict:
+    """This process's part of the state of a sharded target, under names that all processes share; {} of another.
 
     Args:
         target: a module, an optimiser (accelerate's wrapper too), an EMAModel, or what has `state_dict`.
         modules: those whose parameters a sharded optimiser has, always in the same order.
     """
-    if not _is_sharded(target):  # torch's function would count a step of an optimiser that has taken none
-        return target.state_dict()
-    if isinstance(target, nn.Module):
-        return get_model_state_dict(target, options=_GATHER)
-    if isinstance(target, torch.optim.Optimizer):
-        return get_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target), options=_GATHER)
-    averages = get_model_state_dict(nn.ParameterList(target.shadow_params), options=_GATHER)
-    return target.state_dict() | {"shadow_params": list(averages.values())}
-
-
-def load_whole_state_(target, modules: Iterable[nn.Module], state: dict) -> None:
-    """`target.load_state_dict(state)` of what `whole_state` gave, of which every process holds the same."""
     if not _is_sharded(target):
-        target.load_state_dict(state)
+        return {}
+    if isinstance(target, nn.Module):
+        return get_model_state_dict(target)
+    if isinstance(target, torch.optim.Optimizer):
+        return get_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target))
+    return get_model_state_dict(nn.ParameterList(target.shadow_params))
+
+
+def common_part(target) -> dict:
+    """What is left of `target.state_dict()`, the same in every process: all of it where nothing is sharded."""
+    if not _is_sharded(target):
+        return target.state_dict()
+    if isinstance(target, nn.Module | torch.optim.Optimizer):
+        return {}
+    return {name: value for name, value in target.state_dict().items() if name != "shadow_params"}
+
+
+def load_(target, modules: Iterable[nn.Module], own: dict, common: dict) -> None:
+    """Set the state of which `own_part` (with the values of the checkpoint) and `common_part` are the halves."""
+    if not _is_sharded(target):
+        # Modules copy; others may keep the tensors they get, which here lie in a file that will be removed.
+        copies = isinstance(target, nn.Module)
+        target.load_state_dict(common if copies else tree_map_only(Tensor, torch.clone, common))
     elif isinstance(target, nn.Module):
-        set_model_state_dict(target, dict(state), options=_SPREAD)
+        set_model_state_dict(target, own)
     elif isinstance(target, torch.optim.Optimizer):
-        set_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target), state, options=_SPREAD)
+        set_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target), own)
     else:
-        averages = {str(number): value for number, value in enumerate(state["shadow_params"])}
-        set_model_state_dict(nn.ParameterList(target.shadow_params), averages, options=_SPREAD)  # in place
-        target.load_state_dict(state | {"shadow_params": target.shadow_params})
+        set_model_state_dict(nn.ParameterList(target.shadow_params), own)  # in place
+        target.load_state_dict(common | {"shadow_params": target.shadow_params})
+
+
+class PartsOnDisk:
+    """Writes every process's part into one folder, in the background; reads it again.
+
+    Args:
+        group: of all processes for tensors on the CPU, which the writing has to itself.
+    """
+
+    def __init__(self, group: torch.distributed.ProcessGroup):
+        self._group = group
+        self._written: Future | None = None
+
+    def write(self, parts: dict[str, dict], folder: Path) -> None:
+        """Copy the parts, begin to write them, and return; what was begun before must have been waited for."""
+        self._written = distributed_checkpoint.async_save(parts, checkpoint_id=folder, process_group=self._group)
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk, of all processes; errors of the writing are raised here."""
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+            torch.distributed.barrier(self._group)
+
+    def read_(self, parts: dict[str, dict], folder: Path) -> None:
+        """Fill the parts, which say what belongs to this process, from a folder."""
+        distributed_checkpoint.load(parts, checkpoint_id=folder, process_group=self._group)
 
 
 @torch.no_grad()

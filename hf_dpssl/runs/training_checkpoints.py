@@ -1,8 +1,9 @@
 """Training checkpoints with rotation, from which a run resumes.
 
 A checkpoint is a folder `step-<number>` with `state.pt` (tensors and plain values, read with
-weights_only) and `meta.json`. It is written under a temporary name and renamed; older ones are
-removed only after that. So a kill at any moment leaves the previous checkpoint or the new one.
+weights_only), `meta.json` and, of a sharded model, `parts/`. It is written under a temporary name
+and renamed; older ones are removed only after that. So a kill at any moment leaves the previous
+checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class CheckpointFolder:
         found = (_STEP_FOLDER.fullmatch(entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, step: int, state: dict, meta: dict) -> Path:
-        """Write a checkpoint, then remove all but the newest `keep`.
+    def save(self, step: int, state: dict, meta: dict, parts: Path | None = None) -> Path:
+        """Write a checkpoint, then remove all but the newest `keep`; a folder `parts` is moved into it.
 
         Raises:
             OSError: the disk is full; says which checkpoint is whole.
@@ -51,6 +52,8 @@ class CheckpointFolder:
                 with open(folder / "state.pt", "wb") as file:
                     torch.save(state, file)
                 write_json(folder / "meta.json", meta)
+                if parts is not None:
+                    os.replace(parts, folder / "parts")
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -59,15 +62,24 @@ class CheckpointFolder:
             raise OSError(errno.ENOSPC, f"the disk is full at step {step}; {last}") from error
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder_of(old))
+        for left in self.path.glob(".parts-*"):  # by a killed run
+            shutil.rmtree(left)
         return target
 
     def load(self, which: str) -> tuple[dict, dict] | None:
-        """(state, meta) of "latest" or of a checkpoint folder; None when "latest" finds none; raises as `read_meta`."""
+        """(state, meta) of "latest" or of a checkpoint folder; None when "latest" finds none; raises as `read_meta`.
+
+        Tensors lie in the file until they are read, and so only once for all processes of a machine.
+        """
         meta = self.read_meta(which)
         if meta is None:
             return None
-        state = torch.load(self._folder(which) / "state.pt", map_location="cpu", weights_only=True)
-        return state, meta
+        file = str(self._folder(which) / "state.pt")
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True), meta
+
+    def place_of_parts(self, step: int) -> Path:
+        """Where the processes write their parts of a checkpoint that `save` will complete."""
+        return self.path / f".parts-{step:08d}"
 
     def read_meta(self, which: str) -> dict | None:
         """What `save` got as `meta`, of "latest" or of a checkpoint folder; None when "latest" finds none.

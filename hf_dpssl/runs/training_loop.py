@@ -16,6 +16,7 @@ augmentation, noise and dropout are functions of (seed, epoch, sample) or (seed,
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import os
 import time
@@ -31,6 +32,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..data import keyed_random
@@ -38,7 +40,7 @@ from .atomic_files import write_json
 from .console import is_quiet, say
 from .continuation import Processes, check_same_run, record_of_data
 from .recipe import RunArguments
-from .sharding import load_whole_state_, whole_state
+from .sharding import PartsOnDisk, common_part, load_, own_part
 from .training_checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
@@ -289,6 +291,8 @@ class TrainingLoop:
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
+        self._disk = PartsOnDisk(torch.distributed.new_group(backend="gloo")) if is_sharded(accelerator) else None
+        self._unfinished: tuple[int, dict, dict] | None = None  # a checkpoint whose parts are being written
         self.sources = sources or {}
         check_start(args, accelerator, name, data, self.sources, bound_to_processes)
         self._data = record_of_data(data) if accelerator.is_main_process else None
@@ -307,6 +311,9 @@ class TrainingLoop:
         if self.args.resume_from_checkpoint is not None:
             self._resume(self.args.resume_from_checkpoint)
 
+    def _own_parts(self) -> dict[str, dict]:
+        return {name: own_part(value, self._modules()) for name, value in self._kept.items()}
+
     def _modules(self) -> list[torch.nn.Module]:
         return [value for value in self._kept.values() if isinstance(value, torch.nn.Module)]
 
@@ -316,9 +323,12 @@ class TrainingLoop:
             say(f"{self.name}: no checkpoint in {self.checkpoints.path}, starting afresh")
             return
         state, meta = self.checkpoints.load(found)
+        parts = self._own_parts()
+        if self._disk:
+            self._disk.read_(parts, Path(found) / "parts")
         for name, value in self._kept.items():
             if name in state or name != "monitor":  # one that is new to the run starts with nothing
-                load_whole_state_(value, self._modules(), state[name])
+                load_(value, self._modules(), parts[name], state[name])
         self.step = meta["step"]
         if self.step > self.total_steps:
             raise ValueError(
@@ -358,6 +368,7 @@ class TrainingLoop:
                 self._write_log(bar)
             if self.step % args.checkpointing_steps == 0 or self.step == self.total_steps:
                 self.save()
+        self._finish_checkpoint()
         bar.close()
 
     def _advance(self, batch: dict) -> None:
@@ -398,13 +409,16 @@ class TrainingLoop:
             self._last_ids = self._unchecked[-1][2]
         self._unchecked.clear()
 
-    def _check_weights(self, state: dict[str, dict]) -> None:
+    def _check_weights(self) -> None:
         """FloatingPointError when a step of finite loss has left weights that are not: its gradients were not."""
         for name, value in self._kept.items():
             if not isinstance(value, torch.nn.Module):
                 continue
-            tensors = {key: tensor for key, tensor in state[name].items() if tensor.is_floating_point()}
-            bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+            tensors = {key: tensor for key, tensor in value.state_dict().items() if tensor.is_floating_point()}
+            local = {key: t.to_local() if isinstance(t, DTensor) else t for key, t in tensors.items()}
+            bad = [key for key, tensor in local.items() if not tensor.isfinite().all()]
+            if self._disk:
+                bad = sorted({key for part in gather_object([bad]) for key in part})
             if bad:
                 raise FloatingPointError(
                     f"{self.name}: after step {self.step}{_listed(self._last_ids)}, {len(bad)} of {len(tensors)} "
@@ -430,28 +444,47 @@ class TrainingLoop:
         self.accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=self.step)
 
     def save(self) -> None:
-        """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN."""
+        """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN.
+
+        Parts of a sharded model are copied now and written while training goes on: the checkpoint appears with the next
+        one's beginning, or at the end of the loop.
+        """
+        self._finish_checkpoint()
         main = self.accelerator.is_main_process
-        if main or is_sharded(self.accelerator):  # sharded states are gathered by all
-            state = {name: whole_state(value, self._modules()) for name, value in self._kept.items()}
-        if main:
-            self._check_weights(state)
+        if main or self._disk:
+            self._check_weights()
         now = time.perf_counter()
         self.seconds = None if self.seconds is None else self.seconds + now - self._clock
         self._clock = now
-        if main:
-            meta = {
-                "step": self.step,
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "num_processes": self.accelerator.num_processes,
-                "sharded": is_sharded(self.accelerator),
-                "arguments": asdict(self.args),
-                "history": self.history,
-                "seconds": self.seconds,
-                "skipped": self.skipped,
-                "data": self._data,
-                "sources": self.sources,
-            }
+        meta = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "num_processes": self.accelerator.num_processes,
+            "sharded": is_sharded(self.accelerator),
+            "arguments": asdict(self.args),
+            "history": self.history,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "data": self._data,
+            "sources": self.sources,
+        }
+        if main or self._disk:
+            state = {name: common_part(value) for name, value in self._kept.items()}
+        if self._disk:
+            self._unfinished = (self.step, copy.deepcopy(state), copy.deepcopy(meta))
+            self._disk.write(self._own_parts(), self.checkpoints.place_of_parts(self.step))
+        elif main:
             self.checkpoints.save(self.step, state, meta)
+        self.accelerator.wait_for_everyone()
+
+    def _finish_checkpoint(self) -> None:
+        """Complete the checkpoint whose parts are being written, if one is."""
+        if self._unfinished is None:
+            return
+        self._disk.wait()
+        if self.accelerator.is_main_process:
+            step, state, meta = self._unfinished
+            self.checkpoints.save(step, state, meta, self.checkpoints.place_of_parts(step))
+        self._unfinished = None
         self.accelerator.wait_for_everyone()

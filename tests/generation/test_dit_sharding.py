@@ -1,5 +1,6 @@
 """The sharding plan of training/accelerate/fsdp_8_bf16.yaml, by torch's fully_shard in two gloo processes."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_dpssl.generation.diffusion import make_transformer
-from hf_dpssl.runs.sharding import copy_whole_, load_whole_state_, whole_state
+from hf_dpssl.runs.sharding import PartsOnDisk, common_part, copy_whole_, load_, own_part
 
 RECIPE = Path(__file__).parents[2] / "training/accelerate/fsdp_8_bf16.yaml"
 SIZE = dict(num_layers=3, width=16, num_heads=2, patch_size=2, latent_channels=2, latent_size=4, num_classes=3)
@@ -75,13 +76,15 @@ class Run:
     def kept(self) -> dict:
         return dict(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, ema=self.ema)
 
-    def states(self) -> dict:
-        """On process 0; empty or of no use elsewhere."""
-        return {name: whole_state(value, [self.model]) for name, value in self.kept().items()}
+    def parts(self) -> dict:
+        return {name: own_part(value, [self.model]) for name, value in self.kept().items()}
 
-    def load(self, states: dict) -> None:
+    def common(self) -> dict:
+        return {name: common_part(value) for name, value in self.kept().items()}
+
+    def load(self, parts: dict, common: dict) -> None:
         for name, target in self.kept().items():
-            load_whole_state_(target, [self.model], states[name])
+            load_(target, [self.model], parts[name], common[name])
 
     def finish(self) -> dict[str, torch.Tensor]:
         average = make_model()
@@ -93,22 +96,24 @@ class Run:
         return self.found
 
 
-def in_two(file: str) -> dict[str, torch.Tensor]:
-    """Train sharded, with a stop in the middle that goes on in another run from the saved whole states."""
+def in_two(folder: str) -> dict[str, torch.Tensor]:
+    """Train sharded, with a stop in the middle that goes on in another run from the parts on the disk."""
     rank = torch.distributed.get_rank()
     share = slice(2 * rank, 2 * rank + 2)
     first = Run(units())
     assert all(isinstance(parameter, DTensor) for parameter in first.model.parameters())
     assert sum(isinstance(module, FSDPModule) for module in first.model.modules()) == 2 * SIZE["num_layers"] + 1
     first.train(0, STEPS - 1, share)
-    states = first.states()
-    if rank == 0:
-        torch.save(states, file)
-    torch.distributed.barrier()
+    disk = PartsOnDisk(torch.distributed.new_group(backend="gloo"))
+    common = copy.deepcopy(first.common())
+    disk.write(first.parts(), Path(folder))
+    first.train(STEPS - 1, STEPS, share)  # while the parts of before are being written
+    disk.wait()
     second = Run(units())
-    second.load(torch.load(file, weights_only=True))
+    parts = second.parts()
+    disk.read_(parts, Path(folder))
+    second.load(parts, common)
     second.train(STEPS - 1, STEPS, share)
-    first.train(STEPS - 1, STEPS, share)
     stopped, whole = second.finish(), first.finish()
     identical = all(torch.equal(stopped[name], whole[name]) for name in stopped)
     blocks_alone = Run(["BasicTransformerBlock"])
@@ -123,7 +128,7 @@ def in_two(file: str) -> dict[str, torch.Tensor]:
 def test_sharded_run_has_the_losses_gradients_averages_and_states_of_one_process_and_resumes_exactly(
     run_in_two, tmp_path
 ):
-    both, alone = run_in_two(in_two, str(tmp_path / "state.pt")), Run(None)
+    both, alone = run_in_two(in_two, str(tmp_path / "parts")), Run(None)
     alone.train(0, STEPS, slice(0, 4))
     expected = alone.finish()
     for result in both:
@@ -139,13 +144,15 @@ def test_sharded_run_has_the_losses_gradients_averages_and_states_of_one_process
             )
 
 
-def test_state_of_a_run_without_shards_is_given_and_loaded_as_it_is():
+def test_state_of_a_run_without_shards_is_in_the_common_part_and_loaded_as_it_is():
     run, other = Run(None), Run(None)
     run.train(0, 1, slice(0, 4))
-    states = run.states()
-    assert all(states["model"][name].data_ptr() == value.data_ptr() for name, value in run.model.named_parameters())
-    other.load(states)
+    common = run.common()
+    assert not any(run.parts().values())
+    assert all(common["model"][name].data_ptr() == value.data_ptr() for name, value in run.model.named_parameters())
+    other.load(run.parts(), common)
     assert all(torch.equal(a, b) for a, b in zip(other.ema.shadow_params, run.ema.shadow_params, strict=True))
+    assert not {t.data_ptr() for t in other.ema.shadow_params} & {t.data_ptr() for t in run.ema.shadow_params}
 
 
 def test_recipe_is_one_that_accelerate_reads_and_names_classes_of_the_transformer():

@@ -1,10 +1,12 @@
 """Files, folders and checkpoints that appear whole or not at all."""
 
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +150,18 @@ def test_state_is_read_without_running_foreign_code(tmp_path):
     with pytest.raises(Exception, match="[Ww]eights"):
         checkpoints.load("latest")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_is_read_from_its_file_and_not_into_memory(tmp_path):
+    """Of a state of 64 MiB, which every process of a machine loads."""
+
+    def held() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+    checkpoints = CheckpointFolder(tmp_path)
+    checkpoints.save(1, {"model": {"weight": torch.ones(2**24)}}, {})
+    before = held()
+    state, _ = checkpoints.load("latest")
+    total = state["model"]["weight"].double().sum()  # reads all of it
+    assert held() - before < 2**23 and total == 2**24
