@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> Path:
     if args.negatives == "queue":
         set_queue_size(args, source, accelerator)
     model = make_model(args, image_size, mean, std)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(args, model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=total_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits as load
 from sklearn.model_selection import train_test_split
 
 
+@functools.cache
 def load_digits() -> dict[str, Dataset]:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey: a stratified split into 1,437 train and 360 test images."""
     source = load()

@@ -52,6 +52,9 @@ class ContrastiveArguments(RunArguments):
     weight_decay: float = option(1e-4, "weight decay")
     batch_size: int = option(256, "images per process and step; each gives two views")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    channels_last: bool = option(
+        False, "memory format of the encoder; faster for bf16 on GPUs and for small pictures on CPUs: try both"
+    )
     knn_k: int = option(20, "neighbours of the kNN evaluation", group="evaluation")
     knn_metric: str = option("cosine", "similarity of the kNN evaluation", choices=["cosine", "euclidean"])
 

@@ -124,7 +124,7 @@ class Models:
 
     def training_command(self, name: str) -> str:
         """The command that trains the missing generator of an autoencoder, as the other one was where there is one."""
-        demo, script = demo_folder(), "dae_dit"
+        demo, script = demo_folder(), "dae_drift"
         flags = {"autoencoder": Path(self.sources[name])}
         for other, generator in self.generators.items():
             script = KINDS[type(generator)][1]

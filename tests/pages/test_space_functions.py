@@ -32,7 +32,7 @@ def demo(tmp_path_factory):
     make_drift().save_pretrained(folder / "drift")
     make_tokens().save_pretrained(folder / "ar")
     make_vae(0).save_pretrained(folder / "autoencoder")
-    make_vae(1).save_pretrained(folder / "comparison" / "joint-total")
+    make_vae(1).save_pretrained(folder / "comparison" / "joint")
     save_ours(folder / "encoder")
     save_ours(folder / "comparison" / "encoder-2d", projection_dim=2)
     return folder
@@ -171,8 +171,8 @@ def both_latents(tmp_path_factory):
     """Folders as the demo has them: a DiT in the latents of one autoencoder, and a token model in those of another."""
     folder = tmp_path_factory.mktemp("latents")
     for pipeline, place, latents in (
-        (make_dit(), "dit", "autoencoder"),
-        (make_tokens(["dog", "cat"]), "comparison/joint-dit", "comparison/joint-total"),
+        (make_dit(), "drift", "autoencoder"),
+        (make_tokens(["dog", "cat"]), "comparison/joint-drift", "comparison/joint"),
     ):
         pipeline.save_pretrained(folder / place)
         pipeline.vae.save_pretrained(folder / latents)
@@ -200,14 +200,14 @@ def test_latent_lab_shows_what_each_generator_draws_of_the_same_classes_and_seed
 def test_latent_lab_names_the_command_that_trains_a_missing_generator_and_then_shows_it(
     latents, both_latents, monkeypatch, tmp_path, run_script
 ):
-    for place in ("autoencoder", "dit"):
+    for place in ("autoencoder", "drift"):
         shutil.copytree(both_latents / place, tmp_path / "demo" / place)
     statistics = {"latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}
-    make_vae(1, **statistics).save_pretrained(tmp_path / "demo" / "comparison" / "joint-total")
+    make_vae(1, **statistics).save_pretrained(tmp_path / "demo" / "comparison" / "joint")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DPSSL_DEMO", "demo")
     small = {"num_layers": 1, "width": 16, "num_heads": 2, "max_train_steps": 1, "dataset": "digits"}
-    (tmp_path / "demo" / "dit" / "recipe.yaml").write_text(yaml.safe_dump(small | {"output_dir": "elsewhere"}))
+    (tmp_path / "demo" / "drift" / "recipe.yaml").write_text(yaml.safe_dump(small | {"output_dir": "elsewhere"}))
     page = latents.build()
     text = html.unescape(latents.missing_generators(latents.Models()))
     texts = [html.unescape(block.value) for block in page.blocks.values() if isinstance(block, gradio.HTML)]
@@ -218,13 +218,13 @@ def test_latent_lab_names_the_command_that_trains_a_missing_generator_and_then_s
     loaded = latents.Models()
     assert set(loaded.generators) == {"dae", "joint"} and latents.missing_generators(loaded) == ""
     monkeypatch.setenv("DPSSL_DEMO", str(tmp_path / "demo"))  # of a server, whose folders mean nothing to a visitor
-    shutil.rmtree(tmp_path / "demo" / "comparison" / "joint-dit")
+    shutil.rmtree(tmp_path / "demo" / "comparison" / "joint-drift")
     assert str(tmp_path) not in latents.missing_generators(latents.Models())
 
 
 def test_latent_lab_refuses_a_generator_of_other_latents(latents, both_latents, monkeypatch):
     monkeypatch.setenv("DPSSL_DEMO", str(both_latents))
-    monkeypatch.setenv("DPSSL_JOINT_GENERATOR", str(both_latents / "dit"))
+    monkeypatch.setenv("DPSSL_JOINT_GENERATOR", str(both_latents / "drift"))
     with pytest.raises(ValueError, match="not trained on the latents of .*DPSSL_JOINT and DPSSL_JOINT_GENERATOR"):
         latents.Models()
     monkeypatch.delenv("DPSSL_JOINT_GENERATOR")
@@ -248,14 +248,14 @@ def test_controls_of_the_latent_lab_that_change_nothing_are_off_with_the_reason(
     assert not guidance.interactive and "none is asked for" in guidance.info and steps.interactive
     del loaded.generators["dae"]  # the token model stays
     assert [slider.interactive for slider in latents.fit_controls(loaded, "cat")] == [True, False]
-    for seed, place in enumerate(("autoencoder", "comparison/joint-total")):
+    for seed, place in enumerate(("autoencoder", "comparison/joint")):
         make_vae(seed, quantizer=("kl", "none")[seed]).save_pretrained(tmp_path / place)
     monkeypatch.setenv("DPSSL_DEMO", str(tmp_path))
     shown = controls()
     for name in ("class", "pictures", "seed of the first", "guidance", "steps", "snap to codes on the way"):
         assert not shown[name].interactive and shown[name].info, name
     assert not shown["Draw"].interactive and shown["snap to codes on the way"].value is False
-    monkeypatch.setenv("DPSSL_JOINT", str(both_latents / "comparison" / "joint-total"))
+    monkeypatch.setenv("DPSSL_JOINT", str(both_latents / "comparison" / "joint"))
     snapping = controls()["snap to codes on the way"]
     assert snapping.interactive and snapping.info == "dae has no codebook"
 

@@ -106,3 +106,13 @@ def test_queue_and_batch_norm_that_cannot_be_are_refused(refusal, tmp_path):
         argv = [*COMMON, "--batch_size", 64, *flags, "--output_dir", tmp_path / "out", "--overwrite"]
         assert message in refusal("contrastive", argv)
         assert not (tmp_path / "out" / "encoder").exists()
+
+
+def test_memory_format_changes_rounding_only_and_is_not_saved(run_script, tmp_path):
+    flags = [*COMMON, "--batch_size", 32, "--optimizer", "sgd", "--learning_rate", 0.05]
+    for name, given in (("plain", "False"), ("last", "True")):
+        run_script("contrastive", [*flags, "--channels_last", given, "--output_dir", tmp_path / name])
+    plain, last = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("plain", "last"))
+    for name, tensor in plain.items():
+        assert last[name].is_contiguous()
+        torch.testing.assert_close(last[name], tensor, rtol=1e-3, atol=1e-4)

@@ -75,13 +75,37 @@ def demo_table(report: dict) -> str:
     decibels = metrics["reconstruction_psnr"]
     titles = {
         "dae": "DAE: encoder against a weak decoder, frozen, then the decoder",
-        "joint_equal_total_steps": "joint training, the sum of both stages' steps",
-        "joint_equal_encoder_steps": "joint training for stage 1's steps, then the decoder alone",
-        "without_quantizer": "joint, without quantiser (an upper bound)",
+        "joint": "joint training of equal steps: encoder and decoder, then the decoder alone",
     }
     lines += ["", "| autoencoder | reconstruction PSNR, dB |", "|---|---|"]
     lines += [f"| {title} | {decibels[name]:.1f} |" for name, title in titles.items()]
+    lines += ["", *generators_table(metrics)]
     return "\n".join([*lines, "", circumstances(report), "", seconds(metrics["seconds"], samples)])
+
+
+def generators_table(metrics: dict) -> list[str]:
+    """What each generator of the demo draws, and what that costs, in lines of Markdown."""
+    titles = {
+        "one_step": "one step, DAE's latents",
+        "one_step_joint": "one step, joint training's latents",
+        "dit": "DiT, DAE's latents",
+        "dit_guided": "the same DiT, guidance 2",
+    }
+    lines = [
+        "| generator | passes | seconds of training | of 300 samples | class consistency, % | diversity of real | "
+        "copies, % | Frechet distance |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, title in titles.items():
+        row = metrics["generators"][name]
+        lines.append(
+            f"| {title} | {row['passes']} | {row['training_seconds']:.0f} | {row['sampling_seconds']:.2f} | "
+            f"{row['class_consistency']:.1f} | {row['diversity']:.2f} | {row['copies']:.1f} | "
+            f"{row['frechet_distance']:.3f} |"
+        )
+    real = metrics["frechet_distance_of_real"]
+    lines.append(f"| 300 real training digits | | | | | | | {real:.3f} |")
+    return lines
 
 
 def seconds(parts: dict, samples: dict) -> str:
