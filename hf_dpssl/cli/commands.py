@@ -53,6 +53,10 @@ COMMANDS = {
         "which encoder to take for pictures of several domains",
         "path/to/domains --zoo outputs/demo/encoder timm/resnet18.a1_in1k --output_dir outputs/rank",
     ),
+    "zood": Command(
+        "what choosing, combining and selecting encoders is worth on new domains",
+        "--zoo zoo.yaml --dataset path/to/domains --output_dir outputs/zood",
+    ),
     "import": Command(
         "write another code's checkpoint as a folder of ours",
         "moco_v2_800ep_pretrain.pth.tar --output_dir outputs/moco-v2",

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 
-from ..embedding.choices import BAD_IMAGES, KINDS
 from ..runs.console import printable, say
+from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of
 from .parsing import command_parser, parse_command
+
+_PARTS = (
+    "labels stability knn_top1 in_domain_top1 log_me h_score nce trans_rate effective_rank views".split()
+)  # columns, where they were measured
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,78 +25,83 @@ def parser() -> argparse.ArgumentParser:
         "training: each domain is left out once, and a Bayesian linear model of the others tells its labels.",
     )
     parser.add_argument("dataset", help="folder DOMAIN/CLASS/image, or any data set with --domain_column")
-    parser.add_argument("--zoo", nargs="+", required=True, help="folders or Hub ids (id@revision) of image encoders")
-    parser.add_argument("--domain_column", help="column of domains; without it the folders of the first level are")
-    parser.add_argument("--label_column", help="column of classes; found by its type when not given")
-    parser.add_argument("--image_column", help="column of pictures; found by its type when not given")
+    parser.add_argument(
+        "--zoo",
+        nargs="+",
+        default=["default"],
+        help="folders or Hub ids (id@revision) of image encoders, untrained:NAME of timm, a YAML file with a list of "
+        "them, or default: six of the Hub",
+    )
     parser.add_argument(
         "--no_labels", action="store_true", help="rank by how well two views of a picture find each other"
     )
-    parser.add_argument("--dataset_revision", help="branch, tag or commit of a Hub data set")
-    parser.add_argument("--features", default="features", choices=KINDS, help="of the backbone, or after the head")
-    parser.add_argument("--images", type=int, help="at most so many pictures, drawn at random; default: all")
-    parser.add_argument("--batch_size", type=int, default=64, help="pictures embedded at once")
-    parser.add_argument("--on_bad_image", default="error", choices=BAD_IMAGES, help="unreadable pictures")
-    parser.add_argument("--seed", type=int, default=0, help="of subset and views")
     parser.add_argument(
-        "--output_dir", default="outputs/rank", help="folder of rank.json, rank.png and the features, which are kept"
+        "--cluster_domains", type=int, metavar="N", help="domains are N clusters of the pictures' colours and edges"
     )
-    parser.add_argument("--json", action="store_true", help="print the ranking as JSON")
+    add_domain_flags(parser, "outputs/rank")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """`hf-dpssl rank`: returns the exit status; raises as `load_domains` and `rank_zoo`."""
     args = parse_command(parser(), argv)
-    from ..domains.domain_data import load_domains
     from ..domains.ranking_plot import draw_ranking
     from ..domains.zoo import rank_zoo
+    from ..domains.zoo_list import UNTRAINED, read_zoo
     from ..runs.atomic_files import atomic_file
     from ..runs.results import write_results
 
-    columns = {name: getattr(args, name) for name in ("domain_column", "label_column", "image_column")}
-    how = {"labelled": not args.no_labels, "limit": args.images, "seed": args.seed}
-    given = load_domains(args.dataset, **columns, revision=args.dataset_revision, **how)
-    counts = {name: int((given.domains[list(given.rows)] == i).sum()) for i, name in enumerate(given.domain_names)}
+    zoo = read_zoo(args.zoo)
+    if random := [entry.encoder for entry in zoo if entry.encoder.startswith(UNTRAINED)]:
+        print(f"warning: weights are random, for comparison only: {', '.join(random)}", file=sys.stderr)
+    given = load_given(args, labelled=not args.no_labels, clusters=args.cluster_domains)
+    counts = counts_of(given)
     if not args.json:
-        say(f"{args.dataset}: {', '.join(f'{name} {count}' for name, count in counts.items())} images")
+        of = ", ".join(f"{name} {count}" for name, count in counts.items())
+        say(f"{args.dataset}: {of} images; domains are {given.origin}")
     folder = Path(args.output_dir)
-    reading = {name: getattr(args, name) for name in ("features", "batch_size", "on_bad_image", "seed")}
-    entries = rank_zoo(args.zoo, given, cache=folder / "features", **reading)
+    reading = {name: getattr(args, name) for name in READING}
+    entries = rank_zoo(zoo, given, cache=folder / "features", **reading)
     unit = "percent of views that find each other" if args.no_labels else "score: nats per label and per dimension"
-    options = columns | {name: getattr(args, name) for name in ("no_labels", "features", "images", "on_bad_image")}
-    metrics = {entry["encoder"]: {key: entry[key] for key in entry if key != "encoder"} for entry in entries}
+    options = options_of(args, "no_labels", "cluster_domains")
+    metrics = {entry["name"]: {key: entry[key] for key in entry if key != "name"} for entry in entries}
     about = {"dataset": args.dataset, "seed": args.seed, "samples": counts}
-    write_results(folder / "rank.json", metrics, **about, options=options, unit=unit)
+    write_results(folder / "rank.json", metrics, **about, options=options, unit=unit, domains=given.origin)
     with atomic_file(folder / "rank.png", "wb") as file:
         draw_ranking(entries, file, title=f"{len(entries)} encoders on {args.dataset}", unit=unit)
     if args.json:
         print(json.dumps(entries, indent=2))
         return 0
     _print_table(entries, unit)
-    following = shlex.join(
-        ["hf-dpssl", "embed", entries[0]["encoder"], args.dataset, "--output_dir", "outputs/embeddings"]
-    )
-    say(f"written to {folder / 'rank.json'} and {folder / 'rank.png'}; next, with the first one:\n  {following}")
+    say(f"written to {folder / 'rank.json'} and {folder / 'rank.png'}; next, with the first one:")
+    best = entries[0]["encoder"]
+    if best.startswith(UNTRAINED):
+        say("  nothing: its weights are random, and no trained encoder is better")
+        return 0
+    say("  " + shlex.join(["hf-dpssl", "embed", best, args.dataset, "--output_dir", "outputs/embeddings"]))
     return 0
 
 
 def _print_table(entries: list[dict], unit: str) -> None:
-    parts = [name for name in ("labels", "stability", "knn_top1", "log_me", "effective_rank") if name in entries[0]]
-    width = max(len(entry["encoder"]) for entry in entries) + 2
+    parts = [name for name in _PARTS if name in entries[0]]
+    width = max(len(entry["name"]) for entry in entries) + 2
     print(f"{unit}, mean and 95 % interval over the domains that were left out")
-    names = [*parts, "width", "parameters", "seconds"]
+    numbers = {"width": "", "megabytes": ",.1f", "seconds": ".1f"}
     head = f"{'score':>9}{'interval':>20}{'behind the first':>22}"
-    print(f"{'encoder':<{width}}{head}" + "".join(f"{name:>15}" for name in names))
+    head += "".join(f"{name:>15}" for name in (*parts, *numbers))
+    print(f"{'encoder':<{width}}{head}{'seen before':>15}  licence")
     for entry in entries:
         if "error" in entry:
-            print(printable(f"{entry['encoder']:<{width}}failed: {entry['error']}"))
+            print(printable(f"{entry['name']:<{width}}failed: {entry['error']}"))
             continue
         behind = "" if entry is entries[0] else _interval(entry["behind"])
         text = f"{entry['score']['mean']:>9.3f}{_interval(entry['score']):>20}{behind:>22}"
         text += "".join(f"{entry[name]:>15.3f}" for name in parts)
-        text += f"{entry['width']:>15}{entry['parameters']:>15,}{entry['seconds']:>15.1f}"
-        print(printable(f"{entry['encoder']:<{width}}{text}"))
+        text += "".join(f"{format(entry[name], how):>15}" for name, how in numbers.items())
+        print(printable(f"{entry['name']:<{width}}{text}{entry['contaminated']:>15}  {entry['licence']}"))
+    for entry in entries:
+        if entry.get("contaminated") == "yes":
+            print(printable(f"{entry['name']} has seen pictures like these: {entry['contaminated_because']}"))
 
 
 def _interval(value: dict[str, float]) -> str:

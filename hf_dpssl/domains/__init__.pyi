@@ -25,4 +25,8 @@ from .ranking import score_domains as score_domains
 from .soups import greedy_soup as greedy_soup
 from .soups import uniform_soup as uniform_soup
 from .swad import SWAD as SWAD
+from .view_likelihood import held_out_views as held_out_views
 from .zoo import rank_zoo as rank_zoo
+from .zoo_list import ZooEntry as ZooEntry
+from .zoo_list import read_zoo as read_zoo
+from .zood import zood_of_features as zood_of_features

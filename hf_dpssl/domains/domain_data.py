@@ -4,8 +4,9 @@
 |---|---|---|
 | a column of domains | its values | the label column |
 | a folder of images | folders of the first level (below train, test ... where there are these) | of the second level |
+| a number of clusters | k-means clusters of colours and edges of the pictures | the label column, or folders |
 
-All splits count together. Nothing is decoded here.
+All splits count together. Only for clusters pictures are decoded here.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..data.image_data import ImageData, load_images
 from ..data.subsets import random_rows
 from ..embedding.embeddings_table import dataset_fingerprint
+from .domain_clusters import domain_clusters
 from .ranking import check_domains
 
 _NUMBER = "row_number"
@@ -37,6 +39,7 @@ class DomainData:
         domains: (N,) domain of each row; domain_names: by id.
         labels: (N,) class of each row, or None; class_names: by id, or None.
         rows: those that are used, ascending.
+        origin: where the domains come from, in words.
         fingerprint: of images and rows.
     """
 
@@ -48,6 +51,7 @@ class DomainData:
     class_names: list[str] | None
     rows: Sequence[int]
     fingerprint: str
+    origin: str
 
 
 def load_domains(
@@ -59,6 +63,7 @@ def load_domains(
     revision: str | None = None,
     labelled: bool = True,
     limit: int | None = None,
+    clusters: int | None = None,
     seed: int = 0,
 ) -> DomainData:
     """Load a data set by the rules at the top of this file, and check that each domain can be left out.
@@ -68,57 +73,72 @@ def load_domains(
         domain_column: of domains; None: those are folders.
         labelled: whether classes are needed.
         limit: at most so many pictures, drawn at random, of each class of each domain its share.
-        seed: of that draw.
+        clusters: so many domains are made of the pictures, in place of a column or folders.
+        seed: of that draw, and of the clusters' first centres.
 
     Raises:
         ValueError: what `load_images` and `check_domains` refuse, no domains or no classes; says what to do.
     """
     if limit is not None and limit < 4:
         raise ValueError(f"at least 4 images are needed, two of each of two domains, got a limit of {limit}.")
-    options = {"image_column": image_column, "revision": revision, "hold_out": False}
     if domain_column is not None and domain_column == label_column:
         raise ValueError(f"domains and classes cannot both be the column {domain_column!r}.")
-    data = load_images(name, label_column=domain_column, **options)
+    if domain_column is not None and clusters is not None:
+        raise ValueError(f"domains are the column {domain_column!r} or clusters: give --domain_column or the latter.")
+    options = {"image_column": image_column, "revision": revision, "hold_out": False}
+    data = load_images(name, label_column=label_column if clusters else domain_column, **options)
     images = _in_one(data)
-    if domain_column is None:
+    domains = None
+    names = data.class_names or []
+    layout = "mend the labels"
+    if clusters is not None:
+        labels, class_names = _classes(name, None, label_column, options) if labelled else (None, None)
+        names = [f"cluster {number}" for number in range(clusters)]
+        origin = f"{clusters} clusters of the pictures' colours and edges"
+    elif domain_column is None:
         inside = _folders(name, data, images)
         domains = torch.tensor(images[data.label_column][:])
         class_names = sorted({folder for folder in inside if folder is not None})
         ids = {folder: number for number, folder in enumerate(class_names)} | {None: -1}
         labels = torch.tensor([ids[folder] for folder in inside])
+        layout = "sort them as DOMAIN/CLASS/image"
+        origin = "the folders of the first level"
     else:
         domains = torch.tensor(images[domain_column][:])
         if bare := int((domains < 0).sum()):
             raise ValueError(f"{bare} of {len(domains)} images of {name!r} have no domain in {domain_column!r}.")
-        labels, class_names = _classes(name, domain_column, label_column, options) if labelled else (domains, None)
-    if labelled and (bare := int((labels < 0).sum())):
-        layout = "sort them as DOMAIN/CLASS/image" if domain_column is None else "mend the labels"
+        labels, class_names = _classes(name, domain_column, label_column, options) if labelled else (None, None)
+        origin = f"the column {domain_column!r}"
+    if not labelled:
+        labels = class_names = None
+    elif bare := int((labels < 0).sum()):
         raise ValueError(f"{bare} of {len(labels)} images of {name!r} have no class: {layout}, or pass --no_labels.")
-    groups = domains if not labelled else domains * (int(labels.max()) + 1) + labels
     rows = range(len(images))
     if limit is not None and limit < len(images):
-        rows = random_rows(len(images), limit, labels=groups.tolist(), seed=seed)
+        parts = [ids for ids in (domains, labels) if ids is not None]
+        groups = torch.stack(parts, 1).unique(dim=0, return_inverse=True)[1].tolist() if parts else None
+        rows = random_rows(len(images), limit, labels=groups, seed=seed)
     chosen = torch.tensor(list(rows))
-    if len(data.class_names or []) < 2:
+    if clusters is not None:
+        domains = torch.full((len(images),), -1)
+        domains[chosen] = domain_clusters(data, images, list(rows), clusters, seed=seed)
+    if len(names) < 2:
         raise ValueError(
             f"all images of {name!r} are of one domain: ranking leaves domains out, and needs two or more."
         )
-    check_domains(labels[chosen] if labelled else None, domains[chosen], class_names, data.class_names)
+    check_domains(labels[chosen] if labelled else None, domains[chosen], class_names, names)
     splits = {"train": data.train} | ({} if data.evaluation is None else {"evaluation": data.evaluation})
     fingerprint = f"{dataset_fingerprint(splits)}-{limit}-{seed}"
     images = images.select_columns([data.image_column]).add_column(_NUMBER, list(range(len(images))))
     reading = replace(data, label_column=_NUMBER)
-    names = class_names if labelled else None
-    return DomainData(
-        reading, images, domains, data.class_names, labels if labelled else None, names, rows, fingerprint
-    )
+    return DomainData(reading, images, domains, names, labels, class_names, rows, fingerprint, origin)
 
 
 def _in_one(data: ImageData) -> Dataset:
     return data.train if data.evaluation is None else concatenate_datasets([data.train, data.evaluation])
 
 
-def _classes(name: str, domain_column: str, label_column: str | None, options: dict) -> tuple[Tensor, list[str]]:
+def _classes(name: str, domain_column: str | None, label_column: str | None, options: dict) -> tuple[Tensor, list[str]]:
     data = load_images(name, label_column=label_column, **options)
     if data.class_names is None or data.label_column == domain_column:
         why = f" ({data.label_problem})" if data.label_problem else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,11 +22,14 @@ from ..models.weight_hashes import combined_sha256
 from ..runs.atomic_files import atomic_file
 from .baselines import accuracy_in_domain, h_score, knn_across_domains, log_me, nce_of_clusters, trans_rate
 from .domain_data import DomainData
+from .encoder_facts import encoder_facts
 from .ranking import leave_one_domain_out
+from .view_likelihood import held_out_views
+from .zoo_list import ZooEntry
 
 
 def rank_zoo(
-    zoo: Sequence[str],
+    zoo: Sequence[ZooEntry],
     given: DomainData,
     *,
     features: str = "features",
@@ -42,7 +45,7 @@ def rank_zoo(
     the domain, to its own second view: features that tell pictures apart and not how they are cropped or coloured.
 
     Args:
-        zoo: folders or Hub ids, as `ImageEmbedder` takes them.
+        zoo: as `read_zoo` returns it.
         given: the pictures.
         features: "features" (of the backbone) or "embeddings" (of the head).
         cache: folder in which features are kept, by encoder and pictures; None: nowhere.
@@ -51,32 +54,18 @@ def rank_zoo(
         seed: of the views.
 
     Returns:
-        For each encoder {"encoder", "score": {"mean", "low", "high"} over domains, "domains": {name: its parts},
+        For each encoder {"name", "encoder", "score": {"mean", "low", "high"} over domains, "domains": {its parts},
         "behind": the same three of the first one's score minus this one's, domain by domain, "width", "parameters",
-        "seconds", "cached", "fingerprint"} and, with labels, "labels", "stability", "knn_top1" and what baselines.py
-        measures, without them "effective_rank"; or {"encoder", "error"}.
+        "megabytes" of weights, "seconds", "cached", "fingerprint", and what `encoder_facts` says} and, with labels,
+        "labels", "stability", "knn_top1" and what baselines.py measures, without them "effective_rank" and "views"
+        (`held_out_views`); or {"name", "encoder", "error"}.
 
     Raises:
-        ValueError: an empty zoo, the same encoder twice, or none that could be measured. BadImageError: an unreadable
-            picture, with on_bad_image="error".
+        ValueError: no encoder could be measured. BadImageError: an unreadable picture, with on_bad_image="error".
     """
-    double = sorted({name for name in zoo if list(zoo).count(name) > 1})
-    if not zoo or double:
-        raise ValueError(
-            f"the same encoder is given twice: {double}." if double else "the zoo is empty: name encoders."
-        )
     reading = {"batch_size": batch_size, "on_bad_image": on_bad_image}
-    entries = []
-    for name in tqdm(zoo, "encoders", unit="encoder"):
-        try:
-            entries.append(_measured(name, given, features, cache, reading, seed))
-        except BadImageError:
-            raise
-        except Exception as error:  # libraries and the Hub raise many kinds, and the other encoders go on
-            entries.append({"encoder": name, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+    entries = for_every_encoder(zoo, lambda entry: _measured(entry, given, features, cache, reading, seed))
     done = [entry for entry in entries if "score" in entry]
-    if not done:
-        raise ValueError("no encoder could be measured: " + "; ".join(f"{e['encoder']}: {e['error']}" for e in entries))
     done.sort(key=lambda entry: -entry["score"]["mean"])
     best = _scores(done[0])
     for entry in done:
@@ -84,42 +73,74 @@ def rank_zoo(
     return done + [entry for entry in entries if "error" in entry]
 
 
+def for_every_encoder(zoo: Sequence[ZooEntry], measure: Callable[[ZooEntry], dict]) -> list[dict]:
+    """What `measure` returns for each encoder, with "name" and "encoder"; of those that fail "error" in its place.
+
+    Raises:
+        ValueError: all of them fail. BadImageError: a picture that cannot be read, which no other encoder can mend.
+    """
+    entries = []
+    for entry in tqdm(zoo, "encoders", unit="encoder"):
+        who = {"name": entry.name, "encoder": entry.encoder}
+        try:
+            entries.append(who | measure(entry))
+        except BadImageError:
+            raise
+        except Exception as error:  # libraries and the Hub raise many kinds, and the other encoders go on
+            entries.append(who | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+    if all("error" in entry for entry in entries):
+        raise ValueError("no encoder could be measured: " + "; ".join(f"{e['encoder']}: {e['error']}" for e in entries))
+    return entries
+
+
 def _scores(entry: dict) -> list[float]:
     return [parts["score"] for parts in entry["domains"].values()]
 
 
-def _measured(name: str, given: DomainData, kind: str, cache, reading: dict, seed: int) -> dict:
+def _measured(entry: ZooEntry, given: DomainData, kind: str, cache, reading: dict, seed: int) -> dict:
     start = time.perf_counter()
-    embedder = ImageEmbedder(name, kind=kind)
-    found, rows, cached = _features(embedder, given, cache, reading)
+    embedder = ImageEmbedder(entry.encoder, kind=kind)
+    found, rows, cached = features_of(embedder, given, cache, reading)
     domains = given.domains[rows]
     if given.labels is None:
         views = extract_views(embedder, given.data, given.images, rows.tolist(), seed=seed, **reading)
         per_domain = _agreement(*views, domains)
-        more = effective_rank(found, centre=True)
+        likelihoods = held_out_views(*views, domains, seed=seed)
+        more = effective_rank(found, centre=True) | {"views": sum(likelihoods) / len(likelihoods)}
     else:
         labels = given.labels[rows]
         per_domain = leave_one_domain_out(found, labels, domains)
-        more = {part: sum(entry[part] for entry in per_domain) / len(per_domain) for part in ("labels", "stability")}
-        right = knn_across_domains(found, labels, domains)
-        more["knn_top1"] = sum(right) / len(right)
-        more["in_domain_top1"] = accuracy_in_domain(found, labels)
-        more |= {"log_me": log_me(found, labels), "h_score": h_score(found, labels)}
-        more |= {"nce": nce_of_clusters(found, labels, domains, seed=seed), "trans_rate": trans_rate(found, labels)}
+        more = {part: sum(parts[part] for parts in per_domain) / len(per_domain) for part in ("labels", "stability")}
+        more |= baselines(found, labels, domains, seed=seed)
+    weights = embedder.model.state_dict().values()
     return {
-        "encoder": name,
-        "score": student_interval([entry["score"] for entry in per_domain]),
+        "score": student_interval([parts["score"] for parts in per_domain]),
         "domains": dict(zip(given.domain_names, per_domain, strict=True)),
         **more,
         "width": embedder.dimension,
         "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
+        "megabytes": sum(weight.numel() * weight.element_size() for weight in weights) / 1e6,
         "seconds": time.perf_counter() - start,
         "cached": cached,
         "fingerprint": embedder.fingerprint,
+        **encoder_facts(entry, given.data.name, given.class_names),
     }
 
 
-def _features(embedder: ImageEmbedder, given: DomainData, cache, reading: dict) -> tuple[Tensor, Tensor, bool]:
+def baselines(features: Tensor, labels: Tensor, domains: Tensor, *, seed: int) -> dict[str, float]:
+    """What others would rank by, of features (N, D), class ids and domain ids (N,): see baselines.py."""
+    right = knn_across_domains(features, labels, domains)
+    return {
+        "knn_top1": sum(right) / len(right),
+        "in_domain_top1": accuracy_in_domain(features, labels),
+        "log_me": log_me(features, labels),
+        "h_score": h_score(features, labels),
+        "nce": nce_of_clusters(features, labels, domains, seed=seed),
+        "trans_rate": trans_rate(features, labels),
+    }
+
+
+def features_of(embedder: ImageEmbedder, given: DomainData, cache, reading: dict) -> tuple[Tensor, Tensor, bool]:
     """Features (n, D) of the pictures that can be read, their rows (n,), and whether they lay in the cache."""
     key = combined_sha256(
         {"encoder": embedder.fingerprint, "images": given.fingerprint, "bad": reading["on_bad_image"]}

@@ -27,6 +27,7 @@ from .choices import KINDS
 
 # Said outright: where nothing is said, transformers asks on the terminal whether to run a repository's code.
 _NO_CODE = {"trust_remote_code": False}
+UNTRAINED = "untrained:"  # before the name of a timm architecture: random weights, the same ones every time
 _PRETRAINING = {cls.__name__: cls for cls in (SimCLRForPreTraining, MoCoForPreTraining)}
 
 
@@ -42,6 +43,14 @@ class Preprocessor:
     """
 
     def __init__(self, encoder: str, revision: str | None = None):
+        self.small_image = encoder.startswith(UNTRAINED)
+        if self.small_image:
+            name = encoder.removeprefix(UNTRAINED)
+            if not timm.is_model(name):
+                raise ValueError(f"timm has no architecture {name!r}: timm.list_models() names all.")
+            settings = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+            self.settings = {name: settings[name] for name in ("input_size", "mean", "std")}
+            return
         try:
             config = AutoConfig.from_pretrained(encoder, revision=revision, **_NO_CODE)
             self.small_image = isinstance(config, ContrastiveConfig)  # a stem that only our class can express
@@ -70,7 +79,7 @@ class ImageEmbedder:
 
     Args:
         encoder: folder or Hub id of a ContrastiveEncoder, a timm model or an image model of transformers;
-            `id@revision` on the Hub.
+            `id@revision` on the Hub. "untrained:NAME" is a timm architecture with random weights of a fixed seed.
         kind: "features" (pooled output of the backbone; of a CLIP-like model its image features) or
             "embeddings" (after the head; needs the subfolder `pretraining`).
         device: where it runs; default: the accelerator, or the CPU.
@@ -103,7 +112,9 @@ class ImageEmbedder:
         self.model.to(self.device)
         self.dimension = self._check()
 
-    def _load(self, name: str, revision: str | None) -> PreTrainedModel:
+    def _load(self, name: str, revision: str | None) -> nn.Module:
+        if name.startswith(UNTRAINED):
+            return _untrained(name)
         try:
             config = AutoConfig.from_pretrained(name, revision=revision, **_NO_CODE)
             if getattr(config, "model_args", None):  # as timm writes them, which transformers then passes twice
@@ -175,6 +186,13 @@ def _load_with_head(name: str, revision: str | None) -> PreTrainedModel:
     if architecture not in _PRETRAINING:
         raise ValueError(f"the head in {name!r} is of a {architecture}; known are {sorted(_PRETRAINING)}.")
     return _PRETRAINING[architecture].from_pretrained(name, **place)
+
+
+def _untrained(name: str) -> nn.Module:
+    """The timm architecture that "untrained:<name>" names, with its weights drawn from seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(name.removeprefix(UNTRAINED), pretrained=False, num_classes=0)
 
 
 def timm_model(name: str) -> nn.Module:

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from domain_pictures import CLASSES, DOMAINS, PLACES, picture, write_pictures
 from PIL import Image
 from tiny_encoders import save_ours
 
@@ -15,28 +16,10 @@ from hf_dpssl.domains import leave_one_domain_out, load_domains
 from hf_dpssl.domains.zoo import _agreement
 from hf_dpssl.embedding.embedder import ImageEmbedder
 
-DOMAINS, CLASSES, EACH = ["dark", "light", "noisy"], ["green", "red"], 7
-
-
-def picture(domain: int, label: int, number: int) -> Image.Image:
-    """16 x 16: the class is a colour, the domain a brightness or noise."""
-    random = np.random.default_rng([domain, label, number])
-    pixels = random.normal(60 if domain == 0 else 140, 60 if domain == 2 else 20, (16, 16, 3))
-    pixels[..., 1 - label] += 60
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-PLACES = [(d, c, n) for d in range(len(DOMAINS)) for c in range(len(CLASSES)) for n in range(EACH)]
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    for domain, label, number in PLACES:
-        folder = root / DOMAINS[domain] / CLASSES[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        picture(domain, label, number).save(folder / f"{number}.png")
-    return root
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +40,7 @@ def rank(capsys, *argv) -> list[dict]:
 
 def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_last(pictures, zoo, tmp_path, capsys):
     found = rank(capsys, pictures, "--zoo", *zoo, "--output_dir", tmp_path)
-    assert found[-1].keys() == {"encoder", "error"} and found[-1]["encoder"] == zoo[0]
+    assert found[-1].keys() == {"name", "encoder", "error"} and found[-1]["encoder"] == zoo[0]
     domains, labels, _ = torch.tensor(PLACES).T
     for entry in found[:2]:
         embedder = ImageEmbedder(entry["encoder"])
@@ -79,6 +62,7 @@ def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_la
     printed = capsys.readouterr().out
     assert f"{zoo[0]}" in printed and "failed: " in printed
     assert f"hf-dpssl embed {found[0]['encoder']} {pictures} --output_dir outputs/embeddings" in printed
+    assert "domains are the folders of the first level" in printed
     again = json.loads((tmp_path / "rank.json").read_text())["metrics"]
     assert all(again[e["encoder"]]["cached"] and again[e["encoder"]]["score"] == e["score"] for e in found[:2])
 
@@ -104,6 +88,7 @@ def test_without_labels_pictures_are_told_apart_by_their_views(pictures, zoo, tm
     found = rank(capsys, pictures, "--zoo", *zoo[1:], "--no_labels", "--output_dir", tmp_path)
     for entry in found:
         assert list(entry["domains"]) == DOMAINS and 1 <= entry["effective_rank"] <= entry["width"]
+        assert entry["views"] <= np.log(14) and entry["contaminated"] == "not known"
         assert 0 <= entry["score"]["mean"] <= 100
     domains = torch.arange(60) // 30
     told = torch.randn(60, 8)
@@ -111,6 +96,26 @@ def test_without_labels_pictures_are_told_apart_by_their_views(pictures, zoo, tm
     for name, first in cases.items():
         scores = [entry["score"] for entry in _agreement(first, first if name == "collapsed" else told + 0.01, domains)]
         assert scores == [100, 100] if name == "told" else max(scores) < 15, name
+
+
+def test_domains_that_nobody_names_are_clusters_of_colours_and_edges(pictures, zoo, tmp_path, capsys):
+    """The folders name classes only; the domains differ in brightness and noise, and are found again."""
+    for domain, label, number in PLACES:
+        folder = tmp_path / "flat" / CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(domain, label, number).save(folder / f"{DOMAINS[domain]}-{number}.png")
+    given = load_domains(str(tmp_path / "flat"), clusters=3)
+    assert given.class_names == CLASSES and torch.bincount(given.domains).tolist() == [14, 14, 14]
+    files = [value["path"].rsplit("/", 1)[1].split("-")[0] for value in given.images["image"][:]]
+    assert len(set(zip(files, given.domains.tolist(), strict=True))) == 3
+    arguments = ["--cluster_domains", 3, "--zoo", zoo[1], "--output_dir", tmp_path / "out"]
+    found = rank(capsys, tmp_path / "flat", *arguments)
+    assert list(found[0]["domains"]) == ["cluster 0", "cluster 1", "cluster 2"]
+    assert json.loads((tmp_path / "out/rank.json").read_text())["domains"].startswith("3 clusters")
+    rank(capsys, tmp_path / "flat", *arguments, "--no_labels")
+    for line, message in {"--cluster_domains 1": "at least 2", "--cluster_domains 43": "too few to make 43"}.items():
+        assert main(["rank", str(tmp_path / "flat"), "--zoo", zoo[1], *line.split()]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, tmp_path, capsys):
@@ -130,6 +135,8 @@ def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, 
         ("digits --zoo none --domain_column label", "with --label_column"),
         (f"{pictures} --zoo none none", "the same encoder is given twice: ['none']"),
         (f"{pictures} --zoo none --images 2", "at least 4 images"),
+        (f"{pictures} --zoo {pictures / 'zoo.yaml'}", "does not exist"),
+        (f"{pictures} --zoo none --domain_column style --cluster_domains 2", "or clusters"),
     ]
     for line, message in cases:
         assert main(["rank", *line.split(), "--output_dir", str(tmp_path / "new")]) == 2, line

@@ -1,0 +1,50 @@
+"""Flags of the commands that measure a zoo on pictures of several domains."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from ..embedding.choices import BAD_IMAGES, KINDS
+
+if TYPE_CHECKING:
+    from ..domains.domain_data import DomainData
+
+_COLUMNS = ("domain_column", "label_column", "image_column")
+READING = ("features", "batch_size", "on_bad_image", "seed")
+
+
+def add_domain_flags(parser: argparse.ArgumentParser, output: str) -> None:
+    """Which pictures, how they are read, and `output`, the default folder of results."""
+    add = parser.add_argument
+    add("--domain_column", help="column of domains; without it the folders of the first level are")
+    add("--label_column", help="column of classes; found by its type when not given")
+    add("--image_column", help="column of pictures; found by its type when not given")
+    add("--dataset_revision", help="branch, tag or commit of a Hub data set")
+    add("--features", default="features", choices=KINDS, help="of the backbone, or after the head")
+    add("--images", type=int, help="at most so many pictures, drawn at random; default: all")
+    add("--batch_size", type=int, default=64, help="pictures embedded at once")
+    add("--on_bad_image", default="error", choices=BAD_IMAGES, help="unreadable pictures")
+    add("--seed", type=int, default=0, help="of all draws")
+    add("--output_dir", default=output, help="folder of the results and of the features, which are kept")
+    add("--json", action="store_true", help="print the results as JSON")
+
+
+def load_given(args: argparse.Namespace, *, labelled: bool, clusters: int | None = None) -> DomainData:
+    """The pictures that the flags name; errors of `load_domains`."""
+    from ..domains.domain_data import load_domains
+
+    columns = {name: getattr(args, name) for name in _COLUMNS}
+    how = {"labelled": labelled, "limit": args.images, "seed": args.seed, "clusters": clusters}
+    return load_domains(args.dataset, **columns, revision=args.dataset_revision, **how)
+
+
+def options_of(args: argparse.Namespace, *more: str) -> dict:
+    """What decides the numbers, for the results file."""
+    return {name: getattr(args, name) for name in (*_COLUMNS, "features", "images", "on_bad_image", *more)}
+
+
+def counts_of(given: DomainData) -> dict[str, int]:
+    """Pictures of each domain."""
+    domains = given.domains[list(given.rows)]
+    return {name: int((domains == number).sum()) for number, name in enumerate(given.domain_names)}

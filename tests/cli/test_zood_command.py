@@ -1,0 +1,74 @@
+"""`hf-dpssl zood` on tiny encoders and pictures of three domains, and encoders that differ in size or fail."""
+
+import json
+
+import pytest
+import torch
+from domain_pictures import DOMAINS, PLACES, picture, write_pictures
+from PIL import Image
+from tiny_encoders import INPUT, save_ours
+
+from hf_dpssl.cli.commands import main
+from hf_dpssl.domains import zood_of_features
+from hf_dpssl.embedding.embedder import ImageEmbedder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """A file with encoders of two input sizes, an untrained one, and one without weights."""
+    root = tmp_path_factory.mktemp("zoo")
+    save_ours(root / "small")
+    save_ours(root / "large", pretrained_cfg=INPUT | {"input_size": [3, 32, 32]})
+    save_ours(root / "broken")
+    (root / "broken/model.safetensors").write_bytes(b"nothing")
+    lines = [f"- {root}/broken", f"- {{encoder: {root}/small, name: small, data: photos}}"]
+    lines += [f"- {{encoder: {root}/large, name: large}}", "- {encoder: 'untrained:test_vit', name: random}"]
+    (root / "zoo.yaml").write_text("encoders:\n" + "\n".join(lines) + "\n")
+    return root
+
+
+def test_zood_measures_all_encoders_that_load_and_names_the_others(pictures, zoo, tmp_path, capsys):
+    arguments = ["zood", "--zoo", str(zoo / "zoo.yaml"), "--dataset", str(pictures), "--output_dir", str(tmp_path)]
+    assert main([*arguments, "--top", "2"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "zood.json").read_text())["metrics"]
+    names = ["small", "large", "random"]
+    by_name = {entry["name"]: entry for entry in found["encoders"]}
+    assert set(by_name[f"{zoo}/broken"]) == {"name", "encoder", "error"}
+    assert [by_name[name]["contaminated"] for name in names] == ["no", "not known", "no"]
+    assert "failed: " in printed and "weighted Kendall's tau" in printed
+    domains, labels, _ = torch.tensor(PLACES).T
+    encoders = {"small": f"{zoo}/small", "large": f"{zoo}/large", "random": "untrained:test_vit"}
+    rows = [picture(*place) for place in PLACES]
+    features = {name: ImageEmbedder(encoder).embed_pictures(rows) for name, encoder in encoders.items()}
+    wanted = zood_of_features(features, labels, domains, DOMAINS, top=2)
+    for name in DOMAINS:
+        target, expected = found["targets"][name], wanted["targets"][name]
+        assert target["single"] == expected["single"] and target["selection"] == expected["selection"]
+        for encoder in names:
+            assert target["encoders"][encoder] == pytest.approx(expected["encoders"][encoder], rel=1e-3, abs=1e-3)
+    assert Image.open(tmp_path / "zood.png").size[0] > 100
+
+
+def test_what_zood_cannot_measure_is_refused_before_an_encoder_is_loaded(pictures, zoo, tmp_path, capsys):
+    two = write_pictures(tmp_path / "two", [place for place in PLACES if place[0] < 2])
+    lonely = tmp_path / "lonely"
+    for name in ["a/x/1", "a/x/2", "b/x/1", "b/x/2", "b/y/1", "c/x/1", "c/x/2", "c/y/1"]:
+        (lonely / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0, 0, 0).save(lonely / f"{name}.png")
+    cases = [
+        (f"--dataset {two} --zoo none", "three domains or more are needed"),
+        (f"--dataset {lonely} --zoo none", "with domain 'b' as the target: class 'y' is found in domain 'c' only"),
+        (f"--dataset {pictures} --zoo none --top 0", "top must be at least 1"),
+        (f"--dataset {pictures} --zoo {zoo / 'broken'}", "no encoder could be measured"),
+        (f"--dataset {pictures} --zoo untrained:none", "timm has no architecture 'none'"),
+    ]
+    for line, message in cases:
+        assert main(["zood", *line.split(), "--output_dir", str(tmp_path / "new")]) == 2, line
+        assert message in capsys.readouterr().err, line
+        assert not (tmp_path / "new/zood.json").exists(), line
