@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import demo
 import numpy as np
@@ -33,11 +34,12 @@ SHORT = {
 
 @pytest.fixture(scope="module")
 def short_demo(tmp_path_factory):
-    """Folder of a demo that trains for a few steps."""
+    """Folder of a demo that trains for a few steps, and draws a few samples."""
     folder = tmp_path_factory.mktemp("demo")
     recipe = folder / "short.yaml"
     recipe.write_text(yaml.safe_dump(SHORT), encoding="utf-8")
-    return demo.main(["--output_dir", str(folder / "out"), "--recipe", str(recipe)])
+    with mock.patch.object(demo, "NUM_SAMPLES", 100):
+        return demo.main(["--output_dir", str(folder / "out"), "--recipe", str(recipe)])
 
 
 def test_demo_writes_complete_checkpoints_pictures_and_report(short_demo):
@@ -77,7 +79,7 @@ def test_report_has_every_measure_with_its_circumstances(short_demo):
     assert sum(v for k, v in metrics["seconds"].items() if k != "total") == pytest.approx(
         metrics["seconds"]["total"], abs=1
     )
-    assert report["samples"] == {"train": 1437, "held_out": 360, "generated": 300}
+    assert report["samples"] == {"train": 1437, "held_out": 360, "generated": 100}
     assert report["environment"]["libraries"]["torch"] and report["recipe"] == SHORT
 
 
