@@ -7,6 +7,7 @@ a batch holds follows from its epoch and index, so a resumed run simply starts t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ from .image_table import BadImageError, ImageTable, decode_row, stack
 from .subsets import reservoir
 from .views import TwoViews
 
-_SHUFFLE_BUFFER = 4096
+logger = logging.getLogger(__name__)
+
+_SHUFFLE_BUFFER = 4096  # rows of a stream that a process holds
 _OF_A_STREAM = 10_000  # images of a split that are held to evaluate and measure
 
 
@@ -71,7 +74,7 @@ class _EpochOrder(Sampler):
             batch = 0
 
 
-class _StreamBatches(TorchIterableDataset):
+class _WholeStream(TorchIterableDataset):
     """Batches of a stream: every process and worker reads it, and decodes only what is its own.
 
     A sample's id is its place in the epoch's (shuffled) stream. Worker w of n makes every n-th
@@ -83,8 +86,7 @@ class _StreamBatches(TorchIterableDataset):
         self.start = start
 
     def __iter__(self) -> Iterator[dict]:
-        worker = torch.utils.data.get_worker_info()
-        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        worker_id, num_workers = _worker()
         epoch, first_batch = self.start
         number = 0  # of the batch since the start, over epochs
         while True:
@@ -93,7 +95,7 @@ class _StreamBatches(TorchIterableDataset):
                 if batch >= first_batch:
                     yielded += 1
                     if number % num_workers == worker_id:
-                        yield self._make(rows, batch, epoch)
+                        yield self._own(rows, batch, epoch)
                     number += 1
             if not yielded and first_batch == 0:
                 raise ValueError(
@@ -108,31 +110,92 @@ class _StreamBatches(TorchIterableDataset):
         size = self.source.batch_size * self.source.process[1]
         stream = self.source.data.train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         # In a loader worker iter(stream) would leave out the shards of other workers; stream.iter reads them all.
-        for columns in stream.iter(size, drop_last_batch=True):
-            yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        yield from map(_rows, stream.iter(size, drop_last_batch=True))
 
-    def _make(self, rows: list[dict], batch: int, epoch: int) -> dict:
+    def _own(self, rows: list[dict], batch: int, epoch: int) -> dict:
+        size = self.source.batch_size
         index = self.source.process[0]
-        first = batch * len(rows) + index * self.source.batch_size
-        mine = rows[index * self.source.batch_size : (index + 1) * self.source.batch_size]
-        ids = torch.arange(first, first + len(mine))
-        skipped = {}
-        decoded = []
-        for place, values in enumerate(mine):
-            try:
-                decoded.append(decode_row(self.source.data, values, f"image {first + place} of epoch {epoch}"))
-            except BadImageError as error:
-                if self.source.on_bad_image == "error":
-                    raise
-                skipped[first + place] = str(error)
-        if not decoded:
-            raise BadImageError(
-                f"a whole batch of {self.source.data.name!r} cannot be read: {next(iter(skipped.values()))}"
-            )
-        decoded = (decoded * len(mine))[: len(mine)]  # repeats fill the places of bad images
-        pictures, labels = zip(*decoded, strict=True)
-        images = stack(pictures, self.source.image_size, self.source.views, ids, epoch)
-        return dict(images=images, labels=torch.tensor(labels), sample_ids=ids, epoch=epoch, skipped=skipped)
+        first = batch * len(rows) + index * size
+        return _decoded(self.source, rows[index * size :][:size], torch.arange(first, first + size), epoch)
+
+
+class _OwnShards(TorchIterableDataset):
+    """Batches of a stream, of which each reader (a worker of a process) reads its own shards and nothing else.
+
+    Rows are shuffled in blocks, and a batch is of one block. What a reader needs to go on after it is in the batch,
+    under "reader": (worker, state); nothing is read again but the block. A sample's id is its place in what the reader
+    has read in this epoch, times the readers, plus the reader's number.
+    """
+
+    def __init__(self, source: ImageSource, states: dict[int, dict]):
+        self.source = source
+        self.states = states
+
+    def __iter__(self) -> Iterator[dict]:
+        worker_id, num_workers = _worker()
+        made = sum(state["made"] for state in self.states.values())
+        mine = (worker_id + made) % num_workers  # the loader asks its first worker first, whoever's turn it is
+        start = {"epoch": 0, "stream": None, "rows": 0, "batch": 0, "made": 0}
+        state = self.states.get(mine, start)
+        reader = (self.source.process[0] * num_workers + mine, self.source.process[1] * num_workers)
+        while True:
+            before = state["made"]
+            for batch, after in self._epoch(state, reader, _SHUFFLE_BUFFER // num_workers):
+                state = after
+                yield batch | {"reader": (mine, state)}
+            if state["made"] == before and state["stream"] is None:
+                raise ValueError(
+                    f"reader {reader[0]} of {reader[1]} of the stream of {self.source.data.name!r} finds fewer images "
+                    f"in its shards than its batch ({self.source.batch_size}): lower --batch_size or --num_workers, or "
+                    "give --stream_reading whole."
+                )
+            state = start | {"epoch": state["epoch"] + 1, "made": state["made"]}
+
+    def _epoch(self, state: dict, reader: tuple[int, int], buffer: int) -> Iterator[tuple[dict, dict]]:
+        """The batches from a state on to the end of its epoch, each with the state after it."""
+        size, seed, epoch = self.source.batch_size, self.source.seed, state["epoch"]
+        stream = self.source.data.train.shard(reader[1], reader[0], contiguous=False)
+        stream.set_epoch(keyed_random.derive_seed(seed, "stream", epoch) % 2**31)  # the order of the shards
+        if state["stream"] is not None:
+            stream.load_state_dict(state["stream"])
+        for block in map(_rows, stream.iter(max(1, buffer // size) * size)):
+            key = keyed_random.derive_seed(seed, "block", reader[0], state["rows"])
+            order = keyed_random.permutation(len(block), seed=key, epoch=epoch).tolist()
+            for number in range(state["batch"], len(block) // size):
+                places = torch.arange(number * size, (number + 1) * size)
+                ids = (state["rows"] + places) * reader[1] + reader[0]
+                batch = _decoded(self.source, [block[order[place]] for place in places], ids, epoch)
+                state = state | {"batch": number + 1, "made": state["made"] + 1}
+                yield batch, state
+            state = state | {"stream": stream.state_dict(), "rows": state["rows"] + len(block), "batch": 0}
+
+
+def _worker() -> tuple[int, int]:
+    worker = torch.utils.data.get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
+def _rows(columns: dict[str, list]) -> list[dict]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _decoded(source: ImageSource, rows: list[dict], ids: Tensor, epoch: int) -> dict:
+    """The batch of these rows of a stream; keys as in `ImageSource.loader`."""
+    skipped = {}
+    decoded = []
+    for number, values in zip(ids.tolist(), rows, strict=True):
+        try:
+            decoded.append(decode_row(source.data, values, f"image {number} of epoch {epoch}"))
+        except BadImageError as error:
+            if source.on_bad_image == "error":
+                raise
+            skipped[number] = str(error)
+    if not decoded:
+        raise BadImageError(f"a whole batch of {source.data.name!r} cannot be read: {next(iter(skipped.values()))}")
+    decoded = (decoded * len(rows))[: len(rows)]  # repeats fill the places of bad images
+    pictures, labels = zip(*decoded, strict=True)
+    images = stack(pictures, source.image_size, source.views, ids, epoch)
+    return dict(images=images, labels=torch.tensor(labels), sample_ids=ids, epoch=epoch, skipped=skipped)
 
 
 class ImageSource:
@@ -148,6 +211,8 @@ class ImageSource:
         on_bad_image: "error" or "skip".
         preload_bytes: decode a split once when its images fit into this.
         views: crop each image twice while loading (contrastive learning on large images).
+        stream_reading: of a stream, "whole": each process and worker reads all of it, in an order that does not depend
+            on them; "shards": its own shards only, where there are as many as readers.
 
     Raises:
         ValueError: fewer images than one batch of all processes. BadImageError: an unreadable picture.
@@ -165,6 +230,7 @@ class ImageSource:
         on_bad_image: str = "error",
         preload_bytes: int = 2**30,
         views: TwoViews | None = None,
+        stream_reading: str = "whole",
     ):
         self.data = data
         self.image_size = image_size
@@ -175,6 +241,7 @@ class ImageSource:
         self.on_bad_image = on_bad_image
         self.preload_bytes = preload_bytes
         self.views = views
+        self.stream_reading = stream_reading
         self.skipped: dict[str, str] = {}
         self.table = None if isinstance(data.train, IterableDataset) else self._table(data.train, "train", views)
         if self.table is not None and len(self.table) < batch_size * process[1]:
@@ -194,6 +261,7 @@ class ImageSource:
             num_workers=args.num_workers,
             on_bad_image=args.on_bad_image,
             preload_bytes=int(args.preload_gb * 2**30),
+            stream_reading=args.stream_reading,
         )
         if views is not None and _may_be_larger(data, image_size):
             views.crop = False
@@ -217,15 +285,28 @@ class ImageSource:
         """Whole global batches in an epoch; None for a stream."""
         return None if self.table is None else len(self.table) // (self.batch_size * self.process[1])
 
-    def loader(self, start: tuple[int, int] = (0, 0)) -> DataLoader:
+    def loader(self, start: tuple[int, int] = (0, 0), readers: dict[int, dict] | None = None) -> DataLoader:
         """Endless batches from epoch `start[0]`, batch `start[1]` on; an epoch's incomplete last one is dropped.
 
         Each is a dict: images uint8 (B, 3, S, S), or (B, 2, 3, S, S) when cropped while loading; labels
-        (B,) int64, -1 where there are none; sample_ids (B,) int64; epoch; skipped {row: reason}.
+        (B,) int64, -1 where there are none; sample_ids (B,) int64; epoch; skipped {row: reason}. Those of a stream
+        that is read by shards have `reader`, (worker, state): the last states, by worker, are the start of the next.
         """
         if self.table is not None:
             return ordered_batches(self.table, self.batch_size, self.seed, start, self.process, self.num_workers)
-        return _loader(_StreamBatches(self, start), self.num_workers, batch_size=None)
+        batches = _OwnShards(self, readers or {}) if self._by_shards() else _WholeStream(self, start)
+        return _loader(batches, self.num_workers, batch_size=None)
+
+    def _by_shards(self) -> bool:
+        if self.stream_reading == "whole":
+            return False
+        readers, shards = self.process[1] * max(1, self.num_workers), self.data.train.num_shards
+        if shards < readers and self.process[0] == 0:
+            logger.warning(
+                "the stream of %r has %d shards for %d readers (%d processes x %d workers): each reads all of it",
+                self.data.name, shards, readers, self.process[1], max(1, self.num_workers),
+            )  # fmt: skip
+        return shards >= readers
 
     def training_table(self) -> ImageTable:
         """The training images uncropped, in order, to evaluate and measure; of a stream 10,000 at random."""

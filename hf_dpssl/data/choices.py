@@ -1,4 +1,5 @@
-"""What may be chosen of views. No library is imported here: command lines read their choices."""
+"""What may be chosen of views and streams. No library is imported here: command lines read their choices."""
 
 MODES = ("fused", "exact")  # colours as one matrix, or exactly as torchvision v2
 AUGMENTATIONS = ("natural", "imagenet", "textures", "faces", "digits", "digits-on-photos")
+STREAM_READINGS = ("shards", "whole")

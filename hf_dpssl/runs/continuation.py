@@ -78,6 +78,16 @@ def check_same_run(
             )
     if args.lr_scheduler in _SCHEDULES_WITHOUT_END and not args.depends_on_length():
         free |= _LENGTH
+    readers_then, readers_now = (
+        (count, max(1, arguments["num_workers"]))
+        for count, arguments in ((meta["num_processes"], then), (processes.count, now))
+    )
+    if meta["readers"] and readers_then != readers_now:
+        raise ValueError(
+            f"cannot continue the run in {where}: its stream was read by {readers_then[0]} processes x "
+            f"{readers_then[1]} workers, each with its own shards, and now there are {readers_now[0]} x "
+            f"{readers_now[1]}. Use the same; with --stream_reading whole from the start, any number could go on."
+        )
     free |= _check_processes(meta, processes, then["batch_size"], now["batch_size"], where)
     changed = sorted(name for name in then.keys() | now.keys() if name not in free and then.get(name) != now.get(name))
     listed = [f"{name}: {then.get(name)!r} -> {now.get(name)!r}" for name in changed]

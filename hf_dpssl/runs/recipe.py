@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
+from ..data.choices import STREAM_READINGS
 from .atomic_files import atomic_file
 from .console import be_quiet, say
 from .flags import FlagParser, add_flags, groups_of, option
@@ -47,6 +48,9 @@ class RunArguments:
     image_column: str | None = option(None, "column of pictures; found by its type when not given")
     label_column: str | None = option(None, "column of classes; found by its type when not given")
     streaming: bool = option(False, "read the data set as a stream instead of downloading it first")
+    stream_reading: str = option(
+        "shards", "of a stream each process and worker reads its own shards, or the whole", choices=STREAM_READINGS
+    )
     on_bad_image: str = option("error", "what to do with an unreadable picture", choices=["error", "skip"])
     image_size: int | None = option(None, "side of the square images in pixels; default: the data set's")
     preload_gb: float = option(1.0, "decode the images into memory once when they fit into this many GiB")

@@ -289,6 +289,7 @@ class TrainingLoop:
         self.skipped = skipped
         self._pending: dict[str, float | torch.Tensor] = {}
         self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
+        self._readers: dict[int, dict] = {}  # by worker: where it stands in its shards of a stream
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
         self._disk = PartsOnDisk(torch.distributed.new_group(backend="gloo")) if is_sharded(accelerator) else None
@@ -340,8 +341,12 @@ class TrainingLoop:
         self.history = meta["history"]
         self.seconds = meta.get("seconds")
         self.skipped.update(meta["skipped"])
+        if meta["readers"]:
+            states = meta["readers"][self.accelerator.process_index]
+            self._readers = {int(worker): state for worker, state in states.items()}
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
-        replay = ", replaying the stream from the start of the epoch" if self.args.streaming else ""
+        replays = self.args.streaming and not self._readers
+        replay = ", replaying the stream from the start of the epoch" if replays else ""
         say(f"{self.name}: resumed at {where}{replay}")
 
     def __iter__(self) -> Iterator[dict]:
@@ -352,7 +357,8 @@ class TrainingLoop:
         bar = tqdm(total=self.total_steps, initial=self.step, desc=self.name, unit="step", mininterval=0.5, **silent)
         micro_step = self.step * args.gradient_accumulation_steps
         self._clock = time.perf_counter()
-        batches = iter(self.make_loader(start=(self.epoch, self.batch))) if self.step < self.total_steps else iter(())
+        start = {"start": (self.epoch, self.batch)} | ({"readers": self._readers} if self._readers else {})
+        batches = iter(self.make_loader(**start)) if self.step < self.total_steps else iter(())
         while self.step < self.total_steps:
             batch = next(batches)
             self._advance(batch)
@@ -376,6 +382,9 @@ class TrainingLoop:
             self.epoch = batch["epoch"]
             self.batch = 0
         self.batch += 1
+        if "reader" in batch:
+            worker, state = batch["reader"]
+            self._readers[worker] = state
         for row, reason in batch.get("skipped", {}).items():
             if str(row) not in self.skipped:
                 self.skipped[str(row)] = reason
@@ -468,6 +477,7 @@ class TrainingLoop:
             "skipped": self.skipped,
             "data": self._data,
             "sources": self.sources,
+            "readers": gather_object([self._readers]) if self._readers else None,
         }
         if main or self._disk:
             state = {name: common_part(value) for name, value in self._kept.items()}

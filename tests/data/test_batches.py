@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel
+from datasets import ClassLabel, IterableDataset
 from pictures import BROKEN, noise, row, write_parquet
 from PIL import Image
 
@@ -131,6 +131,69 @@ def test_workers_change_nothing_for_a_stream_of_several_files(tmp_path, monkeypa
 def test_two_processes_with_two_workers_read_each_picture_of_a_stream_once(make):
     halves = [take(make("stream", 28, process=(index, 2), batch_size=7, num_workers=2), 2) for index in (0, 1)]
     assert sorted(marks(halves[0]) + marks(halves[1])) == list(range(28))
+
+
+def counted_stream(folder, shards: int, rows: int):
+    """A set of one picture, `shards` times `rows` times, whose every row leaves a mark where it is read."""
+    picture = row(0)
+
+    def read(parts):
+        for part in parts:
+            for number in range(rows):
+                with open(folder / "read", "a") as file:
+                    file.write(".")
+                yield {"image": picture, "label": part * rows + number}
+
+    stream = IterableDataset.from_generator(read, gen_kwargs={"parts": list(range(shards))})
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    return stream.cast(features)
+
+
+def test_readers_of_shards_read_each_row_once_where_readers_of_the_whole_read_it_as_often_as_they_are(
+    make, tmp_path, monkeypatch
+):
+    """Two processes with two workers each, over an epoch of 8 shards of 24 rows."""
+    monkeypatch.setattr("hf_dpssl.data.batches._SHUFFLE_BUFFER", 16)
+    found = {}
+    for reading in ("whole", "shards"):
+        (tmp_path / "read").write_text("")
+        data = replace(make("stream").data, train=counted_stream(tmp_path, 8, 24))
+        options = dict(image_size=8, batch_size=4, seed=0, num_workers=2, stream_reading=reading)
+        seen = []
+        for process in (0, 1):
+            loader = iter(ImageSource(data, process=(process, 2), **options).loader())
+            batches = list(islice(loader, 24))
+            seen += torch.cat([batch["labels"] for batch in batches]).tolist()
+            assert {batch["epoch"] for batch in batches} == {0}
+            del loader  # ends the workers
+        assert sorted(seen) == list(range(192))  # both ways, every row once
+        found[reading] = len((tmp_path / "read").read_text())
+    ahead = 4 * 3 * 8  # each worker prepares two batches of the next epoch, and datasets looks one block ahead
+    assert found["whole"] >= 4 * 192 and 192 <= found["shards"] <= 192 + ahead
+    print(f"rows read in an epoch of 192: {found}")
+
+
+def test_readers_of_shards_go_on_exactly_where_they_were_and_read_no_shard_before_it_again(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dpssl.data.batches._SHUFFLE_BUFFER", 16)  # blocks of 8 rows for each of two workers
+    data = replace(make("stream").data, train=counted_stream(tmp_path, 4, 50))
+    options = dict(image_size=8, batch_size=4, seed=0, stream_reading="shards")
+    for num_workers in (0, 2):
+        source = ImageSource(data, num_workers=num_workers, **options)
+        whole = list(islice(source.loader(), 70))  # into the second epoch
+        assert len({(b["epoch"], i) for b in whole for i in b["sample_ids"].tolist()}) == 280
+        for stop in (1, 7, 50, 61):
+            readers = dict(batch["reader"] for batch in whole[:stop])
+            (tmp_path / "read").write_text("")
+            assert_same(list(islice(source.loader(readers=readers), 3)), whole[stop : stop + 3])
+            assert num_workers or len((tmp_path / "read").read_text()) < 50 + 16 + 12
+
+
+def test_a_stream_of_fewer_shards_than_readers_is_read_whole_and_says_so(make, caplog):
+    source = make("stream", process=(0, 2), num_workers=3, stream_reading="shards")
+    source.loader()
+    assert "has 4 shards for 6 readers (2 processes x 3 workers)" in caplog.text
+    with pytest.raises(ValueError, match=r"reader 0 of 4 .* fewer images in its shards than its batch \(9\)"):
+        next(iter(make("stream", process=(0, 4), batch_size=9, stream_reading="shards").loader()))
 
 
 def test_preloading_gives_the_tensors_of_reading_row_by_row(make):

@@ -72,6 +72,9 @@ def test_another_number_of_processes_is_refused_where_the_weights_depend_on_it(r
     for changed, message in (({"num_processes": 2}, own), ({"sharded": True}, kinds)):
         file.write_text(json.dumps(record | changed))
         assert message in refusal("contrastive", resume), changed
+    file.write_text(json.dumps(record | {"readers": [{}, {}], "num_processes": 2}))
+    message = refusal("contrastive", resume)
+    assert "was read by 2 processes x 1 workers" in message and "now there are 1 x 1" in message
     record["arguments"]["batch_norm"] = "global"
     file.write_text(json.dumps(record | {"num_processes": 4}))
     message = refusal("contrastive", [*resume, "--batch_norm", "global"])
