@@ -1,4 +1,4 @@
-"""One face for the autoencoders a latent pipeline may hold: ours, and diffusers' AutoencoderKL and VQModel.
+"""One face for the autoencoders a latent pipeline may hold: ours, and diffusers' for images.
 
 Latents are normalised: ours by the statistics in the config, diffusers' by (latents - shift) * scaling_factor. Also
 here: pictures and masks that a user gives, checked against the autoencoder.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, VQModel
+from diffusers import ModelMixin, VQModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ from ..models.modeling_vq import VQAutoencoder
 from ..models.pixel_checks import check_pixel_values
 from ..models.weight_hashes import combined_sha256, rounded_sha256, value_sha256
 
-Autoencoder = VQAutoencoder | AutoencoderKL | VQModel
+Autoencoder = VQAutoencoder | ModelMixin  # with encode and decode of images: AutoencoderKL, VQModel, AutoencoderTiny
 Pictures = Image.Image | np.ndarray | Tensor | list
 
 
@@ -56,7 +56,7 @@ def awaken(module: nn.Module) -> None:
 
 
 def encode(vae: Autoencoder, pixel_values: Tensor) -> Tensor:
-    """Normalised latents (B, C, h, w), float32, of images (B, C, H, W) in [-1, 1]; of AutoencoderKL the mode.
+    """Normalised latents (B, C, h, w), float32, of images (B, C, H, W) in [-1, 1]; of a distribution the mode.
 
     Raises:
         ValueError: values that are not finite or outside [-1, 1].
@@ -66,10 +66,9 @@ def encode(vae: Autoencoder, pixel_values: Tensor) -> Tensor:
     pixel_values = pixel_values.to(vae.dtype)
     if isinstance(vae, VQAutoencoder):
         return vae.normalize_latents(vae.encode_latents(pixel_values).float())
-    if isinstance(vae, VQModel):
-        return vae.encode(pixel_values).latents.float() * vae.config.scaling_factor
-    latents = vae.encode(pixel_values).latent_dist.mode().float()
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    encoded = vae.encode(pixel_values)
+    latents = encoded.latents if "latents" in encoded else encoded.latent_dist.mode()
+    return (latents.float() - _shift(vae)) * vae.config.scaling_factor
 
 
 def decode(vae: Autoencoder, latents: Tensor, quantize: bool = True) -> Tensor:
@@ -83,10 +82,14 @@ def decode(vae: Autoencoder, latents: Tensor, quantize: bool = True) -> Tensor:
         if quantize and vae.quantizer is not None:
             latents = vae.quantize(latents).quantized
         return vae.decode(latents).pixel_values
-    latents = latents / vae.config.scaling_factor
-    if isinstance(vae, VQModel):
-        return vae.decode(latents.to(vae.dtype), force_not_quantize=not quantize).sample
-    return vae.decode((latents + (vae.config.shift_factor or 0.0)).to(vae.dtype)).sample
+    latents = (latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)
+    options = {"force_not_quantize": not quantize} if isinstance(vae, VQModel) else {}
+    return vae.decode(latents, **options).sample
+
+
+def _shift(vae: ModelMixin) -> float:
+    """What a diffusers autoencoder's latents are shifted by, which most of its classes do not have."""
+    return getattr(vae.config, "shift_factor", None) or 0.0
 
 
 def read_pictures(pictures: Pictures, channels: int, side: int, name: str = "image") -> Tensor:

@@ -65,7 +65,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
 
     Args:
         transformer: its last label row is the null class.
-        vae: the autoencoder whose latents it was trained on: VQAutoencoder, or diffusers' AutoencoderKL or VQModel.
+        vae: the autoencoder whose latents it was trained on: VQAutoencoder, or one of diffusers' for images
+            (AutoencoderKL, VQModel, AutoencoderTiny, ...).
         scheduler: any diffusers scheduler for the transformer's prediction type.
         id2label: {class id: name}; {} for a model without classes; None numbers the transformer's classes.
         vae_fingerprint: `vae.fingerprint()` at training time.

@@ -34,7 +34,8 @@ class VQDriftPipeline(ClassConditionalPipeline):
 
     Args:
         transformer: its last label row is the null class.
-        vae: the autoencoder whose latents it was trained on: VQAutoencoder, or diffusers' AutoencoderKL or VQModel.
+        vae: the autoencoder whose latents it was trained on: VQAutoencoder, or one of diffusers' for images
+            (AutoencoderKL, VQModel, AutoencoderTiny, ...).
         id2label: {class id: name}; {} or None for a model without classes.
         vae_fingerprint: `vae.fingerprint()` at training time.
 

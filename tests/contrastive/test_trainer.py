@@ -1,5 +1,7 @@
 """transformers.Trainer takes SimCLRForPreTraining and VQAutoencoder as they are."""
 
+import os
+
 import pytest
 import torch
 from cases import for_each
@@ -102,3 +104,71 @@ def test_accumulating_over_equal_batches_with_labels_takes_the_same_step_as_one_
         weights.append([p.detach() for p in model.parameters()])
         assert any((new - old).abs().max() > 1e-4 for new, old in zip(weights[-1], before, strict=True))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-9, atol=1e-9)
+
+
+def trained_on_shares(folder: str, batch_size: int) -> dict[str, torch.Tensor]:
+    """Of each model: weights of the best of two steps on 8 rows, and the losses that the Trainer reports."""
+    if torch.distributed.is_initialized():
+        rank = str(torch.distributed.get_rank())
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # the group stands already
+    found = {}
+    for name in MODELS:
+        model = MODELS[name]().double()
+        model.load_state_dict(torch.load(f"{folder}/{name}.pt", weights_only=True))
+        rows = Rows(8, model.dtype, name != "vq").rows
+        arguments = TrainingArguments(
+            output_dir=f"{folder}/{name} by {batch_size}",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            optim="sgd",
+            learning_rate=0.3,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            max_steps=2,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        found |= {f"{name} weight {key}": value.clone() for key, value in model.state_dict().items()}
+        for key in ("loss", "eval_loss"):
+            found[f"{name} {key}"] = torch.tensor([e[key] for e in trainer.state.log_history if key in e])
+        found[f"{name} best"] = torch.tensor(trainer.state.best_metric)
+    found["processes"] = torch.tensor(arguments.world_size)
+    return found
+
+
+def test_trainer_on_two_processes_takes_the_steps_of_one_and_returns_the_best_model(run_in_two, tmp_path):
+    for name, make in MODELS.items():
+        model = make().double()
+        if name == "vq":
+            model.train()(random(8, 3, 16, 16, seed=1))  # starts the codebook
+        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+    both = run_in_two(trained_on_shares, str(tmp_path), 2)
+    expected = trained_on_shares(str(tmp_path), 4)
+    assert [int(found.pop("processes")) for found in (*both, expected)] == [2, 2, 1]
+    for found in both:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for name, make in MODELS.items():
+        losses = expected[f"{name} eval_loss"]
+        assert len(losses) == 2 and expected[f"{name} best"] == losses.min()
+        model = make().double()
+        weight = f"{name} weight "
+        model.load_state_dict({k.removeprefix(weight): v for k, v in expected.items() if k.startswith(weight)})
+        rows = Rows(8, model.dtype, name != "vq").rows
+        halves = [
+            {key: torch.stack([row[key] for row in half]) for key in rows[0] if key != "label"}
+            for half in (rows[:4], rows[4:])
+        ]
+        with torch.no_grad():
+            best = sum(float(model.eval()(**half).loss) for half in halves) / 2
+        assert float(expected[f"{name} best"]) == pytest.approx(best, rel=1e-5)

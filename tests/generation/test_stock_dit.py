@@ -6,7 +6,9 @@ import pytest
 import torch
 from cases import for_each
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
@@ -18,6 +20,7 @@ from foreign_processes import run_foreign
 from tiny_pipelines import generator, make_dit, make_exportable
 
 from hf_dpssl import VQDiTPipeline
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.generation.stock_dit import stock_autoencoder
 
 SYNONYMS = {0: "tench, Tinca tinca", 1: "goldfish, Carassius auratus", 134: "crane", 517: "crane"}
@@ -127,6 +130,28 @@ def test_pictures_go_through_autoencoder_kl(ours):
     found = ours([1], image=picture, mask_image=mask, **options).images
     torch.testing.assert_close(found[0, :, 6:], picture[:, 6:], rtol=0, atol=1e-6)
     assert (found[0, :, :6] - picture[:, :6]).abs().mean() > 0.05
+
+
+def test_other_autoencoders_of_diffusers_encode_decode_and_draw():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    widths = {"down_block_out_channels": (8, 16), "up_block_out_channels": (8, 16), "norm_num_groups": 4}
+    small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "scaling_factor": 0.5}
+    stock = make_stock()
+    pixel_values = torch.rand(2, 3, 16, 16) * 2 - 1
+    for vae in (AsymmetricAutoencoderKL(**blocks, **widths), AutoencoderTiny(**small, **counts)):
+        vae.eval()
+        with torch.no_grad():
+            encoded = vae.encode(pixel_values)
+            encoded = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mode()
+            latents = latent_codec.encode(vae, pixel_values)
+            torch.testing.assert_close(latents, encoded * vae.config.scaling_factor, rtol=0, atol=0)
+            torch.testing.assert_close(latent_codec.decode(vae, latents), vae.decode(encoded).sample)
+        pipeline = VQDiTPipeline(stock.transformer, vae, stock.scheduler, vae_fingerprint=latent_codec.fingerprint(vae))
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"image": pixel_values / 2 + 0.5, "num_inference_steps": 2, "output_type": "pt"}
+        assert pipeline([1, 2], generator=generator(), **options).images.shape == pixel_values.shape
 
 
 FOREIGN = """

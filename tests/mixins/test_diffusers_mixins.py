@@ -15,19 +15,21 @@ pytest.importorskip("parameterized")
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel  # noqa: E402
 from tests.pipelines.test_pipelines_common import (  # noqa: E402
     PipelineKarrasSchedulerTesterMixin,
+    PipelineLatentTesterMixin,
     PipelineTesterMixin,
 )
-from tiny_checkpoints import dit_pipeline, token_pipeline  # noqa: E402
+from tiny_checkpoints import dit_pipeline, drift_pipeline, token_pipeline  # noqa: E402
 
-from hf_dpssl import VQDiTPipeline, VQTokenPipeline  # noqa: E402
+from hf_dpssl import VQDiTPipeline, VQDriftPipeline, VQTokenPipeline  # noqa: E402
 from hf_dpssl.generation.diffusion import make_scheduler  # noqa: E402
 
 pytestmark = pytest.mark.mixins
 
 
-class Mixin(PipelineTesterMixin):
+class Mixin(PipelineLatentTesterMixin, PipelineTesterMixin):
     """What stands for: classes in, images out."""
 
+    image_params = image_latents_params = frozenset()
     params = batch_params = frozenset(["class_labels"])
     test_attention_slicing = False
     test_xformers_attention = False
@@ -51,7 +53,7 @@ class VQDiTPipelineTest(Mixin, PipelineKarrasSchedulerTesterMixin, unittest.Test
         return {"transformer": found.transformer, "vae": found.vae, "scheduler": scheduler}
 
 
-class FlowVQDiTPipelineTest(Mixin, unittest.TestCase):
+class FlowMixin(Mixin):
     """With flow matching, as trained by default."""
 
     pipeline_class = VQDiTPipeline
@@ -61,6 +63,39 @@ class FlowVQDiTPipelineTest(Mixin, unittest.TestCase):
     def get_dummy_components(self):
         found = dit_pipeline()
         return {"transformer": found.transformer, "vae": found.vae, "scheduler": found.scheduler}
+
+
+class FlowVQDiTPipelineTest(FlowMixin, unittest.TestCase):
+    pass
+
+
+class StockAutoencoderTest(FlowMixin, unittest.TestCase):
+    """In latents of diffusers' AutoencoderKL, in whose place come other autoencoders of diffusers."""
+
+    def get_dummy_components(self):
+        return super().get_dummy_components() | {"vae": _stock_autoencoder(), "id2label": {0: "zero", 1: "one"}}
+
+
+class ImageToImageTest(FlowMixin, unittest.TestCase):
+    """From a picture that is given as tensor, array or PIL image."""
+
+    image_params = frozenset(["image"])
+
+    def get_dummy_inputs(self, device, seed=0):
+        picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return super().get_dummy_inputs(device, seed) | {"image": picture, "strength": 1.0}
+
+
+class VQDriftPipelineTest(Mixin, unittest.TestCase):
+    """In one step."""
+
+    pipeline_class = VQDriftPipeline
+    required_optional_params = frozenset(["generator", "latents", "output_type", "return_dict"])
+    steps = {}
+
+    def get_dummy_components(self):
+        found = drift_pipeline()
+        return {"transformer": found.transformer, "vae": found.vae, "id2label": {0: "zero", 1: "one"}}
 
 
 class VQTokenPipelineTest(Mixin, unittest.TestCase):
@@ -86,21 +121,25 @@ class ControlTest(Mixin, PipelineKarrasSchedulerTesterMixin, unittest.TestCase):
         torch.manual_seed(0)
         shape = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "patch_size": 2}
         transformer = DiTTransformer2DModel(sample_size=8, in_channels=4, out_channels=8, **shape)
-        vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **_BLOCKS)
-        return {"transformer": transformer.eval(), "vae": vae.eval(), "scheduler": DDIMScheduler()}
+        return {"transformer": transformer.eval(), "vae": _stock_autoencoder(), "scheduler": DDIMScheduler()}
 
 
-_BLOCKS = {
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 4,
-}
-del Mixin
+def _stock_autoencoder():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    return AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, **blocks).eval()
+
+
+del Mixin, FlowMixin
 
 _COMPONENTS = "components hold names and fingerprint too, so that Pipe(**pipe.components) is the same pipeline"
-_OURS = {"test_components_function": _COMPONENTS, "test_save_load_local": _COMPONENTS}
+_STOCK = {"test_components_function": _COMPONENTS, "test_save_load_local": _COMPONENTS}
+_VAE = {"test_multi_vae": "reads diffusers' config of an autoencoder; StockAutoencoderTest has one"}
 _EDM = {"test_karras_schedulers_shape": "EDMEulerScheduler scales its input for another network: refused"}
-_STEPS = {"test_inference_batch_single_identical": "tokens are drawn without num_inference_steps"}
-expect_failures(FlowVQDiTPipelineTest, _OURS)
-expect_failures(VQDiTPipelineTest, _OURS | _EDM)
-expect_failures(VQTokenPipelineTest, _OURS | _STEPS)
+_STEPS = {"test_inference_batch_single_identical": "images are drawn without num_inference_steps"}
+expect_failures(FlowVQDiTPipelineTest, _STOCK | _VAE)
+expect_failures(ImageToImageTest, _STOCK | _VAE)
+expect_failures(StockAutoencoderTest, _STOCK)
+expect_failures(VQDiTPipelineTest, _STOCK | _VAE | _EDM)
+expect_failures(VQTokenPipelineTest, _STOCK | _VAE | _STEPS)
+expect_failures(VQDriftPipelineTest, _STOCK | _VAE | _STEPS)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict, replace
 
 import evaluate
 import numpy as np
@@ -10,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_dpssl.autoencoder.arguments import VQArguments
 from hf_dpssl.data import load_images
+from hf_dpssl.generation.dit_arguments import DiTArguments
+from hf_dpssl.runs.continuation import Processes, check_same_run
 from hf_dpssl.runs.training_checkpoints import CheckpointFolder
 from hf_dpssl.runs.training_loop import same_checkpoint
 
@@ -65,6 +69,22 @@ def test_moved_images_go_on_and_other_classes_are_refused_with_both_lists(pictur
     Image.new("RGB", (16, 16)).save(moved / "cat/9.png")
     printed = run_script("contrastive", flags(moved, tmp_path / "run", 4, *resume))
     assert "the images are others" in printed and "resumed at step 3" in printed
+
+
+def test_what_measures_shows_or_saves_memory_may_change_and_what_decides_about_weights_may_not():
+    speed = {"gradient_checkpointing": True, "checkpointing_steps": 7, "num_workers": 3, "evaluation_images": 9}
+    samples = {"sampling_steps": 3, "guidance_scale": 4.0, "grid_images_per_class": 1, "validation_steps": 5}
+    for args, free, bound in (
+        (DiTArguments(), speed | samples | {"compile": True}, {"learning_rate": 0.5, "width": 8, "seed": 3}),
+        (VQArguments(), speed | {"validation_steps": 5, "validation_images": 8}, {"num_codes": 8, "batch_size": 2}),
+        (VQArguments(adversarial="hinge"), speed, {"validation_steps": 5}),  # whose guard follows the validations
+    ):
+        meta = {"arguments": asdict(args), "num_processes": 1, "sharded": False, "readers": False}
+        now = (Processes(1, sharded=False), None, {}, "run")
+        check_same_run(meta, replace(args, **free), *now)
+        for name, value in bound.items():
+            with pytest.raises(ValueError, match=f"{name}: .* -> {value}"):
+                check_same_run(meta, replace(args, **free, **{name: value}), *now)
 
 
 def test_length_changes_only_under_a_schedule_without_end_and_never_below_what_is_done(
