@@ -93,6 +93,7 @@ EXPECTED = {  # shapes of what the snippets make
 SHAPES = [shape for name in RUNS for shape in EXPECTED[name]]
 
 
+@pytest.mark.slow  # the fast tests run them on folders
 def test_snippets_run_by_id_at_a_commit_in_a_fresh_process(trained, tmp_path):
     given = []
     with HubServer() as hub:

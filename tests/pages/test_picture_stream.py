@@ -61,7 +61,8 @@ def test_image_is_the_same_alone_and_among_others(pipeline):
     assert np.abs(arrays(among)[1].astype(int) - arrays(alone)[0]).max() <= 1  # rounding of another batch size
 
 
-def test_snippets_in_a_fresh_process_draw_the_same_pixels(pipeline, tmp_path):
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_snippets_draw_the_same_pixels_also_in_a_fresh_process(fresh, pipeline, tmp_path, monkeypatch):
     pipeline.save_pretrained(tmp_path / "model")
     requests = {"classes": REQUEST, "no-class": PictureRequest((), 2, seed=1, steps=3)}
     program = "import os\n"
@@ -71,7 +72,11 @@ def test_snippets_in_a_fresh_process_draw_the_same_pixels(pipeline, tmp_path):
         assert str(tmp_path) not in code  # a server's folders are nobody's business
         code = code.replace("path/to/model", str(tmp_path / "model"))
         program += f"os.chdir({str(tmp_path / name)!r})\nexec({code!r}, {{}})\n"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    monkeypatch.chdir(tmp_path)  # and back
+    if fresh:
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    else:
+        exec(program, {})
     for name, request in requests.items():
         for i, picture in enumerate(list(stream_pictures(pipeline, request))[-1][2]):
             drawn = Image.open(tmp_path / name / f"{request.seed + i}.png")

@@ -38,6 +38,7 @@ CODE = """
 """
 
 
+@pytest.mark.slow
 def test_every_space_with_models_works_on_hub_ids_and_asks_no_other_host(tmp_path):
     folders = save_checkpoints(tmp_path, ("encoder", "autoencoder", "dit", "token"))
     drift = make_drift()

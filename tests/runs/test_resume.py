@@ -45,7 +45,7 @@ RUNS = {  # script, flags, processes
     "dae_drift_two_processes": ("dae_drift", [*DRIFT, "--guidance_scale", 1.5, "--validation_steps", 3], 2),
     "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
 }
-FAST = ["t_moco", "t_simclr_two_processes", "t_simclr_stream_two_workers", "vqgan", "dae_gan", "dae_dit"]
+FAST = ["t_simclr_two_processes", "t_simclr_stream_two_workers", "dae_gan", "dae_dit"]
 
 
 @pytest.mark.parametrize(
