@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ..autoencoder.arguments import VQArguments
+from ..domains.domains_arguments import DomainsArguments
 from ..generation.dit_arguments import DiTArguments
 from ..generation.drift_arguments import DriftArguments
 from ..generation.gan_arguments import GANArguments
@@ -28,6 +29,7 @@ SCRIPTS = {
     "dae_drift": DriftArguments,
     "dae_gan": GANArguments,
     "dae_vq": VQArguments,
+    "domains": DomainsArguments,
     "map": MapArguments,
 }
 _DESCRIPTION = (

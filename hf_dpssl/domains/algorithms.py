@@ -83,13 +83,14 @@ class ERM(nn.Module):
         """One step; returns the loss before it, without gradient.
 
         Args:
-            minibatches: of each domain images (n, C, H, W) and labels (n,), n of at least 2.
+            minibatches: of each domain images (n, C, H, W) and labels (n,), n of at least 2. Of one domain alone there
+                is nothing to compare: IRM is then within the domain, and MMD and VREx are ERM.
 
         Raises:
-            ValueError: fewer than two domains, or a minibatch without two labelled images.
+            ValueError: no minibatch, or one without two labelled images.
         """
-        if len(minibatches) < 2:
-            raise ValueError(f"an update needs a minibatch of each of two or more domains, got {len(minibatches)}.")
+        if not len(minibatches):
+            raise ValueError("an update needs a minibatch of each domain, got none.")
         for number, (images, labels) in enumerate(minibatches):
             if len(images) < 2 or labels.shape != images.shape[:1]:
                 shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
@@ -198,7 +199,7 @@ class MMD(ERM):
         logits = [self.classifier(part) for part in features]
         losses = [F.cross_entropy(part, labels) for part, (_, labels) in zip(logits, minibatches, strict=True)]
         pairs = [_discrepancy(first, second) for i, first in enumerate(features) for second in features[i + 1 :]]
-        return torch.stack(losses).mean() + self.gamma * torch.stack(pairs).mean()
+        return torch.stack(losses).mean() + self.gamma * sum(pairs) / max(len(pairs), 1)
 
 
 class SagNet(ERM):

@@ -149,14 +149,15 @@ class ImageEmbedder:
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """float32 (B, D) on the CPU, of pixel_values (B, 3, H, W)."""
-        pixel_values = pixel_values.to(self.device)
+        return self.embed(pixel_values.to(self.device)).float().cpu()
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """(B, D) of pixel_values (B, 3, H, W), where these are, with gradient if one is asked for."""
         if self.kind == "embeddings":
-            return self.model(pixel_values).embeddings.float().cpu()
+            return self.model(pixel_values).embeddings
         if hasattr(self.model, "get_image_features"):
-            output = self.model.get_image_features(pixel_values=pixel_values)
-        else:
-            output = self.model(pixel_values)
-        return self._pool(output).float().cpu()
+            return self._pool(self.model.get_image_features(pixel_values=pixel_values))
+        return self._pool(self.model(pixel_values))
 
     def _pool(self, output) -> Tensor:
         if torch.is_tensor(output):  # get_image_features before transformers 5

@@ -91,7 +91,7 @@ def test_saved_recipe_reads_back_to_the_same_arguments(tmp_path):
 
 def test_shipped_recipes_parse_and_name_their_command():
     recipes = sorted((shipped_folder("training") / "recipes").glob("*.yaml"))
-    kinds = {"map": "map", "ar": "dae_ar", "gan": "dae_gan", "vq": "dae_vq", "dit": "dae_dit"}
+    kinds = {"map": "map", "ar": "dae_ar", "gan": "dae_gan", "vq": "dae_vq", "dit": "dae_dit", "domains": "domains"}
     for path in recipes:
         text = path.read_text(encoding="utf-8")
         if path.stem == "demo":  # numbers of steps, for training/demo.py

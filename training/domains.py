@@ -1,0 +1,197 @@
+"""Domain generalisation: ERM, IRM, GroupDRO, Mixup, MMD, SagNet, ARM, VREx, RSC, SWAD, each domain held out once.
+
+    python training/domains.py                                         # rotated digits, CPU, minutes
+    python training/domains.py --dataset path/to/domains --encoder outputs/demo/encoder --frozen
+    accelerate launch training/domains.py --recipe domains-pacs-resnet50
+
+Every algorithm has the same number of draws of hyper-parameters. Writes OUTPUT_DIR/cells/ (one JSON a run),
+results.json and table.md (per-domain, mean and worst accuracy by each rule of selection). Started again it goes on with
+the runs that are not there yet; processes share the runs, which do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.domains.choices import DIGITS, SOUPS
+from hf_dpssl.domains.domains_arguments import DomainsArguments
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.recipe import announce, parse, save_recipe
+
+if __name__ == "__main__":
+    announce(DomainsArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save
+from tqdm.auto import tqdm
+
+from hf_dpssl.domains.cells import Cell, Trainer
+from hf_dpssl.domains.digit_domains import digit_domains
+from hf_dpssl.domains.domain_data import load_domains
+from hf_dpssl.domains.domain_tensors import DomainTensors
+from hf_dpssl.domains.encoded_domains import PretrainedEncoder, feature_tensors, picture_tensors
+from hf_dpssl.domains.known_sets import account, find_set
+from hf_dpssl.domains.selection import as_markdown, table
+from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.runs.atomic_files import atomic_file, write_json
+from hf_dpssl.runs.results import write_results
+
+_IMAGE_SIZE = 32  # of pictures for DomainBed's small network
+_INDIFFERENT = {"algorithms", "draws", "seeds", "targets", "selection", "batch_size", "output_dir", "overwrite", "seed"}
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run the script with command-line arguments `argv`; returns the folder of the results."""
+    args = parse(DomainsArguments, argv, __doc__)
+    accelerator = Accelerator()
+    folder = Path(args.output_dir)
+
+    # Data and encoder
+    with accelerator.main_process_first():  # which fills the cache of features
+        tensors, encoder, notes = load(args, accelerator.device)
+    targets = args.targets or tensors.names
+    if unknown := set(targets) - set(tensors.names):
+        raise ValueError(f"--targets {sorted(unknown)} are no domains of {args.dataset!r}, which has {tensors.names}.")
+    if len(tensors.names) < 3 and "leave_one_domain_out" in args.selection:
+        raise ValueError("--selection leave_one_domain_out holds two domains out, and needs three or more.")
+    every_target = "leave_one_domain_out" in args.selection
+    about = {"every_target": every_target, "device": accelerator.device, "encoder": encoder}
+    trainer = Trainer(
+        tensors, args.protocol, args.steps, args.evaluation_steps, tolerance_ratio=args.tolerance_ratio, **about
+    )
+
+    # Runs
+    numbers = [tensors.names.index(name) for name in targets]
+    cells = plan(args, numbers, len(tensors.names))
+    decided = {name: value for name, value in asdict(args).items() if name not in _INDIFFERENT}
+    decided |= {"data": tensors.digest(), "every_target": every_target, "encoder_weights": fingerprint(encoder)}
+    missing = check(cells, folder, decided, args.overwrite)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_recipe(args, folder / "recipe.yaml")
+    for soups in (False, True):
+        part = [cell for cell in missing if (cell.algorithm in SOUPS) == soups]
+        mine = part[accelerator.process_index :: accelerator.num_processes]
+        for cell in tqdm(mine, "soups" if soups else "runs", unit="run", disable=None if mine else True):
+            run(cell, trainer, args, folder, decided)
+        accelerator.wait_for_everyone()
+
+    # Table
+    if accelerator.is_main_process:
+        report(args, folder, cells, targets, tensors, notes)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def load(args: DomainsArguments, device: torch.device) -> tuple[DomainTensors, PretrainedEncoder | None, list[str]]:
+    """Inputs of all domains, the encoder that is fine-tuned, and what a reader of the table must know of the data."""
+    if args.dataset in DIGITS:
+        if args.encoder is not None:
+            raise ValueError(f"{args.dataset} is learned from scratch: leave out --encoder, or name a set of pictures.")
+        tensors = digit_domains(args.dataset, args.seed)
+        return tensors, None, [f"{args.dataset}: {sum(map(len, tensors.labels)):,} pictures."]
+    name, column = find_set(args.dataset)
+    embedder = ImageEmbedder(args.encoder, device=device) if args.encoder is not None else None
+    columns = {column: getattr(args, column) for column in ("label_column", "image_column")}
+    columns["domain_column"] = args.domain_column or column
+    given = load_domains(name, revision=args.dataset_revision, limit=args.images, seed=args.seed, **columns)
+    encoder = None
+    if args.protocol == "frozen":
+        reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
+        tensors = feature_tensors(embedder, given, cache=Path(args.output_dir) / "features", **reading)
+    else:
+        encoder = PretrainedEncoder(embedder, args.seed) if embedder is not None else None
+        size = args.image_size or (encoder.size if encoder is not None else _IMAGE_SIZE)
+        tensors = picture_tensors(given, size, args.on_bad_image)
+    whole = account(args.dataset, given)
+    notes = [whole or f"{args.dataset}: {sum(map(len, tensors.labels)):,} pictures."]
+    notes += [f"{domain} has no {', '.join(names)}." for domain, names in tensors.missing_classes.items()]
+    return tensors, encoder, notes
+
+
+def fingerprint(encoder: PretrainedEncoder | None) -> str | None:
+    """Of the weights that are fine-tuned."""
+    return None if encoder is None else encoder.embedder.fingerprint
+
+
+def plan(args: DomainsArguments, targets: list[int], domains: int) -> list[Cell]:
+    """All runs, seed by seed and draw by draw, so that any first part of them gives a table of equal budgets."""
+    cells = []
+    pairs = [(target, other) for target in targets for other in range(domains) if other != target]
+    held_out = [(target,) for target in targets]
+    if "leave_one_domain_out" in args.selection:
+        held_out += sorted({tuple(sorted(pair)) for pair in pairs})
+    learned = [name for name in args.algorithms if name not in SOUPS]
+    for seed, draw in itertools.product(range(args.seed, args.seed + args.seeds), range(args.draws)):
+        cells += [Cell(name, out, draw, seed) for name in learned for out in held_out]
+    soups = [name for name in args.algorithms if name in SOUPS]
+    seeds = range(args.seed, args.seed + args.seeds)
+    return cells + [Cell(name, (target,), 0, seed) for seed in seeds for name in soups for target in targets]
+
+
+def check(cells: list[Cell], folder: Path, decided: dict, overwrite: bool) -> list[Cell]:
+    """The cells that are not there yet.
+
+    Raises:
+        ValueError: one is there that was made otherwise.
+    """
+    missing = []
+    for cell in cells:
+        path = folder / "cells" / f"{cell.name}.json"
+        if not path.exists():
+            missing.append(cell)
+            continue
+        before = json.loads(path.read_text(encoding="utf-8"))["decided"]
+        differing = sorted(name for name in decided | before if decided.get(name) != before.get(name))
+        if differing and not overwrite:
+            raise ValueError(
+                f"{path} was made with other {', '.join(differing)}: give another --output_dir, or --overwrite to make "
+                "these runs anew."
+            )
+        if differing:
+            missing.append(cell)
+    return missing
+
+
+def run(cell: Cell, trainer: Trainer, args: DomainsArguments, folder: Path, decided: dict) -> None:
+    """Run one cell and write its record; of erm its weights too, where soups are made of them."""
+
+    def weights(draw: int) -> Path:
+        return folder / "weights" / f"{Cell('erm', cell.targets, draw, cell.seed).name}.safetensors"
+
+    if cell.algorithm in SOUPS:
+        content, _ = trainer.average(cell, [load_file(weights(draw)) for draw in range(args.draws)])
+    else:
+        content, state = trainer.run(cell)
+        if cell.algorithm == "erm" and len(cell.targets) == 1 and set(args.algorithms) & set(SOUPS):
+            with atomic_file(weights(cell.draw), "wb") as file:
+                file.write(save({name: value.cpu().contiguous() for name, value in state.items()}))
+    write_json(folder / "cells" / f"{cell.name}.json", content | {"decided": decided})
+
+
+def report(args: DomainsArguments, folder: Path, cells: list[Cell], targets, tensors, notes: list[str]) -> None:
+    """results.json and table.md of all runs of the plan."""
+    runs = [json.loads((folder / "cells" / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
+    rows = table(runs, args.selection, targets)
+    search = f"{args.draws} of hyper-parameters, the first of them the defaults" if args.draws > 1 else "the defaults"
+    budget = f"Each algorithm: {search}; {args.steps} steps a run. {args.protocol}, {args.encoder or 'from scratch'}."
+    notes = [budget, *notes, *(f"{run['algorithm']} diverged in a run." for run in runs if run["diverged"])]
+    text = as_markdown(rows, targets, list(dict.fromkeys(notes)))
+    samples = {name: len(labels) for name, labels in zip(tensors.names, tensors.labels, strict=True)}
+    about = {"dataset": args.dataset, "seed": args.seed, "samples": samples}
+    arguments = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "output_dir"}
+    metrics = {f"{row['algorithm']}_{row['selection']}": row["mean"] for row in rows}
+    write_results(folder / "results.json", metrics, **about, rows=rows, arguments=arguments, notes=notes)
+    with atomic_file(folder / "table.md") as file:
+        file.write(text)
+    say(f"{text}\nwritten to {folder / 'results.json'} and {folder / 'table.md'}")
+
+
+if __name__ == "__main__":
+    sys.exit(reported("domains.py", main))
