@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -49,7 +50,8 @@ _INDIFFERENT = {"algorithms", "draws", "seeds", "targets", "selection", "batch_s
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the results."""
     args = parse(DomainsArguments, argv, __doc__)
-    accelerator = Accelerator()
+    # Without this, processes of a machine without GPU do not find each other.
+    accelerator = Accelerator(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available())
     folder = Path(args.output_dir)
 
     # Data and encoder

@@ -119,7 +119,7 @@ class Trainer:
         if swad is not None:
             if swad.recent:
                 algorithm.load_state_dict(swad.weights())
-            records.append({"step": records[-1]["step"]} | self._summary(algorithm, prepare, cell, splits, sources))
+            records.append({"step": self.steps - 1} | self._summary(algorithm, prepare, cell, splits, sources))
         seconds = time.perf_counter() - start
         content = self._described(cell, algorithm) | {"hyperparameters": asdict(given), "diverged": diverged}
         return content | {"records": records, "seconds": seconds}, algorithm.state_dict()

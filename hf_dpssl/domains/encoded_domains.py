@@ -16,7 +16,7 @@ from ..embedding.embedder import ImageEmbedder
 from .domain_data import DomainData
 from .domain_tensors import DomainTensors
 from .networks import TunedEncoder
-from .zoo import _features
+from .zoo import features_of
 
 # DomainBed's: its ResNets see random crops of 70 to 100 % of the area, mirrored, coloured and one in ten grey.
 _VIEWS = Augmentation(
@@ -45,7 +45,7 @@ def feature_tensors(
 ) -> DomainTensors:
     """Features (n, D) of each domain; `cache` is the folder in which they are kept. Raises as `picture_tensors`."""
     reading = {"batch_size": batch_size, "on_bad_image": on_bad_image}
-    features, rows, _ = _features(embedder, given, cache, reading)
+    features, rows, _ = features_of(embedder, given, cache, reading)
     return _by_domain(given, features, rows)
 
 

@@ -1,0 +1,132 @@
+"""training/domains.py on pictures of three domains: what it writes, that it goes on, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from cases import for_each
+from domain_pictures import CLASSES, DOMAINS, write_pictures
+from PIL import Image
+from tiny_encoders import save_ours
+
+from hf_dpssl.domains.encoded_domains import PretrainedEncoder
+from hf_dpssl.embedding.embedder import ImageEmbedder
+
+TINY = ["--steps", 5, "--evaluation_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    save_ours(folder)
+    return folder
+
+
+def read(folder):
+    """The rows of the results, and the records of the runs without their seconds."""
+    cells = {path.name: json.loads(path.read_text()) | {"seconds": 0} for path in (folder / "cells").iterdir()}
+    return json.loads((folder / "results.json").read_text()), cells
+
+
+def test_a_killed_search_goes_on_with_the_runs_that_lack(pictures, encoder, tmp_path, run_script):
+    frozen = [*TINY, "--dataset", pictures, "--encoder", encoder, "--frozen", "--output_dir", tmp_path]
+    frozen += ["--algorithms", "erm", "arm", "swad", "uniform_soup", "greedy_soup", "--draws", 2, "--seeds", 2]
+    frozen += ["--selection", "training_domains", "oracle", "leave_one_domain_out"]
+    printed = run_script("domains", frozen)
+    results, cells = read(tmp_path)
+    assert len(cells) == 2 * (2 * 3 * (3 + 3) + 2 * 3)  # seeds x (draws x algorithms x targets and pairs, and soups)
+    by_rule = {}
+    for row in results["rows"]:
+        by_rule.setdefault(row["selection"], []).append(row["algorithm"])
+        assert set(row["domains"]) == set(DOMAINS) and row["worst"] <= row["mean"] and row["seeds"] == 2
+        assert row["draws"] == 2 and row["interval"]["low"] <= row["mean"] <= row["interval"]["high"]
+        assert row["adapts"] == (row["algorithm"] == "arm")
+    learned = ["erm", "arm", "swad"]
+    assert by_rule["training_domains"] == by_rule["oracle"] == [*learned, "uniform_soup", "greedy_soup"]
+    assert by_rule["leave_one_domain_out"] == learned  # soups have no runs with two domains held out
+    table = (tmp_path / "table.md").read_text()
+    assert table in printed and "| arm * |" in table and "Each algorithm: 2 of hyper-parameters" in table
+    assert results["samples"] == {name: 14 for name in DOMAINS} and "results.json" in printed
+
+    names = sorted(cells)
+    for name in names[::3]:
+        (tmp_path / "cells" / name).unlink()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    run_script("domains", frozen)
+    again, cells_again = read(tmp_path)
+    assert cells_again == cells and again["rows"] == results["rows"]
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+    with pytest.raises(ValueError, match="was made with other steps"):
+        run_script("domains", [*frozen, "--steps", 4])
+    run_script("domains", [*frozen[:-4], "--steps", 4, "--overwrite", "--algorithms", "erm"])
+    assert read(tmp_path)[0]["arguments"]["steps"] == 4
+
+
+def test_an_encoder_is_fine_tuned_from_its_own_weights(pictures, encoder, tmp_path, run_script):
+    flags = ["--dataset", pictures, "--encoder", encoder, "--algorithms", "erm", "arm", "--targets", "light"]
+    run_script("domains", [*flags, "--steps", 2, "--evaluation_steps", 1, "--output_dir", tmp_path])
+    results, cells = read(tmp_path)
+    assert [row["domains"].keys() for row in results["rows"]] == [{"light"}] * 4 and len(cells) == 2
+    embedder = ImageEmbedder(str(encoder), device="cpu")
+    pretrained = PretrainedEncoder(embedder, seed=0)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    pixel_values = pretrained.normalized(images)
+    as_pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    assert torch.allclose(pixel_values, embedder.preprocess(as_pictures), atol=1e-5)
+    for extra in (0, 1):
+        tuned, width = pretrained.tuned(extra)
+        given = torch.cat([pixel_values, torch.randn(4, extra, 16, 16)], 1)
+        features = tuned.train()(given)
+        assert width == features.shape[1] and torch.allclose(features.detach(), embedder(pixel_values), atol=1e-5)
+        features.sum().backward()
+        assert all(parameter.grad is not None for parameter in tuned.parameters())
+    assert not any(parameter.requires_grad for parameter in embedder.model.parameters())  # the copies learn
+    views = pretrained.augmented(images, torch.arange(4), 3)
+    assert torch.equal(views, pretrained.augmented(images, torch.arange(4), 3)) and views.shape == pixel_values.shape
+    assert not torch.equal(views, pretrained.augmented(images, torch.arange(4), 4))
+
+
+def test_without_arguments_digits_are_learned_from_scratch(tmp_path, run_script):
+    run_script("domains", ["--steps", 2, "--algorithms", "erm", "--targets", "30", "--output_dir", tmp_path])
+    results, _ = read(tmp_path)
+    assert results["samples"] == {"0": 599, "30": 599, "60": 599} and results["dataset"] == "rotated_digits"
+
+
+REFUSED = [
+    (["--algorithms", "uniform_soup", "--draws", 2], "of erm's runs with two or more draws"),
+    (["--algorithms", "erm", "greedy_soup"], "of erm's runs with two or more draws"),
+    (["--algorithms", "erm", "erm"], "--algorithms names one twice"),
+    (["--frozen"], "--frozen is of an --encoder"),
+    (["--seeds", 0], "--seeds must be at least 1"),
+    (["--encoder", "outputs/none"], "rotated_digits is learned from scratch"),
+    (["--targets", "45"], "--targets ['45'] are no domains of 'rotated_digits', which has ['0', '30', '60']"),
+    (["--dataset", "vlcs"], "'vlcs' has no Hub id that we know of: download it (4 domains, 5 classes, 10,729 images"),
+]
+
+
+@for_each("flags, message", REFUSED)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(flags, message, tmp_path, refusal):
+    assert message in refusal("domains", [*flags, "--output_dir", tmp_path / "out"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_domains_of_too_few_pictures_are_refused(pictures, tmp_path, refusal):
+    """A class in one domain only; a domain with fewer pictures than classes; one domain."""
+    lonely = write_pictures(tmp_path / "lonely", [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1)])
+    assert f"class '{CLASSES[1]}' is found in domain 'dark' only" in refusal("domains", ["--dataset", lonely])
+    single = write_pictures(tmp_path / "single", [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)])
+    assert "no folders of domains" in refusal("domains", ["--dataset", single])
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs_and_change_none(pictures, encoder, tmp_path, launch):
+    flags = [*TINY, "--dataset", pictures, "--encoder", encoder, "--frozen", "--algorithms", "erm", "vrex"]
+    for number in (1, 2):
+        launch("domains", [*flags, "--output_dir", tmp_path / str(number)], number).wait()
+    assert read(tmp_path / "1")[1] == read(tmp_path / "2")[1]
