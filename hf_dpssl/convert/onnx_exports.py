@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autoencoder import latent_codec
-from ..generation.dit_modulation import Modulations, forward_with_modulations
+from ..generation.dit_modulation import Modulations, can_be_split, forward_with_modulations
 from ..generation.pipeline_vq_drift import NOISE_TIMESTEP, VQDriftPipeline
 from ..hub.replay import TOLERANCE
 from ..models.modeling_contrastive import ContrastiveEncoder
@@ -100,15 +100,18 @@ class _Generator(nn.Module):
         self.transformer = pipeline.transformer
         self.vae = pipeline.vae
         self.quantizer = _Quantizer(pipeline.vae) if _has_codes(pipeline) else None
-        labels = torch.arange(pipeline.null_class + 1)
-        tables = Modulations(self.transformer, torch.tensor([NOISE_TIMESTEP]), labels).at(0)
-        for i, table in enumerate(tables):  # (classes and none, 6 or 2, 1, width)
-            self.register_buffer(f"modulations_{i}", table)
+        self.tables = nn.ParameterList()  # (classes and none, 6 or 2, 1, width) each
+        if can_be_split(self.transformer):
+            labels = torch.arange(pipeline.null_class + 1)
+            tables = Modulations(self.transformer, torch.tensor([NOISE_TIMESTEP]), labels).at(0)
+            self.tables.extend(nn.Parameter(table.detach(), requires_grad=False) for table in tables)
 
     def forward(self, noise: Tensor, class_labels: Tensor) -> tuple[Tensor, ...]:
-        count = len(self.transformer.transformer_blocks) + 1
-        rows = [getattr(self, f"modulations_{i}")[class_labels] for i in range(count)]
-        latents = noise - forward_with_modulations(self.transformer, noise, rows)
+        if len(self.tables):
+            rows = [table[class_labels] for table in self.tables]
+            latents = noise - forward_with_modulations(self.transformer, noise, rows)
+        else:  # a LatentMLP, which has no time
+            latents = noise - self.transformer(noise, class_labels=class_labels).sample
         if self.quantizer is None:
             return latents, _in_unit_range(latent_codec.decode(self.vae, latents))
         codes, quantized = self.quantizer(self.vae.denormalize_latents(latents))

@@ -11,12 +11,13 @@ from cases import for_each
 from diffusers import AutoencoderKL, DiTPipeline, DPMSolverMultistepScheduler, VQModel
 from foreign_processes import run_foreign
 from huggingface_hub import constants
-from tiny_checkpoints import encoder_model, save_checkpoints
+from tiny_checkpoints import drift_pipeline, encoder_model, save_checkpoints
 from tiny_pipelines import make_exportable
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQDriftPipeline
 from hf_dpssl.cli.commands import main
 from hf_dpssl.convert.exports import export
+from hf_dpssl.generation.latent_mlp import LatentMLP
 from hf_dpssl.hub.publishing import push
 
 
@@ -183,6 +184,19 @@ def test_onnx_generator_draws_the_pipelines_images_for_any_batch_with_and_withou
     found = run_onnx(tmp_path / "out/generator.onnx", noise=noise, class_labels=torch.full((5,), 2))
     torch.testing.assert_close(found["images"], unconditional, rtol=0, atol=1e-4)
     assert expected.std() > 0.02 and (unconditional - expected).abs().max() > 1e-3
+
+
+def test_onnx_of_a_generator_of_dense_layers_draws_its_images(tmp_path):
+    pytest.importorskip("onnxscript")
+    made = drift_pipeline()
+    mlp = LatentMLP(in_channels=4, sample_size=8, num_layers=1, width=16, num_embeds_ada_norm=2).eval()
+    torch.nn.init.normal_(mlp.class_embedder.embedding_table.weight)
+    VQDriftPipeline(mlp, made.vae, made.config.id2label).save_pretrained(tmp_path / "ours")
+    assert max(export(tmp_path / "ours", tmp_path / "out", "onnx").differences.values()) < 1e-5
+    noise, labels = torch.randn(5, 4, 8, 8), [0, 1, 1, 0, 1]
+    expected = VQDriftPipeline.from_pretrained(tmp_path / "ours")(labels, latents=noise, output_type="pt").images
+    found = run_onnx(tmp_path / "out/generator.onnx", noise=noise, class_labels=torch.tensor(labels))["images"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow
