@@ -1,4 +1,4 @@
-"""The subcommand `hf-dpssl space`: start one of the packaged Gradio Spaces on this machine, or publish it."""
+"""The subcommand `hf-dpssl space`: start a packaged Space on this machine, publish it, or write it as files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..runs.console import say
 from ..runs.shipped_folders import shipped_folder
 from .parsing import command_parser, parse_command
 
+STATIC = {"image_generator": "one step", "encoder_explorer": "encoder"}  # page without a server: its model in MODELS
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -30,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "space",
         "Start a Gradio page on this machine, on the models that `hf-dpssl demo` wrote or on others; or "
-        "publish it as a Space with --push, with the token of `hf auth login` or HF_TOKEN.",
+        "publish it as a Space with --push, with the token of `hf auth login` or HF_TOKEN; or write a folder with "
+        "--static whose page computes in the browser.",
     )
     parser.add_argument("name", choices=space_names(), help="which page")
     parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
@@ -44,12 +46,24 @@ def parser() -> argparse.ArgumentParser:
         "installed from a folder",
     )  # fmt: skip
     parser.add_argument("--private", action="store_true", help="a Space that is made is private")
+    parser.add_argument(
+        "--static", metavar="FOLDER", help=f"write a page that needs no server ({', '.join(STATIC)}; needs "
+        "hf_dpssl[onnx], and npm or a network at the first time); --model FOLDER_OR_ID is its model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--embeddings", metavar="FOLDER", help="with --static: pictures of encoder_explorer, embedded by hf-dpssl embed"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="with --static: replace an earlier page")
     return parser
 
 
 def main(argv: list[str]) -> int:
     """`hf-dpssl space`: returns the exit status."""
     options = parse_command(parser(), argv)
+    if options.static is not None:
+        return _write_static(options)
+    if options.embeddings is not None or options.overwrite:
+        return _refuse("--embeddings and --overwrite are for --static.")
     models = {}
     for given in options.model:
         name, sign, source = given.partition("=")
@@ -151,6 +165,26 @@ def _push(options: argparse.Namespace, models: dict[str, str]) -> int:
         options.name, options.push, private=options.private or None, models=models, package=options.package
     )
     say(f"{options.name} is published: {url}")
+    return 0
+
+
+def _write_static(options: argparse.Namespace) -> int:
+    if options.push or options.package or options.private or options.port or options.demo and options.model:
+        return _refuse("--static takes no --push, --package, --private or --port, and --model or --demo.")
+    if options.name not in STATIC:
+        return _refuse(f"{options.name} has no page without a server: {' and '.join(STATIC)} have.")
+    if len(options.model) > 1:
+        return _refuse(f"a page without a server has one model, got {options.model}.")
+    if options.demo is not None:
+        os.environ["DPSSL_DEMO"] = options.demo
+    from ..convert.static_spaces import write_static_space
+
+    source = options.model[0].removeprefix(f"{STATIC[options.name]}=") if options.model else None
+    how = {"embeddings": options.embeddings, "overwrite": options.overwrite}
+    written = write_static_space(options.name, options.static, source, **how)
+    say(f"{written.output_dir}: {sum(written.files.values()):,} bytes; open index.html, or serve the folder")
+    for name, size in written.files.items():
+        say(f"  {name}: {size:,} bytes")
     return 0
 
 

@@ -13,7 +13,6 @@ What the other classes cannot express is refused with every reason.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from ..models.modeling_vq import VQAutoencoder
 from ..runs.atomic_files import atomic_folder, write_json
 from ..runs.lineage import read_json
 from ..runs.results import environment
+from ..runs.written_folders import check_target, record_files
 from . import onnx_exports
 from .choices import FORMATS
 from .onnx_exports import relative_difference
@@ -62,7 +62,19 @@ class ExportReport:
     tolerance: float = TOLERANCE
 
 
-_RECORD = "exported_files.json"  # in every export: what --overwrite may delete
+_KIND_NAMES = {
+    "dit": "latent DiT",
+    "drift": "one-step generator",
+    "token": "token model",
+    "gan": "GAN",
+    "other": "checkpoint of another library",
+}
+
+
+def described_kind(folder: Path) -> tuple[str, str]:
+    """The kind of a checkpoint, and it with its article, as "a latent DiT"; raises as `checkpoint_kind`."""
+    kind = checkpoint_kind(folder)
+    return kind, f"{'an' if kind in ('encoder', 'autoencoder') else 'a'} {_KIND_NAMES.get(kind, kind)}"
 
 
 def export(
@@ -100,29 +112,19 @@ def export(
     if format == "onnx":
         onnx_exports.check_libraries()
     target = Path(output_dir)
-    _check_target(target, overwrite)
+    check_target(target, overwrite, "exported model")
     folder = find_checkpoint(source)
-    kind = checkpoint_kind(folder)
+    kind, described = described_kind(folder)
     if kind not in kinds:
         fitting = [name for name, allowed in FORMATS.items() if kind in allowed]
-        what = {
-            "dit": "latent DiT",
-            "drift": "one-step generator",
-            "token": "token model",
-            "gan": "GAN",
-            "other": "checkpoint of another library",
-        }
         instead = f"can be exported as {' or '.join(fitting)}" if fitting else "cannot be exported"
-        article = "an" if kind in ("encoder", "autoencoder") else "a"
         raise ValueError(
-            f"{source} is {article} {what.get(kind, kind)}, which {instead}; {format} is of "
-            f"{' or '.join(what.get(name, name) for name in kinds)}."
+            f"{source} is {described}, which {instead}; {format} is of "
+            f"{' or '.join(_KIND_NAMES.get(name, name) for name in kinds)}."
         )
     with atomic_folder(target) as temporary:
         written, differences = write(folder, temporary, **options)
-        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-        files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in paths}
-        write_json(temporary / _RECORD, {"format": format, "files": files})
+        files = record_files(temporary, format)
     return ExportReport(str(source), format, str(target), written, files, differences)
 
 
@@ -138,21 +140,6 @@ def find_checkpoint(source: str | os.PathLike) -> Path:
     if Path(source).exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{source} is no folder, and no id of the Hub (ORG/NAME, ORG/NAME@REVISION).")
     return download(name, revision or None, allow_patterns=["*.json", "*.safetensors"])
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"{target} is there already: choose another folder, or pass --overwrite.")
-        if not (target / _RECORD).is_file():
-            raise FileExistsError(f"{target} is no exported model and is not replaced: choose another folder.")
-        ours = {_RECORD, *json.loads((target / _RECORD).read_text(encoding="utf-8"))["files"]}
-        found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
-        if others := sorted(found - ours):
-            raise FileExistsError(
-                f"{target} holds {len(others)} files of others ({', '.join(others[:5])}) and is not replaced: "
-                "move them, or choose another folder."
-            )
 
 
 class _EncoderWithoutCode(ContrastiveEncoder):
@@ -247,7 +234,7 @@ def _write_onnx(folder: Path, target: Path) -> Written:
         model = ContrastiveEncoder.from_pretrained(folder).eval().float()
         differences, about = onnx_exports.write_encoder(model, target)
     elif kind == "drift":
-        pipeline = VQDriftPipeline.from_pretrained(folder).to(torch.float32)
+        pipeline = VQDriftPipeline.from_pretrained(folder, dtype=torch.float32)
         differences, about = onnx_exports.write_generator(pipeline, target)
     else:
         model = _load_autoencoder(folder, "`hf-dpssl import` makes a VQAutoencoder of it.").float()

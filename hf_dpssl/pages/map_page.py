@@ -60,7 +60,7 @@ def write_map_page(
         raise ValueError(f"a page needs as many points, names, labels and flags as its {count} images, got {lengths}.")
     if not all(np.isfinite(points).all() for points in maps.values()):
         raise ValueError("a map has points that are not finite numbers: the training diverged.")
-    sprite, side, columns = _sprite_sheet(images)
+    sprite, side, columns = sprite_sheet(images)
     content = {
         "maps": [{"title": name, "points": _compact(points)} for name, points in maps.items()],
         "names": names,
@@ -87,7 +87,7 @@ def _compact(points: np.ndarray) -> list[float]:
     return np.rint((points - low) * (10_000 / extent)).astype(int).reshape(-1).tolist()
 
 
-def _sprite_sheet(images: Tensor) -> tuple[str, int, int]:
+def sprite_sheet(images: Tensor) -> tuple[str, int, int]:
     """(data URL of all thumbnails row by row, their side, thumbnails in a row)."""
     if images.shape[-1] > _LARGEST_THUMBNAIL:
         parts = [F.interpolate(part.float(), _LARGEST_THUMBNAIL, mode="area") for part in images.split(256)]
