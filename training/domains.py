@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> Path:
     cells = plan(args, numbers, len(tensors.names))
     decided = {name: value for name, value in asdict(args).items() if name not in _INDIFFERENT}
     decided |= {"data": tensors.digest(), "every_target": every_target, "encoder_weights": fingerprint(encoder)}
-    missing = check(cells, folder, decided, args.overwrite)
+    missing = check(cells, folder, decided, args)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_recipe(args, folder / "recipe.yaml")
@@ -134,10 +134,10 @@ def plan(args: DomainsArguments, targets: list[int], domains: int) -> list[Cell]
         cells += [Cell(name, out, draw, seed) for name in learned for out in held_out]
     soups = [name for name in args.algorithms if name in SOUPS]
     seeds = range(args.seed, args.seed + args.seeds)
-    return cells + [Cell(name, (target,), 0, seed) for seed in seeds for name in soups for target in targets]
+    return cells + [Cell(name, (target,), args.draws, seed) for seed in seeds for name in soups for target in targets]
 
 
-def check(cells: list[Cell], folder: Path, decided: dict, overwrite: bool) -> list[Cell]:
+def check(cells: list[Cell], folder: Path, decided: dict, args: DomainsArguments) -> list[Cell]:
     """The cells that are not there yet.
 
     Raises:
@@ -146,12 +146,12 @@ def check(cells: list[Cell], folder: Path, decided: dict, overwrite: bool) -> li
     missing = []
     for cell in cells:
         path = folder / "cells" / f"{cell.name}.json"
-        if not path.exists():
+        if not path.exists() or (in_soups(cell, args) and not weights_of(cell, folder).exists()):
             missing.append(cell)
             continue
         before = json.loads(path.read_text(encoding="utf-8"))["decided"]
         differing = sorted(name for name in decided | before if decided.get(name) != before.get(name))
-        if differing and not overwrite:
+        if differing and not args.overwrite:
             raise ValueError(
                 f"{path} was made with other {', '.join(differing)}: give another --output_dir, or --overwrite to make "
                 "these runs anew."
@@ -161,18 +161,25 @@ def check(cells: list[Cell], folder: Path, decided: dict, overwrite: bool) -> li
     return missing
 
 
+def in_soups(cell: Cell, args: DomainsArguments) -> bool:
+    """Whether the weights of a cell are averaged with others."""
+    return cell.algorithm == "erm" and len(cell.targets) == 1 and bool(set(args.algorithms) & set(SOUPS))
+
+
+def weights_of(cell: Cell, folder: Path) -> Path:
+    """Where they lie."""
+    return folder / "weights" / f"{cell.name}.safetensors"
+
+
 def run(cell: Cell, trainer: Trainer, args: DomainsArguments, folder: Path, decided: dict) -> None:
-    """Run one cell and write its record; of erm its weights too, where soups are made of them."""
-
-    def weights(draw: int) -> Path:
-        return folder / "weights" / f"{Cell('erm', cell.targets, draw, cell.seed).name}.safetensors"
-
+    """Run one cell and write its record, after its weights where soups are made of them."""
     if cell.algorithm in SOUPS:
-        content, _ = trainer.average(cell, [load_file(weights(draw)) for draw in range(args.draws)])
+        parts = [Cell("erm", cell.targets, draw, cell.seed) for draw in range(args.draws)]
+        content, _ = trainer.average(cell, [load_file(weights_of(part, folder)) for part in parts])
     else:
         content, state = trainer.run(cell)
-        if cell.algorithm == "erm" and len(cell.targets) == 1 and set(args.algorithms) & set(SOUPS):
-            with atomic_file(weights(cell.draw), "wb") as file:
+        if in_soups(cell, args):
+            with atomic_file(weights_of(cell, folder), "wb") as file:
                 file.write(save({name: value.cpu().contiguous() for name, value in state.items()}))
     write_json(folder / "cells" / f"{cell.name}.json", content | {"decided": decided})
 

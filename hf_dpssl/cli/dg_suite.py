@@ -1,0 +1,51 @@
+"""`hf-dpssl evaluate ID --suite dg`: an encoder's frozen features under every algorithm of domain generalisation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from ..domains.choices import ALGORITHMS
+from .train import run_script
+
+_SEEDS = 3
+# Flags of `evaluate` that the suite heeds, and what training/domains.py calls them.
+_HEEDED = {
+    "dataset": "dataset",
+    "dataset_revision": "dataset_revision",
+    "domain_column": "domain_column",
+    "image_column": "image_column",
+    "label_column": "label_column",
+    "on_bad_image": "on_bad_image",
+    "evaluation_images": "images",
+    "steps": "steps",
+    "batch_size": "batch_size",
+    "seed": "seed",
+    "output_dir": "output_dir",
+}
+
+
+def main_of_dg(given: dict, defaults: dict) -> int:
+    """Run training/domains.py on frozen features, each domain held out once, all algorithms, three seeds.
+
+    Args:
+        given: flags of `evaluate`, with `domain_column`, `steps` and `output_dir` of this suite.
+        defaults: values of flags that were not given.
+
+    Returns:
+        The exit status of the script.
+
+    Raises:
+        ValueError: a flag that has no meaning here.
+    """
+    for name, value in given.items():
+        if name not in (*_HEEDED, "checkpoint", "json") and value != defaults.get(name):
+            raise ValueError(f"--{name} is not for --suite dg: leave it out.")
+    folder = Path(given.get("output_dir", "outputs/dg"))
+    values = {name: given.get(name) for name in _HEEDED} | {"output_dir": folder}
+    flags = [f"--encoder={given['checkpoint']}", "--frozen", "--algorithms", *ALGORITHMS, "--seeds", str(_SEEDS)]
+    flags += [f"--{_HEEDED[name]}={value}" for name, value in values.items() if value is not None]
+    status = run_script("domains", [*flags, "--quiet"] if given["json"] else flags)
+    if given["json"] and not status:
+        sys.stdout.write((folder / "results.json").read_text(encoding="utf-8"))
+    return status
