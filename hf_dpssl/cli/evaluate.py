@@ -13,6 +13,7 @@ from ..embedding.choices import BAD_IMAGES, KINDS, PROTOCOLS
 from ..evaluation.choices import CLASSIFIERS, METRICS, SOLVERS, WEIGHTINGS
 from ..runs.console import printable
 from .parsing import command_parser, parse_command
+from .transfer_suite import FINETUNE, add_suite_flags, main_of_suite, refuse_suite_flags
 
 if TYPE_CHECKING:
     from ..embedding.evaluation_entries import Measured
@@ -45,8 +46,9 @@ _FLAGS = [
     _flag(
         _ENCODERS, "protocol", ["knn", "linear", "geometry", "views"],
         "what is measured: knn, linear, few_shot: accuracy on held-out images, percent, needs classes; geometry: "
-        "uniformity and effective rank of their features; views: alignment of two random views",
-        nargs="+", choices=PROTOCOLS,
+        "uniformity and effective rank of their features; views: alignment of two random views; finetune: of the "
+        "whole encoder, with --suite only, which has knn, linear and this one",
+        nargs="+", choices=(*PROTOCOLS, FINETUNE),
     ),
     _flag(_ENCODERS, "features", "features", "of the backbone, or after the head", choices=KINDS),
     _flag(_ENCODERS, "on_bad_image", "error", "unreadable pictures", choices=BAD_IMAGES),
@@ -112,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     add("--push", action="store_true", help="put the numbers into results.json and the card of the Hub id, one commit")
     add("--create_pr", action="store_true", help="with --push: open a pull request instead of changing the branch")
     add("--json", action="store_true", help="print the results as JSON")
+    add_suite_flags(parser)
     groups = {kinds: parser.add_argument_group(f"only for {name}") for kinds, name in _GROUPS.items()}
     for flag in _FLAGS:
         default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
@@ -122,7 +125,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """`hf-dpssl evaluate`: returns the exit status; errors are for `errors.reported`."""
-    given = vars(parse_command(parser(), argv))
+    flags = parser()
+    given = vars(parse_command(flags, argv))
+    if given.pop("suite"):
+        return main_of_suite(given, {name: flags.get_default(name) for name in given})
+    refuse_suite_flags(given)
     output, push, create_pr, as_json = (given.pop(name) for name in ("output", "push", "create_pr", "json"))
     from ..embedding.evaluation_entries import append_entry
 

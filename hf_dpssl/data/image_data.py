@@ -177,6 +177,7 @@ def load_images(
     streaming: bool = False,
     revision: str | None = None,
     hold_out: bool = True,
+    evaluation_split: str | None = None,
 ) -> ImageData:
     """Load a data set by name of the table, Hub id, path or union; see the top of this file.
 
@@ -186,6 +187,8 @@ def load_images(
         streaming: do not download first; splits are then `IterableDataset`s.
         revision: branch, tag or commit of a Hub data set; overrides the table and `@revision`.
         hold_out: a tenth of the images of a data set with one split becomes the evaluation split.
+        evaluation_split: "validation" or "test": that one, under any of its usual names, and no other is evaluated on;
+            default: the table's, or the first of them that there is.
 
     Raises:
         ValueError: unknown name, missing column or empty split; says what was found and what to do.
@@ -193,9 +196,10 @@ def load_images(
     """
     if "+" in name and not Path(name).exists():
         options = dict(image_column=image_column, label_column=label_column, streaming=streaming, revision=revision)
+        options["evaluation_split"] = evaluation_split
         return _union(name, [load_images(part.strip(), **options, hold_out=hold_out) for part in name.split("+")])
     entry, splits, scan = _open(name, streaming, revision)
-    train, evaluation, names, unused = _choose_splits(name, splits, entry)
+    train, evaluation, names, unused = _choose_splits(name, splits, entry, evaluation_split)
     image_column = _find_image_column(name, train, image_column or entry.image_column)
     train, evaluation = (_undecoded(name, split, image_column) for split in (train, evaluation))
     labels = _classes(name, train, evaluation, image_column, label_column or entry.label_column)
@@ -334,7 +338,7 @@ def _load(source: str, config: str | None = None, **options) -> dict:
         raise ValueError(f"cannot load the data set {where}: {type(error).__name__}: {error}. {advice}") from error
 
 
-def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
+def _choose_splits(name: str, splits: dict, entry: DatasetEntry, wanted: str | None) -> tuple:
     """The split to train on, the one to evaluate on or None, their names by part, and the names of others."""
     names = list(splits)
     train_name = entry.train_split or next((s for s in SPLITS["train"] if s in splits), None)
@@ -342,6 +346,7 @@ def _choose_splits(name: str, splits: dict, entry: DatasetEntry) -> tuple:
     if train_name not in splits:
         raise ValueError(f"data set {name!r} has the splits {names}, but no training split {train_name or 'train'!r}.")
     candidates = [entry.evaluation_split] if entry.evaluation_split else _EVALUATION_SPLITS
+    candidates = candidates if wanted is None else SPLITS[wanted]
     evaluation_name = next((s for s in candidates if s in splits and s != train_name), None)
     train = splits[train_name]
     evaluation = splits.get(evaluation_name)

@@ -25,6 +25,8 @@ from .ranking import score_domains as score_domains
 from .soups import greedy_soup as greedy_soup
 from .soups import uniform_soup as uniform_soup
 from .swad import SWAD as SWAD
+from .transfer_sets import TRANSFER_SETS as TRANSFER_SETS
+from .transfer_sets import load_transfer_set as load_transfer_set
 from .view_likelihood import held_out_views as held_out_views
 from .zoo import rank_zoo as rank_zoo
 from .zoo_list import ZooEntry as ZooEntry
