@@ -30,6 +30,7 @@ class ImageTable(torch.utils.data.Dataset):
         views: random-resized-crop each image twice from its full resolution while loading, for
             contrastive learning on images larger than `image_size`.
         first_row: number of the split's first row in the whole data set, for messages.
+        place: what stands before the number there, such as the shard.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class ImageTable(torch.utils.data.Dataset):
         on_bad_image: str = "error",
         views: TwoViews | None = None,
         first_row: int = 0,
+        place: str = "",
     ):
         if on_bad_image not in ("error", "skip"):
             raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}.")
@@ -49,6 +51,7 @@ class ImageTable(torch.utils.data.Dataset):
         self.on_bad_image = on_bad_image
         self.views = views
         self.first_row = first_row
+        self.place = place
         self.skipped: dict[str, str] = {}  # unreadable rows met by `preload` and `evaluation_batches`
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
@@ -90,7 +93,7 @@ class ImageTable(torch.utils.data.Dataset):
     def _row(self, row: int):
         """(RGB picture, label or -1) of a row; BadImageError when it cannot be decoded."""
         values = self.split[row]
-        return decode_row(self.data, values, f"row {self.first_row + row}")
+        return decode_row(self.data, values, f"{self.place}row {self.first_row + row}")
 
     def _readable(self, row: int, skipped: dict[int, str]):
         for step in range(len(self.split)):
@@ -126,7 +129,7 @@ class ImageTable(torch.utils.data.Dataset):
             except BadImageError as error:
                 if self.on_bad_image == "error":
                     raise
-                self.skipped[f"row {self.first_row + row}"] = str(error)
+                self.skipped[f"{self.place}row {self.first_row + row}"] = str(error)
                 continue
             kept.append(row)
             pictures.append(picture)

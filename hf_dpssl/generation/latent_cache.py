@@ -179,13 +179,14 @@ def build_latent_cache(
 
     Args:
         autoencoder: in eval mode.
-        table: images in order, without augmentation; its split may be a stream, which each process reads once.
+        table: images in order, without augmentation; its split may be a stream, whose every shard one process reads.
         folder: of the cache; one of another fingerprint is removed first, and a warning says what has changed.
         content: "latents" before quantisation (gives a LatentTable), or "codes" (gives a CodeTable).
         flipped: encode each image's mirror image too.
         batch_size: images encoded at once.
         rows_per_shard: at most so many latents (mirrored ones count), and rows of a stream, are held in memory.
-        process: (index, count) of this process; of several each calls this, and encodes every count-th shard.
+        process: (index, count) of this process; of several each calls this, and encodes every count-th shard, of a
+            stream what every count-th of its own shards holds.
         wait: returns when all processes have called it, as `Accelerator.wait_for_everyone`.
 
     Raises:
@@ -206,15 +207,17 @@ def build_latent_cache(
         _claim(folder, {"fingerprint": fingerprint, "sources": sources, "rows_per_shard": rows_per_shard})
     wait()
     if not (folder / "index.json").exists():  # the same for all: nobody writes it before all have built their shards
-        parts = _parts(table, max(1, rows_per_shard // (2 if flipped else 1)))
+        size = max(1, rows_per_shard // (2 if flipped else 1))
+        stream = isinstance(table.split, IterableDataset)
+        parts = _parts_of_stream(table, size, process) if stream else _parts(table, size, process)
         silent = {} if index == 0 else {"disable": True}  # else TQDM_DISABLE decides
-        paths = []
-        for number, (part, rows) in enumerate(tqdm(parts, f"caching {content}", leave=False, **silent)):
-            paths.append(folder / f"{content}-{number:05d}.npy")
-            if number % count == index and _record_of_whole(paths[-1], fingerprint) is None:
-                _write_shard(autoencoder, part, paths[-1], rows, batch_size, content, flipped, fingerprint)
+        for name, part, rows in tqdm(parts, f"caching {content}", leave=False, **silent):
+            path = folder / f"{content}-{name}.npy"
+            if _record_of_whole(path, fingerprint) is None:
+                _write_shard(autoencoder, part, path, rows, batch_size, content, flipped, fingerprint)
         wait()
         if index == 0:
+            paths = sorted(folder.glob(f"{content}-*.npy"))  # in the order of the images
             _finish(folder, paths, {"fingerprint": fingerprint, "sources": sources, "content": content})
         wait()
     table.skipped |= _read(folder / "index.json")["skipped"]
@@ -281,19 +284,26 @@ def _record_of_whole(path: Path, fingerprint: str) -> dict | None:
     return None
 
 
-def _parts(table: ImageTable, size: int) -> Iterator[tuple[ImageTable, range]]:
-    """Tables and rows that together are the whole table, `size` rows at a time."""
-    if not isinstance(table.split, IterableDataset):
-        yield from ((table, range(first, min(first + size, len(table)))) for first in range(0, len(table), size))
-        return
-    rows = iter(table.split)
-    first = 0
-    while chunk := list(itertools.islice(rows, size)):
-        split = Dataset.from_list(chunk, features=table.split.features)
-        part = ImageTable(table.data, split, table.image_size, table.on_bad_image, first_row=first)
-        part.skipped = table.skipped
-        first += len(chunk)
-        yield part, range(len(chunk))
+def _parts(table: ImageTable, size: int, process: tuple[int, int]) -> Iterator[tuple[str, ImageTable, range]]:
+    """Name, table and rows of each part that is this process's; all together are the whole table."""
+    for number, first in enumerate(range(0, len(table), size)):
+        if number % process[1] == process[0]:
+            yield f"{number:05d}", table, range(first, min(first + size, len(table)))
+
+
+def _parts_of_stream(table: ImageTable, size: int, process: tuple[int, int]) -> Iterator[tuple[str, ImageTable, range]]:
+    """As `_parts`, at most `size` rows in memory; nothing is read of the shards of other processes."""
+    count = table.split.num_shards
+    for number in range(process[0], count, process[1]):
+        rows = iter(table.split.shard(count, number))
+        place = f"shard {number}, " if count > 1 else ""
+        first = 0
+        while chunk := list(itertools.islice(rows, size)):
+            split = Dataset.from_list(chunk, features=table.split.features)
+            part = ImageTable(table.data, split, table.image_size, table.on_bad_image, first_row=first, place=place)
+            part.skipped = table.skipped
+            yield f"{number:05d}-{first // size:05d}", part, range(len(chunk))
+            first += len(chunk)
 
 
 def _write_shard(
@@ -330,7 +340,7 @@ def _write_shard(
     path.with_suffix(".json").unlink(missing_ok=True)
     with atomic_file(path, "wb") as file:
         np.save(file, values)
-    places = (f"row {table.first_row + row}" for row in rows)
+    places = (f"{table.place}row {table.first_row + row}" for row in rows)
     skipped = {place: table.skipped[place] for place in places if place in table.skipped}
     record = {"fingerprint": fingerprint, "sha256": _check_sum(path), "labels": labels, "skipped": skipped}
     write_json(path.with_suffix(".json"), record)

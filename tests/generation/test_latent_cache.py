@@ -48,14 +48,14 @@ def test_cache_of_a_stream_holds_the_whole_stream_and_survives_an_interruption(a
     built = build(autoencoder, table, tmp_path / "cache", rows_per_shard=rows_per_shard)
     assert_holds(built, autoencoder, range(COUNT))
     before = written(tmp_path / "cache")
-    for name in ("index.json", "latents-00000.npy"):
+    for name in ("index.json", "latents-00000-00000.npy"):
         (tmp_path / "cache" / name).unlink()
     assert_holds(
         build(autoencoder, table, tmp_path / "cache", rows_per_shard=rows_per_shard), autoencoder, range(COUNT)
     )
     after = written(tmp_path / "cache")
     rewritten = {name for name in before if after[name] != before[name]}
-    assert rewritten == {"index.json", "labels.npy", "latents-00000.npy", "latents-00000.json"}
+    assert rewritten == {"index.json", "labels.npy", "latents-00000-00000.npy", "latents-00000-00000.json"}
 
 
 def test_unreadable_rows_of_a_stream_are_listed_by_their_number_in_it(autoencoder, tmp_path):

@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from cases import for_each
+from datasets import IterableDataset
 from kills import die_at_rename
 from pictures import noise
 from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
@@ -86,38 +88,63 @@ def test_cache_without_mirrored_copies_does_not_pretend_to_have_them(autoencoder
     assert LatentTable(tmp_path / "cache", flip_seed=0).flipped
 
 
+def _stream(data, read_log):
+    """The training images as a stream of four shards, whose every row leaves a mark where it is read."""
+
+    def read(parts):
+        for part in parts:
+            for number in range(6 * part, min(6 * part + 6, COUNT)):
+                with open(read_log, "a") as file:
+                    file.write(".")
+                yield data.train[number]
+
+    stream = IterableDataset.from_generator(read, gen_kwargs={"parts": [0, 1, 2, 3]})
+    return replace(data, train=stream.cast(data.train.features))
+
+
 def _build_share(set_folder, cache_folder, streaming=False) -> dict:
     from hf_dpssl.data.image_data import load_images
 
     rank = torch.distributed.get_rank()
-    data = load_images(set_folder, streaming=streaming)
+    data = load_images(set_folder)
+    if streaming:
+        data = _stream(data, f"{set_folder}/read")
     options = dict(batch_size=4, rows_per_shard=3, process=(rank, 2), wait=torch.distributed.barrier)
     wrote = []
-    replace = os.replace
-    os.replace = lambda source, target: (wrote.append(os.path.basename(target)), replace(source, target))
+    rename = os.replace
+    os.replace = lambda source, target: (wrote.append(os.path.basename(target)), rename(source, target))
     try:
         cached = build_latent_cache(make_autoencoder(), ImageTable(data, data.train, 16), cache_folder, **options)
     finally:
-        os.replace = replace
-    mine = torch.tensor([int(name[8:13]) for name in wrote if name.endswith(".npy") and name.startswith("latents-")])
+        os.replace = rename
+    numbers = [name.removesuffix(".npy").split("-")[1:] for name in wrote if name.startswith("latents-")]
+    mine = torch.tensor([int("".join(number)) for number in numbers if number[-1].isdigit()])
     index = torch.tensor("index.json" in wrote)
     return {"latents": cached.latents(torch.arange(len(cached))), "labels": cached.labels, "mine": mine, "index": index}
 
 
 @for_each("streaming", [False, True])
 def test_two_processes_share_the_shards_and_the_main_one_writes_the_index(run_in_two, autoencoder, tmp_path, streaming):
+    """Parts of three rows; of a stream those of its own shards (here six rows each), of which each is read once."""
     make_table(tmp_path / "set")
+    shares = [[0, 2, 4, 6], [1, 3, 5, 7]]
+    some = {"latents-00001.npy": 1, "latents-00004.npy": 0}
+    if streaming:
+        shares = [[0, 1, 200_000, 200_001], [100_000, 100_001, 300_000, 300_001]]
+        some = {"latents-00001-00000.npy": 1, "latents-00002-00000.npy": 0}
     first, second = run_in_two(_build_share, str(tmp_path / "set"), str(tmp_path / "cache"), streaming)
-    assert first["mine"].tolist() == [0, 2, 4, 6] and second["mine"].tolist() == [1, 3, 5, 7]
+    assert [first["mine"].tolist(), second["mine"].tolist()] == shares
+    assert not streaming or len((tmp_path / "set/read").read_text()) == COUNT
     assert bool(first["index"]) and not bool(second["index"])
     assert torch.equal(first["latents"], second["latents"]) and torch.equal(first["labels"], second["labels"])
     assert_holds(LatentTable(tmp_path / "cache"), autoencoder, range(COUNT))
     again = run_in_two(_build_share, str(tmp_path / "set"), str(tmp_path / "cache"), streaming)
     assert not any(len(process["mine"]) or process["index"] for process in again)  # reused
-    for name in ("index.json", "latents-00001.npy", "latents-00004.npy"):
+    for name in ("index.json", *some):
         (tmp_path / "cache" / name).unlink()
     finished = run_in_two(_build_share, str(tmp_path / "set"), str(tmp_path / "cache"), streaming)
-    assert [process["mine"].tolist() for process in finished] == [[4], [1]]
+    missing = {owner: int(name[8:-4].replace("-", "")) for name, owner in some.items()}
+    assert [process["mine"].tolist() for process in finished] == [[missing[0]], [missing[1]]]
     assert_holds(LatentTable(tmp_path / "cache"), autoencoder, range(COUNT))
 
 
