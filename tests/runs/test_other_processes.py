@@ -11,7 +11,7 @@ ENCODER = ["--model_args", '{"channels": [8, 8, 16, 16]}', "--optimizer", "sgd",
 ENCODER += ["--max_train_steps", 6, "--projection_batch_norm", "--batch_norm", "global"]
 MOCO = ["--negatives", "queue", "--normalization", "anchor", "--feature_norm", "batch"]
 STAGES = ["--encoder_channels", 8, "--decoder_channels", 8, "--auxiliary_channels", 8, "--num_codes", 16]
-# With a channel to a group the biases before group norms would have no gradient but rounding, which AdamW makes steps of.
+# With a channel to a group, biases before group norms have no gradient but rounding, of which AdamW makes steps.
 STAGES += ["--norm_num_groups", 1]
 STAGES += ["--stage_1_steps", 6, "--stage_2_steps", 6, "--arm", "weak_width"]
 DIT = ["--max_train_steps", 6, "--width", 16, "--num_layers", 1, "--num_heads", 2, "--sampling_steps", 1]
