@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.contrastive_options import DOF_RANGE, check_learnable_dof, check_share
 from ..models.float32_module import Float32Module
-from ..models.gather import broadcast_
+from ..models.gather import broadcast_, gather_without_gradient
 from .kernels import Kernel, log_similarities, make_kernel, squared_distances
 
 PERPLEXITY = 0.2  # of Q, as a share of the candidates, where the scale of the embeddings is bounded
@@ -182,8 +182,9 @@ class KernelCalibration(Float32Module):
 
     @torch.no_grad()
     def calibrate_queue(self, queries: Tensor, keys: Tensor, queue: Tensor) -> None:
-        """Follow queries (B, D) whose candidates are their key (B, D) and the queue (K, D), of all processes."""
+        """Follow queries (B, D) of this and all other processes; keys (of all) are theirs, like the queue (K, D)."""
         if self._calibrating():
+            queries = gather_without_gradient(queries)
             rows = _spread(len(queries), _ANCHORS, queries.device)
             columns = _spread(len(queue), _CANDIDATES, queries.device)
             positive = self._dissimilarities(queries[rows], keys[rows]).diagonal()[:, None]

@@ -264,7 +264,7 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
             )
         filled = int(self.queue_filled)
         negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
-        self.calibration.calibrate_queue(gather_without_gradient(queries), all_keys, negatives)
+        self.calibration.calibrate_queue(queries, all_keys, negatives)
         loss = moco(
             queries,
             keys,

@@ -69,12 +69,22 @@ class FeatureStatistics:
         """
         if not is_distributed():
             return FeatureStatistics().merge(self)
-        parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (self.count, self._mean, self._scatter))
+        device = "cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu"
+        size = torch.tensor(0 if self._mean is None else len(self._mean), device=device)
+        dist.all_reduce(size, dist.ReduceOp.MAX)
+        dimensions = int(size)
+        own = torch.zeros(1 + dimensions * (1 + dimensions), dtype=torch.float64, device=device)
+        if self._mean is not None:
+            own[0] = self.count
+            own[1 : 1 + dimensions] = self._mean
+            own[1 + dimensions :] = self._scatter.flatten()
         gathered = FeatureStatistics()
-        for count, mean, scatter in parts:  # in rank order, so that rounding is the same everywhere
+        for rank in range(dist.get_world_size()):  # in this order, so that rounding is the same everywhere
+            part = own.clone()
+            dist.broadcast(part, src=rank)
+            count, mean, scatter = part.cpu().split([1, dimensions, dimensions**2])
             if count:
-                gathered._add(count, mean, scatter)
+                gathered._add(int(count), mean, scatter.view(dimensions, dimensions))
         return gathered
 
     @property

@@ -76,13 +76,19 @@ def in_turns(tensor: Tensor, groups: int) -> Tensor:
 def deal_out(tensor: Tensor) -> Tensor:
     """Mix (B, ...) tensors over processes: each gets B rows, as equally many of every process as can be.
 
-    The gathered rows are put in turns (first row of each process, second of each, ...) and cut into
-    equal parts. MoCo deals out the images of its keys, so that a key and its query are batch-normalised
+    All rows, put in turns (first row of each process, second of each, ...), are cut into equal parts, of which nobody
+    holds more than its own. MoCo deals out the images of its keys, so that a key and its query are batch-normalised
     in different company; MoCo's own code shuffles them at random for this.
     """
     if not is_distributed():
         return tensor
-    return own_rows(in_turns(gather_without_gradient(tensor), dist.get_world_size()))
+    world, rank, count = dist.get_world_size(), dist.get_rank(), len(tensor)
+    places = torch.arange(count) * world + rank  # of this process's rows among all of them, in turns
+    senders = (torch.arange(count) + rank * count) % world  # of the rows that it gets
+    sent, taken = ((part.bincount(minlength=world)).tolist() for part in (places // count, senders))
+    received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, tensor.contiguous(), taken, sent)
+    return received[senders.to(tensor.device, non_blocking=True).argsort(stable=True).argsort()]
 
 
 @torch.no_grad()

@@ -8,8 +8,11 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.layers import BatchNormAct2d
+from tiny_encoders import config as tiny_config
+from tiny_encoders import images
 from torch import nn
 
+from hf_dpssl import MoCoForPreTraining
 from hf_dpssl.contrastive.batch_norm import batch_norms, set_batch_norm_
 from hf_dpssl.models.gather import batch_norm_over_processes, deal_out, gather_dealt, in_turns, is_distributed
 
@@ -144,6 +147,38 @@ def test_dealt_out_rows_mix_both_processes_and_come_back_in_order(run_in_two):
     assert second["dealt"].flatten().tolist() == [12, 3, 13, 4, 14]
     for result in (first, second):
         assert result["back"].flatten().tolist() == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+
+
+def traffic_case() -> dict:
+    """Numbers that this process gets in a training step of MoCo with a temperature of 0.2 and then "auto"."""
+    counts = []
+    collect, exchange = dist.all_gather, dist.all_to_all_single
+
+    def all_gather(parts, tensor):
+        counts.append(sum(part.numel() for part in parts))
+        collect(parts, tensor)
+
+    def all_to_all_single(received, *arguments):
+        counts.append(received.numel())
+        exchange(received, *arguments)
+
+    dist.all_gather, dist.all_to_all_single = all_gather, all_to_all_single
+    found = {}
+    for temperature in (0.2, "auto"):
+        options = dict(temperature=temperature, kernel="cosine", normalization="anchor", queue_size=16)
+        model = MoCoForPreTraining(tiny_config("resnet", **options)).train()
+        model(images(0), images(1))
+        found[str(temperature)] = torch.tensor(counts)
+        counts.clear()
+    dist.all_gather, dist.all_to_all_single = collect, exchange
+    return found
+
+
+def test_moco_exchanges_no_image_twice_and_gathers_queries_only_to_calibrate(run_in_two):
+    """Four images of 3 x 16 x 16 and four embeddings of 6 to a process."""
+    for result in run_in_two(traffic_case):
+        assert result["0.2"].tolist() == [4 * 3 * 16 * 16, 8 * 6]
+        assert result["auto"].tolist() == [4 * 3 * 16 * 16, 8 * 6, 8 * 6]
 
 
 def test_in_turns_takes_one_of_each_part_and_inverts_itself():
