@@ -15,7 +15,7 @@ import itertools
 import json
 import os
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
@@ -41,10 +41,11 @@ from hf_dpssl.domains.known_sets import account, find_set
 from hf_dpssl.domains.selection import as_markdown, table
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.runs.atomic_files import atomic_file, write_json
+from hf_dpssl.runs.redaction import redacted, without_folders
 from hf_dpssl.runs.results import write_results
 
 _IMAGE_SIZE = 32  # of pictures for DomainBed's small network
-_INDIFFERENT = {"algorithms", "draws", "seeds", "targets", "selection", "batch_size", "output_dir", "overwrite", "seed"}
+_DECIDING = ("frozen", "steps", "evaluation_steps", "tolerance_ratio")  # with the inputs and weights themselves
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> Path:
     # Runs
     numbers = [tensors.names.index(name) for name in targets]
     cells = plan(args, numbers, len(tensors.names))
-    decided = {name: value for name, value in asdict(args).items() if name not in _INDIFFERENT}
+    decided = {name: getattr(args, name) for name in _DECIDING}
     decided |= {"data": tensors.digest(), "every_target": every_target, "encoder_weights": fingerprint(encoder)}
     missing = check(cells, folder, decided, args)
     accelerator.wait_for_everyone()
@@ -112,7 +113,7 @@ def load(args: DomainsArguments, device: torch.device) -> tuple[DomainTensors, P
         size = args.image_size or (encoder.size if encoder is not None else _IMAGE_SIZE)
         tensors = picture_tensors(given, size, args.on_bad_image)
     whole = account(args.dataset, given)
-    notes = [whole or f"{args.dataset}: {sum(map(len, tensors.labels)):,} pictures."]
+    notes = [whole or f"{without_folders(args.dataset)}: {sum(map(len, tensors.labels)):,} pictures."]
     notes += [f"{domain} has no {', '.join(names)}." for domain, names in tensors.missing_classes.items()]
     return tensors, encoder, notes
 
@@ -188,13 +189,14 @@ def report(args: DomainsArguments, folder: Path, cells: list[Cell], targets, ten
     """results.json and table.md of all runs of the plan."""
     runs = [json.loads((folder / "cells" / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
     rows = table(runs, args.selection, targets)
+    encoder = "from scratch" if args.encoder is None else without_folders(args.encoder)
     search = f"{args.draws} of hyper-parameters, the first of them the defaults" if args.draws > 1 else "the defaults"
-    budget = f"Each algorithm: {search}; {args.steps} steps a run. {args.protocol}, {args.encoder or 'from scratch'}."
+    budget = f"Each algorithm: {search}; {args.steps} steps a run. {args.protocol}, {encoder}."
     notes = [budget, *notes, *(f"{run['algorithm']} diverged in a run." for run in runs if run["diverged"])]
     text = as_markdown(rows, targets, list(dict.fromkeys(notes)))
     samples = {name: len(labels) for name, labels in zip(tensors.names, tensors.labels, strict=True)}
-    about = {"dataset": args.dataset, "seed": args.seed, "samples": samples}
-    arguments = {field.name: getattr(args, field.name) for field in fields(args) if field.name != "output_dir"}
+    about = {"dataset": without_folders(args.dataset), "seed": args.seed, "samples": samples}
+    arguments = redacted({name: value for name, value in asdict(args).items() if name != "output_dir"})
     metrics = {f"{row['algorithm']}_{row['selection']}": row["mean"] for row in rows}
     write_results(folder / "results.json", metrics, **about, rows=rows, arguments=arguments, notes=notes)
     with atomic_file(folder / "table.md") as file:

@@ -51,6 +51,7 @@ def test_a_killed_search_goes_on_with_the_runs_that_lack(pictures, encoder, tmp_
     assert by_rule["leave_one_domain_out"] == learned  # soups have no runs with two domains held out
     table = (tmp_path / "table.md").read_text()
     assert table in printed and "| arm * |" in table and "Each algorithm: 2 of hyper-parameters" in table
+    assert str(pictures.parent) not in json.dumps(results) + table  # no folder of the machine
     assert results["samples"] == {name: 14 for name in DOMAINS} and "results.json" in printed
 
     names = sorted(cells)
