@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -23,6 +24,20 @@ _HEEDED = {
     "seed": "seed",
     "output_dir": "output_dir",
 }
+
+
+def add_dg_flags(parser: argparse.ArgumentParser) -> None:
+    """The flag that `--suite dg` needs beside those of `evaluate` and of `--suite transfer`."""
+    group = parser.add_argument_group("only with --suite dg")
+    group.add_argument(
+        "--domain_column", default=argparse.SUPPRESS, help="column of domains, where these are no folders"
+    )
+
+
+def refuse_dg_flags(given: dict) -> None:
+    """ValueError for a flag of the suite where none is given."""
+    if "domain_column" in given:
+        raise ValueError("--domain_column is for --suite dg: give both, or leave it out.")
 
 
 def main_of_dg(given: dict, defaults: dict) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..embedding.choices import BAD_IMAGES, KINDS, PROTOCOLS
 from ..evaluation.choices import CLASSIFIERS, METRICS, SOLVERS, WEIGHTINGS
 from ..runs.console import printable
+from .dg_suite import add_dg_flags, main_of_dg, refuse_dg_flags
 from .parsing import command_parser, parse_command
 from .transfer_suite import FINETUNE, add_suite_flags, main_of_suite, refuse_suite_flags
 
@@ -27,6 +28,7 @@ _GROUPS = {
     _GENERATORS: "generators",
     _PIPELINES: "pipelines",
 }
+_SUITES = {"transfer": main_of_suite, "dg": main_of_dg}
 _INDIFFERENT = ("batch_size", "num_processes", "samples_dir", "extractor", "classifier", "dataset", "seed")
 
 
@@ -114,7 +116,14 @@ def parser() -> argparse.ArgumentParser:
     add("--push", action="store_true", help="put the numbers into results.json and the card of the Hub id, one commit")
     add("--create_pr", action="store_true", help="with --push: open a pull request instead of changing the branch")
     add("--json", action="store_true", help="print the results as JSON")
+    add(
+        "--suite",
+        choices=_SUITES,
+        help="transfer: nine data sets in one table, in place of --dataset; dg: each domain of --dataset (folders "
+        "DOMAIN/CLASS/image) held out once, by ten algorithms on frozen features",
+    )
     add_suite_flags(parser)
+    add_dg_flags(parser)
     groups = {kinds: parser.add_argument_group(f"only for {name}") for kinds, name in _GROUPS.items()}
     for flag in _FLAGS:
         default = " ".join(map(str, flag.default)) if isinstance(flag.default, list) else flag.default
@@ -127,9 +136,10 @@ def main(argv: list[str]) -> int:
     """`hf-dpssl evaluate`: returns the exit status; errors are for `errors.reported`."""
     flags = parser()
     given = vars(parse_command(flags, argv))
-    if given.pop("suite"):
-        return main_of_suite(given, {name: flags.get_default(name) for name in given})
+    if (suite := given.pop("suite")) is not None:
+        return _SUITES[suite](given, {name: flags.get_default(name) for name in given})
     refuse_suite_flags(given)
+    refuse_dg_flags(given)
     output, push, create_pr, as_json = (given.pop(name) for name in ("output", "push", "create_pr", "json"))
     from ..embedding.evaluation_entries import append_entry
 

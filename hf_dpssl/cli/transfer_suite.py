@@ -15,8 +15,7 @@ _OWN = ("sets", "data", "steps", "learning_rates", "weight_decays", "output_dir"
 
 
 def add_suite_flags(parser: argparse.ArgumentParser) -> None:
-    """`--suite` and the flags that it needs, which have no default but where it is given."""
-    parser.add_argument("--suite", choices=["transfer"], help="many data sets in one table, in place of --dataset")
+    """The flags that `--suite transfer` needs, which have no default but where they are given."""
     group = parser.add_argument_group("only with --suite transfer")
 
     def add(name: str, text: str, **how) -> None:
@@ -24,14 +23,17 @@ def add_suite_flags(parser: argparse.ArgumentParser) -> None:
 
     add("sets", "of the suite: aircraft, birdsnap, caltech101, cars, cifar10, cifar100, dtd, pets, sun397", nargs="+")
     add("data", "SET=FOLDER, parquet file, Hub id or name of the table, in place of the default Hub ids", nargs="+")
-    add("steps", "of each run of fine-tuning (default: 5000)", type=int)
+    add("steps", "of each run of fine-tuning (default: 5000); of dg: of each run (default: 1001)", type=int)
     add("learning_rates", "of the grid of fine-tuning (default: 1e-4 1e-3 1e-2 1e-1)", type=float, nargs="+")
     add("weight_decays", "divided by the learning rate (default: 0 1e-6 1e-5 1e-4 1e-3)", type=float, nargs="+")
-    add("output_dir", "results, features and what a later call goes on with (default: outputs/transfer)")
+    add(
+        "output_dir",
+        "results, and what a later call goes on with (default: outputs/transfer; of dg: outputs/dg)",
+    )
 
 
 def refuse_suite_flags(given: dict) -> None:
-    """ValueError for flags of the suite without it."""
+    """ValueError for flags of the suite where none is given."""
     if found := [name for name in _OWN if name in given]:
         raise ValueError(f"--{found[0]} is for --suite transfer: give both, or leave it out.")
     if FINETUNE in given.get("protocol", []):

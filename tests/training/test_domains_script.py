@@ -1,14 +1,19 @@
 """training/domains.py on pictures of three domains: what it writes, that it goes on, and what it refuses."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
 from cases import for_each
 from domain_pictures import CLASSES, DOMAINS, write_pictures
+from launches import forget_accelerator
 from PIL import Image
 from tiny_encoders import save_ours
 
+from hf_dpssl.cli import dg_suite
+from hf_dpssl.cli.commands import main as command
+from hf_dpssl.domains.choices import ALGORITHMS
 from hf_dpssl.domains.encoded_domains import PretrainedEncoder
 from hf_dpssl.embedding.embedder import ImageEmbedder
 
@@ -125,6 +130,31 @@ def test_domains_of_too_few_pictures_are_refused(pictures, tmp_path, refusal):
     assert f"class '{CLASSES[1]}' is found in domain 'dark' only" in refusal("domains", ["--dataset", lonely])
     single = write_pictures(tmp_path / "single", [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)])
     assert "no folders of domains" in refusal("domains", ["--dataset", single])
+
+
+def test_evaluate_suite_dg_is_the_frozen_protocol_of_all_algorithms(pictures, encoder, tmp_path, monkeypatch, capsys):
+    """In this process, where the command starts one of its own."""
+
+    def run(name: str, flags: list[str]) -> int:
+        assert flags[-1] == "--quiet"  # which would be for all that follows here
+        import_module(name).main(flags[:-1])
+        return 0
+
+    monkeypatch.setattr(dg_suite, "run_script", run)
+    monkeypatch.setenv("DPSSL_QUIET", "1")
+    flags = ["evaluate", encoder, "--suite", "dg", "--dataset", pictures, "--steps", 2, "--output_dir", tmp_path]
+    assert command(list(map(str, [*flags, "--json"]))) == 0
+    forget_accelerator()
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["algorithm"] for row in rows if row["selection"] == "training_domains"] == list(ALGORITHMS)
+    assert all(row["seeds"] == 3 and row["draws"] == 1 for row in rows)
+    for wrong, message in [
+        (["--suite", "dg", "--shots", "2"], "--shots is not for --suite dg"),
+        (["--suite", "dg", "--sets", "dtd"], "--sets is not for --suite dg"),
+        (["--domain_column", "style"], "--domain_column is for --suite dg"),
+    ]:
+        assert command(["evaluate", str(encoder), *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
