@@ -97,6 +97,7 @@ def accelerate(config: str, *words) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_configuration_starts_by_accelerate_launch_with_fewer_processes(autoencoder, tmp_path):
     """On one machine; of several, two that are this one."""
     script, port = REPOSITORY / "training/contrastive.py", random.randint(20_000, 40_000)
@@ -146,6 +147,7 @@ exit ${failed:-0}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_slurm_script_starts_a_process_per_gpu_on_each_machine_and_goes_on_when_it_is_run_again(tmp_path):
     """Slurm's two commands are stand-ins; the job and accelerate are real."""
     for name, text in {"scontrol": SCONTROL, "srun": SRUN}.items():
