@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import PartialState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, parse_flag_from_env
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -41,6 +40,7 @@ from .console import is_quiet, say
 from .continuation import Processes, check_same_run, record_of_data
 from .recipe import RunArguments
 from .sharding import PartsOnDisk, common_part, load_, own_part
+from .trackers import check_trackers, start_trackers
 from .training_checkpoints import CheckpointFolder
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Ac
     for noisy in ("httpx", "timm", "accelerate", "datasets", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    _check_trackers(args.log_with)
+    check_trackers(args.log_with)
     sharded = _check_sharding(can_be_sharded)
     asked_for = args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
@@ -89,8 +89,7 @@ def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Ac
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     if args.log_with:
-        settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(args).items()}
-        accelerator.init_trackers(Path(args.output_dir).name, config=settings)
+        start_trackers(accelerator, args)
     if torch.distributed.is_initialized():
         atexit.register(_leave_process_group)
     return accelerator
@@ -114,26 +113,6 @@ def finish(accelerator: Accelerator, args: RunArguments, skipped: dict[str, str]
 def _leave_process_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _check_trackers(names: list[str]) -> None:
-    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-    known = available | {
-        "tensorboard",
-        "wandb",
-        "trackio",
-        "aim",
-        "comet_ml",
-        "mlflow",
-        "dvclive",
-        "swanlab",
-        "clearml",
-    }
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--log_with {name!r} is no tracker; choose among {sorted(known)}.")
-        if name not in available:
-            raise ImportError(f"--log_with {name} was asked for, but {name} is not installed: pip install {name}.")
 
 
 def _check_sharding(can_be_sharded: bool) -> bool:
