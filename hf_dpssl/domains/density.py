@@ -3,45 +3,58 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.linalg import lapack
 
 
-def shrinkage(eigenvalues: np.ndarray, count: int, dimension: int) -> float:
+def shrinkage(mean: float, mean_square: float, count: int, dimension: int) -> float:
     """Share of the scaled identity in the covariance, in [0, 1]: OAS (Chen et al. 2010), as scikit-learn's `oas`.
 
     Args:
-        eigenvalues: (r,) of the covariance of `count` samples (divided by their number); the others are 0.
+        mean, mean_square: tr S / D and tr S^2 / D^2 of the covariance S of `count` samples (divided by their number).
         count: n.
-        dimension: D, r or more.
+        dimension: D.
     """
-    mean = eigenvalues.sum() / dimension
-    mean_square = (eigenvalues**2).sum() / dimension**2
     spread = (count + 1) * (mean_square - mean**2 / dimension)
     return float(min(1.0, (mean_square + mean**2) / spread)) if spread > 0 else 1.0
 
 
-def held_out_density(eigenvalues: np.ndarray, count: int, moments: np.ndarray, dimension: int) -> tuple[float, float]:
+def held_out_density(
+    covariance: np.ndarray, count: int, moments: np.ndarray, dimension: int | None = None
+) -> tuple[float, float]:
     """How probable new features are under the Gaussian of old ones, per sample and dimension, in nats.
 
     The Gaussian has the old mean, and the old covariance S shrunk to (1 - s) S + s (tr S / D) I, s as `shrinkage` says.
     Features count in units in which the old ones have mean variance 1, so that no scale enters.
 
     Args:
-        eigenvalues: (r,) of S, old samples only; 0 in the other D - r directions, in which the new ones lie on the old
-            mean as well.
+        covariance: (d, d) S, of old samples only.
         count: old samples.
-        moments: (r,) mean square of the new samples along the eigenvectors of S, about the old mean.
-        dimension: D.
+        moments: (d, d) mean of x x' of the new samples, about the old mean.
+        dimension: D, where old and new samples lie in d of D dimensions; None: d.
 
     Returns:
         density: mean log density of the new samples. stability: that minus the mean log density of the old ones: 0
         where the new samples are spread as the old ones are, negative where they lie elsewhere.
+
+    Raises:
+        ValueError: old features that are all equal.
     """
-    share = shrinkage(eigenvalues, count, dimension)
-    scale = eigenvalues.sum() / dimension
-    variances = (1 - share) * eigenvalues / scale + share
-    others = dimension - len(eigenvalues)
-    volume = np.log(variances).sum() + others * np.log(share) if others else np.log(variances).sum()
-    old = (eigenvalues / scale / variances).sum()
-    new = (moments / scale / variances).sum()
+    inside = len(covariance)
+    dimension = dimension or inside
+    scale = float(np.trace(covariance)) / dimension
+    if not scale > 0:
+        raise ValueError("the features are the same for all samples: nothing can be told from them.")
+    share = shrinkage(scale, float(np.vdot(covariance, covariance)) / dimension**2, count, dimension)
+    shrunk = ((1 - share) / scale) * covariance
+    shrunk[np.diag_indices(inside)] += share
+    factor, _ = lapack.dpotrf(shrunk.T, lower=1, overwrite_a=1)
+    volume = 2 * float(np.log(np.diagonal(factor)).sum()) + (dimension - inside) * np.log(share if share else 1)
+    inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)  # its lower half
+    old, new = (_trace(inverse, matrix) / scale for matrix in (covariance, moments))
     density = -0.5 * (np.log(2 * np.pi) + (volume + new) / dimension)
     return float(density), float(0.5 * (old - new) / dimension)
+
+
+def _trace(lower: np.ndarray, matrix: np.ndarray) -> float:
+    """tr(A B) of symmetric matrices, of A the lower half with zeros above it."""
+    return 2 * float(np.vdot(lower.T, matrix)) - float(np.diagonal(lower) @ np.diagonal(matrix))

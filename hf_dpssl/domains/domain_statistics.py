@@ -36,22 +36,17 @@ class DomainStatistics:
             ValueError: other shapes, ids outside [0, C) or [0, M), or features that are not finite.
         """
         self._check(features, labels, domains)
-        for start in range(0, len(features), _ROWS):
-            part = slice(start, start + _ROWS)
-            rows = features[part].detach().cpu().double().numpy()
-            if self.origin is None:
-                self.origin = rows[0].copy()
-            rows = rows - self.origin
-            of = domains[part].cpu().numpy()
-            classes = None if labels is None else labels[part].cpu().numpy()
-            for domain in np.unique(of):
-                chosen = of == domain
-                inside = rows[chosen]
+        if self.origin is None:
+            self.origin = features[0].detach().cpu().double().numpy().copy()
+        for domain in domains.unique().tolist():
+            for chosen in (domains == domain).nonzero()[:, 0].split(_ROWS):
+                inside = features[chosen].detach().cpu().double().numpy()
+                inside -= self.origin
                 self.counts[domain] += len(inside)
                 self.sums[domain] += inside.sum(0)
                 self.moments[domain] += inside.T @ inside
-                if classes is not None:
-                    one_hot = np.eye(self.class_counts.shape[1])[classes[chosen]]
+                if labels is not None:
+                    one_hot = np.eye(self.class_counts.shape[1])[labels[chosen].cpu().numpy()]
                     self.class_counts[domain] += one_hot.sum(0)
                     self.class_sums[domain] += one_hot.T @ inside
 

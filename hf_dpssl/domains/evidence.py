@@ -5,6 +5,8 @@
 After rotation to the eigenvectors of X'X, of eigenvalues l_i, everything is a sum over dimensions (MacKay 1992; Bishop
 2006, section 3.5). With t = alpha / beta the best beta has a closed form, so that the evidence is maximised over t
 alone: a grid over all orders of magnitude, which finds the largest of several maxima, then golden section.
+
+tridiagonal.py has the same model without eigenvectors, which is faster where the features have full rank.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .tridiagonal import Tridiagonal
+
 _GRID = 97  # values of t, two an order of magnitude or more
-_REFINEMENTS = 48  # of golden section: the bracket shrinks to 1e-10 of itself
+_REFINEMENTS = 36  # of golden section: the bracket shrinks to 3e-8 of itself
 _LEAST_NOISE = 1e-8  # variance of the noise, of that of the labels: else labels that are linear have infinite evidence
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -35,6 +39,27 @@ class Spectrum(NamedTuple):
     fitted: np.ndarray
     residual: np.ndarray
 
+    @property
+    def squares(self) -> np.ndarray:
+        """(C,) y'y."""
+        return self.residual + self.fitted.sum(0)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Smallest and largest eigenvalue above 0; both 0 where there is none."""
+        positive = self.eigenvalues[self.eigenvalues > 0]
+        return (float(positive.min()), float(positive.max())) if len(positive) else (0.0, 0.0)
+
+    def volume_and_misfit(self, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(C,) log |X'X / t + I|, and least squared error plus penalty, at t = ratio (C,)."""
+        volume = np.log1p(self.eigenvalues[:, None] / ratio).sum(0)
+        shrunk = self.fitted * (ratio / (ratio + self.eigenvalues[:, None]))
+        return volume, self.residual + shrunk.sum(0)
+
+    def floored(self, least: np.ndarray) -> Spectrum:
+        """With misfits of at least `least` (C,)."""
+        return self._replace(residual=np.maximum(self.residual, least))
+
 
 def spectrum_of(count: int, gram: np.ndarray, products: np.ndarray, squares: np.ndarray) -> tuple[Spectrum, np.ndarray]:
     """The spectrum, and the eigenvectors (d, d) as columns, from n, X'X (d, d), X'y (d, C) and y'y (C,), in float64."""
@@ -46,14 +71,13 @@ def spectrum_of(count: int, gram: np.ndarray, products: np.ndarray, squares: np.
     return Spectrum(count, eigenvalues, fitted, np.maximum(squares - fitted.sum(0), 0.0)), vectors
 
 
-def log_evidence(spectrum: Spectrum, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
+def log_evidence(spectrum: Spectrum | Tridiagonal, alpha: np.ndarray, beta: np.ndarray) -> np.ndarray:
     """(C,) log p(y | X, alpha, beta) in nats, of all n labels together; alpha and beta (C,), larger than 0."""
-    ratio = alpha / beta
-    volume = np.log1p(spectrum.eigenvalues[:, None] / ratio).sum(0)
-    return 0.5 * (spectrum.count * np.log(beta / (2 * np.pi)) - volume - beta * _misfit(spectrum, ratio))
+    volume, misfit = spectrum.volume_and_misfit(alpha / beta)
+    return 0.5 * (spectrum.count * np.log(beta / (2 * np.pi)) - volume - beta * misfit)
 
 
-def maximise_evidence(spectrum: Spectrum) -> tuple[np.ndarray, np.ndarray]:
+def maximise_evidence(spectrum: Spectrum | Tridiagonal) -> tuple[np.ndarray, np.ndarray]:
     """(alpha, beta), (C,) each, of largest evidence.
 
     A column of labels that does not vary, of which no noise could be estimated, is refused, as are features that are
@@ -63,25 +87,31 @@ def maximise_evidence(spectrum: Spectrum) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: labels that are all 0, or features that are all 0.
     """
-    squares = spectrum.residual + spectrum.fitted.sum(0)
+    squares = spectrum.squares
     if not (squares > 0).all():
         raise ValueError(f"column {int((squares <= 0).argmax())} of the labels is 0 everywhere: leave that class out.")
-    if not spectrum.eigenvalues.max() > 0:
+    smallest, largest = spectrum.ends
+    if not largest > 0:
         raise ValueError("the features are the same for all samples: nothing can be told from them.")
-    floored = spectrum._replace(residual=np.maximum(spectrum.residual, _LEAST_NOISE * squares))
-    positive = spectrum.eigenvalues[spectrum.eigenvalues > 0]
-    grid = np.linspace(math.log(positive.min() * 1e-8), math.log(positive.max() * 1e8), _GRID)
+    floored = spectrum.floored(_LEAST_NOISE * squares)
+    grid = np.linspace(math.log(smallest * 1e-8), math.log(largest * 1e8), _GRID)
     values = np.stack([_profile(floored, np.full(len(squares), point)) for point in grid])
     best = values.argmax(0)
     low = grid[np.maximum(best - 1, 0)]
     high = grid[np.minimum(best + 1, _GRID - 1)]
+    first = high - _GOLDEN * (high - low)
+    second = low + _GOLDEN * (high - low)
+    at_first = _profile(floored, first)
+    at_second = _profile(floored, second)
     for _ in range(_REFINEMENTS):
-        first = high - _GOLDEN * (high - low)
-        second = low + _GOLDEN * (high - low)
-        left = _profile(floored, first) > _profile(floored, second)
+        left = at_first > at_second
         low, high = np.where(left, low, first), np.where(left, second, high)
+        new = np.where(left, high - _GOLDEN * (high - low), low + _GOLDEN * (high - low))
+        at_new = _profile(floored, new)
+        first, second = np.where(left, new, second), np.where(left, first, new)
+        at_first, at_second = np.where(left, at_new, at_second), np.where(left, at_first, at_new)
     ratio = np.exp((low + high) / 2)
-    beta = spectrum.count / _misfit(floored, ratio)
+    beta = spectrum.count / floored.volume_and_misfit(ratio)[1]
     return ratio * beta, beta
 
 
@@ -93,12 +123,7 @@ def log_predictive(train: Spectrum, both: Spectrum, alpha: np.ndarray, beta: np.
     return log_evidence(both, alpha, beta) - log_evidence(train, alpha, beta)
 
 
-def _misfit(spectrum: Spectrum, ratio: np.ndarray) -> np.ndarray:
-    return spectrum.residual + (spectrum.fitted * (ratio / (ratio + spectrum.eigenvalues[:, None]))).sum(0)
-
-
-def _profile(spectrum: Spectrum, log_ratio: np.ndarray) -> np.ndarray:
+def _profile(spectrum: Spectrum | Tridiagonal, log_ratio: np.ndarray) -> np.ndarray:
     """(C,) evidence at t = exp(log_ratio) and the beta that is best there, up to a constant."""
-    ratio = np.exp(log_ratio)
-    volume = np.log1p(spectrum.eigenvalues[:, None] / ratio).sum(0)
-    return -0.5 * (spectrum.count * np.log(_misfit(spectrum, ratio)) + volume)
+    volume, misfit = spectrum.volume_and_misfit(np.exp(log_ratio))
+    return -0.5 * (spectrum.count * np.log(misfit) + volume)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .density import held_out_density
 from .domain_statistics import DomainStatistics
-from .evidence import log_predictive, maximise_evidence, spectrum_of
+from .evidence import log_evidence, log_predictive, maximise_evidence, spectrum_of
+from .tridiagonal import Tridiagonal, tridiagonal_of
 
 
 def leave_one_domain_out(features: Tensor, labels: Tensor, domains: Tensor) -> list[dict[str, float]]:
@@ -110,25 +111,44 @@ def score_domains(statistics: DomainStatistics, *, dimension: int | None = None)
     """
     if (statistics.counts < 1).any() or len(statistics.counts) < 2:
         raise ValueError(f"every one of two or more domains needs samples, got {statistics.counts.tolist()}.")
-    return [_score(statistics, left_out, dimension) for left_out in range(len(statistics.counts))]
+    every = _sums(statistics, np.ones(len(statistics.counts), dtype=bool))
+    mean, shares = every["sums"] / every["counts"], every["class_counts"] / every["counts"]
+    total = tridiagonal_of(*_centred(every, mean, shares))
+    return [_score(statistics, left_out, dimension, mean, shares, total) for left_out in range(len(statistics.counts))]
 
 
-def _score(statistics: DomainStatistics, left_out: int, dimension: int | None) -> dict[str, float]:
+def _sums(statistics: DomainStatistics, chosen: np.ndarray) -> dict:
+    names = ("counts", "sums", "moments", "class_counts", "class_sums")
+    return {name: getattr(statistics, name)[chosen].sum(0) for name in names}
+
+
+def _score(
+    statistics: DomainStatistics,
+    left_out: int,
+    dimension: int | None,
+    grand_mean: np.ndarray,
+    grand_shares: np.ndarray,
+    total: Tridiagonal | None,
+) -> dict[str, float]:
     others = np.arange(len(statistics.counts)) != left_out
-    total = {name: getattr(statistics, name) for name in ("counts", "sums", "moments", "class_counts", "class_sums")}
-    old = {name: values[others].sum(0) for name, values in total.items()}
-    new = {name: values[left_out] for name, values in total.items()}
+    old = _sums(statistics, others)
+    new = _sums(statistics, ~others)
     mean = old["sums"] / old["counts"]
     shares = old["class_counts"] / old["counts"]
     old = _centred(old, mean, shares)
     new = _centred(new, mean, shares)
-    train, vectors = spectrum_of(*old)
-    alpha, beta = maximise_evidence(train)
-    both, _ = spectrum_of(*(first + second for first, second in zip(old, new, strict=True)))
-    labels = float(log_predictive(train, both, alpha, beta).mean() / new[0])
-    moments = ((new[1] @ vectors) * vectors).sum(0) / new[0]
-    size = dimension or len(mean)
-    density, stability = held_out_density(train.eigenvalues / train.count, train.count, moments, size)
+    train = tridiagonal_of(*old) if total is not None else None
+    if train is None:
+        train, _ = spectrum_of(*old)
+        both, _ = spectrum_of(*(first + second for first, second in zip(old, new, strict=True)))
+        alpha, beta = maximise_evidence(train)
+        predictive = log_predictive(train, both, alpha, beta)
+    else:
+        alpha, beta = maximise_evidence(train)
+        whole = total.moved_evidence(grand_mean - mean, grand_shares - shares, alpha, beta)
+        predictive = whole - log_evidence(train, alpha, beta)
+    labels = float(predictive.mean() / new[0])
+    density, stability = held_out_density(old[1] / old[0], old[0], new[1] / new[0], dimension)
     parts = {"labels": labels, "density": density, "stability": stability}
     return {"samples": int(new[0])} | parts | {"score": labels + stability}
 
@@ -136,8 +156,8 @@ def _score(statistics: DomainStatistics, left_out: int, dimension: int | None) -
 def _centred(sums: dict, mean: np.ndarray, shares: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
     """n, X'X, X'Y and the squares of Y of samples about given means, from sums about another point."""
     count = int(sums["counts"])
-    cross = np.outer(sums["sums"], mean)
-    gram = sums["moments"] - cross - cross.T + count * np.outer(mean, mean)
+    half = sums["sums"] - 0.5 * count * mean
+    gram = sums["moments"] - np.stack([half, mean], 1) @ np.stack([mean, half])
     products = (sums["class_sums"] - np.outer(sums["class_counts"], mean)).T
     products = products - np.outer(sums["sums"] - count * mean, shares)
     squares = sums["class_counts"] * (1 - 2 * shares) + count * shares**2

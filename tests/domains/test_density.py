@@ -15,18 +15,22 @@ def test_density_is_that_of_scipy_under_scikit_learns_shrunk_covariance(samples,
     old = random.normal(size=(samples, dimension)) * spread + 3
     new = random.normal(size=(50, dimension)) * spread[::-1] + 2
     mean = old.mean(0)
-    eigenvalues, vectors = np.linalg.eigh((old - mean).T @ (old - mean) / samples)
-    moments = (((new - mean) @ vectors) ** 2).mean(0)
+    plain = (old - mean).T @ (old - mean) / samples
+    moments = (new - mean).T @ (new - mean) / len(new)
     covariance, share = oas(old)
-    assert shrinkage(eigenvalues, samples, dimension) == pytest.approx(share, rel=1e-9)
-    density, stability = held_out_density(eigenvalues, samples, moments, dimension)
+    scale = np.trace(plain) / dimension
+    found = shrinkage(scale, (plain**2).sum() / dimension**2, samples, dimension)
+    assert found == pytest.approx(share, rel=1e-9)
+    density, stability = held_out_density(plain, samples, moments)
     log_density = multivariate_normal(mean, covariance).logpdf
-    log_scale = 0.5 * np.log(eigenvalues.mean())
+    log_scale = 0.5 * np.log(scale)
     assert density == pytest.approx(log_density(new).mean() / dimension + log_scale, rel=1e-9)
     assert stability == pytest.approx((log_density(new).mean() - log_density(old).mean()) / dimension, rel=1e-9)
 
 
 def test_directions_without_variance_count_as_dimensions():
-    eigenvalues, moments = np.array([2.0, 0.5]), np.array([1.0, 0.6])
-    padded = held_out_density(np.append(eigenvalues, [0, 0, 0]), 40, np.append(moments, [0, 0, 0]), 5)
-    assert held_out_density(eigenvalues, 40, moments, 5) == pytest.approx(padded, rel=1e-12)
+    covariance, moments = np.diag([2.0, 0.5]), np.diag([1.0, 0.6])
+    padded = held_out_density(np.diag([2.0, 0.5, 0, 0, 0]), 40, np.diag([1.0, 0.6, 0, 0, 0]))
+    assert held_out_density(covariance, 40, moments, 5) == pytest.approx(padded, rel=1e-12)
+    with pytest.raises(ValueError, match="the same for all samples"):
+        held_out_density(0 * covariance, 40, moments)

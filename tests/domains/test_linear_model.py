@@ -6,6 +6,7 @@ from scipy.stats import multivariate_normal
 from sklearn.linear_model import BayesianRidge
 
 from hf_dpssl.domains.evidence import log_evidence, log_predictive, maximise_evidence, spectrum_of
+from hf_dpssl.domains.tridiagonal import tridiagonal_of
 
 
 def spectrum(features, labels):
@@ -111,3 +112,25 @@ def test_labels_that_are_linear_and_columns_that_are_constant_leave_all_finite()
         maximise_evidence(spectrum(features, labels * [1, 0]))
     with pytest.raises(ValueError, match="the same for all samples"):
         maximise_evidence(spectrum(features * 0, labels))
+
+
+def test_the_tridiagonal_form_is_that_of_eigenvectors_and_of_moved_samples():
+    """Evidence anywhere, its maximum, and the evidence after an offset, against the samples with that offset."""
+    for samples, dimension in [(60, 8), (400, 40), (9, 2)]:
+        features, labels = problem(samples, dimension, seed=4)
+        features, labels = features - features.mean(0), labels - labels.mean(0)
+        given = (samples, features.T @ features, features.T @ labels, (labels**2).sum(0))
+        plain, turned = spectrum_of(*given)[0], tridiagonal_of(*given)
+        for alpha, beta in [(0.01, 3.0), (5.0, 0.2), (1e6, 1e-3)]:
+            alphas, betas = np.array([alpha, 2 * alpha]), np.array([beta, beta / 3])
+            wanted = log_evidence(plain, alphas, betas)
+            assert log_evidence(turned, alphas, betas) == pytest.approx(wanted, rel=1e-9)
+            offset, shares = np.linspace(-2, 3, dimension), np.array([0.3, -0.5])
+            wanted = log_evidence(spectrum(features + offset, labels + shares), alphas, betas)
+            assert turned.moved_evidence(offset, shares, alphas, betas) == pytest.approx(wanted, rel=1e-8)
+        assert np.allclose(maximise_evidence(turned), maximise_evidence(plain), rtol=1e-5)
+    exact = problem(50, 4, noise=0.0)
+    given = (50, exact[0].T @ exact[0], exact[0].T @ exact[1], (exact[1] ** 2).sum(0))
+    assert np.allclose(maximise_evidence(tridiagonal_of(*given)), maximise_evidence(spectrum_of(*given)[0]), rtol=1e-3)
+    wide = problem(20, 30)[0]
+    assert tridiagonal_of(20, wide.T @ wide, np.zeros((30, 1)), np.ones(1)) is None
