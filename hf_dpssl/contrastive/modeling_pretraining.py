@@ -40,7 +40,10 @@ class ContrastiveOutput(ModelOutput):
 
 
 class ContrastivePreTrainedModel(PreTrainedModel):
-    """What both pretraining classes share: config, `encoder` as base model, and a head."""
+    """What both pretraining classes share: config, `encoder` as base model, and a head.
+
+    Hidden states are not given out, checkpoints that lack weights are refused, and activations are recomputed by timm.
+    """
 
     config_class = ContrastiveConfig
     base_model_prefix = "encoder"
@@ -81,8 +84,14 @@ class ContrastivePreTrainedModel(PreTrainedModel):
         return self.encoder.supports_gradient_checkpointing
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
-        self.encoder.timm_model.set_grad_checkpointing(enable)
+        self.encoder._set_gradient_checkpointing(enable)
         keep_statistics_in_recomputation_(self.encoder)
+
+    def post_init(self) -> None:
+        """As `PreTrainedModel.post_init`; a config that asks for checkpointing has switched it on in the encoder."""
+        super().post_init()
+        if self.encoder.gradient_checkpointing:
+            self._set_gradient_checkpointing()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

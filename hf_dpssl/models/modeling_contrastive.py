@@ -205,6 +205,7 @@ class ContrastiveEncoder(TimmWrapperModel):
     config_class = ContrastiveConfig
     _supports_sdpa = True  # timm dispatches attention itself
     _no_split_modules = ["ContrastiveEncoder"]  # as TimmWrapperModel names itself: timm's models are kept whole
+    gradient_checkpointing = False  # by this name transformers finds out whether it is on
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
@@ -222,6 +223,10 @@ class ContrastiveEncoder(TimmWrapperModel):
         """As `PreTrainedModel.init_weights`; a model built on the meta device gets what the constructor draws."""
         draw_after_meta_(self)
         super().init_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        self.gradient_checkpointing = enable
+        super()._set_gradient_checkpointing(enable)
 
     @property
     def num_features(self) -> int:

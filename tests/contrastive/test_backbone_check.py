@@ -91,11 +91,14 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(model_class
     ]:
         options = {"normalization": "anchor", "queue_size": 32, "projection_dim": 8, "projection_batch_norm": True}
         runs = []
-        for checkpointed in (False, True):
+        for asked in ("not", "of the config", "of the model"):
             torch.manual_seed(0)
-            model = model_class(ContrastiveConfig(architecture, model_args, **options | changes)).train()
-            if checkpointed:
+            config = ContrastiveConfig(architecture, model_args, **options | changes)
+            config.gradient_checkpointing = asked == "of the config"
+            model = model_class(config).train()
+            if asked == "of the model":
                 model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing == (asked != "not")
             calls = []
             blocks = model.encoder.timm_model.layer2 if architecture == "resnet10t" else model.encoder.timm_model.blocks
             blocks[0].register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append(module))
@@ -103,6 +106,6 @@ def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(model_class
                 model(first, second).loss.backward()
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             runs.append((len(calls), gradients, dict(model.state_dict())))
-        assert [run[0] for run in runs] == [2, 4], "the second model computes its activations again"
+        assert [run[0] for run in runs] == [2, 4, 4], "the other models compute their activations again"
         for found, expected in pairwise(run[1:] for run in runs):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
