@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser test-mixins check bench clean
+.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser test-mixins check bench claims clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -73,6 +73,10 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/token_guidance.py
 	$(BIN)/python tests/benchmarks/dit.py
 	$(BIN)/python tests/benchmarks/front_door.py
+
+# The claims at scale quick: about 20 minutes of one core; a killed run goes on.
+claims: $(INSTALLED)
+	$(BIN)/hf-dpssl reproduce all --scale quick --output_dir outputs/claims
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs

@@ -54,9 +54,10 @@ COMMANDS = {
         "path/to/domains --zoo outputs/demo/encoder timm/resnet18.a1_in1k --output_dir outputs/rank",
     ),
     "zood": Command(
-        "what choosing, combining and selecting encoders is worth on new domains",
+        "what choosing and combining encoders is worth on new domains",
         "--zoo zoo.yaml --dataset path/to/domains --output_dir outputs/zood",
     ),
+    "reproduce": Command("decide claims of the papers, each with one command", "reconstruction --scale quick"),
     "import": Command(
         "write another code's checkpoint as a folder of ours",
         "moco_v2_800ep_pretrain.pth.tar --output_dir outputs/moco-v2",

@@ -6,8 +6,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from ..runs.console import printable
+from ..runs.shipped_folders import shipped_folder
 
 FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
 _EXPECTED_OF_OURS = (RuntimeError, ArithmeticError)  # of other libraries they are bugs, or memory that ran out
@@ -101,5 +103,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _raised_by_us(error: Exception) -> bool:
     """Whether the message is one of this package, or of a script of training/."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    name = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    return name.split(".")[0] in ("hf_dpssl", "__main__")
+    if not frames:
+        return False
+    code = frames[-1][0]
+    if code.f_globals.get("__name__", "").split(".")[0] in ("hf_dpssl", "__main__"):
+        return True
+    return shipped_folder("training") in Path(code.f_code.co_filename).parents  # what the scripts share

@@ -42,6 +42,12 @@ class HelpFormatter(argparse.HelpFormatter):
             paragraphs.append(paragraph if indented else super()._fill_text(paragraph, width, indent))
         return "\n\n".join(paragraphs)
 
+    def add_argument(self, action):
+        """As argparse's, which forgets that names of subcommands are indented once more."""
+        super().add_argument(action)
+        if action.nargs == argparse.PARSER and action.help is not argparse.SUPPRESS:
+            self._action_max_length += self._indent_increment
+
     def _get_default_metavar_for_optional(self, action):
         return {int: "N", float: "X", None: "TEXT", str: "TEXT"}.get(action.type, action.dest.upper())
 

@@ -1,0 +1,270 @@
+"""The verdict machine: planted effects are found, methods that do nothing are not, and bad input is refused."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from cases import for_each
+from launches import REPOSITORY
+from scipy.stats import ttest_1samp
+
+sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
+import claim_cells
+import claim_decision
+import claim_page
+import claim_statements
+import reproduce
+
+EVIDENCE = REPOSITORY / "training" / "evidence"
+NOISES = {
+    "normal": lambda draw, shape: draw.normal(size=shape),
+    "student t, 3 degrees of freedom": lambda draw, shape: draw.standard_t(3, size=shape),
+    "Laplace": lambda draw, shape: draw.laplace(size=shape),
+    "uniform": lambda draw, shape: draw.uniform(-1, 1, size=shape),
+}
+
+
+def simulated(effects: dict[str, float], noise, draw, seeds: int, scale: float = 1.0) -> claim_decision.Cells:
+    """Cells of a metric x: what all arms of a seed share, ten times as large as each cell's own noise; the effect."""
+    common = 10 * scale * draw.normal(size=seeds)
+    return {
+        arm: {seed: {"metrics": {"x": float(value)}, "curve": [[0, 0.0]]} for seed, value in enumerate(values)}
+        for arm, effect in effects.items()
+        for values in [common + effect + scale * noise(draw, seeds)]
+    }
+
+
+def test_of_400_simulated_studies_intervals_cover_the_truth_and_verdicts_are_rarely_false():
+    draw = np.random.default_rng(0)
+    truths = {"true": 6.0, "large": 4.0, "false": 0.0, "worse": -3.0, "null": 1.0, "at_margin": 1.0}
+    covered, wrong, found, studies = [], 0, [], 400
+    for number in range(studies):
+        noise = list(NOISES.values())[number % len(NOISES)]
+        seeds, scale = (5, 8)[number // 4 % 2], (0.3, 1.0)[number // 8 % 2]
+        cells = simulated({"base": 0.0} | truths, noise, draw, seeds, scale)
+        comparisons = [{"first": arm, "second": "base", "metric": "x", "margin": 1.0} for arm in truths]
+        claims = {c["first"]: {"seeds": 5, "comparisons": [c]} for c in comparisons}
+        metrics = dict.fromkeys(claims, {"x": {"better": "higher"}})
+        entries = claim_decision.decide(claims, metrics, dict.fromkeys(claims, cells), len(claims))
+        sides = {arm: "supported" if effect > 1 else "contradicted" for arm, effect in truths.items()}
+        rightly = sides | {"null": "undecided", "at_margin": "undecided"}
+        wrong += any(entries[arm]["verdict"] not in (rightly[arm], "undecided") for arm in truths)
+        for arm, effect in truths.items():
+            (entry,) = entries[arm]["comparisons"]
+            covered.append(entry["low"] <= effect <= entry["high"])
+            found += [entry["verdict"] == rightly[arm]] if effect in (6.0, -3.0) else []
+    assert 0.93 <= np.mean(covered) <= 0.97
+    assert wrong / studies <= 0.05
+    assert np.mean(found) > 0.5  # and the machine does decide
+    print(f"coverage {np.mean(covered):.4f}, false {wrong / studies:.4f}, found {np.mean(found):.3f}")
+
+
+def test_a_method_that_does_nothing_is_supported_in_no_claim():
+    draw = np.random.default_rng(1)
+    for name in claim_statements.claim_names():
+        claim = claim_statements.read_claim(name)
+        study = claim_statements.read_study(claim["study"], "quick")
+        size = claim_statements.families({name: claim})[claim["family"]]
+        for spread in (0.0, 0.01, 0.05, 0.3):  # of one cell, in shares of the metric or, of percents, ten points
+            for _ in range(50 if spread else 1):
+                cells = {arm: {seed: {"metrics": {}} for seed in range(claim["seeds"])} for arm in study["arms"]}
+                for metric, about in study["metrics"].items():
+                    for seed in range(claim["seeds"]):
+                        shared = draw.normal()
+                        for arm in cells:
+                            value = shared + spread * draw.standard_t(4)
+                            value = np.exp(value) if about.get("relative") else 50 + 10 * value
+                            cells[arm][seed]["metrics"][metric] = float(value)
+                given = {name: claim}, {name: study["metrics"]}, {name: cells}, sum(size.values())
+                verdict = claim_decision.decide(*given)[name]["verdict"]
+                assert verdict in (("contradicted", "undecided") if spread else ("contradicted",)), name
+
+
+def test_corrected_p_values_are_those_of_the_definition_of_holm():
+    p_values = [0.01, 0.04, 0.03, 0.005]
+    assert claim_decision.holm(p_values, 4) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # by hand: 3, 1, 2 and 4 times
+    assert claim_decision.holm([0.01], 6) == pytest.approx([0.06])  # five that were not run count as 1
+    draw = np.random.default_rng(2)
+    values = draw.normal(1.5, 1.0, size=8).tolist()
+    assert claim_decision.judge(values, 1.0)["p"] == pytest.approx(ttest_1samp(np.array(values) - 1.0, 0).pvalue)
+
+
+def test_a_verdict_says_why_it_is_open():
+    metric = {"x": {"better": "lower", "relative": True}}
+    claim = {"seeds": 5, "comparisons": [{"first": "new", "second": "old", "metric": "x", "margin": 0.05}]}
+
+    def verdict(new: list[float], old: list[float]) -> tuple[str, str]:
+        arms = {"new": new, "old": old}
+        cells = {arm: {seed: {"metrics": {"x": v}} for seed, v in enumerate(values)} for arm, values in arms.items()}
+        found = claim_decision.decide({"c": claim}, {"c": metric}, {"c": cells}, 1)["c"]
+        return found["verdict"], found["reason"]
+
+    old = [1.0, 2.0, 1.5, 0.5, 3.0]
+    lower = [value * factor for value, factor in zip(old, [0.8, 0.82, 0.81, 0.79, 0.8], strict=True)]
+    assert verdict(lower, old)[0] == "supported" and verdict(old, lower)[0] == "contradicted"
+    assert verdict(lower[:4], old) == ("undecided", "4 of 5 seeds")
+    assert verdict([], old) == ("undecided", "0 of 5 seeds")
+    assert "same difference" in verdict([value / 2 for value in old], old)[1]
+    assert "seed 4 is nan" in verdict([*lower[:4], float("nan")], old)[1]
+    assert verdict(old, old)[0] == "contradicted"
+
+
+def test_a_curve_is_flat_by_the_share_of_its_last_quarter():
+    steps = range(0, 101, 5)
+    cases = {0.5: [1 - step / 200 for step in steps], 0.0: [0.1] * 21, 0.25: [step / 100 for step in steps]}
+    wanted = [0.25, 0.0, 0.25]
+    for values, share in zip(cases.values(), wanted, strict=True):
+        found = claim_decision.last_quarter([[s, v] for s, v in zip(steps, values, strict=True)])
+        assert found == pytest.approx(share)
+    exponential = [[step, 1 - np.exp(-step / 10)] for step in steps]
+    assert claim_decision.last_quarter(exponential) == pytest.approx(np.exp(-7.5) - np.exp(-10), rel=1e-3)
+    assert claim_decision.last_quarter(exponential[:3]) is None
+
+
+def write_cell(folder, cell: claim_cells.Cell, value: float) -> None:
+    content = {"arm": cell.arm, "seed": cell.seed, "flags": "", "cpu_seconds": 1.0}
+    more = {"tuning": value} if cell.point is not None else {"metrics": {"knn": value}, "curve": [[0, 1.0], [1, 0.5]]}
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+    (folder / "cells" / f"{cell.name}.json").write_text(json.dumps(content | more))
+
+
+def test_whatever_of_a_plan_is_done_is_whole_seeds_and_a_valid_page(tmp_path):
+    stated = reproduce.statement("dimensions", "quick", None, claim_statements.CLAIMS)
+    study = stated["study"]
+    folder = tmp_path / "dimensions"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "content.json").write_text('{"fit": "a", "measured": "b"}')
+    cells = claim_cells.plan(study, 5)
+    assert len(set(cells)) == len(cells) == 4 * 3 + 4 * 5
+    for done, cell in enumerate(cells, 1):
+        write_cell(folder, cell, 90.0 + cell.seed if cell.arm == "t_simclr_2" else 50.0 + 2.1 * cell.seed)
+        result = claim_cells.write_study(stated, folder, tmp_path / "dimensions.json")
+        entry = claim_page.verdicts([result])["fewer_dimensions"]
+        whole = max(0, done - 12) // 4
+        assert [len(comparison["seeds"]) >= whole for comparison in entry["comparisons"]] == [True] * 3
+        assert entry["verdict"] == ("supported" if done == len(cells) else "undecided")
+        assert f"| 1 fewer_dimensions | **{entry['verdict']}** |" in claim_page.page([result])
+        assert done == len(cells) or "of 5 seeds" in entry["reason"]
+    reproduce.refresh_page(tmp_path)
+    assert (tmp_path / "fewer_dimensions.png").stat().st_size > 5000
+    # No curve of two points says that it is flat.
+    assert "Not converged" in (tmp_path / "claims.md").read_text()
+
+
+def test_a_grid_is_chosen_on_validation_by_a_seed_of_its_own(tmp_path):
+    study = claim_statements.read_study("dimensions", "quick")
+    grid = [cell for cell in claim_cells.plan(study, 5) if cell.arm == "simclr_2" and cell.point is not None]
+    for cell, score in zip(grid, [30.0, 60.0, 50.0], strict=True):
+        assert claim_cells.chosen_point(study, "simclr_2", tmp_path) is None and cell.seed not in range(100)
+        write_cell(tmp_path, cell, score)
+    assert claim_cells.chosen_point(study, "simclr_2", tmp_path) == 1
+    read_test = [step for step in study["steps"] if "{measured}" in step["flags"]]
+    assert read_test and all(step["final"] for step in read_test)
+
+
+def own_claims(folder, **scale) -> None:
+    """The shipped claim 1 and its study at a scale `quick` of embedded digits, seconds long."""
+    (folder / "studies").mkdir(parents=True, exist_ok=True)
+    study = yaml.safe_load((EVIDENCE / "claims" / "studies" / "dimensions.yaml").read_text())
+    data = {"name": "digits", "image_size": 16, "from": "scikit-learn"}
+    tiny = {"minutes": 1, "train": 256, "validation": 100, "test": 200, "channels": "[8, 8, 8, 8]"}
+    study["scales"] = {"quick": tiny | {"batch_size": 64, "epochs": 1, "data": data} | scale}
+    for arm in study["arms"].values():
+        arm["grid"] = arm["grid"][:1]
+    (folder / "studies" / "dimensions.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    (folder / "fewer_dimensions.yaml").write_text((EVIDENCE / "claims" / "fewer_dimensions.yaml").read_text())
+
+
+def test_bad_input_is_refused_before_any_work(tmp_path, monkeypatch):
+    own_claims(tmp_path / "claims")
+    output = tmp_path / "out"
+    given = ["--claims_dir", str(tmp_path / "claims"), "--output_dir", str(output)]
+    with pytest.raises(ValueError, match="no claim 'fewer_dimension'.*Did you mean fewer_dimensions?"):
+        reproduce.main(["fewer_dimension", *given])
+    with pytest.raises(ValueError, match="--seeds 4 decides nothing: the verdicts on fewer_dimensions need 5"):
+        reproduce.main(["1", "--seeds", "4", *given])
+    monkeypatch.delenv("DPSSL_DATA", raising=False)
+    own_claims(tmp_path / "claims", data={"name": "cifar10-jpeg", "image_size": 32, "from": "https://where.example"})
+    with pytest.raises(FileNotFoundError, match="cifar10-jpeg-train.parquet.*from: https://where.example"):
+        reproduce.main(["1", *given])
+    assert not output.exists()
+
+
+@for_each(
+    "change, named",
+    [
+        (lambda study, claim: claim["comparisons"][0].update(margin=1), "comparisons.0..margin: stored 2, now 1"),
+        (lambda study, claim: study["scales"]["quick"].update(epochs=2), "numbers.epochs: stored 1, now 2"),
+        (
+            lambda study, claim: study["arms"]["simclr_2"].update(grid=["--dof 1"]),
+            "grid.0.: stored '--temperature 0.05'",
+        ),
+    ],
+)
+def test_a_changed_statement_is_refused_with_the_difference(tmp_path, change, named):
+    own_claims(tmp_path / "claims")
+    stated = reproduce.statement("dimensions", "quick", None, tmp_path / "claims")
+    claim_cells.state(stated, tmp_path / "out" / "quick" / "dimensions")
+    claim_cells.state(stated, tmp_path / "out" / "quick" / "dimensions")
+    files = [tmp_path / "claims" / name for name in ("studies/dimensions.yaml", "fewer_dimensions.yaml")]
+    contents = [yaml.safe_load(path.read_text()) for path in files]
+    change(*contents)
+    for path, content in zip(files, contents, strict=True):
+        path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=named):
+        reproduce.main(["1", "--claims_dir", str(tmp_path / "claims"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_claim_that_a_method_without_effect_could_pass_is_refused(tmp_path):
+    own_claims(tmp_path)
+    path = tmp_path / "fewer_dimensions.yaml"
+    claim = yaml.safe_load(path.read_text())
+    cases = {
+        "must be positive": claim | {"comparisons": [claim["comparisons"][0] | {"margin": 0}]},
+        "states 3 seeds": claim | {"seeds": 3},
+        "lacks no_op": {key: value for key, value in claim.items() if key != "no_op"},
+    }
+    for message, content in cases.items():
+        path.write_text(yaml.safe_dump(content))
+        with pytest.raises(ValueError, match=message):
+            claim_statements.read_claim("fewer_dimensions", tmp_path)
+
+
+def reproduce_tiny(claims: str, output: str) -> None:
+    """In a process of its own."""
+    os.setpgid(0, 0)
+    sys.path.insert(0, str(EVIDENCE))
+    import reproduce
+
+    reproduce.main(["1", "--claims_dir", claims, "--output_dir", output])
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_mid_cell_goes_on_to_the_results_of_an_uninterrupted_one(tmp_path, fork_server, capsys):
+    own_claims(tmp_path / "claims")
+    process = fork_server.Process(target=reproduce_tiny, args=(str(tmp_path / "claims"), str(tmp_path / "killed")))
+    process.start()
+    runs = tmp_path / "killed" / "quick" / "dimensions" / "runs"
+    while not (runs / "simclr_2-s0").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (runs.parent / "cells" / "simclr_2-s0.json").exists()
+    results = []
+    for name in ("killed", "whole"):
+        given = ["--claims_dir", str(tmp_path / "claims"), "--output_dir", str(tmp_path / name)]
+        assert reproduce.main(["fewer_dimensions", *given]) == 0
+        results.append(json.loads((tmp_path / name / "quick" / "dimensions.json").read_text()))
+    rows = [result["metrics"]["cells"] for result in results]
+    for arm in rows[0]:
+        assert rows[0][arm]["seeds"] == [0, 1, 2, 3, 4]
+        assert rows[0][arm]["knn"] == rows[1][arm]["knn"] and rows[0][arm]["curve"] == rows[1][arm]["curve"]
+        assert len(set(rows[0][arm]["knn"])) > 1  # the seeds reach the runs
+    assert results[0]["fingerprint"] == results[1]["fingerprint"]
+    assert "fewer_dimensions: " in capsys.readouterr().out

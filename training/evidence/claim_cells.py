@@ -1,0 +1,273 @@
+"""Runs a study cell by cell: one cell is one arm with one seed, and leaves one JSON file when it is finished.
+
+OUTPUT_DIR/SCALE/STUDY/ holds stated.json (what was stated before the first cell), data/, shared/ (encoders that losses
+and measures need), runs/CELL/ and cells/CELL.json. Several processes may share the work; a cell without its file is run
+again, by scripts that continue their own checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from claim_statements import differences, fingerprint
+from runs import alone, claimed
+
+from hf_dpssl.cli.commands import command_module
+from hf_dpssl.cli.train import SCRIPTS
+from hf_dpssl.runs.atomic_files import write_json
+from hf_dpssl.runs.console import say
+from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.shipped_folders import shipped_folder
+
+TUNING_SEED = 1000  # none of a verdict's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed; `point` is a point of the arm's grid, tried on validation images, or None."""
+
+    arm: str
+    seed: int
+    point: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder and file."""
+        return f"{self.arm}-s{self.seed}" if self.point is None else f"tune-{self.arm}-{self.point}"
+
+
+def plan(study: dict, seeds: int) -> list[Cell]:
+    """All cells: first the grids, then seed by seed, so that whatever is done holds whole seeds of every arm."""
+    arms = study["arms"]
+    tuning = [Cell(arm, TUNING_SEED, point) for arm in arms for point in range(len(arms[arm].get("grid", [])))]
+    return tuning + [Cell(arm, seed) for seed in range(seeds) for arm in arms]
+
+
+def state(now: dict, folder: Path) -> None:
+    """Store what is stated before the first cell, or check that it is what was stored.
+
+    Args:
+        now: {"study", "claims", "families", "seeds"}.
+        folder: of the study at its scale.
+
+    Raises:
+        ValueError: the folder holds results of another statement; names each difference.
+    """
+    path = folder / "stated.json"
+    with alone(path):
+        if path.exists():
+            if found := differences(json.loads(path.read_text(encoding="utf-8")), now):
+                raise ValueError(
+                    f"{folder} holds results of another statement ({'; '.join(found)}): results decide what was stated "
+                    "before them. Put the files back, or start afresh in another --output_dir."
+                )
+        else:
+            write_json(path, now)
+
+
+def check_data(study: dict) -> None:
+    """FileNotFoundError where the study reads local files that are not there: which, and where they are from."""
+    from hf_dpssl.data.image_data import TABLE, load_images
+
+    data = study["data"]
+    entry = TABLE.get(data["name"])
+    if entry is not None and entry.local and entry.hub_id is None:
+        try:
+            load_images(data["name"])
+        except FileNotFoundError as error:
+            stem = entry.local
+            raise FileNotFoundError(
+                f"{error} Files: {stem}-train.parquet and {stem}-test.parquet, with columns image and label, "
+                f"from: {data['from']}."
+            ) from None
+
+
+def prepare(study: dict, folder: Path) -> dict[str, Path]:
+    """{"fit", "measured"}: folders of parquet files with training + validation and with training + test images."""
+    from hf_dpssl.data import keyed_random, load_images
+
+    numbers = study["numbers"]
+    folders = {name: folder / "data" / name for name in ("fit", "measured")}
+    done = folder / "data" / "content.json"
+    with alone(done):
+        if done.exists():
+            return folders
+        data = load_images(study["data"]["name"])
+        wanted = numbers["train"] + numbers["validation"]
+        for split, rows, need in (("training", data.train, wanted), ("test", data.evaluation, numbers["test"])):
+            if len(rows) < need:
+                raise ValueError(f"{data.name} has {len(rows)} {split} images: scale {study['scale']} needs {need}.")
+        order = keyed_random.permutation(len(data.train), seed=0, epoch=0)[:wanted].tolist()
+        parts = {
+            "train": data.train.select(order[: numbers["train"]]),
+            "validation": data.train.select(order[numbers["train"] :]),
+            "test": data.evaluation.select(data.random_rows(data.evaluation, numbers["test"])),
+        }
+        for name, held_out in (("fit", "validation"), ("measured", "test")):
+            folders[name].mkdir(parents=True, exist_ok=True)
+            for part in ("train", held_out):
+                parts[part].to_parquet(folders[name] / f"{part}.parquet")
+        loaded = {name: load_images(str(path)) for name, path in folders.items()}
+        write_json(done, {name: found.content for name, found in loaded.items()})
+    return folders
+
+
+def run_study(stated: dict, folder: Path) -> Iterator[Cell]:
+    """Run the cells that have no file yet; yields each after it is finished."""
+    study = stated["study"]
+    places = {"shared": folder / "shared"} | prepare(study, folder)
+    shared(study, places, folder)
+    for cell in plan(study, stated["seeds"]):
+        path = folder / "cells" / f"{cell.name}.json"
+        with claimed(path) as free:
+            if not free:
+                continue
+            if cell.point is None and (chosen := chosen_point(study, cell.arm, folder)) is None:
+                say(f"{cell.name} is left out: another process has not finished the grid of {cell.arm}.")
+                continue
+            point = cell.point if cell.point is not None else chosen
+            write_json(path, run_cell(study, cell, point, places, folder))
+        yield cell
+
+
+def shared(study: dict, places: dict[str, Path], folder: Path) -> None:
+    """Train what all cells share, once; ValueError where its weights are no longer those of the first cell."""
+    for name, step in study.get("shared", {}).items():
+        record = folder / "shared" / f"{name}.json"
+        with alone(record):
+            if not record.exists():
+                run_step(step, {"seed": 0, **study["numbers"], **study["data"], **places}, folder / "shared", name)
+                write_json(record, {"weights": weights_of(folder / "shared" / name)})
+        stored, now = json.loads(record.read_text(encoding="utf-8"))["weights"], weights_of(folder / "shared" / name)
+        if stored != now:
+            raise ValueError(
+                f"{folder / 'shared' / name} has other weights than when the cells were run ({stored[:12]}, now "
+                f"{now[:12]}): figures would not compare. Start afresh in another --output_dir."
+            )
+
+
+def weights_of(folder: Path) -> str:
+    """Digest of a checkpoint's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def chosen_point(study: dict, arm: str, folder: Path) -> int | None:
+    """The grid point of the best validation score; -1 without a grid, None while a point is missing."""
+    count = len(study["arms"][arm].get("grid", []))
+    if not count:
+        return -1
+    paths = [folder / "cells" / f"{Cell(arm, TUNING_SEED, point).name}.json" for point in range(count)]
+    if not all(path.exists() for path in paths):
+        return None
+    scores = [json.loads(path.read_text(encoding="utf-8"))["tuning"] for path in paths]
+    sign = {"higher": 1, "lower": -1}[study["tuning"]["better"]]
+    return max(range(count), key=lambda point: sign * scores[point])
+
+
+def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folder: Path) -> dict:
+    """Run the steps of a cell and read what it found; a cell of a grid stops before steps that read test images."""
+    arm = study["arms"][cell.arm]
+    flags = arm["flags"] + (f" {arm['grid'][point]}" if arm.get("grid") else "")
+    own = folder / "runs" / cell.name
+    fill = {**study["numbers"], **study["data"], **places, **arm.get("with", {}), "seed": cell.seed, "cell": own}
+    fill["arm"] = flags.format_map(fill)
+    start = time.process_time()
+    for step in study["steps"]:
+        if cell.point is None or not step.get("final"):
+            run_step(step, fill, own)
+    found = {"arm": cell.arm, "seed": cell.seed, "flags": flags, "cpu_seconds": round(time.process_time() - start, 1)}
+    if cell.point is not None:
+        return found | {"tuning": finite(read_at(own, study["tuning"]), cell.name)}
+    found["metrics"] = {name: read_at(own, metric) for name, metric in study["metrics"].items()}
+    found["curve"] = read_at(own, study["curve"])
+    if "measured_budget" in study:
+        found["operations"] = read_at(own, study["measured_budget"])
+    return found
+
+
+def finite(value: float, cell: str) -> float:
+    """The score of a grid point; minus infinity has no meaning for both directions, so a NaN is an error."""
+    if not math.isfinite(value):
+        raise ValueError(f"the validation score of {cell} is {value}: leave this point out of the grid.")
+    return value
+
+
+def run_step(step: dict, fill: dict, folder: Path, name: str | None = None) -> None:
+    """Run a training script, in this process, or a command of hf-dpssl; what it prints goes into log.txt.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    argv = shlex.split(step["flags"].format_map(fill))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log):
+        if step["run"] not in SCRIPTS:
+            if status := command_module(step["run"]).main(argv):
+                raise RuntimeError(f"hf-dpssl {shlex.join([step['run'], *argv])} ended with {status}.")
+            return
+        scripts = str(shipped_folder("training"))
+        if scripts not in sys.path:
+            sys.path.insert(0, scripts)
+        more = ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"] + (["--name", name] if name else [])
+        importlib.import_module(step["run"]).main([*argv, *more])
+
+
+def read_at(folder: Path, where: dict):
+    """A value in a cell's JSON file; ValueError where it is not there, with what is."""
+    value = json.loads((folder / where["file"]).read_text(encoding="utf-8"))
+    for key in where["at"]:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            known = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{folder / where['file']} has no {'.'.join(map(str, where['at']))}: {known}.") from None
+    return value
+
+
+def write_study(stated: dict, folder: Path, path: Path) -> dict:
+    """Write the values of every seed of the cells that are finished; no verdict, which the page takes from them.
+
+    The fingerprint is of what was stated, the weights of the shared encoders and the images together.
+    """
+    study = stated["study"]
+    cells = read_cells(study, stated["seeds"], folder)
+    weights = {name: weights_of(folder / "shared" / name) for name in study.get("shared", {})}
+    content = json.loads((folder / "data" / "content.json").read_text(encoding="utf-8"))
+    table = {arm: _columns(list(seeds.values())) for arm, seeds in cells.items() if seeds}
+    grids = sorted((folder / "cells").glob("tune-*.json"))
+    tuning = {path.stem: json.loads(path.read_text(encoding="utf-8"))["tuning"] for path in grids}
+    samples = {name: study["numbers"][name] for name in ("train", "validation", "test")}
+    more = {"stated": stated, "weights": weights, "content": content, "tuning": tuning}
+    more["fingerprint"] = fingerprint({"stated": stated, "weights": weights, "content": content})
+    write_results(path, {"cells": table}, dataset=study["data"]["name"], seed=0, samples=samples, **more)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _columns(cells: list[dict]) -> dict:
+    """Cells of one arm as lists over their seeds."""
+    found = {"seeds": [cell["seed"] for cell in cells], "flags": cells[0]["flags"]}
+    found |= {name: [float(f"{cell['metrics'][name]:.6g}") for cell in cells] for name in cells[0]["metrics"]}
+    found |= {"operations": cells[0]["operations"]} if "operations" in cells[0] else {}
+    found["cpu_seconds"] = [cell["cpu_seconds"] for cell in cells]
+    found["curve"] = [[[step, float(f"{value:.4g}")] for step, value in cell["curve"]] for cell in cells]
+    return found
+
+
+def read_cells(study: dict, seeds: int, folder: Path) -> dict[str, dict[int, dict]]:
+    """{arm: {seed: what its cell wrote}} of the cells that are finished."""
+    found: dict[str, dict[int, dict]] = {arm: {} for arm in study["arms"]}
+    for cell in plan(study, seeds):
+        path = folder / "cells" / f"{cell.name}.json"
+        if cell.point is None and path.exists():
+            found[cell.arm][cell.seed] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -1,0 +1,158 @@
+"""Verdicts on claims: paired differences over seeds, Student's t, and Holm's correction over a family of claims.
+
+A comparison says "first is better than second by more than the margin". Its p value is that of the two-sided t test of
+the paired differences at the margin; Holm's step-down method (Holm 1979) corrects it for all comparisons of the
+family, those that were not run counting as 1. A claim is supported when all its comparisons are, contradicted when
+one is, else undecided.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from claim_statements import FEWEST_SEEDS
+from scipy.special import stdtr
+
+from hf_dpssl.evaluation.student_interval import student_interval
+
+LEVEL = 0.05
+FLAT_SHARE = 0.05  # of a curve's whole improvement, that its last quarter may add
+
+Cells = dict[str, dict[int, dict]]  # arm: {seed: what its cell wrote}
+
+
+def paired(cells: Cells, comparison: dict, metric: dict) -> dict[int, float]:
+    """{seed: how much better first is than second}, of the seeds that both have.
+
+    In the metric's unit; for a `relative` one the logarithm of the ratio. ValueError where a value is no number.
+    """
+    arms = [cells.get(comparison[side], {}) for side in ("first", "second")]
+    sign = {"higher": 1.0, "lower": -1.0}[metric["better"]]
+    found = {}
+    for seed in sorted(arms[0].keys() & arms[1].keys()):
+        values = [arm[seed]["metrics"][comparison["metric"]] for arm in arms]
+        if not all(map(math.isfinite, values)) or metric.get("relative") and min(values) <= 0:
+            raise ValueError(f"{comparison['metric']} of seed {seed} is {values[0]} and {values[1]}")
+        if metric.get("relative"):
+            values = [math.log(value) for value in values]
+        found[seed] = sign * (values[0] - values[1])
+    return found
+
+
+def margin_of(comparison: dict, metric: dict) -> float:
+    """The margin in the unit of `paired`: a relative one of 0.05 is a ratio of 1.05."""
+    return math.log1p(comparison["margin"]) if metric.get("relative") else comparison["margin"]
+
+
+def judge(differences: list[float], margin: float) -> dict:
+    """{"mean", "low", "high", "p", "side"} of one comparison before correction; p of 1 where nothing can be said."""
+    if len(differences) < 2:
+        return {"mean": float(np.mean(differences)) if differences else None, "low": None, "high": None, "p": 1.0}
+    found = student_interval(differences)
+    side = "supported" if found["mean"] > margin else "contradicted"
+    if _all_equal(differences):  # no noise to judge by; equal arms differ by exactly 0
+        return found | {"p": 1.0 if any(differences) else 0.0, "side": side}
+    count = len(differences)
+    error = float(np.std(differences, ddof=1)) / math.sqrt(count)
+    return found | {"p": float(2 * stdtr(count - 1, -abs(found["mean"] - margin) / error)), "side": side}
+
+
+def holm(p_values: list[float], size: int) -> list[float]:
+    """Holm's adjusted p values in a family of `size` comparisons, of which those that are not given have p = 1."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (size - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def decide(claims: dict[str, dict], metrics: dict[str, dict], cells: dict[str, Cells], size: int) -> dict[str, dict]:
+    """The verdicts on the claims of one family.
+
+    Args:
+        claims: {name: claim} of the claims of the family whose studies were run.
+        metrics: {name: the metrics of its study}.
+        cells: {name: the cells of its study}.
+        size: comparisons of the whole family, as it was stated.
+
+    Returns:
+        {name: {"verdict", "reason", "comparisons": [{"first", "second", "metric", "margin", "seeds", "differences",
+        "mean", "low", "high", "p", "verdict", "reason"}]}}; the interval is 95 % and not corrected, p is.
+    """
+    entries = {
+        name: [_compare(claim, comparison, metrics[name][comparison["metric"]], cells[name])
+               for comparison in claim["comparisons"]]
+        for name, claim in claims.items()
+    }  # fmt: skip
+    flat = [entry for of_claim in entries.values() for entry in of_claim]
+    for entry, p in zip(flat, holm([entry["p"] for entry in flat], size), strict=True):
+        entry["p"] = p
+        entry["verdict"] = entry.pop("side", None) if p <= LEVEL else "undecided"
+        entry.pop("side", None)
+        if entry["verdict"] == "undecided" and not entry["reason"]:
+            entry["reason"] = f"p = {p:.2g} after correction"
+    return {name: _whole(claims[name], of_claim) | {"comparisons": of_claim} for name, of_claim in entries.items()}
+
+
+def _all_equal(differences: list[float]) -> bool:
+    """Up to rounding."""
+    return float(np.ptp(differences)) <= 1e-9 * float(np.max(np.abs(differences)))
+
+
+def _compare(claim: dict, comparison: dict, metric: dict, cells: Cells) -> dict:
+    margin = margin_of(comparison, metric)
+    about = comparison | {"reason": ""}
+    try:
+        differences = paired(cells, comparison, metric)
+    except ValueError as error:
+        nothing = {"seeds": [], "differences": [], "mean": None, "low": None, "high": None, "p": 1.0}
+        return about | nothing | {"reason": str(error)}
+    entry = about | {"seeds": list(differences), "differences": list(differences.values())}
+    entry |= judge(entry["differences"], margin)
+    needed = max(claim["seeds"], FEWEST_SEEDS)
+    if len(differences) < needed:
+        entry |= {"p": 1.0, "reason": f"{len(differences)} of {needed} seeds"}
+    elif _all_equal(entry["differences"]) and any(entry["differences"]):
+        entry["reason"] = "every seed has the same difference: do the seeds reach the runs?"
+    return entry
+
+
+def _whole(claim: dict, comparisons: list[dict]) -> dict:
+    """Verdict and reason of a claim."""
+    verdicts = [entry["verdict"] for entry in comparisons]
+    if "contradicted" in verdicts:
+        wrong = [
+            f"{e['first']} against {e['second']}, {e['metric']}" for e in comparisons if e["verdict"] == "contradicted"
+        ]
+        return {"verdict": "contradicted", "reason": f"not better by the margin: {'; '.join(wrong)}"}
+    if "undecided" in verdicts:
+        open_ones = {entry["reason"] for entry in comparisons if entry["verdict"] == "undecided"}
+        return {"verdict": "undecided", "reason": "; ".join(sorted(open_ones))}
+    return {"verdict": "supported", "reason": "every comparison is better by more than its margin"}
+
+
+def last_quarter(curve: list[list[float]]) -> float | None:
+    """Share of a curve's whole improvement that its last quarter of steps adds; None with fewer than four points.
+
+    `curve`: [step, value] in order. The direction is that from the first to the best value; 0 for a curve that is
+    constant, negative where it ends worse than it was.
+    """
+    if len(curve) < 4:
+        return None
+    steps, values = np.array(curve, dtype=float).T
+    before = values[steps <= steps[0] + 0.75 * (steps[-1] - steps[0])][-1]
+    whole = max(values - values[0], key=abs)
+    return float((values[-1] - before) / whole) if whole else 0.0
+
+
+def not_converged(cells: Cells) -> list[str]:
+    """Arms of which the mean over the seeds of `last_quarter` is above FLAT_SHARE, or which have no curve."""
+    found = []
+    for arm, seeds in cells.items():
+        shares = [last_quarter(cell["curve"]) for cell in seeds.values()]
+        if None in shares or np.mean(shares) > FLAT_SHARE:
+            found.append(arm)
+    return found

@@ -1,0 +1,142 @@
+"""What is claimed, and how it is decided, stated before a run: the YAML files of claims/ and claims/studies/.
+
+A study says what is run: data, arms (the steps of a cell), metrics and how they are read, and the numbers of each
+scale. A claim says what is compared in a study, by which margin, and with how many seeds. Both are stored beside the
+first cell; files that say something else later are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+
+import yaml
+
+CLAIMS = Path(__file__).parent / "claims"
+FEWEST_SEEDS = 5  # of a verdict, as in paired_seeds.py
+_CLAIM = {
+    "number",
+    "hypothesis",
+    "source",
+    "study",
+    "family",
+    "no_op",
+    "seeds",
+    "comparisons",
+    "differs_from_paper",
+    "change_of_mind",
+}
+_STUDY = {"data", "measuring", "arms", "steps", "metrics", "curve", "scales"}
+_COMPARISON = {"first", "second", "metric", "margin"}
+
+
+def claim_names(folder: Path = CLAIMS) -> list[str]:
+    """All claims, in the order of their numbers."""
+    return sorted((path.stem for path in folder.glob("*.yaml")), key=lambda name: _yaml(folder, name)["number"])
+
+
+def find_claim(given: str, folder: Path = CLAIMS) -> str:
+    """The name of a claim that is given by its name or number; ValueError names the closest ones."""
+    numbers = {str(_yaml(folder, name)["number"]): name for name in claim_names(folder)}
+    if given in numbers.values():
+        return given
+    if given in numbers:
+        return numbers[given]
+    close = difflib.get_close_matches(given, numbers.values(), 3, cutoff=0.4)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    known = ", ".join(f"{number} ({name})" for number, name in numbers.items())
+    raise ValueError(f"no claim {given!r}: there are {known}.{hint}")
+
+
+def read_claim(name: str, folder: Path = CLAIMS) -> dict:
+    """A claim's file; ValueError where it lacks a key, its margin decides nothing or its seeds are too few."""
+    claim = _yaml(folder, name)
+    _require(name, claim, _CLAIM)
+    if claim["seeds"] < FEWEST_SEEDS:
+        raise ValueError(f"claim {name!r} states {claim['seeds']} seeds: a verdict needs at least {FEWEST_SEEDS}.")
+    for comparison in claim["comparisons"]:
+        _require(f"{name}, comparison", comparison, _COMPARISON)
+        if comparison["margin"] <= 0:
+            raise ValueError(
+                f"claim {name!r} has the margin {comparison['margin']}: it must be positive, or a method that does "
+                "nothing would be supported by chance."
+            )
+    return claim
+
+
+def read_study(name: str, scale: str, folder: Path = CLAIMS) -> dict:
+    """A study at a scale: its file, with the `numbers` and the data of that scale in place of `scales`.
+
+    Raises:
+        ValueError: a key is missing, or an arm's grid has more points than another's.
+    """
+    study = _yaml(folder / "studies", name)
+    _require(name, study, _STUDY)
+    if scale not in study["scales"]:
+        raise ValueError(f"study {name!r} has no scale {scale!r}: it has {', '.join(study['scales'])}.")
+    numbers = dict(study.pop("scales")[scale])
+    study["data"] = study["data"] | numbers.pop("data", {})
+    study["numbers"] = numbers
+    study["scale"] = scale
+    sizes = {len(arm.get("grid", [])) for arm in study["arms"].values()}
+    if len(sizes) > 1:
+        raise ValueError(f"study {name!r}: every arm needs as many grid points; there are {sorted(sizes)}.")
+    return study
+
+
+def claims_of(study: str, folder: Path = CLAIMS) -> dict[str, dict]:
+    """{name: claim} of a study; ValueError where one compares arms or metrics that the study has not."""
+    found = {name: claim for name in claim_names(folder) if (claim := read_claim(name, folder))["study"] == study}
+    content = _yaml(folder / "studies", study)
+    for name, claim in found.items():
+        for comparison in claim["comparisons"]:
+            for key, known in (("first", "arms"), ("second", "arms"), ("metric", "metrics")):
+                if comparison[key] not in content[known]:
+                    raise ValueError(
+                        f"claim {name!r} compares {comparison[key]!r}: {study} has {list(content[known])}."
+                    )
+    return found
+
+
+def families(claims: dict[str, dict], folder: Path = CLAIMS) -> dict[str, dict[str, int]]:
+    """{family: {claim: its comparisons}} of the families of some claims: all their claims, run or not."""
+    found: dict[str, dict[str, int]] = {claim["family"]: {} for claim in claims.values()}
+    for name in claim_names(folder):
+        claim = read_claim(name, folder)
+        if claim["family"] in found:
+            found[claim["family"]][name] = len(claim["comparisons"])
+    return found
+
+
+def fingerprint(content: dict) -> str:
+    """Digest of a statement, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def differences(stored: object, now: object, place: str = "") -> list[str]:
+    """Lines "place: stored X, now Y" where two statements differ."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        keys = sorted(stored.keys() | now.keys())
+        parts = [(stored.get(key), now.get(key), f"{place}.{key}" if place else key) for key in keys]
+    elif isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
+        parts = [(a, b, f"{place}[{i}]") for i, (a, b) in enumerate(zip(stored, now, strict=True))]
+    else:
+        return [] if stored == now else [f"{place}: stored {stored!r}, now {now!r}"]
+    return [line for part in parts for line in differences(*part)]
+
+
+def _yaml(folder: Path, name: str) -> dict:
+    path = folder / f"{name}.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: there are {sorted(p.stem for p in folder.glob('*.yaml'))}.")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must be a mapping, not a {type(content).__name__}.")
+    return content
+
+
+def _require(name: str, content: dict, keys: set[str]) -> None:
+    if missing := sorted(keys - content.keys()):
+        raise ValueError(f"{name!r} lacks {', '.join(missing)}: a claim states all before it is run.")

@@ -1,0 +1,127 @@
+"""Decide claims of the papers: each is stated in a file of claims/ before it is run, and gets one of three verdicts.
+
+    python training/evidence/reproduce.py --list
+    python training/evidence/reproduce.py reconstruction --scale quick     # about ten minutes of one core
+    python training/evidence/reproduce.py all --scale cpu                  # hours
+    python training/evidence/reproduce.py 1 --scale paper --dry_run        # what would be run
+
+Writes OUTPUT_DIR/SCALE/: STUDY.json with the values of every seed, claims.md, a plot per claim, and a folder for each
+study. A killed run goes on cell by cell; several processes may share one. The page is valid after every cell.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from claim_statements import CLAIMS, claim_names, claims_of, families, find_claim, read_claim, read_study
+
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.cli.reproduce import parser
+from hf_dpssl.runs.console import say
+
+if __name__ == "__main__":
+    parser().parse_args()  # help and wrong flags end here, before the libraries are imported
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with command-line arguments `argv`; returns the exit status."""
+    asked = parser()
+    args = asked.parse_args(argv)
+    source = Path(args.claims_dir) if args.claims_dir else CLAIMS
+    if args.list:
+        print_list(args.scale, source)
+        return 0
+    if not args.claims:
+        asked.error("give the claims to decide, by name or number, or all; --list shows them.")
+    names = claim_names(source) if args.claims == ["all"] else [find_claim(given, source) for given in args.claims]
+    folder = Path(args.output_dir) / args.scale
+    studies = dict.fromkeys(read_claim(name, source)["study"] for name in names)
+    stated = {name: statement(name, args.scale, args.seeds, source) for name in studies}
+    if args.dry_run:
+        for name, content in stated.items():
+            print_plan(name, content, folder / name)
+        return 0
+    import torch
+    from claim_cells import check_data, state
+
+    torch.set_num_threads(1)
+    for content in stated.values():  # whatever would be refused is refused before the first cell
+        check_data(content["study"])
+    for name, content in stated.items():
+        state(content, folder / name)
+    for name, content in stated.items():
+        run(name, content, folder)
+    entries = refresh_page(folder)
+    for name in names:
+        print(f"{name}: {entries[name]['verdict']} ({entries[name]['reason']})")
+    say(f"written to {folder / 'claims.md'}")
+    return 0
+
+
+def statement(study: str, scale: str, seeds: int | None, source: Path) -> dict:
+    """What is stated of a study before its first cell; ValueError for fewer seeds than its verdicts need."""
+    claims = claims_of(study, source)
+    needed = max(claim["seeds"] for claim in claims.values())
+    if seeds is not None and seeds < needed:
+        raise ValueError(
+            f"--seeds {seeds} decides nothing: the verdicts on {', '.join(claims)} need {needed}. Leave it out; a run "
+            "that is stopped early leaves a table of what is done, and goes on later."
+        )
+    content = {"study": read_study(study, scale, source), "claims": claims}
+    return content | {"families": families(claims, source), "seeds": seeds or needed}
+
+
+def run(name: str, stated: dict, folder: Path) -> None:
+    """Run the cells of a study that are missing, writing its values and the page after each."""
+    from claim_cells import plan, run_study, write_study
+
+    total = len(plan(stated["study"], stated["seeds"]))
+    for cell in run_study(stated, folder / name):
+        write_study(stated, folder / name, folder / f"{name}.json")
+        refresh_page(folder)
+        done = len(list((folder / name / "cells").glob("*.json")))
+        say(f"{name}: {cell.name} is finished, {done} of {total} cells")
+    write_study(stated, folder / name, folder / f"{name}.json")
+
+
+def refresh_page(folder: Path) -> dict[str, dict]:
+    """The page from all studies of a scale that have values; returns the verdicts."""
+    from claim_page import write_page
+
+    return write_page([json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))], folder)
+
+
+def print_list(scale: str, source: Path) -> None:
+    """A line for each claim."""
+    for name in claim_names(source):
+        claim = read_claim(name, source)
+        numbers = read_study(claim["study"], scale, source)["numbers"]
+        about = f"study {claim['study']}, {claim['seeds']} seeds, {numbers['minutes']} minutes at scale {scale}"
+        print(f"{claim['number']:>3} {name} ({about})\n    {' '.join(claim['hypothesis'].split())}")
+
+
+def print_plan(name: str, stated: dict, folder: Path) -> None:
+    """What would be run, in its order, and what is there already; nothing is written."""
+    from claim_cells import plan
+
+    study = stated["study"]
+    cells = plan(study, stated["seeds"])
+    done = [(folder / "cells" / f"{cell.name}.json").exists() for cell in cells]
+    data = study["data"]
+    print(
+        f"{name}, scale {study['scale']}: {len(cells)} cells, {sum(done)} done; about {study['numbers']['minutes']} min"
+    )
+    print(f"  data: {data['name']} at {data['image_size']} px, from {data['from']}")
+    for step in study["steps"]:
+        print(f"  step: {step['run']} {' '.join(step['flags'].split())}")
+    for arm, content in study["arms"].items():
+        budget = ", ".join(f"{what} {study['numbers'][key]}" for what, key in content.get("budget", {}).items())
+        print(f"  arm {arm} ({budget}): {content['flags']}")
+    for cell, finished in zip(cells, done, strict=True):
+        print(f"  {'done' if finished else 'open'} {cell.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(reported("reproduce.py", main))
