@@ -4,7 +4,8 @@ Read ranking.py first: the score of one encoder by leaving each domain out once,
 evidence.py (Bayesian linear model) and density.py (Gaussian with shrinkage), both from the sums that
 domain_statistics.py gathers batch by batch. baselines.py: LogME, H-score, kNN across domains. zoo.py ranks encoders on
 the pictures that domain_data.py finds, ranking_plot.py draws it. algorithms.py: ERM, IRM, VREx ... side by side, each a
-loss; swad.py and soups.py average weights. May import rooms up to embedding."""
+loss; swad.py and soups.py average weights, cells.py runs them and selection.py makes the table. May import rooms up to
+embedding."""
 
 import lazy_loader
 
