@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -12,6 +13,11 @@ import yaml
 from cases import for_each
 from launches import REPOSITORY
 from scipy.stats import ttest_1samp
+
+from hf_dpssl.cli import reproduce as reproduce_command
+from hf_dpssl.cli.commands import command_module
+from hf_dpssl.cli.train import SCRIPTS
+from hf_dpssl.runs.recipe import parse
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
 import claim_cells
@@ -233,6 +239,33 @@ def test_a_claim_that_a_method_without_effect_could_pass_is_refused(tmp_path):
         path.write_text(yaml.safe_dump(content))
         with pytest.raises(ValueError, match=message):
             claim_statements.read_claim("fewer_dimensions", tmp_path)
+
+
+def test_every_step_of_every_scale_is_a_command_that_its_program_understands(tmp_path, capsys):
+    for name in sorted(path.stem for path in (EVIDENCE / "claims" / "studies").glob("*.yaml")):
+        for scale in reproduce_command.SCALES:
+            study = claim_statements.read_study(name, scale)
+            fill = {**study["numbers"], **study["data"], "seed": 0, "arm": ""}
+            fill |= dict.fromkeys(("fit", "measured", "shared", "cell"), tmp_path)
+            steps = [(step, fill) for step in study.get("shared", {}).values()]
+            for arm in study["arms"].values():
+                for point in arm.get("grid", [""]):
+                    own = fill | arm.get("with", {}) | {"arm": f"{arm['flags']} {point}"}
+                    steps += [(step, own) for step in study["steps"]]
+                assert {study["numbers"][key] for key in arm["budget"].values()}
+            for step, values in steps:
+                argv = shlex.split(step["flags"].format_map(values))
+                if step["run"] in SCRIPTS:
+                    parse(SCRIPTS[step["run"]], argv, "")
+                else:
+                    command_module(step["run"]).parser().parse_args(argv)
+            assert ("{measured}" in step["flags"]) == bool(step.get("final"))
+    assert reproduce.main(["all", "--dry_run", "--scale", "paper", "--output_dir", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "imagenet-1k at 256 px" in printed and "open weak_dropout-s4" in printed and not (tmp_path / "out").exists()
+    assert reproduce.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f" {name} (study " in printed for name in claim_statements.claim_names())
 
 
 def reproduce_tiny(claims: str, output: str) -> None:

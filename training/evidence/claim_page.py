@@ -26,7 +26,10 @@ def cells_of(result: dict) -> dict[str, dict[int, dict]]:
 
 
 def verdicts(results: list[dict]) -> dict[str, dict]:
-    """{claim: its entry of `decide`}, in the order of their numbers; families are corrected over all results."""
+    """{claim: its entry of `decide`, and "not_converged": arms}, in the order of their numbers.
+
+    Families are corrected over all results.
+    """
     claims: dict[str, dict] = {}
     metrics, cells, sizes = {}, {}, {}
     for result in results:
@@ -42,6 +45,9 @@ def verdicts(results: list[dict]) -> dict[str, dict]:
     for family, parts in sizes.items():
         own = {name: claim for name, claim in claims.items() if claim["family"] == family}
         entries |= decide(own, metrics, cells, sum(parts.values()))
+    for name, entry in entries.items():
+        compared = {comparison[side] for comparison in entry["comparisons"] for side in ("first", "second")}
+        entry["not_converged"] = [arm for arm in not_converged(cells[name]) if arm in compared]
     return {name: entries[name] for name in sorted(claims, key=lambda name: claims[name]["number"])}
 
 
@@ -53,8 +59,14 @@ def page(results: list[dict]) -> str:
     for name, entry in entries.items():
         seeds = min(len(comparison["seeds"]) for comparison in entry["comparisons"])
         claim = of_claim[name]["stated"]["claims"][name]
-        head.append(f"| {claim['number']} {name} | **{entry['verdict']}** | {seeds} | {entry['reason']} |")
+        head.append(f"| {claim['number']} {name} | **{entry['verdict']}** | {seeds} | {summary(entry)} |")
     return "\n".join(head + [""] + [_section(name, entry, of_claim[name]) for name, entry in entries.items()])
+
+
+def summary(entry: dict) -> str:
+    """Why the verdict on a claim is what it is, and which arms had not converged."""
+    slow = f"; not converged: {', '.join(entry['not_converged'])}" if entry["not_converged"] else ""
+    return entry["reason"] + slow
 
 
 def _section(name: str, entry: dict, result: dict) -> str:
@@ -84,7 +96,7 @@ def _arms(entry: dict, result: dict) -> list[str]:
     study = result["stated"]["study"]
     arms = dict.fromkeys(c[side] for c in entry["comparisons"] for side in ("first", "second"))
     names = dict.fromkeys(c["metric"] for c in entry["comparisons"])
-    slow = not_converged(cells_of(result))
+    slow = entry["not_converged"]
     budgets = dict.fromkeys(key for arm in arms for key in study["arms"][arm].get("budget", {}))
     costs = ["operations"] if "measured_budget" in study else []
     head = ["arm", *(study["metrics"][name]["says"] for name in names), *budgets, *costs, "CPU seconds", "converged"]
@@ -104,8 +116,7 @@ def _arms(entry: dict, result: dict) -> list[str]:
 def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
     stated = result["stated"]
     study, machine = stated["study"], result["environment"]
-    compared = {comparison[side] for comparison in entry["comparisons"] for side in ("first", "second")}
-    slow = [arm for arm in not_converged(cells_of(result)) if arm in compared]
+    slow = entry["not_converged"]
     curve = study["curve"]["says"]
     flat = f"All curves of {curve} are flat."
     if slow:

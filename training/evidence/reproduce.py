@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import torch
     from claim_cells import check_data, state
+    from claim_page import summary
 
     torch.set_num_threads(1)
     for content in stated.values():  # whatever would be refused is refused before the first cell
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         run(name, content, folder)
     entries = refresh_page(folder)
     for name in names:
-        print(f"{name}: {entries[name]['verdict']} ({entries[name]['reason']})")
+        print(f"{name}: {entries[name]['verdict']} ({summary(entries[name])})")
     say(f"written to {folder / 'claims.md'}")
     return 0
 
