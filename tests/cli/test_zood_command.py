@@ -6,6 +6,7 @@ import pytest
 import torch
 from domain_pictures import DOMAINS, PLACES, picture, write_pictures
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_encoders import INPUT, save_ours
 
 from hf_dpssl.cli.commands import main
@@ -20,13 +21,19 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """A file with encoders of two input sizes, an untrained one, and one without weights."""
+    """Encoders of two input sizes, an untrained one, and ones without weights, of weights 0 and of weights NaN."""
     root = tmp_path_factory.mktemp("zoo")
     save_ours(root / "small")
     save_ours(root / "large", pretrained_cfg=INPUT | {"input_size": [3, 32, 32]})
     save_ours(root / "broken")
     (root / "broken/model.safetensors").write_bytes(b"nothing")
-    lines = [f"- {root}/broken", f"- {{encoder: {root}/small, name: small, data: photos}}"]
+    for name, value in {"constant": 0.0, "nan": torch.nan}.items():
+        save_ours(root / name)
+        weights = load_file(root / name / "model.safetensors")
+        weights = {key: w.fill_(value) if w.is_floating_point() else w for key, w in weights.items()}
+        save_file(weights, root / name / "model.safetensors", metadata={"format": "pt"})
+    lines = [f"- {root}/{name}" for name in ("broken", "constant", "nan")]
+    lines += [f"- {{encoder: {root}/small, name: small, data: photos}}"]
     lines += [f"- {{encoder: {root}/large, name: large}}", "- {encoder: 'untrained:test_vit', name: random}"]
     (root / "zoo.yaml").write_text("encoders:\n" + "\n".join(lines) + "\n")
     return root
@@ -39,7 +46,9 @@ def test_zood_measures_all_encoders_that_load_and_names_the_others(pictures, zoo
     found = json.loads((tmp_path / "zood.json").read_text())["metrics"]
     names = ["small", "large", "random"]
     by_name = {entry["name"]: entry for entry in found["encoders"]}
-    assert set(by_name[f"{zoo}/broken"]) == {"name", "encoder", "error"}
+    for name in ("broken", "constant", "nan"):
+        assert set(by_name[f"{zoo}/{name}"]) == {"name", "encoder", "error"}
+    assert "the same for all pictures" in by_name[f"{zoo}/constant"]["error"]
     assert [by_name[name]["contaminated"] for name in names] == ["no", "not known", "no"]
     assert "failed: " in printed and "weighted Kendall's tau" in printed
     domains, labels, _ = torch.tensor(PLACES).T
