@@ -24,6 +24,7 @@ from ..embedding.feature_extractors import FeatureExtractor, load_extractor
 from ..evaluation.image_measures import metric_key, warn_about_few
 from ..models.modeling_vq import VQAutoencoder
 from ..models.weight_hashes import combined_sha256, tensor_sha256
+from ..runs.lineage import read_json, well_formed
 from . import latent_codec
 from .measures import encode_and_decode, held_out_data, picture_batches
 
@@ -42,10 +43,11 @@ def measure_autoencoder_files(folder: Path, args: argparse.Namespace) -> Measure
         ValueError: weights, data or an extractor that cannot be had.
     """
     extractor = load_extractor(args.extractor) if args.extractor else None
-    class_name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+    class_name = str((read_json(folder / "config.json") or {}).get("_class_name"))
     model_class = {c.__name__: c for c in (VQModel, AutoencoderKL)}.get(class_name, VQAutoencoder)
     try:
-        model = model_class.from_pretrained(folder).eval().float()
+        with well_formed(folder.name):
+            model = model_class.from_pretrained(folder).eval().float()
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the autoencoder {folder.name!r}: {error}") from error
     side = getattr(model.config, "image_size", None) or model.config.sample_size

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from .. import __version__
 from ..runs.console import be_quiet
 from ..runs.flags import FlagParser
-from .errors import reader_has_gone, reported
+from .errors import ended_by_sigterm, reader_has_gone, reported
 
 
 class Command(NamedTuple):
@@ -90,13 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     if "--quiet" in argv:
         argv.remove("--quiet")
         be_quiet()
-    name = _parser().parse_args(argv[:1]).command
     try:
-        status = reported(f"hf-dpssl {name}", lambda: command_module(name).main(argv[1:]))
-        sys.stdout.flush()  # a reader that has gone is noticed here
-        return status
+        with ended_by_sigterm():
+            status = _run(argv)
+            sys.stdout.flush()  # a reader that has gone is noticed here
+            return status
     except BrokenPipeError:
         return reader_has_gone()
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        name = _parser().parse_args(argv[:1]).command
+        return reported(f"hf-dpssl {name}", lambda: command_module(name).main(argv[1:]))
     except SystemExit as ended:  # of an argparse that has printed its help
         if ended.code:
             raise

@@ -47,7 +47,13 @@ def script_description(name: str) -> str:
 def run_script(name: str, arguments: list[str], launcher: list[str] | None = None) -> int:
     """Run a script of training/ in a process of its own; returns its exit status."""
     script = shipped_folder("training") / f"{name}.py"
-    return subprocess.call([*(launcher or [sys.executable]), str(script), *arguments])
+    process = subprocess.Popen([*(launcher or [sys.executable]), str(script), *arguments])
+    try:
+        return process.wait()
+    except SystemExit:  # SIGTERM: the script ends as if it had got the signal itself
+        process.terminate()
+        process.wait()
+        raise
 
 
 def parser() -> argparse.ArgumentParser:

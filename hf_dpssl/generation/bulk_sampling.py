@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ..data.keyed_random import derive_seed
 from ..embedding.embedder import best_device
 from ..models.weight_hashes import combined_sha256, tensor_sha256
+from ..runs.lineage import read_json, well_formed
 from ..runs.local_processes import divide_work, stop_without_parent
 from ..runs.results import environment
 from .choices import DTYPES, FORMATS, LAYOUTS, OPTIONS
@@ -140,10 +141,10 @@ def open_pipeline(source: str, dtype: torch.dtype = torch.float32) -> ClassCondi
             )
     else:
         index = Path(hf_hub_download(name, "model_index.json", revision=revision))
-    found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if found not in _PIPELINES:
+    found = (read_json(index) or {}).get("_class_name")
+    if not isinstance(found, str) or found not in _PIPELINES:
         raise ValueError(f"{source} is a {found}; images are drawn from {' or '.join(_PIPELINES)}.")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), well_formed(source):
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # by the newest diffusers only
         pipeline = _PIPELINES[found].from_pretrained(name, revision=revision, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)

@@ -25,6 +25,7 @@ from ..embedding.evaluation_entries import Measured
 from ..embedding.feature_extractors import FeatureExtractor, features_of, load_extractor
 from ..evaluation.image_measures import metric_key
 from ..models.modeling_vaegan import VAEGAN
+from ..runs.lineage import well_formed
 from .bulk_sampling import SampleJob, sample_images
 from .choices import OPTIONS
 from .generation_monitor import check_classifier
@@ -129,7 +130,8 @@ def _read(path: Path) -> Tensor:
 
 
 def _generate(folder: Path, args: argparse.Namespace) -> _Drawn:
-    model = VAEGAN.from_pretrained(folder).eval().float().to(best_device())
+    with well_formed(folder):
+        model = VAEGAN.from_pretrained(folder).eval().float().to(best_device())
     generator = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():
         images = model.generate(args.num_images, generator, batch_size=args.batch_size).cpu()

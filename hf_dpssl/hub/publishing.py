@@ -174,7 +174,8 @@ class Target:
         try:
             yield
         except Exception as error:
-            if isinstance(error, ValueError):  # a malformed id or card: the client's own words say what to do
+            # A malformed id or card: the client's own words say what to do. The Hub's 400 is a ValueError, too.
+            if isinstance(error, ValueError) and not isinstance(error, HTTPError):
                 raise
             raise PushError(f"{self._reason(error, uploading)} {_AGAIN}") from error
 
@@ -189,23 +190,24 @@ class Target:
             )
         if not isinstance(error, HfHubHTTPError):
             return f"The connection to {endpoint} failed while pushing to {repo_id} ({_short(error)})."
-        status = error.response.status_code
+        return f"{self._answer(error.response.status_code)} The Hub's own words: {reason_of(error)}."
+
+    def _answer(self, status: int) -> str:
+        """What an answer of this status means for a push, and what to do."""
+        repo_id, endpoint = self.where["repo_id"], self.api.endpoint
         if status == 401:
             has_token = (self.api.token or get_token()) is not None
             found = "does not accept the token" if has_token else "wants a token, and there is none"
             return f"{endpoint} {found}: log in with `hf auth login`, or set HF_TOKEN to one that may write."
         if status == 403:
-            return (
-                f"The token may not write to {repo_id} ({reason_of(error)}): use one with write access to it, or "
-                "another organisation."
-            )
+            return f"The token may not write to {repo_id}: use one with write access to it, or another organisation."
         if status == 404:
             return f"{endpoint} has no {repo_id} at revision {self.revision!r} that this token may read."
         if status == 412:
             return f"Somebody else's commit has come onto {self.revision!r} of {repo_id} since this push began."
         if status == 429:
             return f"{endpoint} limits the number of requests (429): wait a few minutes."
-        return f"{endpoint} answered {status} while pushing to {repo_id} ({_short(error)})."
+        return f"{endpoint} answered {status} while pushing to {repo_id}."
 
 
 def _holds(files: dict[str, str], add: CommitOperationAdd) -> bool:

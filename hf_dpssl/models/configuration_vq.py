@@ -14,6 +14,7 @@ _COUNTS = [
     "norm_num_groups",
     "encoder_layers_per_block",
 ]
+MAX_LAYERS = 100  # per block: of more, as a damaged file may ask for, none has been seen
 
 
 class VQConfig(PretrainedConfig):
@@ -172,13 +173,23 @@ class VQConfig(PretrainedConfig):
                 f"{self.backbone['channels']}."
             )
 
+    def _check_numbers(self) -> None:
+        for name in (*_COUNTS, "decoder_layers_per_block", "encoder_out_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("encoder_layers_per_block", "decoder_layers_per_block"):
+            if getattr(self, name) > MAX_LAYERS:
+                raise ValueError(f"{name} must be at most {MAX_LAYERS}, got {getattr(self, name)}.")
+        for name in ("latent_mean", "latent_std"):
+            values = getattr(self, name) or [0] * self.latent_channels
+            if len(values) != self.latent_channels or not all(isinstance(value, int | float) for value in values):
+                raise ValueError(f"{name} must hold {self.latent_channels} numbers, one a channel, got {values}.")
+
     def _check(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name in (*_COUNTS, "decoder_layers_per_block", "encoder_out_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self._check_numbers()
         if self.backbone is not None:
             self._check_backbone()
         encoder = self.encoder_block_out_channels

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, StrictDataclassError
+from safetensors import SafetensorError
 
 from ..models.configuration_vq import VQConfig
 from ..models.modeling_vq import latent_fingerprint
 from .redaction import without_folders
 
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError)
+_MALFORMED += (StrictDataclassError, SafetensorError)
 
 if TYPE_CHECKING:  # not needed to read a card's files
     from accelerate import Accelerator

@@ -36,6 +36,7 @@ from hf_dpssl.pages.picture_stream import (
     unread,
 )
 from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, readable_errors, switched
+from hf_dpssl.runs.lineage import well_formed
 
 KINDS = {"dit": VQDiTPipeline, "one step": VQDriftPipeline, "token transformer": VQTokenPipeline}
 TITLES = {
@@ -64,10 +65,11 @@ class Models:
 
     def __init__(self):
         self.sources = find_models(*KINDS)
-        self.pipelines = {
-            name: KINDS[name].from_pretrained(**source_arguments(source)).to(best_device())
-            for name, source in self.sources.items()
-        }
+        self.pipelines = {}
+        for name, source in self.sources.items():
+            with well_formed(source):
+                pipeline = KINDS[name].from_pretrained(**source_arguments(source))
+            self.pipelines[name] = pipeline.to(best_device())
         self.frames = on_gpu(self._frames)  # all else needs no GPU, and has to be where the page is
 
     def _frames(self, name: str, request: PictureRequest) -> Iterator[tuple]:

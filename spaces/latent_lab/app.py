@@ -45,6 +45,7 @@ from hf_dpssl.pages.picture_stream import (
 )
 from hf_dpssl.pages.space_page import CACHE, gr, main, on_gpu, picture_upload, readable_errors, switched
 from hf_dpssl.pages.uploads import FORMATS, MAX_BYTES, MAX_PIXELS, read_upload
+from hf_dpssl.runs.lineage import well_formed
 
 TITLES = {
     "dae": "decoupled (DAE): the encoder learnt against a weak decoder, then the decoder",
@@ -86,10 +87,11 @@ class Models:
 
     def __init__(self):
         self.sources = find_models(*TITLES)
-        self.autoencoders = {
-            name: VQAutoencoder.from_pretrained(**source_arguments(source)).eval().to(best_device())
-            for name, source in self.sources.items()
-        }
+        self.autoencoders = {}
+        for name, source in self.sources.items():
+            with well_formed(source):
+                autoencoder = VQAutoencoder.from_pretrained(**source_arguments(source)).eval()
+            self.autoencoders[name] = autoencoder.to(best_device())
         self.generators = {}
         for name, autoencoder in self.autoencoders.items():
             for found, source in present_models(GENERATORS[name]).items():

@@ -199,6 +199,21 @@ def test_a_wrong_token_and_none_are_told_apart(hub, folder, waits, monkeypatch, 
     assert_complete(hub, folder, push(folder, "org/gan", token=TOKEN))
 
 
+REASON = "Repositories of org are full: 12 of 10 GB.\nDelete some, see https://hub.example/billing & ask org's admin."
+
+
+def test_every_refusal_of_the_hub_is_told_with_its_whole_reason(hub, folder, waits):
+    """The first line of the client's error holds no more than the status and a request's number."""
+    for status in (400, 401, 402, 403, 404, 405, 409, 410, 412, 413, 422, 429, 451, 500, 501, 503):
+        for route in ("_create_repo", "_preupload", "_lfs_batch", "_commit"):
+            hub.faults = {route: [refused(status, message=REASON.replace("\n", " "), X_Request_Id="no-7")] * ALWAYS}
+            if (status, route) == (409, "_create_repo"):
+                continue  # it is there already: no refusal
+            message = failed_push(folder, f"org/{status}{route}")  # of one that is there, some refusals are passed over
+            assert "\n" not in message and "no-7" in message, (status, route)
+            assert " ".join(REASON.split()) in message, (status, route, message)
+
+
 @pytest.mark.parametrize("fault", ["401", "404", "500", "storage"])
 def test_xet_storage_that_fails_names_the_way_out_which_then_works(hub, folder, monkeypatch, fault):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)

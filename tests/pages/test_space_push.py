@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -90,29 +91,36 @@ def test_requirements_name_where_the_package_was_installed_from(monkeypatch, tmp
             assert str(Requirement(requirement())) == str(Requirement(expected))
 
 
-def test_pushed_space_starts_in_a_fresh_folder_as_its_front_matter_says(hub, tmp_path):
+def test_pushed_space_starts_as_its_front_matter_says_and_leaves_no_temporary_folder_however_it_ends(hub, tmp_path):
     pytest.importorskip("gradio", minversion="6.0")
     push_space("matching_lab", "org/page", package="hf_dpssl[demo]")
     folder = Path(huggingface_hub.snapshot_download("org/page", repo_type="space", local_dir=tmp_path / "page"))
     front = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert (front["sdk"], front["app_file"]) == ("gradio", "app.py")
     assert (folder / "requirements.txt").read_text(encoding="utf-8").split() == ["hf_dpssl[demo]"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    variables = {"GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, front["app_file"]]  # as a Space's machine does
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=log, stderr=log)
-    try:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # urlopen keeps its first call's proxies
-        answer, end = "", time.monotonic() + 240
-        while not answer and process.poll() is None and time.monotonic() < end:
-            try:
-                answer = opener.open(f"http://127.0.0.1:{port}/config", timeout=10).read().decode()
-            except OSError:
-                time.sleep(0.2)
-        assert '"Matching lab"' in answer, (tmp_path / "log").read_text()
-    finally:
-        process.terminate()
-        process.wait(30)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # urlopen keeps its first call's proxies
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        variables = {"GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parents[2])}
+        variables["TMPDIR"] = str(temporary)
+        command = [sys.executable, front["app_file"]]  # as a Space's machine does
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=log, stderr=log)
+        try:
+            answer, end = "", time.monotonic() + 240
+            while not answer and process.poll() is None and time.monotonic() < end:
+                try:
+                    answer = opener.open(f"http://127.0.0.1:{port}/config", timeout=10).read().decode()
+                except OSError:
+                    time.sleep(0.2)
+            assert '"Matching lab"' in answer, (tmp_path / "log").read_text()
+            assert list(temporary.iterdir())  # it keeps files while it runs
+            process.send_signal(number)
+            assert process.wait(60) == 0 and list(temporary.iterdir()) == [], number
+        finally:
+            process.kill()
+            process.wait(30)
