@@ -67,7 +67,10 @@ def main(build: Callable[[], gr.Blocks], css: str = "") -> None:
         print(f"{Path(sys.argv[0]).parent.name}: {error}", file=sys.stderr)
         sys.exit(2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as containers end it: temporary folders go then, too
-    launch(page, css)
+    try:
+        launch(page, css)
+    except KeyboardInterrupt:  # Ctrl-C while it starts; later gradio itself ends at it
+        sys.exit(0)
 
 
 def readable_errors(function: Callable) -> Callable:

@@ -118,9 +118,10 @@ def test_pushed_space_starts_as_its_front_matter_says_and_leaves_no_temporary_fo
                 except OSError:
                     time.sleep(0.2)
             assert '"Matching lab"' in answer, (tmp_path / "log").read_text()
-            assert list(temporary.iterdir())  # it keeps files while it runs
+            assert list(temporary.glob("space-*"))  # it keeps files while it runs
             process.send_signal(number)
-            assert process.wait(60) == 0 and list(temporary.iterdir()) == [], number
+            assert process.wait(60) == 0, number
+            assert not list(temporary.glob("space-*")), number
         finally:
             process.kill()
             process.wait(30)
