@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from .baselines import checked_samples
-from .evidence import maximise_evidence, spectrum_of
+from .evidence import log_evidence, maximise_evidence, spectrum_of
 
 _SPIKE = 100.0  # precision of the spike at the start, in that of the slab
 _LEAST_NOISE = 1e-8  # variance, of that of the labels
 _LARGEST = 1e8  # precision of spike or slab, in that of the data of a standardised feature
+_STRONG = 5.0  # nats by which the evidence with all features exceeds that without: strong (Kass and Raftery 1995)
 _DIGITS = 5  # to which two standardised columns agree that count as one
 
 
@@ -29,7 +30,8 @@ class Selection(NamedTuple):
     """What variational EM has found of D features.
 
     Attributes:
-        kept: (D,) bool, relevance above one half.
+        kept: (D,) bool, relevance above one half. Where no feature stands out and yet all together tell the classes (as
+            where each tells a little), all that vary and repeat no other.
         relevance: (D,) float64, q(z_j = 1); 0 of columns that do not vary or repeat an earlier one.
         bounds: (T,) of log p(y | x) in nats, one after each round of turns, never falling.
     """
@@ -69,7 +71,10 @@ def select_features(features: Tensor, labels: Tensor, *, rounds: int = 200, tole
     model, bounds = max(found, key=lambda pair: pair[1][-1])
     relevance = torch.zeros(features.shape[1], dtype=torch.float64)
     relevance[columns] = torch.from_numpy(model.relevance)
-    return Selection(relevance > 0.5, relevance, bounds)
+    kept = relevance > 0.5
+    if not kept.any() and model.told > _STRONG:
+        kept[columns] = True
+    return Selection(kept, relevance, bounds)
 
 
 def _alone(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -109,7 +114,7 @@ class _SpikeAndSlab:
         self.products = x.T @ y
         self.squares = float((y**2).sum())
         self.gram = x.T @ x if len(x) >= x.shape[1] else None
-        alpha, beta = _ridge(x, y)
+        alpha, beta, self.told = _ridge(x, y)
         self.beta = beta
         self.slab = alpha
         self.spike = alpha * _SPIKE
@@ -173,9 +178,13 @@ def _ratio(numerator: float, denominator: float, now: float, most: float) -> flo
     return min(numerator / denominator, most) if numerator > 0 and denominator > 0 else now
 
 
-def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Precisions of weights and noise to start from: those of largest evidence without spike and slab, class means."""
+def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Precisions of weights and noise to start from: those of largest evidence without spike and slab, means over
+    classes; and by how much that exceeds the evidence of weights that are all 0, in nats, of all classes."""
     rows = np.linalg.qr(x.T, mode="r").T if x.shape[1] > len(x) else x
-    spectrum, _ = spectrum_of(len(x), rows.T @ rows, rows.T @ y, (y**2).sum(0))
+    squares = (y**2).sum(0)
+    spectrum, _ = spectrum_of(len(x), rows.T @ rows, rows.T @ y, squares)
     alpha, beta = maximise_evidence(spectrum)
-    return float(np.exp(np.log(alpha).mean())), float(np.exp(np.log(beta).mean()))
+    nothing = 0.5 * len(x) * (np.log(len(x) / (2 * np.pi * squares)) - 1)
+    told = float((log_evidence(spectrum, alpha, beta) - nothing).sum())
+    return float(np.exp(np.log(alpha).mean())), float(np.exp(np.log(beta).mean())), told

@@ -55,6 +55,15 @@ def test_bound_never_falls_and_planted_features_are_found():
     assert not nothing.kept.any()
 
 
+def test_features_that_tell_the_classes_only_together_are_all_kept():
+    draw = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 100, generator=draw, dtype=torch.float64)
+    signal = features @ torch.randn(100, 3, generator=draw, dtype=torch.float64)
+    labels = (signal + 25 * torch.randn(400, 3, generator=draw, dtype=torch.float64)).argmax(1)
+    found = select_features(torch.cat([features, torch.ones(400, 1)], 1), labels)
+    assert found.kept[:100].all() and not found.kept[100], found.kept.sum()
+
+
 def test_columns_that_are_constant_or_repeated_change_nothing_for_the_others():
     features, labels = planted(300, 20, 3)
     alone = select_features(features, labels)
