@@ -3,11 +3,12 @@
     export DPSSL_DATA=folder                   # with mnist-train.parquet and mnist-test.parquet
     python training/evidence/domains.py        # results/domains.json
 
-The domains are DomainBed's (commit 7df6f06), and so are splits, draws and selection. What learns is not: pictures are
-averaged to 14 x 14, and a linear head on their 392 pixels takes 1,501 steps, where DomainBed trains four convolutions
-for 5,001; 3 draws of hyper-parameters in place of 20, one seed. So the figures are not those of its table, and no claim
-about it. What they can show is the reason for which IRM, VREx and ARM were invented: the oracle row at -90 %, where the
-colour says the opposite of what it said in training, and ARM at +90 %. An algorithm that does nothing has ERM's row.
+The domains are DomainBed's (commit 7df6f06), and so are splits, default hyper-parameters and selection. What learns is
+not: pictures are averaged to 14 x 14, and a linear head on their 392 pixels takes 1,501 steps, where DomainBed trains
+four convolutions for 5,001, with 20 draws and three seeds where here are the defaults and one seed. So the figures are
+not those of its table, and no claim about it. What they can show is why IRM and VREx were invented: the
+oracle row at -90 %, where the colour says the opposite of what it said before. An algorithm that does nothing has
+ERM's row. ARM cannot help here: to a linear head the context of a batch is a shift, which does not turn a colour round.
 
 A killed study goes on with the runs that lack.
 """
@@ -28,7 +29,7 @@ from hf_dpssl.domains.selection import table
 from hf_dpssl.runs.atomic_files import write_json
 from hf_dpssl.runs.results import write_results
 
-ALGORITHMS, TARGETS, DRAWS, SEED = ("erm", "irm", "vrex", "arm"), ("+90%", "-90%"), 3, 0
+ALGORITHMS, TARGETS, DRAWS, SEED = ("erm", "irm", "vrex", "arm"), ("-90%", "+90%"), 1, 0
 STEPS, EVERY = 1501, 100
 RESULTS = Path(__file__).parent / "results" / "domains.json"
 
@@ -61,6 +62,8 @@ def main() -> None:
     metrics = {
         f"{row['algorithm']}_{row['selection']}_{target}": row["domains"][target] for row in rows for target in TARGETS
     }
+    for row in rows:
+        del row["interval"]  # of one seed there is none
     samples = {name: len(labels) for name, labels in zip(tensors.names, tensors.labels, strict=True)}
     protocol = {"draws": DRAWS, "steps": STEPS, "evaluation_steps": EVERY, "inputs": "2 x 14 x 14 pixels, linear head"}
     write_results(RESULTS, metrics, dataset="colored_mnist", seed=SEED, samples=samples, protocol=protocol, rows=rows)
