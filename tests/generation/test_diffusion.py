@@ -276,3 +276,15 @@ def test_what_does_not_go_together_is_refused():
         training_example(
             wide, torch.zeros(1).long(), 0, seed=0, objective="epsilon", scheduler=None, logit_normal=(0, 1)
         )
+
+
+def test_forward_of_the_transformer_is_one_graph():
+    """By torch's tracer alone: fullgraph refuses a second one; nothing is compiled."""
+    transformer = make_transformer(num_classes=10, **SIZE).train()
+    for parameter in transformer.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    latents, timestep, labels = inputs()
+    expected = transformer(latents, timestep=timestep, class_labels=labels).sample
+    compiled = torch.compile(transformer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(latents, timestep=timestep, class_labels=labels).sample, expected)
+    assert expected.abs().max() > 0.1
