@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import gzip
 import json
 import re
@@ -15,13 +14,19 @@ from hf_dpssl.pages import browser_runtime
 
 def parts_of(script: Path) -> dict[str, bytes]:
     """What a script of packed parts holds, by name."""
-    found = re.findall(r"\(globalThis.packed \?\?= {}\)\.(\w+) = (.*);\n", script.read_text(encoding="utf-8"))
-    return {name: unpacked(json.loads(content)) for name, content in found}
+    lines = script.read_bytes().decode("ascii").split("(globalThis.packed ??= {}).")[1:]
+    return {name: unpacked(content.removesuffix(";\n")) for name, _, content in (one.partition(" = ") for one in lines)}
 
 
-def unpacked(part: dict) -> bytes:
+def unpacked(text: str) -> bytes:
     """The inverse of `packed`."""
-    content = bytearray(gzip.decompress(base64.b64decode(part["data"])))
+    head, _, data = text.partition(',"data":"')
+    part = json.loads(head + "}")
+    meant = {"x00": "\0", "0": "\0", "n": "\n", "r": "\r"}
+    data = re.sub(r"\\(x00|.)", lambda found: meant.get(found[1], found[1]), data.removesuffix('"}'), flags=re.DOTALL)
+    bits = "".join(f"{ord(character):07b}" for character in data)
+    small = bytes(int(bits[i : i + 8], 2) for i in range(0, 8 * part["size"], 8))
+    content = bytearray(gzip.decompress(small))
     for start, count in part["ranges"]:
         planes = np.frombuffer(bytes(content[start : start + 4 * count]), np.uint8).reshape(4, count)
         content[start : start + 4 * count] = planes.T.tobytes()

@@ -209,7 +209,10 @@ def write_generator(pipeline: VQDriftPipeline, folder: Path) -> tuple[dict[str, 
         return {"latents": (found["latents"], latents), "codes": codes, "images": (found["images"], images)}
 
     differences = _write(_Generator(pipeline), folder / "generator.onnx", given, outputs, pairs)
-    return differences, {"noise": list(shape), "class_names": pipeline.class_names, "no_class": null, "range": [0, 1]}
+    with torch.no_grad():
+        image = _in_unit_range(latent_codec.decode(pipeline.vae, noise[:1]))
+    about = {"noise": list(shape), "image": list(image.shape[1:]), "range": [0, 1]}
+    return differences, about | {"class_names": pipeline.class_names, "no_class": null}
 
 
 def _with_codes(

@@ -8,9 +8,14 @@ function bytesOf(base64) {
   return bytes;
 }
 
-// The inverse of hf_dpssl/pages/packed_bytes.py: bytes of numbers that are stored by planes come together again.
-async function unpacked({ranges, data}) {
-  const stream = new Blob([bytesOf(data)]).stream().pipeThrough(new DecompressionStream("gzip"));
+// The inverse of hf_dpssl/pages/packed_bytes.py: seven bits a character, gzip, and numbers that are stored by planes.
+async function unpacked({ranges, size, data}) {
+  const bytes = new Uint8Array(size);
+  for (let i = 0, from = 0, held = 0, bits = 0; i < size; bits -= 8) {
+    for (; bits < 8; bits += 7) held = ((held << 7) | data.charCodeAt(from++)) & 0xffff;
+    bytes[i++] = held >> (bits - 8);
+  }
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const all = new Uint8Array(await new Response(stream).arrayBuffer());
   for (const [start, count] of ranges) {
     const planes = all.slice(start, start + 4 * count);

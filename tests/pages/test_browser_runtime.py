@@ -1,6 +1,5 @@
 """onnxruntime-web is the pinned release, or is refused; weights keep the bits that they are said to keep."""
 
-import json
 import stat
 import subprocess
 
@@ -10,7 +9,7 @@ from cases import for_each
 from static_pages import runtime_package, unpacked
 
 from hf_dpssl.pages import browser_runtime
-from hf_dpssl.pages.packed_bytes import packed, rounded
+from hf_dpssl.pages.packed_bytes import packed, rounded, smaller_onnx
 
 
 def fake_npm(folder, monkeypatch, script: str) -> None:
@@ -79,5 +78,18 @@ def test_packed_bytes_come_back_and_planes_make_rounded_weights_small():
     values = rounded(np.random.default_rng(0).standard_normal(4000).astype(np.float32), 16)
     content = b"head" + values.tobytes() + b"tail!"
     by_planes = packed(content, [(4, 4000)])
-    assert unpacked(json.loads(by_planes)) == unpacked(json.loads(packed(content))) == content
-    assert len(by_planes) < 0.9 * len(packed(content))
+    assert unpacked(by_planes) == unpacked(packed(content)) == content
+    assert by_planes.isascii() and len(by_planes) < 0.9 * len(packed(content))
+    noise = np.random.default_rng(1).bytes(200_000)  # of every character and pair of them; gzip makes it no smaller
+    assert unpacked(packed(noise)) == noise and len(packed(noise)) < 1.2 * len(noise)
+
+
+def test_weights_that_stand_in_others_come_back_too():
+    onnx = pytest.importorskip("onnx")
+    sizes = {"many": 600, "few": 300, "as_many": 600}
+    weights = [onnx.numpy_helper.from_array(np.ones(size, np.float32), name) for name, size in sizes.items()]
+    node = onnx.helper.make_node("Add", ["many", "as_many"], ["sum"])
+    output = onnx.helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, [600])
+    content = onnx.helper.make_model(onnx.helper.make_graph([node], "sums", [], [output], weights)).SerializeToString()
+    whole, ranges = smaller_onnx(content, 24)
+    assert unpacked(packed(whole, ranges)) == whole and sorted(count for _, count in ranges) == [300, 600, 600]

@@ -60,7 +60,8 @@ async function drawWanted() {
     const pixels = await generate(here(), request.label);
     for (const canvas of [find("#picture"), find("#small")]) paint(canvas, pixels);
     const place = request.x || request.y ? `, place ${Math.round(100 * request.x)} | ${Math.round(100 * request.y)}` : "";
-    find("#caption").textContent = `${className(request.label)}, noise ${request.seed}${request.first ? " (chosen)" : ""}${place}`;
+    const drawn = request.label === facts.noClass ? "no class" : `class ${className(request.label)}`;
+    find("#caption").textContent = `${drawn}, noise ${request.seed}${request.first ? " (chosen)" : ""}${place}`;
     find("#status").textContent = `${median(spent).toFixed(1)} ms per picture, on one core`;
     await new Promise(requestAnimationFrame);  // input comes first
   }
