@@ -3,8 +3,10 @@
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -92,6 +94,15 @@ def ended(process: subprocess.Popen) -> str:
     return output
 
 
+def wait_for(port: int, process: subprocess.Popen) -> None:
+    """Until the first machine has opened it: here the others have its address, and would do so in its place."""
+    while process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+
+
 def accelerate(config: str, *words) -> subprocess.Popen:
     return start("accelerate", "launch", "--config_file", FOLDER / config, *words)
 
@@ -124,7 +135,9 @@ def test_every_configuration_starts_by_accelerate_launch_with_fewer_processes(au
         *two[2:],
     ]
     flags = [*ENCODER, "--num_processes", 4, "--output_dir", tmp_path / "gpu_32_bf16"]
-    machines = [accelerate("gpu_32_bf16.yaml", "--machine_rank", rank, *four, script, *flags) for rank in range(2)]
+    machines = [accelerate("gpu_32_bf16.yaml", "--machine_rank", 0, *four, script, *flags)]
+    wait_for(port, machines[0])
+    machines.append(accelerate("gpu_32_bf16.yaml", "--machine_rank", 1, *four, script, *flags))
     for machine in machines:
         ended(machine)
     started = {path.stem for path in FOLDER.glob("*.yaml")}
@@ -138,6 +151,8 @@ shift  # --kill-on-bad-exit=1
 for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
     SLURM_NODEID=$node "$@" &
     started+=($!)
+    # Here every machine has the address of the first, which must be the one to open the port.
+    until (exec 3<>/dev/tcp/127.0.0.1/$PORT_OF_TEST) 2>/dev/null || ! kill -0 "${started[0]}"; do sleep 0.2; done
 done
 for process in "${started[@]}"; do
     wait "$process" || failed=1
@@ -156,7 +171,8 @@ def test_slurm_script_starts_a_process_per_gpu_on_each_machine_and_goes_on_when_
         (tmp_path / "bin" / name).chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "h100:1"}
-    slurm |= {"SLURM_JOB_ID": str(random.randint(0, 20_000)), "PATH": path}
+    job_id = random.randint(1, 19_999)
+    slurm |= {"SLURM_JOB_ID": str(job_id), "PORT_OF_TEST": str(20_000 + job_id), "PATH": path}
     flags = [*ENCODER, "--num_processes", 2, "--output_dir", tmp_path / "run"]
     job = [shutil.which("bash"), FOLDER / "slurm.sh", "training/contrastive.py", *flags]
     assert "starting afresh" in ended(start(*job, **slurm))
