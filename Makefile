@@ -74,7 +74,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/dit.py
 	$(BIN)/python tests/benchmarks/front_door.py
 
-# The claims at scale quick: about 20 minutes of one core; a killed run goes on.
+# The claims at scale quick: about 30 minutes of one core; a killed run goes on.
 claims: $(INSTALLED)
 	$(BIN)/hf-dpssl reproduce all --scale quick --output_dir outputs/claims
 

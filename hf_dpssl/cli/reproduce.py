@@ -21,7 +21,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help="names or numbers, or all; --list shows them")
     parser.add_argument("--list", action="store_true", help="print the claims, and end")
     parser.add_argument(
-        "--scale", default="quick", choices=SCALES, help="how much is run: ten minutes a study, hours, a GPU, the paper"
+        "--scale",
+        default="quick",
+        choices=SCALES,
+        help="from minutes to what the paper ran; --list says how long",
     )
     parser.add_argument("--seeds", type=int, help="more seeds than the claims state, fixed before the run")
     parser.add_argument("--output_dir", default="outputs/claims", help="folder of the cells, values and the page")

@@ -1,7 +1,7 @@
 """Decide claims of the papers: each is stated in a file of claims/ before it is run, and gets one of three verdicts.
 
     python training/evidence/reproduce.py --list
-    python training/evidence/reproduce.py reconstruction --scale quick     # about ten minutes of one core
+    python training/evidence/reproduce.py reconstruction --scale quick     # with its study's other claims
     python training/evidence/reproduce.py all --scale cpu                  # hours
     python training/evidence/reproduce.py 1 --scale paper --dry_run        # what would be run
 
@@ -99,7 +99,9 @@ def print_list(scale: str, source: Path) -> None:
     for name in claim_names(source):
         claim = read_claim(name, source)
         numbers = read_study(claim["study"], scale, source)["numbers"]
-        about = f"study {claim['study']}, {claim['seeds']} seeds, {numbers['minutes']} minutes at scale {scale}"
+        shared = len(claims_of(claim["study"], source))
+        about = f"{claim['seeds']} seeds; study {claim['study']}, {numbers['minutes']} minutes at scale {scale}"
+        about += f" for its {shared} claims" if shared > 1 else ""
         print(f"{claim['number']:>3} {name} ({about})\n    {' '.join(claim['hypothesis'].split())}")
 
 
