@@ -15,7 +15,6 @@ from ..runs.shipped_folders import shipped_folder
 from . import browser_runtime
 from .packed_bytes import packed
 
-SIZE = 8_000_000  # bytes that a page of the demo's models stays within
 _LICENCE = "LICENSE-onnxruntime-web.txt"
 
 
