@@ -16,6 +16,7 @@ from scipy.stats import ttest_1samp
 
 from hf_dpssl.cli import reproduce as reproduce_command
 from hf_dpssl.cli.commands import command_module
+from hf_dpssl.cli.errors import BAD_INPUT, reported
 from hf_dpssl.cli.train import SCRIPTS
 from hf_dpssl.runs.recipe import parse
 
@@ -228,6 +229,13 @@ def test_a_changed_statement_is_refused_with_the_difference(tmp_path, change, na
         path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=named):
         reproduce.main(["1", "--claims_dir", str(tmp_path / "claims"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_refusal_is_one_line_that_hints_at_no_defect_of_ours(capsys):
+    for argv in (["nonsense"], ["1", "--seeds", "3"]):
+        assert reported("reproduce.py", lambda given=argv: reproduce.main(given)) == BAD_INPUT
+        printed = capsys.readouterr().err
+        assert printed.startswith("reproduce.py: ") and printed.count("\n") == 1 and "DPSSL_DEBUG" not in printed
 
 
 def test_a_claim_that_a_method_without_effect_could_pass_is_refused(tmp_path):
