@@ -92,6 +92,7 @@ def commands(kind: str, folder: Path, finished: Path) -> list[list]:
     return [["info", folder], ["card", folder], *reads[kind]]
 
 
+@pytest.mark.slow
 def test_every_answer_to_a_damaged_file_is_one_line(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DPSSL_DEMO", str(tmp_path / "none"))
     refused = 0
