@@ -16,6 +16,8 @@ from launches import REPOSITORY
 from safetensors.torch import load_file
 from tiny_autoencoders import make
 
+CHANCE = random.SystemRandom()  # of ports: two runs of these tests on one machine take different ones
+
 FOLDER = REPOSITORY / "training/accelerate"
 WEIGHTS = "dit/transformer/diffusion_pytorch_model.safetensors"
 TINY = ["--dataset", "digits", "--batch_size", 8, "--max_train_steps", 2, "--evaluation_images", 32]
@@ -111,7 +113,7 @@ def accelerate(config: str, *words) -> subprocess.Popen:
 @pytest.mark.timeout(1800)
 def test_every_configuration_starts_by_accelerate_launch_with_fewer_processes(autoencoder, tmp_path):
     """On one machine; of several, two that are this one."""
-    script, port = REPOSITORY / "training/contrastive.py", random.randint(20_000, 40_000)
+    script, port = REPOSITORY / "training/contrastive.py", CHANCE.randint(20_000, 40_000)
     two = ["--num_processes", 2, "--main_process_port", port]
     for config, words in {"gpu_1_bf16": [], "cpu_2_processes": two[2:], "gpu_8_bf16": two}.items():
         flags = [*ENCODER, "--output_dir", tmp_path / config]
@@ -171,7 +173,7 @@ def test_slurm_script_starts_a_process_per_gpu_on_each_machine_and_goes_on_when_
         (tmp_path / "bin" / name).chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     slurm = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "h100:1"}
-    job_id = random.randint(1, 19_999)
+    job_id = CHANCE.randint(1, 19_999)
     slurm |= {"SLURM_JOB_ID": str(job_id), "PORT_OF_TEST": str(20_000 + job_id), "PATH": path}
     flags = [*ENCODER, "--num_processes", 2, "--output_dir", tmp_path / "run"]
     job = [shutil.which("bash"), FOLDER / "slurm.sh", "training/contrastive.py", *flags]
