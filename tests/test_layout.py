@@ -78,6 +78,12 @@ def test_no_folder_name_that_diffusers_takes_for_its_own():
     assert not taken & {path.parent.name for path in PACKAGE.rglob("*.py")}
 
 
+def test_modules_that_tests_import_by_name_have_names_of_their_own():
+    places = ["training/*.py", "training/evidence/*.py", "tests/*.py", "tests/*/*.py"]
+    names = [path.stem for place in places for path in REPOSITORY.glob(place)]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_nothing_large_is_committed():
     listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True)
     if listed.returncode:

@@ -1,7 +1,7 @@
 """Which algorithms leave the colour of ColoredMNIST: a small study on pixels, with a linear head.
 
     export DPSSL_DATA=folder                   # with mnist-train.parquet and mnist-test.parquet
-    python training/evidence/domains.py        # results/domains.json
+    python training/evidence/colored_mnist.py  # results/colored_mnist.json
 
 The domains are DomainBed's (commit 7df6f06), and so are splits, default hyper-parameters and selection. What learns is
 not: pictures are averaged to 14 x 14, and a linear head on their 392 pixels takes 1,501 steps, where DomainBed trains
@@ -31,7 +31,7 @@ from hf_dpssl.runs.results import write_results
 
 ALGORITHMS, TARGETS, DRAWS, SEED = ("erm", "irm", "vrex", "arm"), ("-90%", "+90%"), 1, 0
 STEPS, EVERY = 1501, 100
-RESULTS = Path(__file__).parent / "results" / "domains.json"
+RESULTS = Path(__file__).parent / "results" / "colored_mnist.json"
 
 
 def pixels() -> DomainTensors:
