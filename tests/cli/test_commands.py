@@ -134,15 +134,22 @@ def test_pull_tells_what_it_did_as_json(hub, tmp_path, monkeypatch, capsys):
 
 
 def test_debug_shows_the_traceback(tmp_path, monkeypatch):
-    argv = ["export", str(tmp_path / "missing"), "--format", "timm", "--output_dir", str(tmp_path / "new")]
-    monkeypatch.setenv("DPSSL_DEBUG", "1")
-    with pytest.raises(FileNotFoundError):
-        main(argv)
-    monkeypatch.setenv("DPSSL_DEBUG", "0")
-    assert main(argv) == 2
-    with pytest.raises(FileNotFoundError):
-        main([*argv, "--debug"])
-    assert os.environ["DPSSL_DEBUG"] == "1"
+    missing, new = str(tmp_path / "missing"), ["--output_dir", str(tmp_path / "new")]
+    commands = [
+        ["export", missing, "--format", "timm", *new],
+        ["embed", missing, missing, *new],
+        ["search", missing, missing],
+        ["report", missing, *new],
+    ]
+    for argv in commands:
+        monkeypatch.setenv("DPSSL_DEBUG", "1")
+        with pytest.raises((FileNotFoundError, ValueError)):
+            main(argv)
+        monkeypatch.setenv("DPSSL_DEBUG", "0")
+        assert main(argv) == 2
+        with pytest.raises((FileNotFoundError, ValueError)):
+            main([*argv, "--debug"])
+        assert os.environ["DPSSL_DEBUG"] == "1"
 
 
 def raise_it(error: Exception):
