@@ -13,7 +13,7 @@ from hub_server_write import preceded_by
 from tiny_checkpoints import save_checkpoints
 
 from hf_dpssl import VQDiTPipeline
-from hf_dpssl.hub.model_card import render_card
+from hf_dpssl.hub.model_card import _code, render_card
 from hf_dpssl.hub.published_files import publishable_files
 from hf_dpssl.hub.publishing import PushError, push
 from hf_dpssl.runs.atomic_files import write_json
@@ -109,3 +109,4 @@ def test_a_bar_or_a_line_in_a_value_stays_within_its_cell_of_the_card(finished, 
     row = next(line for line in render_card(folder).splitlines() if line.startswith("| licence of the images"))
     cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row.strip().strip("|"))]
     assert len(cells) == 2 and cells[1].replace("\\|", "|") == "CC | custom terms"
+    assert _code("a|b\nc `d`") == r"`a\|b c 'd'`"

@@ -40,12 +40,18 @@ def test_neighbours_are_those_of_a_loop_over_cosines(view, bank):
     assert indices[0] == 7 and similarities == pytest.approx(sorted(cosines)[::-1][:5], abs=1e-5)
 
 
-def test_a_picture_of_the_bank_stands_at_its_own_place_or_amid_its_neighbours_by_their_likeness(view, bank):
+def test_a_picture_of_the_bank_stands_at_its_own_place_or_amid_its_neighbours_by_their_likeness(
+    view, bank, monkeypatch
+):
     place = view.place(bank.pictures[3])
     if view.head is not None:
         torch.testing.assert_close(place, view.places[3], atol=1e-5, rtol=1e-4)
     else:  # amid its five neighbours, the nearer the more they are like it: e times the weight for 0.02 of cosine
         indices, cosines = view.neighbours(bank.pictures[3], 5)
+        assert indices[0] == 3
+        cosines = [1.0, 0.99, 0.98, 0.95, 0.5]  # an untrained encoder's are all alike
+        monkeypatch.setattr(view, "neighbours", lambda *_: (indices, cosines))
+        place = view.place(bank.pictures[3])
         weights = [math.exp((cosine - 1) / 0.02) for cosine in cosines]
         places = [weight * view.places[i].double() for i, weight in zip(indices, weights, strict=True)]
         torch.testing.assert_close(place.double(), sum(places) / sum(weights), atol=1e-3, rtol=1e-3)
