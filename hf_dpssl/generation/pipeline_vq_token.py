@@ -10,6 +10,8 @@ sampling as in Maddison et al. 2014.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from diffusers import ImagePipelineOutput
@@ -17,6 +19,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -279,7 +282,10 @@ class VQTokenPipeline(ClassConditionalPipeline):
         scale = guidance_scale if guided else 1.0
         sampler = CodeSampler(num_codes, read_generator(generator, len(first)), scale, temperature, top_k, top_p)
         prompt = torch.tensor(first + [self.null_token] * len(first) * guided, device=self._execution_device)[:, None]
-        tokens = self.language_model.generate(
+        # Without settings of the model's own, such as an end token, which would change images in silence.
+        model = copy.copy(self.language_model)
+        model.generation_config = GenerationConfig()
+        tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             logits_processor=LogitsProcessorList([sampler]),

@@ -61,7 +61,6 @@ def test_a_penalty_between_domains_finds_the_shape_where_erm_takes_the_colour():
     for method in (IRM, VREx):
         algorithm = method(*linear(2), penalty=1000.0, anneal=50, learning_rate=0.02)
         found[method.__name__] = accuracy(trained(algorithm, sources, 200, 256), *target)
-    print(found)
     assert found["erm"] < 30 and found["IRM"] > 65 and found["VREx"] > 65, found
 
 
@@ -77,7 +76,6 @@ def test_group_dro_lifts_the_domain_that_does_worst():
 
     erm = worst(ERM(*linear(1), learning_rate=0.03))
     found = worst(GroupDRO(*linear(1), eta=0.2, learning_rate=0.03))
-    print(erm, found)
     assert erm < 83.5 and found > 85.5, (erm, found)
 
 
@@ -107,7 +105,6 @@ def test_mixup_knows_what_lies_between_the_domains():
     erm = accuracy(trained(ERM(Waves(), nn.Linear(128, 2), learning_rate=0.01), sources, 300, 32), *target)
     mixup = Mixup(Waves(), nn.Linear(128, 2), alpha=1.0, learning_rate=0.01)
     found = accuracy(trained(mixup, sources, 300, 32), *target)
-    print(erm, found)
     assert erm < 70 and found > 95, (erm, found)
 
 
@@ -124,7 +121,6 @@ def test_mmd_leaves_the_feature_that_moves_with_the_domain():
     sources, target = [moved(0, 1), moved(2, 2)], moved(-4, 3)
     erm = accuracy(trained(ERM(*linear(2), learning_rate=0.02), sources, 250), *target)
     found = accuracy(trained(MMD(*linear(2), gamma=10.0, learning_rate=0.02), sources, 250), *target)
-    print(erm, found)
     assert erm < 60 and found > 80, (erm, found)
 
 
@@ -141,7 +137,6 @@ def test_sagnet_classifies_content_where_style_says_more():
     sources, target = [styled(1, 1), styled(1, 2)], styled(-1, 3)
     erm = accuracy(trained(ERM(Gain(), nn.Linear(8, 2), learning_rate=0.01), sources, 300, 32), *target)
     found = accuracy(trained(SagNet(Gain(), nn.Linear(8, 2), learning_rate=0.01), sources, 300, 32), *target)
-    print(erm, found)
     assert erm < 30 and found > 80, (erm, found)
 
 
@@ -156,7 +151,6 @@ def test_arm_finds_the_place_of_a_domain_in_its_batch():
     erm = accuracy(trained(ERM(*linear(1), learning_rate=0.01), sources, 400), *target)
     algorithm = ARM(*linear(2), nn.Linear(1, 1), support=64, learning_rate=0.01)
     found = accuracy(trained(algorithm, sources, 400), *target)
-    print(erm, found)
     assert erm < 60 and found > 90, (erm, found)
 
 
@@ -172,5 +166,4 @@ def test_rsc_learns_what_remains_when_the_most_telling_feature_is_gone():
     sources, target = [seen(5, 1), seen(5, 2)], seen(0, 3)
     erm = accuracy(trained(ERM(Gain(True), nn.Linear(10, 2), learning_rate=0.03), sources, 300, 32), *target)
     found = accuracy(trained(RSC(Gain(True), nn.Linear(10, 2), learning_rate=0.03), sources, 300, 32), *target)
-    print(erm, found)
     assert erm < 80 and found > 88, (erm, found)

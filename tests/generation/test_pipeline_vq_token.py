@@ -164,6 +164,17 @@ def test_components_make_the_same_pipeline_and_a_replaced_autoencoder_is_checked
         draw(again, [1])
 
 
+def test_images_depend_on_no_generation_config_and_leave_it_alone():
+    pipeline = make_tokens()
+    codes = pipeline([0, 1], generator=[1, 2], output_type="codes").images
+    config = pipeline.language_model.generation_config
+    config.eos_token_id = int(codes[0, 0, 0])
+    config.suppress_tokens = "of a damaged file"
+    before = config.to_dict()
+    assert torch.equal(pipeline([0, 1], generator=[1, 2], output_type="codes").images, codes)
+    assert pipeline.language_model.generation_config is config and config.to_dict() == before
+
+
 def test_names_ids_and_mixtures_mean_the_same(pipeline):
     by_id = draw(pipeline, [0, 2, 1])
     assert torch.equal(by_id, draw(pipeline, ["cat", "horse", "dog"]))
