@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("name", choices=space_names(), help="which page")
     parser.add_argument("--port", type=_port, help="default: the first free one from 7860 on")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all")
+    parser.add_argument("--host", help="address to listen on (default: 127.0.0.1); 0.0.0.0: all")
     parser.add_argument("--demo", metavar="FOLDER", help="outputs of `hf-dpssl demo` (default: outputs/demo)")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER_OR_ID",
                         help=f"use this one, with --push a Hub id; names: {', '.join(MODELS)}")  # fmt: skip
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         return _push(options, models)
     if options.package is not None:
         return _refuse("--package is for --push.")
-    variables = {"GRADIO_SERVER_NAME": options.host, "GRADIO_ANALYTICS_ENABLED": "False"}
+    variables = {"GRADIO_SERVER_NAME": options.host or "127.0.0.1", "GRADIO_ANALYTICS_ENABLED": "False"}
     if options.port is not None:
         variables["GRADIO_SERVER_PORT"] = str(options.port)
     if options.demo is not None:
@@ -169,8 +169,12 @@ def _push(options: argparse.Namespace, models: dict[str, str]) -> int:
 
 
 def _write_static(options: argparse.Namespace) -> int:
-    if options.push or options.package or options.private or options.port or options.demo and options.model:
-        return _refuse("--static takes no --push, --package, --private or --port, and --model or --demo.")
+    if options.push or options.package or options.private or options.port or options.host:
+        return _refuse("--static takes no --push, --package, --private, --port or --host.")
+    if sum(map(bool, (options.demo, options.model, options.embeddings))) > 1 and not (
+        options.model and options.embeddings and not options.demo
+    ):
+        return _refuse("--demo names the models itself: give it, or --model and --embeddings.")
     if options.name not in STATIC:
         return _refuse(f"{options.name} has no page without a server: {' and '.join(STATIC)} have.")
     if len(options.model) > 1:
@@ -181,9 +185,9 @@ def _write_static(options: argparse.Namespace) -> int:
 
     source = options.model[0].removeprefix(f"{STATIC[options.name]}=") if options.model else None
     how = {"embeddings": options.embeddings, "overwrite": options.overwrite}
-    written = write_static_space(options.name, options.static, source, **how)
-    say(f"{written.output_dir}: {sum(written.files.values()):,} bytes; open index.html, or serve the folder")
-    for name, size in written.files.items():
+    files = write_static_space(options.name, options.static, source, **how)
+    say(f"{options.static}: {sum(files.values()):,} bytes; open index.html, or serve the folder")
+    for name, size in files.items():
         say(f"  {name}: {size:,} bytes")
     return 0
 

@@ -31,7 +31,7 @@ from ..hub.replay import TOLERANCE, checkpoint_kind
 from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vq import VQAutoencoder
 from ..runs.atomic_files import atomic_folder, write_json
-from ..runs.lineage import read_json
+from ..runs.lineage import read_json, well_formed
 from ..runs.results import environment
 from ..runs.written_folders import check_target, record_files
 from . import onnx_exports
@@ -112,7 +112,7 @@ def export(
     if format == "onnx":
         onnx_exports.check_libraries()
     target = Path(output_dir)
-    check_target(target, overwrite, "exported model")
+    check_target(target, overwrite, "exported model", _WRITERS)
     folder = find_checkpoint(source)
     kind, described = described_kind(folder)
     if kind not in kinds:
@@ -231,10 +231,12 @@ def _write_dit(folder: Path, target: Path, scheduler: str | None = None, changes
 def _write_onnx(folder: Path, target: Path) -> Written:
     kind = checkpoint_kind(folder)
     if kind == "encoder":
-        model = ContrastiveEncoder.from_pretrained(folder).eval().float()
+        with well_formed(folder):
+            model = ContrastiveEncoder.from_pretrained(folder).eval().float()
         differences, about = onnx_exports.write_encoder(model, target)
     elif kind == "drift":
-        pipeline = VQDriftPipeline.from_pretrained(folder, dtype=torch.float32)
+        with well_formed(folder):
+            pipeline = VQDriftPipeline.from_pretrained(folder, dtype=torch.float32)
         differences, about = onnx_exports.write_generator(pipeline, target)
     else:
         model = _load_autoencoder(folder, "`hf-dpssl import` makes a VQAutoencoder of it.").float()
@@ -248,7 +250,8 @@ def _load_autoencoder(folder: Path, way_out: str) -> VQAutoencoder:
     name = (read_json(folder / "config.json") or {}).get("_class_name")
     if name is not None:
         raise ValueError(f"{folder} is diffusers' {name} already. {way_out}")
-    return VQAutoencoder.from_pretrained(folder).eval()
+    with well_formed(folder):
+        return VQAutoencoder.from_pretrained(folder).eval()
 
 
 _WRITERS: dict[str, Callable[..., Written]] = {

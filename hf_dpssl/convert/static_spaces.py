@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,21 @@ import torch
 from torchvision.transforms import CenterCrop, Normalize, Resize
 
 from ..data.decoding import to_square_tensor
+from ..data.subsets import random_rows
 from ..embedding.embedder import Preprocessor
 from ..embedding.embedding_job import EmbedJob, embed_images
 from ..embedding.embeddings_table import EmbeddingsTable
 from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..hub.checkpoint_facts import facts_of
 from ..models.modeling_contrastive import ContrastiveEncoder
+from ..pages import browser_runtime
 from ..pages.demo_outputs import find_models
 from ..pages.map_page import sprite_sheet
 from ..pages.packed_bytes import packed, rounded, smaller_onnx
 from ..pages.page_pictures import data_url
 from ..pages.static_page import write_static_page
 from ..runs.atomic_files import atomic_folder
+from ..runs.lineage import well_formed
 from ..runs.written_folders import check_target, record_files
 from . import onnx_exports
 from .exports import described_kind, find_checkpoint
@@ -35,30 +37,14 @@ from .exports import described_kind, find_checkpoint
 PAGES = {"image_generator": "drift", "encoder_explorer": "encoder"}  # Space: kind of its checkpoint
 PICTURES = 1000  # of an index that are in the page, at most
 EXAMPLES = 8
-_THUMBNAIL = 48  # pixels
+_EXAMPLE = 512  # pixels of the longer side of a picture that one may choose
+_THUMBNAIL = 48
 _MAX_WEIGHTS = 64 * 2**20  # bytes of an ONNX file that a page may have to hold as text
 _WHOLE = 24  # significant bits of float32
 _BITS = (11, 16, 20)  # that are tried for an encoder; float16 has 11
 _VECTOR_BITS = 9
 _SAME_FEATURES = 1e-3  # of the largest number, at least 1
 Outputs = dict[str, np.ndarray]
-
-
-@dataclass
-class StaticSpace:
-    """What `write_static_space` wrote.
-
-    Args:
-        output_dir: the folder.
-        files: bytes of every file by path.
-        bits: significant bits of the weights.
-        differences: of the ONNX file from torch by output.
-    """
-
-    output_dir: str
-    files: dict[str, int]
-    bits: int
-    differences: dict[str, float]
 
 
 def write_static_space(
@@ -68,8 +54,8 @@ def write_static_space(
     *,
     embeddings: str | os.PathLike | None = None,
     overwrite: bool = False,
-) -> StaticSpace:
-    """Write a Space that needs no server, whole or not at all.
+) -> dict[str, int]:
+    """Write a Space that needs no server, whole or not at all; returns the bytes of every file by path.
 
     Args:
         name: one of PAGES.
@@ -86,19 +72,22 @@ def write_static_space(
     """
     onnx_exports.check_libraries()
     target = Path(output_dir)
-    check_target(target, overwrite, f"page of hf-dpssl space {name} --static")
+    form = f"static {name}"
+    check_target(target, overwrite, f"page of hf-dpssl space {name} --static", [form])
+    if name not in PAGES:
+        raise ValueError(f"{name!r} has no page without a server: {' and '.join(PAGES)} have.")
     if embeddings is not None and name != "encoder_explorer":
         raise ValueError("--embeddings is of the page encoder_explorer: leave it out.")
+    runtime = browser_runtime.runtime_files()
     with tempfile.TemporaryDirectory() as work:
         if name == "image_generator":
             page = _generator_page(source or find_models("one step")["one step"], Path(work))
         else:
             page = _encoder_page(source, embeddings, Path(work))
-        facts, parts, about, bits, differences = page
+        facts, parts, about = page
         with atomic_folder(target) as temporary:
-            write_static_page(temporary, name, facts, parts, about)
-            files = record_files(temporary, f"static {name}")
-    return StaticSpace(str(target), files, bits, differences)
+            write_static_page(temporary, name, runtime, facts, parts, about)
+            return record_files(temporary, form)
 
 
 def _checkpoint(source: str | os.PathLike, name: str) -> Path:
@@ -114,8 +103,9 @@ def _checkpoint(source: str | os.PathLike, name: str) -> Path:
 
 def _generator_page(source: str | os.PathLike, work: Path) -> tuple:
     folder = _checkpoint(source, "image_generator")
-    pipeline = VQDriftPipeline.from_pretrained(folder, dtype=torch.float32)
-    differences, about = onnx_exports.write_generator(pipeline, work)
+    with well_formed(source):
+        pipeline = VQDriftPipeline.from_pretrained(folder, dtype=torch.float32)
+    _, about = onnx_exports.write_generator(pipeline, work)
     null = about["no_class"]
     content = _content(work / "generator.onnx")
     facts = {
@@ -125,13 +115,13 @@ def _generator_page(source: str | os.PathLike, work: Path) -> tuple:
         "noClass": null,
     }
     model = packed(*smaller_onnx(content, _WHOLE))
-    return facts, {"model": model}, _about(source, folder, _WHOLE), _WHOLE, differences
+    return facts, {"model": model}, _about(source, folder, _WHOLE)
 
 
 def _encoder_page(source: str | os.PathLike | None, embeddings: str | os.PathLike | None, work: Path) -> tuple:
     if embeddings is None:
         source = source or find_models("encoder")["encoder"]
-        _checkpoint(source, "encoder_explorer")
+        _preparation(Preprocessor(str(_checkpoint(source, "encoder_explorer"))), source)
         job = EmbedJob(str(source), os.environ.get("DPSSL_DATASET") or "digits", str(work / "embeddings"))
         table = embed_images(job)
     else:
@@ -142,14 +132,18 @@ def _encoder_page(source: str | os.PathLike | None, embeddings: str | os.PathLik
     folder = _checkpoint(source, "encoder_explorer")
     table.embedder(str(source))  # is it the one?
     preparation = _preparation(Preprocessor(str(folder)), source)
-    encoder = ContrastiveEncoder.from_pretrained(folder).eval().float()
-    differences, _ = onnx_exports.write_encoder(encoder, work)
+    with well_formed(source):
+        encoder = ContrastiveEncoder.from_pretrained(folder).eval().float()
+    onnx_exports.write_encoder(encoder, work)
     given = {"pixel_values": np.random.default_rng(0).standard_normal((8, 3, *[preparation["size"]] * 2), np.float32)}
     model, bits = _smaller(_content(work / "encoder.onnx"), given)
-    chosen = np.linspace(0, len(table) - 1, min(PICTURES, len(table))).round().astype(int)
+    chosen = np.asarray(random_rows(len(table), PICTURES, labels=table.labels))
     rest = np.setdiff1d(np.arange(len(table)), chosen)
     rest = rest if len(rest) >= EXAMPLES else chosen
-    examples = rest[np.linspace(0, len(rest) - 1, min(EXAMPLES, len(rest))).round().astype(int)]
+    examples = rest[np.asarray(random_rows(len(rest), EXAMPLES, labels=table.labels[rest]))]
+    shown = table.pictures(examples.tolist())
+    for picture in shown:
+        picture.thumbnail((_EXAMPLE, _EXAMPLE))  # smaller ones stay
     pictures = table.pictures(chosen.tolist())
     side = min(_THUMBNAIL, max(min(picture.size) for picture in pictures))
     sheet, side, columns = sprite_sheet(torch.stack([to_square_tensor(picture, side) for picture in pictures]))
@@ -161,7 +155,7 @@ def _encoder_page(source: str | os.PathLike | None, embeddings: str | os.PathLik
         "thumbnails": {"sheet": sheet, "side": side, "columns": columns},
         "examples": [
             {"picture": data_url(picture), "caption": _caption(table, index)}
-            for index, picture in zip(examples.tolist(), table.pictures(examples.tolist()), strict=True)
+            for index, picture in zip(examples.tolist(), shown, strict=True)
         ],
     }
     parts = {"model": model, "vectors": packed(rounded(vectors, _VECTOR_BITS).tobytes(), [(0, vectors.size)])}
@@ -169,7 +163,7 @@ def _encoder_page(source: str | os.PathLike | None, embeddings: str | os.PathLik
     lines.append(
         f"neighbours: {len(chosen):,} of the {len(table):,} pictures of {Path(table.manifest['dataset']).name}"
     )
-    return facts, parts, lines, bits, differences
+    return facts, parts, lines
 
 
 def _caption(table: EmbeddingsTable, index: int) -> str:

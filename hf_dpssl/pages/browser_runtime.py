@@ -8,8 +8,10 @@ than 3 MB when packed; later ones are larger and compute the same.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
-import json
+import http.client
+import io
 import os
 import shutil
 import subprocess
@@ -20,6 +22,7 @@ import urllib.request
 from pathlib import Path
 
 from ..runs.atomic_files import atomic_file
+from ..runs.lineage import read_json
 
 VERSION = "1.22.0"
 # Of the registry, as package-lock.json would have it.
@@ -43,8 +46,7 @@ def runtime_files() -> dict[str, bytes]:
     """
     if given := os.environ.get(VARIABLE):
         return _read_folder(Path(given))
-    archive = _cached_archive()
-    with tarfile.open(archive) as package:
+    with tarfile.open(fileobj=io.BytesIO(_archive())) as package:
         return {name: package.extractfile(f"package/dist/{name}").read() for name in _FILES}
 
 
@@ -55,27 +57,28 @@ def _read_folder(folder: Path) -> dict[str, bytes]:
         raise ValueError(
             f"{VARIABLE}={folder} is no folder of the npm package onnxruntime-web: {lacking[0]} is missing."
         )
-    found = json.loads((folder / "package.json").read_text(encoding="utf-8")).get("version")
+    found = read_json(folder / "package.json").get("version")
     if found != VERSION:
         raise ValueError(f"{VARIABLE}={folder} holds onnxruntime-web {found}: {VERSION} is needed.")
     return {name: path.read_bytes() for name, path in places.items()}
 
 
-def _cached_archive() -> Path:
-    """The package as the registry has it, in the cache, where a damaged one is replaced."""
+def _archive() -> bytes:
+    """The package as the registry has it, from the cache, where a damaged one is replaced, or fetched."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_dpssl"
     path = cache / _ARCHIVE
-    if path.is_file() and integrity(path.read_bytes()) == INTEGRITY:
-        return path
+    if path.is_file() and integrity(content := path.read_bytes()) == INTEGRITY:
+        return content
     content = _fetch()
     if (found := integrity(content)) != INTEGRITY:
         raise ValueError(
             f"what the npm registry gave as {_ARCHIVE} is not that release ({found[:20]}..., not {INTEGRITY[:20]}...), "
             f"and is not used: name a folder of the package in {VARIABLE}."
         )
-    with atomic_file(path, "wb") as file:
-        file.write(content)
-    return path
+    with contextlib.suppress(OSError):  # without a cache the next call fetches it again
+        with atomic_file(path, "wb") as file:
+            file.write(content)
+    return content
 
 
 def integrity(content: bytes) -> str:
@@ -89,14 +92,17 @@ def _fetch() -> bytes:
         if npm := shutil.which("npm"):
             with tempfile.TemporaryDirectory() as folder:
                 command = [npm, "pack", f"onnxruntime-web@{VERSION}", "--pack-destination", folder]
+                command += ["--ignore-scripts"]
                 subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=_SECONDS)
                 return (Path(folder) / _ARCHIVE).read_bytes()
         registry = (os.environ.get("npm_config_registry") or _REGISTRY).rstrip("/")
         with urllib.request.urlopen(f"{registry}/onnxruntime-web/-/{_ARCHIVE}", timeout=_SECONDS) as answer:
             return answer.read()
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, http.client.HTTPException, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
+        reason = next((line for line in lines if line.lower().startswith("npm err")), error)
         how = "npm pack" if shutil.which("npm") else "a download"
         raise OSError(
-            f"onnxruntime-web {VERSION}, which runs the model in the browser, could not be fetched by {how} ({error}). "
+            f"onnxruntime-web {VERSION}, which runs models in the browser, could not be fetched by {how} ({reason}). "
             f"With a network the next call keeps it; without, unpack the npm package and name its folder in {VARIABLE}."
         ) from error

@@ -18,20 +18,19 @@ from .packed_bytes import packed
 _LICENCE = "LICENSE-onnxruntime-web.txt"
 
 
-def write_static_page(folder: Path, name: str, facts: dict, parts: dict[str, str], about: list[str]) -> None:
+def write_static_page(
+    folder: Path, name: str, runtime: dict[str, bytes], facts: dict, parts: dict[str, str], about: list[str]
+) -> None:
     """Write the page of a Space into an empty folder.
 
     Args:
         folder: of the result.
         name: of the Space, whose folder `static` holds page.html, app.js and README.md.
+        runtime: of `runtime_files`.
         facts: what app.js reads, as JSON.
         parts: results of `packed` by name: `model`, and what else app.js asks for.
         about: lines of plain text that say what the model is.
-
-    Raises:
-        ValueError, OSError: as `runtime_files`.
     """
-    runtime = browser_runtime.runtime_files()
     shared = shipped_folder("spaces") / "static"
     own = shipped_folder("spaces") / name / "static"
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in about)

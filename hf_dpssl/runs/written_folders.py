@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
 from pathlib import Path
 
 from .atomic_files import write_json
+from .lineage import read_json, well_formed
 
 RECORD = "exported_files.json"  # in every such folder: what --overwrite may delete
 
 
-def check_target(target: Path, overwrite: bool, what: str) -> None:
+def check_target(target: Path, overwrite: bool, what: str, formats: Collection[str]) -> None:
     """FileExistsError unless `target` is free, or with `overwrite` holds an earlier result and nothing else.
 
-    what: the result, for the message, as "exported model".
+    what: the result, for the message, as "exported model". formats: those of `record_files` that are such a result.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{target} is there already: choose another folder, or pass --overwrite.")
-        if not (target / RECORD).is_file():
+        with well_formed(target):
+            record = read_json(target / RECORD) or {"format": None, "files": []}
+            found_format, ours = record["format"], {RECORD, *record["files"]}
+        if found_format not in formats:
             raise FileExistsError(f"{target} is no {what} and is not replaced: choose another folder.")
-        ours = {RECORD, *json.loads((target / RECORD).read_text(encoding="utf-8"))["files"]}
         found = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
         if others := sorted(found - ours):
             raise FileExistsError(

@@ -1,5 +1,7 @@
 """`hf-dpssl space NAME --static`: a folder that holds a model and all that runs it, or a refusal and nothing."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,15 @@ def test_generator_page_holds_the_pipeline_and_names_nothing_elsewhere(runtime, 
         expected = pipeline([0, 1, 1, 0], latents=noise, output_type=output_type).images.numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, abs(expected).max()))
 
+    record = json.loads((out / RECORD).read_text())
+    for wrong, reason in (
+        (record | {"format": "onnx"}, "is no page of hf-dpssl space"),
+        ([], "must hold a JSON object"),
+    ):
+        (out / RECORD).write_text(json.dumps(wrong))
+        assert main([*argv, "--overwrite"]) == 2
+        assert reason in capsys.readouterr().err and (out / "index.html").exists()
+    (out / RECORD).write_text(json.dumps(record))
     assert main(argv) == 2
     (out / "notes.txt").touch()
     assert main([*argv, "--overwrite"]) == 2

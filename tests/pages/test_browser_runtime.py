@@ -2,6 +2,7 @@
 
 import stat
 import subprocess
+import tarfile
 
 import numpy as np
 import pytest
@@ -32,6 +33,18 @@ def test_a_package_with_another_hash_is_refused_and_not_kept(tmp_path, monkeypat
     assert damaged.read_bytes() == b"half a download"
 
 
+def test_a_package_is_used_where_no_cache_can_be_written(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "made.tgz", "w:gz") as package:
+        for file in (runtime_package(tmp_path / "package") / "dist").iterdir():
+            package.add(file, f"package/dist/{file.name}")
+    content = (tmp_path / "made.tgz").read_bytes()
+    monkeypatch.setattr(browser_runtime, "INTEGRITY", browser_runtime.integrity(content))
+    name = f"onnxruntime-web-{browser_runtime.VERSION}.tgz"
+    fake_npm(tmp_path / "bin", monkeypatch, f'cp {tmp_path}/made.tgz "$4/{name}"')
+    (tmp_path / "bin/cache").write_text("a file where the folder should be")
+    assert browser_runtime.runtime_files()[browser_runtime.SCRIPT] == b"/* ort.wasm.min.js */"
+
+
 def test_a_hash_is_written_as_npm_does(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     command = ["openssl", "dgst", "-sha512", "-binary", str(tmp_path / "file")]
@@ -41,8 +54,8 @@ def test_a_hash_is_written_as_npm_does(tmp_path):
 
 
 def test_without_npm_and_network_the_way_out_is_named(tmp_path, monkeypatch):
-    fake_npm(tmp_path / "bin", monkeypatch, "exit 1")
-    with pytest.raises(OSError, match=r"could not be fetched by npm pack .* in DPSSL_ONNXRUNTIME_WEB"):
+    fake_npm(tmp_path / "bin", monkeypatch, "echo 'npm error 403 by your proxy' >&2; exit 1")
+    with pytest.raises(OSError, match=r"by npm pack \(npm error 403 by your proxy\).* in DPSSL_ONNXRUNTIME_WEB"):
         browser_runtime.runtime_files()
     (tmp_path / "bin/npm").unlink()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
