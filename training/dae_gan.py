@@ -118,7 +118,11 @@ def train(
     flip = PRESETS[source.data.entry.augmentation].flip
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(parameters, steps, args)
-    loop = TrainingLoop(args, accelerator, f"{args.name}/{stage}", steps, source.loader, source.skipped, source.data)
+    own_statistics = "the discriminator's batch norms have each process's own statistics (--discriminator_norm batch)"
+    loop = TrainingLoop(
+        args, accelerator, f"{args.name}/{stage}", steps, source.loader, source.skipped, source.data,
+        bound_to_processes=own_statistics if args.discriminator_norm == "batch" else None,
+    )  # fmt: skip
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     adversary = make_adversary(args, stage, steps, source, accelerator)
     ema = EMAModel(model.generator.parameters(), decay=args.ema_decay)

@@ -143,7 +143,7 @@ class _OwnShards(TorchIterableDataset):
             for batch, after in self._epoch(state, reader, _SHUFFLE_BUFFER // num_workers):
                 state = after
                 yield batch | {"reader": (mine, state)}
-            if state["made"] == before and state["stream"] is None:
+            if state["made"] == before and state["stream"] is None and not state["batch"]:
                 raise ValueError(
                     f"reader {reader[0]} of {reader[1]} of the stream of {self.source.data.name!r} finds fewer images "
                     f"in its shards than its batch ({self.source.batch_size}): lower --batch_size or --num_workers, or "
@@ -294,7 +294,9 @@ class ImageSource:
         """
         if self.table is not None:
             return ordered_batches(self.table, self.batch_size, self.seed, start, self.process, self.num_workers)
-        batches = _OwnShards(self, readers or {}) if self._by_shards() else _WholeStream(self, start)
+        # A run goes on as it began, whatever the number of readers is now.
+        shards = self._by_shards() if start == (0, 0) else bool(readers)
+        batches = _OwnShards(self, readers or {}) if shards else _WholeStream(self, start)
         return _loader(batches, self.num_workers, batch_size=None)
 
     def _by_shards(self) -> bool:

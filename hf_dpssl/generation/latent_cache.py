@@ -292,18 +292,25 @@ def _parts(table: ImageTable, size: int, process: tuple[int, int]) -> Iterator[t
 
 
 def _parts_of_stream(table: ImageTable, size: int, process: tuple[int, int]) -> Iterator[tuple[str, ImageTable, range]]:
-    """As `_parts`, at most `size` rows in memory; nothing is read of the shards of other processes."""
+    """As `_parts`, at most `size` rows in memory; nothing is read of the shards of other processes.
+
+    Of fewer shards than processes each process reads all, and encodes every n-th part.
+    """
     count = table.split.num_shards
-    for number in range(process[0], count, process[1]):
+    whole_shards = count >= process[1]
+    part_number = 0
+    for number in range(process[0], count, process[1]) if whole_shards else range(count):
         rows = iter(table.split.shard(count, number))
         place = f"shard {number}, " if count > 1 else ""
         first = 0
         while chunk := list(itertools.islice(rows, size)):
-            split = Dataset.from_list(chunk, features=table.split.features)
-            part = ImageTable(table.data, split, table.image_size, table.on_bad_image, first_row=first, place=place)
-            part.skipped = table.skipped
-            yield f"{number:05d}-{first // size:05d}", part, range(len(chunk))
+            if whole_shards or part_number % process[1] == process[0]:
+                split = Dataset.from_list(chunk, features=table.split.features)
+                part = ImageTable(table.data, split, table.image_size, table.on_bad_image, first_row=first, place=place)
+                part.skipped = table.skipped
+                yield f"{number:05d}-{first // size:05d}", part, range(len(chunk))
             first += len(chunk)
+            part_number += 1
 
 
 def _write_shard(

@@ -30,6 +30,7 @@ _SHARED = (
     "image_column",
     "label_column",
     "streaming",
+    "stream_reading",
     "on_bad_image",
     "image_size",
     "output_dir",

@@ -52,7 +52,7 @@ def check_same_run(
     """Compare a checkpoint's record with the run that wants to go on from it.
 
     The number of processes may change where the batch of all of them does not: what is random is a function of the
-    sample, so only the order of sums differs (and what dropout draws).
+    sample, so only the order of sums differs (and what dropout and revived codes draw).
 
     Args:
         meta: of the checkpoint.
@@ -82,7 +82,7 @@ def check_same_run(
         (count, max(1, arguments["num_workers"]))
         for count, arguments in ((meta["num_processes"], then), (processes.count, now))
     )
-    if meta["readers"] and readers_then != readers_now:
+    if meta.get("readers") and readers_then != readers_now:
         raise ValueError(
             f"cannot continue the run in {where}: its stream was read by {readers_then[0]} processes x "
             f"{readers_then[1]} workers, each with its own shards, and now there are {readers_now[0]} x "
@@ -104,7 +104,7 @@ def check_same_run(
 
 def _check_processes(meta: dict, now: Processes, batch_then: int, batch_now: int, where: str) -> set[str]:
     """The arguments that may differ since the number of processes does."""
-    then = Processes(meta["num_processes"], meta["sharded"])
+    then = Processes(meta["num_processes"], meta.get("sharded", False))
     if then.sharded != now.sharded:
         kinds = {True: "sharded (FSDP)", False: "not sharded"}
         raise ValueError(
@@ -126,7 +126,7 @@ def _check_processes(meta: dict, now: Processes, batch_then: int, batch_now: int
         )
     say(
         f"the run in {where} goes on {change}, and with the same batch of {whole_batch}: sums are taken in another "
-        "order, and dropout, where there is any, draws other numbers."
+        "order, and dropout and revived codes, where there are any, draw other numbers."
     )
     return {"batch_size"}
 

@@ -78,6 +78,10 @@ class PartsOnDisk:
         """Copy the parts, begin to write them, and return; what was begun before must have been waited for."""
         self._written = distributed_checkpoint.async_save(parts, checkpoint_id=folder, process_group=self._group)
 
+    def is_written(self) -> bool:
+        """Whether this process's part of what was begun is on the disk."""
+        return self._written is None or self._written.done()
+
     def wait(self) -> None:
         """Until what was begun is on the disk, of all processes; errors of the writing are raised here."""
         if self._written is not None:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go while it trains (--log_with): one project for all runs, and one run for all its resumes."""
+"""Where a run's numbers go while it trains (--log_with): one project for all runs; a resumed run goes on in its own."""
 
 from __future__ import annotations
 
@@ -29,9 +29,12 @@ def check_trackers(names: list[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, args: RunArguments) -> None:
-    """Open the asked-for trackers; a resumed run goes on in the one it began, of which OUTPUT_DIR/logs has the name."""
+    """Open the asked-for trackers.
+
+    A resumed run goes on in the one it began (tensorboard, wandb, trackio), of which OUTPUT_DIR/logs has the name.
+    """
     folder = Path(args.output_dir)
-    name = run_name(folder, resumed=args.resume_from_checkpoint is not None) if accelerator.is_main_process else None
+    name = run_name(args) if accelerator.is_main_process else None
     settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in asdict(args).items()}
     of_run = {
         "wandb": {"name": folder.name, "id": name, "resume": "allow"},
@@ -41,10 +44,14 @@ def start_trackers(accelerator: Accelerator, args: RunArguments) -> None:
     accelerator.init_trackers(PROJECT, config=settings, init_kwargs={k: of_run.get(k, {}) for k in args.log_with})
 
 
-def run_name(folder: Path, *, resumed: bool) -> str:
-    """The name of a run among all: that of its folder with some letters after it, the same when it is resumed."""
-    file = folder / "logs" / "run_name.json"
-    if resumed and file.exists():
+def run_name(args: RunArguments) -> str:
+    """The name of a run among all: that of its folder with some letters after it, the same until it is overwritten.
+
+    So a start that is refused, since there is a run already, leaves that run's name as it is.
+    """
+    folder = Path(args.output_dir)
+    file = folder / "logs" / f"name-of-{args.name.replace('/', '-')}.json"
+    if file.exists() and not (args.overwrite and args.resume_from_checkpoint is None):
         return json.loads(file.read_text(encoding="utf-8"))["name"]
     name = f"{folder.name}-{uuid.uuid4().hex[:8]}"
     write_json(file, {"name": name})

@@ -320,7 +320,7 @@ class TrainingLoop:
         self.history = meta["history"]
         self.seconds = meta.get("seconds")
         self.skipped.update(meta["skipped"])
-        if meta["readers"]:
+        if meta.get("readers"):
             states = meta["readers"][self.accelerator.process_index]
             self._readers = {int(worker): state for worker, state in states.items()}
         where = f"step {self.step} (epoch {self.epoch}, batch {self.batch})"
@@ -351,6 +351,9 @@ class TrainingLoop:
             bar.update()
             if self.step % args.logging_steps == 0 or self.step == self.total_steps:
                 self._write_log(bar)
+                # All processes are here together: a checkpoint that all have written need not wait for the next.
+                if self._unfinished and all(gather_object([self._disk.is_written()])):
+                    self._finish_checkpoint()
             if self.step % args.checkpointing_steps == 0 or self.step == self.total_steps:
                 self.save()
         self._finish_checkpoint()
@@ -434,8 +437,8 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN.
 
-        Parts of a sharded model are copied now and written while training goes on: the checkpoint appears with the next
-        one's beginning, or at the end of the loop.
+        Parts of a sharded model are copied now and written while training goes on: the checkpoint appears at the first
+        log entry after that, at the latest with the next one's beginning or at the end of the loop.
         """
         self._finish_checkpoint()
         main = self.accelerator.is_main_process

@@ -188,6 +188,20 @@ def test_readers_of_shards_go_on_exactly_where_they_were_and_read_no_shard_befor
             assert num_workers or len((tmp_path / "read").read_text()) < 50 + 16 + 12
 
 
+def test_a_reader_goes_on_from_the_end_of_its_epoch_and_as_the_run_began_whatever_the_readers_are(make):
+    shards = make("stream", stream_reading="shards")  # one block holds all rows
+    whole = list(islice(shards.loader(), 15))
+    last = max(i for i, batch in enumerate(whole) if batch["epoch"] == 0) + 1
+    for stop in (last - 1, last, last + 1):
+        readers = dict(batch["reader"] for batch in whole[:stop])
+        assert_same(list(islice(shards.loader(readers=readers), 3)), whole[stop : stop + 3])
+    many = make("stream", num_workers=6, stream_reading="shards")  # more than shards: read whole
+    began = list(islice(many.loader(), 9))
+    assert "reader" not in began[0]
+    found = list(islice(shards.loader((0, 4)), 3))
+    assert_same(found, began[4:7])
+
+
 def test_a_stream_of_fewer_shards_than_readers_is_read_whole_and_says_so(make, caplog):
     source = make("stream", process=(0, 2), num_workers=3, stream_reading="shards")
     source.loader()

@@ -19,7 +19,7 @@ from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, 
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_table import ImageTable
-from hf_dpssl.generation.latent_cache import CodeTable, LatentTable, build_latent_cache
+from hf_dpssl.generation.latent_cache import CodeTable, LatentTable, _parts_of_stream, build_latent_cache
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +146,14 @@ def test_two_processes_share_the_shards_and_the_main_one_writes_the_index(run_in
     missing = {owner: int(name[8:-4].replace("-", "")) for name, owner in some.items()}
     assert [process["mine"].tolist() for process in finished] == [[missing[0]], [missing[1]]]
     assert_holds(LatentTable(tmp_path / "cache"), autoencoder, range(COUNT))
+
+
+def test_processes_share_the_parts_of_a_stream_that_has_fewer_shards_than_they_are(tmp_path):
+    data = make_table(tmp_path / "set").data
+    stream = replace(data, train=data.train.to_iterable_dataset(1))
+    table = ImageTable(stream, stream.train, 16)
+    names = [[name for name, _, _ in _parts_of_stream(table, 3, (index, 3))] for index in range(3)]
+    assert all(names) and sorted(sum(names, [])) == [name for name, _, _ in _parts_of_stream(table, 3, (0, 1))]
 
 
 def _build_in_child(set_folder, cache_folder, cache, dies_at):

@@ -13,7 +13,7 @@ TINY += ["--batch_size", 8, "--logging_steps", 1, "--checkpointing_steps", 1, "-
 
 def train(run_script, folder, tracker: str, steps: int, *more) -> str:
     run_script("contrastive", [*TINY, "--output_dir", folder, "--log_with", tracker, "--max_train_steps", steps, *more])
-    return json.loads((folder / "logs/run_name.json").read_text())["name"]
+    return json.loads((folder / "logs/name-of-encoder.json").read_text())["name"]
 
 
 def test_resumed_run_goes_on_in_its_place_of_the_one_project_and_a_fresh_one_begins_another(run_script, tmp_path):
@@ -22,6 +22,9 @@ def test_resumed_run_goes_on_in_its_place_of_the_one_project_and_a_fresh_one_beg
     assert first.startswith(tmp_path.name) and train(run_script, tmp_path, "tensorboard", 2, *resume) == first
     events = EventAccumulator(str(tmp_path / "logs" / PROJECT)).Reload()
     assert [event.step for event in events.Scalars("encoder/loss")] == [1, 2]
+    with pytest.raises(FileExistsError):
+        train(run_script, tmp_path, "tensorboard", 1)
+    assert train(run_script, tmp_path, "tensorboard", 2, *resume) == first
     assert train(run_script, tmp_path, "tensorboard", 1, "--overwrite") != first
 
 

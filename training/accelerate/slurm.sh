@@ -19,6 +19,7 @@ per_machine=${SLURM_GPUS_PER_NODE##*:} # "8", or with the kind of GPU "h100:8"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 script=$1
 shift
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64} # which srun does not take from sbatch
 
 # SLURM_NODEID is another on each machine: expanded there, not here.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --rdzv_backend c10d --machine_rank "$SLURM_NODEID" "$@"' task \
