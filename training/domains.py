@@ -59,10 +59,6 @@ def main(argv: list[str] | None = None) -> Path:
     with accelerator.main_process_first():  # which fills the cache of features
         tensors, encoder, notes = load(args, accelerator.device)
     targets = args.targets or tensors.names
-    if unknown := set(targets) - set(tensors.names):
-        raise ValueError(f"--targets {sorted(unknown)} are no domains of {args.dataset!r}, which has {tensors.names}.")
-    if len(tensors.names) < 3 and "leave_one_domain_out" in args.selection:
-        raise ValueError("--selection leave_one_domain_out holds two domains out, and needs three or more.")
     every_target = "leave_one_domain_out" in args.selection
     about = {"every_target": every_target, "device": accelerator.device, "encoder": encoder}
     trainer = Trainer(
@@ -98,12 +94,14 @@ def load(args: DomainsArguments, device: torch.device) -> tuple[DomainTensors, P
         if args.encoder is not None:
             raise ValueError(f"{args.dataset} is learned from scratch: leave out --encoder, or name a set of pictures.")
         tensors = digit_domains(args.dataset, args.seed)
+        check_domain_names(args, tensors.names)
         return tensors, None, [f"{args.dataset}: {sum(map(len, tensors.labels)):,} pictures."]
     name, column = find_set(args.dataset)
     embedder = ImageEmbedder(args.encoder, device=device) if args.encoder is not None else None
     columns = {column: getattr(args, column) for column in ("label_column", "image_column")}
     columns["domain_column"] = args.domain_column or column
     given = load_domains(name, revision=args.dataset_revision, limit=args.images, seed=args.seed, **columns)
+    check_domain_names(args, given.domain_names)
     encoder = None
     if args.protocol == "frozen":
         reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
@@ -116,6 +114,14 @@ def load(args: DomainsArguments, device: torch.device) -> tuple[DomainTensors, P
     notes = [whole or f"{without_folders(args.dataset)}: {sum(map(len, tensors.labels)):,} pictures."]
     notes += [f"{domain} has no {', '.join(names)}." for domain, names in tensors.missing_classes.items()]
     return tensors, encoder, notes
+
+
+def check_domain_names(args: DomainsArguments, names: list[str]) -> None:
+    """ValueError where the flags do not fit the domains of that name."""
+    if unknown := set(args.targets) - set(names):
+        raise ValueError(f"--targets {sorted(unknown)} are no domains of {args.dataset!r}, which has {names}.")
+    if len(names) < 3 and "leave_one_domain_out" in args.selection:
+        raise ValueError("--selection leave_one_domain_out holds two domains out, and needs three or more.")
 
 
 def fingerprint(encoder: PretrainedEncoder | None) -> str | None:

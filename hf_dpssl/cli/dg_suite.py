@@ -9,7 +9,7 @@ from pathlib import Path
 from ..domains.choices import ALGORITHMS
 from .train import run_script
 
-_SEEDS = 3
+_SEEDS = 5
 # Flags of `evaluate` that the suite heeds, and what training/domains.py calls them.
 _HEEDED = {
     "dataset": "dataset",
@@ -41,7 +41,7 @@ def refuse_dg_flags(given: dict) -> None:
 
 
 def main_of_dg(given: dict, defaults: dict) -> int:
-    """Run training/domains.py on frozen features, each domain held out once, all algorithms, three seeds.
+    """Run training/domains.py on frozen features, each domain held out once, all algorithms, five seeds.
 
     Args:
         given: flags of `evaluate`, with `domain_column`, `steps` and `output_dir` of this suite.

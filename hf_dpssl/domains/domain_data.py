@@ -11,6 +11,7 @@ All splits count together. Only for clusters pictures are decoded here.
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -128,7 +129,9 @@ def load_domains(
         )
     check_domains(labels[chosen] if labelled else None, domains[chosen], class_names, names)
     splits = {"train": data.train} | ({} if data.evaluation is None else {"evaluation": data.evaluation})
-    fingerprint = f"{dataset_fingerprint(splits)}-{limit}-{seed}"
+    # Which rows are drawn depends on what has a share in them.
+    drawn = hashlib.sha256(repr(list(rows)).encode()).hexdigest()[:16]
+    fingerprint = f"{dataset_fingerprint(splits)}-{drawn}"
     images = images.select_columns([data.image_column]).add_column(_NUMBER, list(range(len(images))))
     reading = replace(data, label_column=_NUMBER)
     return DomainData(reading, images, domains, names, labels, class_names, rows, fingerprint, origin)

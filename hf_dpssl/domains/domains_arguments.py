@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..embedding.choices import BAD_IMAGES
 from ..runs.flags import option
-from .choices import ALGORITHMS, SELECTIONS, SOUPS
+from .choices import ALGORITHMS, DIGITS, SELECTIONS, SOUPS
 
 _STEPS = {"network": 5001, "fine_tune": 5001, "frozen": 1001}  # DomainBed's; a linear head needs fewer
 _DIGITS_STEPS = 301  # of the embedded digits
@@ -72,6 +72,12 @@ class DomainsArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.seed < 0:
             raise ValueError(f"--seed must not be negative, got {self.seed}.")
+        of_pictures = ["images", "image_size", "domain_column", "image_column", "label_column", "dataset_revision"]
+        given = [name for name in of_pictures if getattr(self, name) is not None]
+        if given and self.dataset in DIGITS:
+            raise ValueError(f"--{given[0]} is not for {self.dataset}, which takes all digits: leave it out.")
+        if self.frozen and self.image_size is not None:
+            raise ValueError("--image_size is not for --frozen: the encoder has its own.")
         if self.frozen and self.encoder is None:
             raise ValueError("--frozen is of an --encoder: name one, or leave --frozen out.")
         for name in ("algorithms", "targets", "selection"):

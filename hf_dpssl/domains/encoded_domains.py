@@ -6,7 +6,6 @@ import copy
 import os
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..data.batches import evaluation_batches
@@ -15,6 +14,7 @@ from ..data.views import Augmentation, TwoViews
 from ..embedding.embedder import ImageEmbedder
 from .domain_data import DomainData
 from .domain_tensors import DomainTensors
+from .fine_tuning import normalisation
 from .networks import TunedEncoder
 from .zoo import features_of
 
@@ -66,12 +66,9 @@ class PretrainedEncoder:
 
     def __init__(self, embedder: ImageEmbedder, seed: int):
         self.embedder = embedder
-        # What a processor does to a pixel is read off black and white ones.
-        black, white = embedder.preprocess([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])
-        self.size = black.shape[-1]
-        self.low, self.high = (pixels[:, :1, :1].to(embedder.device) for pixels in (black, white))
-        std = 1 / (white - black)[:, 0, 0]
-        self.views = TwoViews(_VIEWS, (-black[:, 0, 0] * std).tolist(), std.tolist(), seed)
+        mean, std, self.size = normalisation(embedder)
+        self.mean, self.std = (torch.tensor(part, device=embedder.device).view(3, 1, 1) for part in (mean, std))
+        self.views = TwoViews(_VIEWS, mean, std, seed)
 
     def tuned(self, extra_channels: int) -> tuple[TunedEncoder, int]:
         """A copy that learns, and the width of its features."""
@@ -80,7 +77,7 @@ class PretrainedEncoder:
 
     def normalized(self, images: Tensor) -> Tensor:
         """pixel_values of uint8 pictures (n, 3, S, S)."""
-        return self.low + images.float() / 255 * (self.high - self.low)
+        return (images.float() / 255 - self.mean) / self.std
 
     def augmented(self, images: Tensor, rows: Tensor, step: int) -> Tensor:
         """pixel_values of a random view of each uint8 picture (n, 3, S, S), by its row and the step."""

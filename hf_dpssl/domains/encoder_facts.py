@@ -41,7 +41,8 @@ def contamination(
     """Whether an encoder has seen pictures like the given ones: ("yes", "no" or "not known", why).
 
     "yes": a data set of the same name, up to parts of it (cifar10-jpeg and cifar10-jpeg-small), or ImageNet where it
-    has half of the classes or more. "not known": nothing is said, or pictures of the web. "no": other data sets.
+    has half of the classes or more. "not known": nothing is said, pictures of the web, or more of ImageNet than its
+    1,000 classes. "no": other data sets.
     """
     if not trained:
         return "no", "its weights are random"
@@ -56,15 +57,20 @@ def contamination(
             return "not known", "trained on ImageNet, and the pictures have no class names"
         shared = [name for name in class_names if _in_imagenet(name)]
         what = f"ImageNet has {len(shared)} of the {len(class_names)} classes"
-        return ("yes" if 2 * len(shared) >= len(class_names) else "no"), what
+        if 2 * len(shared) >= len(class_names):
+            return "yes", what
     if web := [part for part in parts if _WEB.search(part)]:
         return "not known", f"trained on pictures of the web ({web[0]})"
+    if any(_IMAGENET.search(part) for part in parts):
+        if any(re.search(r"(12|21|22)k", part) for part in parts):
+            return "not known", "trained on more of ImageNet than its 1,000 classes"
+        return "no", what
     return "no", f"trained on {', '.join(map(without_folders, parts))}"
 
 
 def _same(first: str, second: str) -> bool:
     """Whether two names are of one data set, or of parts of it."""
-    names = [without_folders(name).split("@")[0].split("/")[-1].lower() for name in (first, second)]
+    names = [without_folders(name.rstrip("/")).split("@")[0].split("/")[-1].lower() for name in (first, second)]
     parts = [re.split(r"[-_]", name.removesuffix(".parquet")) for name in names]
     shorter = min(map(len, parts))
     return parts[0][:shorter] == parts[1][:shorter]

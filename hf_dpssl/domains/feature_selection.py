@@ -98,7 +98,7 @@ def _usable(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     kept = []
     for place, column in enumerate(standard.T):
         largest = column[np.abs(column).argmax()]
-        key = np.round(column / np.sign(largest), _DIGITS).astype(np.float32).tobytes()
+        key = (np.round(column / np.sign(largest), _DIGITS) + 0.0).astype(np.float32).tobytes()  # -0 is 0
         if key not in seen:
             seen.add(key)
             kept.append(place)

@@ -67,7 +67,7 @@ def fine_tune(
         FloatingPointError: the loss is not finite.
     """
     embedder = ImageEmbedder(encoder)
-    mean, std, side = _normalisation(embedder)
+    mean, std, side = normalisation(embedder)
     head = nn.Linear(embedder.dimension, classes).to(embedder.device)
     nn.init.zeros_(head.weight)
     embedder.model.train().requires_grad_(True)
@@ -118,7 +118,7 @@ def _order(count: int, length: int, seed: int) -> np.ndarray:
     return np.concatenate([random.permutation(count) for _ in range(-(-length // count))])[:length]
 
 
-def _normalisation(embedder: ImageEmbedder) -> tuple[list[float], list[float], int]:
+def normalisation(embedder: ImageEmbedder) -> tuple[list[float], list[float], int]:
     """Mean and deviation that the encoder's preparation subtracts and divides by, and the side of its pictures."""
     ends = embedder.preprocess([Image.new("RGB", (64, 64), colour) for colour in ("black", "white")])  # (2, 3, S, S)
     black, white = ends.double().mean((2, 3))

@@ -58,9 +58,10 @@ def account(name: str, given: DomainData) -> str | None:
         return None
     found = (len(given.domain_names), len(given.class_names or []), len(given.rows))
     wanted = (known.domains, known.classes, known.images)
+    checked = "" if known.verified else f" The Hub id {known.hub_id} was not checked by us."
     if found == wanted:
-        return f"{name}: the whole set, as published ({known.images:,} images)."
+        return f"{name}: the whole set, as published ({known.images:,} images).{checked}"
     return (
         f"{name}: not the whole set, so that published figures do not compare: {found[0]} domains, {found[1]} classes, "
-        f"{found[2]:,} images of {wanted[0]}, {wanted[1]} and {wanted[2]:,}."
+        f"{found[2]:,} images of {wanted[0]}, {wanted[1]} and {wanted[2]:,}.{checked}"
     )

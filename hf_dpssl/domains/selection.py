@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 from ..evaluation.student_interval import student_interval
 
+FEWEST_SEEDS = 5  # of which an interval is stated
+
 
 def chosen(rule: str, target: str, runs: Sequence[dict]) -> dict | None:
     """The checkpoint that a rule takes.
@@ -96,7 +98,7 @@ def table(runs: Sequence[dict], rules: Sequence[str], domains: Sequence[str]) ->
             per_domain = {domain: _mean(found[seed][domain]["accuracy"] for seed in seeds) for domain in domains}
             row = {"selection": rule, "algorithm": name, "adapts": mine[0]["adapts"], "domains": per_domain}
             row |= {"mean": _mean(means), "worst": min(per_domain.values())}
-            row |= {"interval": student_interval(means) if len(means) > 1 else None}
+            row |= {"interval": student_interval(means) if len(means) >= FEWEST_SEEDS else None}
             draws = mine[0]["of"] if name in soups else min(sum(of == seed for of, _ in kept) for seed in seeds)
             row |= {"seeds": len(seeds), "draws": draws}
             rows.append(row | {"chosen": {str(seed): found[seed] for seed in seeds}})
@@ -113,7 +115,7 @@ def as_markdown(rows: Sequence[dict], domains: Sequence[str], notes: Sequence[st
         lines.append(f"|---|{'---|' * (len(domains) + 4)}")
         for row in (row for row in rows if row["selection"] == rule):
             interval = row["interval"]
-            around = f"{interval['low']:.1f} - {interval['high']:.1f}" if interval else "one seed"
+            around = f"{interval['low']:.1f} - {interval['high']:.1f}" if interval else f"below {FEWEST_SEEDS} seeds"
             cells = [f"{row['domains'][domain]:.1f}" for domain in domains]
             cells += [f"{row['mean']:.1f}", around, f"{row['worst']:.1f}", f"{row['seeds']} x {row['draws']}"]
             lines.append(f"| {row['algorithm']}{' *' if row['adapts'] else ''} | {' | '.join(cells)} |")

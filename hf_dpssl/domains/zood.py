@@ -125,7 +125,7 @@ def zood_of_features(
         table = _table(found, labels, domains, new, seed)
         targets[name] = {"samples": int(new.sum()), "encoders": table} | _methods(found, table, labels, new, top, seed)
         setups[name] = [table]
-        for chosen in _draws(labels, draws, [seed, target]):
+        for chosen in _draws(labels, domains, draws, [seed, target]):
             part = {encoder: values[chosen] for encoder, values in found.items()}
             setups[name].append(_table(part, _compact(labels[chosen]), domains[chosen], new[chosen], seed))
     summary = {
@@ -204,9 +204,10 @@ def _methods(found: dict[str, Tensor], table: dict, labels: Tensor, new: Tensor,
     }
 
 
-def _draws(labels: Tensor, draws: int, seed: list[int]) -> list[Tensor]:
-    """Rows of half of the classes, drawn anew each time."""
-    classes = labels.unique().numpy()
+def _draws(labels: Tensor, domains: Tensor, draws: int, seed: list[int]) -> list[Tensor]:
+    """Rows of half of the classes that all domains have, drawn anew each time; none of fewer than four."""
+    everywhere = [set(labels[domains == domain].tolist()) for domain in domains.unique().tolist()]
+    classes = np.array(sorted(set.intersection(*everywhere)))
     if len(classes) < 4:
         return []
     random = np.random.default_rng(seed)

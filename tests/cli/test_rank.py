@@ -38,6 +38,15 @@ def rank(capsys, *argv) -> list[dict]:
     return json.loads(capsys.readouterr().out)
 
 
+def test_features_of_other_pictures_are_not_taken_from_the_cache(pictures, zoo, tmp_path, capsys):
+    """So many images are drawn of domains, or of the classes within them."""
+    some = [pictures, "--zoo", *zoo[1:], "--images", 12]
+    rank(capsys, *some, "--no_labels", "--output_dir", tmp_path / "used")
+    again = rank(capsys, *some, "--output_dir", tmp_path / "used")
+    fresh = rank(capsys, *some, "--output_dir", tmp_path / "new")
+    assert [entry["domains"] for entry in again] == [entry["domains"] for entry in fresh]
+
+
 def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_last(pictures, zoo, tmp_path, capsys):
     found = rank(capsys, pictures, "--zoo", *zoo, "--output_dir", tmp_path)
     assert found[-1].keys() == {"name", "encoder", "error"} and found[-1]["encoder"] == zoo[0]

@@ -137,9 +137,11 @@ def test_any_first_part_of_a_plan_gives_a_table_of_equal_budgets():
     assert seen[16] == {"erm": (2, 2, 70.5), "arm": (2, 2, 71.5)}
     rows = table(plan, ["training_domains"], ["a", "b"])
     assert rows[0]["domains"] == {"a": 60.5, "b": 80.5} and rows[0]["worst"] == 60.5
-    interval = rows[0]["interval"]  # of 70 and 71: half width 12.706 times 0.5
-    assert interval["mean"] == 70.5 and interval["high"] == pytest.approx(70.5 + 6.353, abs=1e-3)
     text = as_markdown(rows, ["a", "b"], ["A note."])
-    assert "| erm | 60.5 | 80.5 | 70.5 | 64.1 - 76.9 | 60.5 | 2 x 2 |" in text
+    assert "| erm | 60.5 | 80.5 | 70.5 | below 5 seeds | 60.5 | 2 x 2 |" in text
+    five = [of("erm", target, 0, seed, 50 + seed) for seed in range(5) for target in ("a", "b")]
+    interval = table(five, ["training_domains"], ["a", "b"])[0]["interval"]  # of 50 to 54: 2.776 sqrt(2.5 / 5)
+    assert interval["mean"] == 52 and interval["high"] == pytest.approx(52 + 1.963, abs=1e-3)
+    assert table(five[:-2], ["training_domains"], ["a", "b"])[0]["interval"] is None
     assert "| arm * |" in text and "adapts to batches of 64 pictures of the target" in text and "A note." in text
     assert "sees a fifth of the target" in as_markdown(table(plan, ["oracle"], ["a", "b"]), ["a", "b"])

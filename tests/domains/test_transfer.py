@@ -14,7 +14,7 @@ from tiny_encoders import save_ours
 
 from hf_dpssl.cli.commands import main
 from hf_dpssl.domains import TRANSFER_SETS, load_transfer_set
-from hf_dpssl.domains.fine_tuning import Setting, _normalisation, accuracy, fine_tune
+from hf_dpssl.domains.fine_tuning import Setting, accuracy, fine_tune, normalisation
 from hf_dpssl.domains.transfer_sets import TransferSet
 from hf_dpssl.embedding.embedder import ImageEmbedder
 
@@ -196,7 +196,7 @@ def test_fine_tuning_learns_chooses_on_validation_and_trains_the_encoder(encoder
 
 
 def test_normalisation_is_that_of_the_encoders_config(encoder):
-    mean, std, side = _normalisation(ImageEmbedder(str(encoder)))
+    mean, std, side = normalisation(ImageEmbedder(str(encoder)))
     assert side == 16 and torch.allclose(torch.tensor(mean), torch.tensor([0.4, 0.5, 0.6]), atol=1e-4)
     assert torch.allclose(torch.tensor(std), torch.tensor([0.2, 0.3, 0.4]), atol=1e-4)
 

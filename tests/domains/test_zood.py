@@ -75,6 +75,17 @@ def test_the_target_is_not_seen_and_the_figures_are_those_of_score_probe_and_sci
     assert again["encoders"]["noisy"]["score"] == before["encoders"]["noisy"]["score"]
 
 
+def test_set_ups_take_classes_that_every_domain_has():
+    random = np.random.default_rng(0)
+    domains = torch.arange(4).repeat_interleave(40)
+    labels = torch.arange(160) % 4
+    labels[domains == 3] %= 2  # the last one has two of the four
+    values = {name: torch.from_numpy(random.normal(size=(160, 4))).float() for name in ("one", "other", "third")}
+    for seed in range(6):
+        given = zood_of_features(values, labels, domains, list("abcd"), top=1, draws=1, seed=seed)
+        assert given["agreement"]["all"]["score"]["tau"]["mean"] == pytest.approx(0, abs=1.01)
+
+
 def test_contamination_is_told_from_names_and_classes():
     pacs = ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
     cases = [
@@ -87,6 +98,9 @@ def test_contamination_is_told_from_names_and_classes():
         (["imagenet-1k"], "digits", ["seven", "eight"], "no"),
         (["imagenet-1k"], "digits", None, "not known"),
         (["laion/laion2b"], "pacs-64px", pacs, "not known"),
+        (["imagenet-1k", "laion-2b"], "mine", ["iris", "tulip", "rose", "lily"], "not known"),
+        (["imagenet-21k"], "mine", ["giraffe", "house", "person", "tulip"], "not known"),
+        (["pacs"], "data/pacs/", pacs, "yes"),
         ([], "pacs-64px", pacs, "not known"),
     ]
     for trained_on, dataset, classes, wanted in cases:
