@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> Path:
     """Run the demo; returns the folder with report.json."""
     args = parse_demo(demo_parser(__doc__), argv)
     folder = Path(args.output_dir)
-    claim(folder)
     steps, watch = read_steps(args.recipe), Stopwatch()
+    claim(folder)
     base = ["--output_dir", str(folder), "--seed", str(args.seed), "--checkpointing_steps", "100000"]
 
     images = load_splits()
@@ -123,10 +123,13 @@ def claim(folder: Path) -> None:
 
 
 def read_steps(recipe: str) -> dict:
-    """Numbers of steps and epochs of the demo, from a recipe file."""
+    """Numbers of steps and epochs of the demo, from a recipe file; ValueError unless it has them all and no others."""
     import yaml
 
-    return yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
+    steps, wanted = (yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")) for name in (recipe, "demo"))
+    if not isinstance(steps, dict) or steps.keys() != wanted.keys():
+        raise ValueError(f"recipe {recipe!r} of the demo must have exactly the numbers {', '.join(wanted)}.")
+    return steps
 
 
 class Stopwatch:

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         "--scale",
         default="quick",
         choices=SCALES,
-        help="from minutes to what the paper ran; --list says how long",
+        help="from minutes to sizes like the papers'; --list says how long",
     )
     parser.add_argument("--seeds", type=int, help="more seeds than the claims state, fixed before the run")
     parser.add_argument("--output_dir", default="outputs/claims", help="folder of the cells, values and the page")

@@ -271,7 +271,7 @@ def test_every_step_of_every_scale_is_a_command_that_its_program_understands(tmp
                     parse(SCRIPTS[step["run"]], argv, "")
                 else:
                     command_module(step["run"]).parser().parse_args(argv)
-            assert ("{measured}" in step["flags"]) == bool(step.get("final"))
+                assert ("{measured}" in step["flags"]) == bool(step.get("final"))
     assert reproduce.main(["all", "--dry_run", "--scale", "paper", "--output_dir", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "imagenet-1k at 256 px" in printed and "open weak_dropout-s4" in printed and not (tmp_path / "out").exists()

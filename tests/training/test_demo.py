@@ -104,6 +104,17 @@ def test_folders_that_no_demo_made_are_left_alone(tmp_path):
     assert (tmp_path / "own/map.png").read_bytes() == b"of a city"
 
 
+def test_a_recipe_that_is_none_leaves_an_earlier_demo_as_it_is(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in (demo.MARK, "map.png"):
+        (tmp_path / "out" / name).touch()
+    (tmp_path / "short.yaml").write_text("dit: 3")
+    for recipe, error in (("nonsense", Exception), (tmp_path / "short.yaml", ValueError)):
+        with pytest.raises(error, match="nonsense|exactly the numbers"):
+            demo.main(["--output_dir", str(tmp_path / "out"), "--recipe", str(recipe)])
+        assert (tmp_path / "out/map.png").exists()
+
+
 def test_moved_digits_depend_on_the_sample_alone():
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(6)

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 from claim_statements import FEWEST_SEEDS
-from scipy.special import stdtr
+from scipy.stats import ttest_1samp
 
 from hf_dpssl.evaluation.student_interval import student_interval
 
@@ -53,9 +53,7 @@ def judge(differences: list[float], margin: float) -> dict:
     side = "supported" if found["mean"] > margin else "contradicted"
     if _all_equal(differences):  # no noise to judge by; equal arms differ by exactly 0
         return found | {"p": 1.0 if any(differences) else 0.0, "side": side}
-    count = len(differences)
-    error = float(np.std(differences, ddof=1)) / math.sqrt(count)
-    return found | {"p": float(2 * stdtr(count - 1, -abs(found["mean"] - margin) / error)), "side": side}
+    return found | {"p": float(ttest_1samp(differences, margin).pvalue), "side": side}
 
 
 def holm(p_values: list[float], size: int) -> list[float]:

@@ -118,7 +118,7 @@ def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
     study, machine = stated["study"], result["environment"]
     slow = entry["not_converged"]
     curve = study["curve"]["says"]
-    flat = f"All curves of {curve} are flat."
+    flat = f"All curves of {curve} are flat." if result["metrics"]["cells"] else f"There is no curve of {curve} yet."
     if slow:
         flat = f"Not converged, as the last quarter adds more than {FLAT_SHARE:.0%} of the change of {curve}: "
         flat += f"{', '.join(slow)}; the verdict is on this budget."

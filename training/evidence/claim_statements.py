@@ -33,7 +33,9 @@ _COMPARISON = {"first", "second", "metric", "margin"}
 
 
 def claim_names(folder: Path = CLAIMS) -> list[str]:
-    """All claims, in the order of their numbers."""
+    """All claims, in the order of their numbers; FileNotFoundError for a folder without any."""
+    if not any(folder.glob("*.yaml")):
+        raise FileNotFoundError(f"{folder} has no claims (*.yaml): name a folder that has.")
     return sorted((path.stem for path in folder.glob("*.yaml")), key=lambda name: _yaml(folder, name)["number"])
 
 

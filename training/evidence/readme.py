@@ -106,6 +106,7 @@ def generators_table(metrics: dict) -> list[str]:
         )
     real = metrics["frechet_distance_of_real"]
     lines.append(f"| 300 real training digits | | | | | | | {real:.3f} |")
+    lines += ["", "One seed: no verdict on the order of the rows. What decides is `hf-dpssl reproduce`."]
     return lines
 
 
