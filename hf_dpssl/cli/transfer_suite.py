@@ -11,7 +11,8 @@ from ..runs.console import printable, say
 FINETUNE = "finetune"  # protocol of the suite only
 _PROTOCOLS = ("knn", "linear", FINETUNE)
 _SHARED = ("checkpoint", "protocol", "batch_size", "seed", "json")  # flags of `evaluate` that the suite heeds
-_OWN = ("sets", "data", "steps", "learning_rates", "weight_decays", "output_dir")
+_OF_FINETUNE = ("steps", "learning_rates", "weight_decays")
+_OWN = ("sets", "data", *_OF_FINETUNE, "output_dir")
 
 
 def add_suite_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +49,9 @@ def main_of_suite(given: dict, defaults: dict) -> int:
     protocols = given.get("protocol", ["knn", "linear"])
     if unknown := [name for name in protocols if name not in _PROTOCOLS]:
         raise ValueError(f"--protocol {unknown[0]} is not for --suite transfer: {', '.join(_PROTOCOLS)} are.")
+    how = {name: given[name] for name in _OF_FINETUNE if name in given}
+    if how and FINETUNE not in protocols:
+        raise ValueError(f"--{next(iter(how))} is of fine-tuning: add --protocol {FINETUNE}, or leave it out.")
     sources = {}
     for text in given.get("data", []):
         name, equals, source = text.partition("=")
@@ -59,7 +63,6 @@ def main_of_suite(given: dict, defaults: dict) -> int:
     from ..runs.results import write_results
 
     folder = Path(given.get("output_dir", "outputs/transfer"))
-    how = {name: given[name] for name in ("steps", "learning_rates", "weight_decays") if name in given}
     chosen = {"sets": given.get("sets", list(TRANSFER_SETS)), "protocols": protocols}
     options = chosen | how | {"batch_size": given["batch_size"], "seed": given["seed"]}
     found = transfer(given["checkpoint"], sources=sources, folder=folder, **options)

@@ -1,7 +1,7 @@
 """A checkpoint as a page that computes in the browser: a one-step generator, or an encoder and pictures it has seen.
 
 An encoder's weights are rounded to as few bits as leave its features what they are. A generator's are kept whole: an
-error that turns over a single code changes the picture, and with 16 bits 4 pictures of 500 had such a code.
+error that turns over a single code changes the picture.
 """
 
 from __future__ import annotations

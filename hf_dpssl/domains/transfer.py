@@ -70,12 +70,20 @@ def transfer(
         {"MoCo-v2", "t-MoCo-v2"} of whole sets that were fine-tuned}, or {"set", "error"}; "fingerprint": the encoder's}
 
     Raises:
-        ValueError: unknown sets or protocols, an encoder that cannot be loaded, or no set that can be measured.
+        ValueError: unknown or repeated sets or protocols, sources of other sets, an encoder that cannot be loaded, or
+            no set that can be measured.
     """
     sources = dict(sources or {})
     for name, given, allowed in (("set", [*sets, *sources], TRANSFER_SETS), ("protocol", protocols, PROTOCOLS)):
         if not given or (unknown := sorted(set(given) - set(allowed))):
             raise ValueError(f"{name}s are of {', '.join(allowed)}, got {', '.join(unknown) if given else 'none'}.")
+    for name, given in (("set", sets), ("protocol", protocols)):
+        if twice := sorted({key for key in given if list(given).count(key) > 1}):
+            raise ValueError(f"{', '.join(twice)}: a {name} is measured once, got it twice.")
+    if unread := sorted(set(sources) - set(sets)):
+        raise ValueError(
+            f"{', '.join(unread)}: a source of a set that is not among those measured ({', '.join(sets)})."
+        )
     if steps < 1 or batch_size < 1 or not learning_rates or min(learning_rates) <= 0 or min(weight_decays) < 0:
         raise ValueError("steps, batch_size and learning rates must be larger than 0, weight decays 0 or larger.")
     embedder = ImageEmbedder(encoder)

@@ -44,7 +44,8 @@ def write_static_page(
         "__FACTS__": json.dumps(facts, separators=(",", ":")).replace("<", "\\u003c"),
     }
     # At once: a class name may hold another's mark.
-    page = re.sub("|".join(marks), lambda found: marks[found[0]], _text(own / "page.html"))
+    template = _text(own / "page.html").replace("__TAIL__\n", _text(shared / "tail.html"))
+    page = re.sub("|".join(marks), lambda found: marks[found[0]], template)
     readme = _text(own / "README.md").replace("__VERSION__", browser_runtime.VERSION)
     started = {"binary": packed(runtime[browser_runtime.BINARY]), "module": packed(runtime[browser_runtime.MODULE])}
     texts = {

@@ -174,7 +174,7 @@ def test_suite_measures_what_scikit_learn_measures_and_goes_on_where_it_was(enco
     monkeypatch.setattr("hf_dpssl.domains.transfer._measured", nothing_is_measured_again)
     assert suite(capsys, encoder, tmp_path / "out", "--sets", "dtd", "pets", *data) == rows[:4]
     assert main(["evaluate", str(encoder), "--suite", "transfer", "--output_dir", str(tmp_path / "out"), "--sets",
-                 "dtd", *data]) == 0  # fmt: skip
+                 "dtd", *data[:2]]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert f"not {TRANSFER_SETS['dtd'].title}" in printed and "published figures stand beside" in printed
 
@@ -209,7 +209,10 @@ def test_wrong_flags_of_the_suite_are_refused_before_the_encoder_is_loaded(tmp_p
         (["--suite", "transfer", "--data", "x=y", *save], "sets are of aircraft"),
         (["--suite", "transfer", "--protocol", "views", *save], "--protocol views is not for --suite"),
         (["--suite", "transfer", "--dataset", "mnist", *save], "--dataset is not for --suite transfer"),
-        (["--suite", "transfer", "--steps", "0", *save], "steps, batch_size and learning rates"),
+        (["--suite", "transfer", "--protocol", "finetune", "--steps", "0", *save], "steps, batch_size and learning"),
+        (["--suite", "transfer", "--steps", "9", *save], "--steps is of fine-tuning: add --protocol finetune"),
+        (["--suite", "transfer", "--sets", "dtd", "dtd", *save], "dtd: a set is measured once"),
+        (["--suite", "transfer", "--sets", "dtd", "--data", "pets=y", *save], "pets: a source of a set that is not"),
         (["--steps", "5"], "--steps is for --suite transfer"),
         (["--protocol", "finetune"], "--protocol finetune is for --suite transfer"),
     ]

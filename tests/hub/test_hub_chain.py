@@ -70,9 +70,11 @@ FINE_TUNE = """
         tensors = processor(pictures, return_tensors="pt")["pixel_values"]
         return [{"pixel_values": x, "labels": int(y)} for x, y in zip(tensors, digits.target[chosen])]
 
+    torch.manual_seed(0)
     classifier = AutoModelForImageClassification.from_pretrained("org/t-moco-v2", num_labels=2)
+    # At a rate of .01 running statistics lag behind the weights: evaluated, the classifier was at chance at times.
     arguments = TrainingArguments(
-        "tuned", max_steps=30, per_device_train_batch_size=16, learning_rate=0.01, lr_scheduler_type="constant",
+        "tuned", max_steps=40, per_device_train_batch_size=32, learning_rate=0.003, lr_scheduler_type="constant",
         logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=0,
     )
     trainer = Trainer(classifier, arguments, train_dataset=rows(slice(0, 96)), processing_class=processor)
@@ -191,7 +193,7 @@ def test_a_private_repository_opens_with_its_owners_token_only(hub, stock, ours)
 
 def test_the_encoder_by_id_is_fine_tuned_with_the_trainer_of_transformers(stock):
     losses = stock["losses"]
-    assert len(losses) == 30 and np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
+    assert len(losses) == 40 and np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
     assert stock["accuracy"] > 0.8 and stock["difference"] < 1e-5
 
 
