@@ -11,7 +11,6 @@ recipe.yaml, curves.png, model card) and checkpoints that `--resume_from_checkpo
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.measures import Measures
 from hf_dpssl.runs.plots import plot_curves
-from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.results import logged_curve, write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
@@ -253,19 +252,11 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
         started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}
         about |= lineage_of_run(loop.accelerator, data, [loop.seconds], started)
-        about |= {"loss_curve": loss_curve(loop.history)}
+        about |= {"loss_curve": logged_curve(loop.history, "loss")}
         write_results(folder / "results.json", metrics, **about, **taken.results(), knn=settings, kernel=kernel)
         write_card(folder)
     scores = ", ".join(f"{name} {value:.2f} %" for name, value in metrics.items() if name.startswith("knn"))
     say(f"{target}: " + (scores or "no labels, not evaluated"))
-
-
-def loss_curve(history: list[dict]) -> list[list[float]]:
-    """[last step, mean loss] of at most 40 parts of a run, each of as many log entries."""
-    losses = [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
-    size = max(1, math.ceil(len(losses) / 40))
-    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
-    return [[part[-1][0], round(sum(loss for _, loss in part) / len(part), 4)] for part in parts]
 
 
 def method_name(args: ContrastiveArguments) -> str:

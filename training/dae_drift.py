@@ -52,7 +52,7 @@ from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.results import logged_curve, write_results
 from hf_dpssl.runs.sharding import copy_whole_
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, is_sharded, start_accelerator
 
@@ -174,6 +174,7 @@ def save(
     if monitor and monitor.metrics:
         metrics = monitor.metrics
         about |= monitor.summary(loop)
+    about["curve"] = logged_curve(loop.history, "two_sample")  # the loss is flat by construction
     about["progress"] = [entry for entry in loop.history if "spread" in entry][-1]
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)

@@ -253,13 +253,18 @@ def judge_autoencoders(folders: dict[str, Path], images: dict[str, Tensor], pict
     return report
 
 
-def train_classifier(images: dict[str, Tensor], epochs: int) -> nn.Module:
-    """A small convolutional classifier of real training digits, slightly moved in each epoch; input in [0, 1]."""
-    torch.manual_seed(0)
+def classifier_of(side: int, classes: int) -> nn.Sequential:
+    """An untrained convolutional classifier of images (N, 3, side, side) in [0, 1]; side is divisible by 4."""
     layers: list[nn.Module] = []  # the first FEATURES: convolutions
     for channels_in, channels, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2)):
         layers += [nn.Conv2d(channels_in, channels, 3, stride, 1), nn.BatchNorm2d(channels), nn.ReLU()]
-    classifier = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, 10))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * (side // 4) ** 2, classes))
+
+
+def train_classifier(images: dict[str, Tensor], epochs: int) -> nn.Sequential:
+    """A classifier of real images, "train" and "train_classes", which are slightly moved in each epoch."""
+    torch.manual_seed(0)
+    classifier = classifier_of(images["train"].shape[-1], int(images["train_classes"].max()) + 1)
     train, classes = images["train"], images["train_classes"]
     batches = len(train) // 64
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, fused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import sys
@@ -29,6 +30,14 @@ _LIBRARIES = [
     "numpy",
     "pillow",
 ]
+
+
+def logged_curve(history: list[dict], name: str) -> list[list[float]]:
+    """[last step, mean] of at most 40 parts of a run's log entries that have `name`, each of as many entries."""
+    values = [(entry["step"], float(entry[name])) for entry in history if name in entry]
+    size = max(1, math.ceil(len(values) / 40))
+    parts = [values[first : first + size] for first in range(0, len(values), size)]
+    return [[part[-1][0], round(sum(value for _, value in part) / len(part), 4)] for part in parts]
 
 
 def environment() -> dict:

@@ -1,5 +1,6 @@
 """The verdict machine: planted effects are found, methods that do nothing are not, and bad input is refused."""
 
+import importlib
 import json
 import os
 import shlex
@@ -9,11 +10,13 @@ import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from cases import for_each
 from launches import REPOSITORY
 from scipy.stats import ttest_1samp
 
+from hf_dpssl.autoencoder.measures import load_pictures
 from hf_dpssl.cli import reproduce as reproduce_command
 from hf_dpssl.cli.commands import command_module
 from hf_dpssl.cli.errors import BAD_INPUT, reported
@@ -25,6 +28,8 @@ import claim_cells
 import claim_decision
 import claim_page
 import claim_statements
+import judge_network
+import one_step
 import reproduce
 
 EVIDENCE = REPOSITORY / "training" / "evidence"
@@ -258,19 +263,22 @@ def test_every_step_of_every_scale_is_a_command_that_its_program_understands(tmp
         for scale in reproduce_command.SCALES:
             study = claim_statements.read_study(name, scale)
             fill = {**study["numbers"], **study["data"], "seed": 0, "arm": ""}
-            fill |= dict.fromkeys(("fit", "measured", "shared", "cell"), tmp_path)
+            fill |= dict.fromkeys(("fit", "measured", "shared", "cell", "trained"), tmp_path)
             steps = [(step, fill) for step in study.get("shared", {}).values()]
             for arm in study["arms"].values():
                 for point in arm.get("grid", [""]):
-                    own = fill | arm.get("with", {}) | {"arm": f"{arm['flags']} {point}"}
+                    own = fill | arm.get("with", {})
+                    own |= {"arm": f"{arm['flags']} {point}".format_map(own)}
                     steps += [(step, own) for step in study["steps"]]
                 assert {study["numbers"][key] for key in arm["budget"].values()}
             for step, values in steps:
-                argv = shlex.split(step["flags"].format_map(values))
-                if step["run"] in SCRIPTS:
-                    parse(SCRIPTS[step["run"]], argv, "")
+                argv, run = shlex.split(step["flags"].format_map(values)), step["run"].format_map(values)
+                if run in SCRIPTS:
+                    parse(SCRIPTS[run], argv, "")
                 else:
-                    command_module(step["run"]).parser().parse_args(argv)
+                    own_script = (EVIDENCE / f"{run}.py").is_file()
+                    module = importlib.import_module(run) if own_script else command_module(run)
+                    module.parser().parse_args(argv)
                 assert ("{measured}" in step["flags"]) == bool(step.get("final"))
     assert reproduce.main(["all", "--dry_run", "--scale", "paper", "--output_dir", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
@@ -313,3 +321,63 @@ def test_a_run_killed_in_mid_cell_goes_on_to_the_results_of_an_uninterrupted_one
         assert len(set(rows[0][arm]["knn"])) > 1  # the seeds reach the runs
     assert results[0]["fingerprint"] == results[1]["fingerprint"]
     assert "fewer_dimensions: " in capsys.readouterr().out
+
+
+def test_arms_share_a_generator_and_are_measured_with_the_same_noise(tmp_path):
+    folder = tmp_path / "claims"
+    (folder / "studies").mkdir(parents=True)
+    study = yaml.safe_load((EVIDENCE / "claims" / "studies" / "one_step.yaml").read_text())
+    data = {"name": "digits", "image_size": 16, "from": "scikit-learn"}
+    tiny = {
+        "minutes": 1,
+        "train": 1000,
+        "validation": 50,
+        "test": 300,
+        "generated": 40,
+        "judge_epochs": 2,
+        "data": data,
+    }
+    steps = {"stage_1_steps": 4, "stage_2_steps": 4, "mlp_steps": 3, "drift_dit_steps": 3, "dit_steps": 3}
+    more = {
+        "mlp": "--architecture mlp --num_layers 1 --width 32",
+        "dit": "--num_layers 1 --width 16 --learning_rate 0.05 --ema_decay 0 --warmup_steps 0",
+    }
+    study["scales"] = {"quick": tiny | steps | more}
+    arms = ("one_step", "dit_25", "dit_1", "dit_solver_8")
+    study["arms"] = {name: study["arms"][name] for name in arms}
+    del study["shared"]["joint"]
+    (folder / "studies" / "one_step.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    claim = yaml.safe_load((EVIDENCE / "claims" / "one_step.yaml").read_text())
+    claim["comparisons"] = [claim["comparisons"][0], claim["comparisons"][2]]
+    (folder / "one_step.yaml").write_text(yaml.safe_dump(claim, sort_keys=False))
+    stated = reproduce.statement("one_step", "quick", None, folder)
+    done = []
+    for cell in claim_cells.run_study(stated, tmp_path / "out"):
+        done.append(cell.name)
+        if cell.name == "dit_solver_8-s0":
+            break
+    assert done == [f"{arm}-s0" for arm in arms]
+    runs = tmp_path / "out" / "runs"
+    assert (runs / "dit_25-s0" / "generator").is_dir() and not (runs / "dit_1-s0" / "generator").exists()
+    cells = claim_cells.read_cells(stated["study"], 5, tmp_path / "out")
+    assert cells["dit_1"][0]["curve"] == cells["dit_25"][0]["curve"]
+    found = {arm: seeds[0]["metrics"] for arm, seeds in cells.items()}
+    assert found["dit_1"]["frechet_distance"] != found["dit_25"]["frechet_distance"]
+    measured = json.loads((runs / "one_step-s0" / "measured.json").read_text())
+    assert measured["samples"] == {"generated": 40, "held_out": 300, "train": 1000}
+    judge = json.loads((tmp_path / "out" / "shared" / "judge" / "judge.json").read_text())
+    assert judge["classes"] == 10 and judge["held_out_accuracy"] > 70
+    args = one_step.parser().parse_args(
+        [str(runs / "dit_25-s0" / "generator"), "--judge", str(tmp_path / "out" / "shared" / "judge"),
+         "--dataset", str(tmp_path / "out" / "data" / "measured"), "--output", str(tmp_path / "again.json")]
+    )  # fmt: skip
+    images, _ = one_step.draw(one_step.load_pipeline(args.pipeline, args), torch.arange(30) % 10, args)
+    pictures = load_pictures(args.dataset, 16, None)
+    real = pictures["evaluation"]
+    trained_judge = judge_network.load_judge(args.judge)
+    about = one_step.judged(trained_judge, images, torch.arange(30) % 10, real.pixel_values / 2 + 0.5, real.labels)
+    again = one_step.judged(
+        trained_judge, real.pixel_values / 2 + 0.5, real.labels, real.pixel_values / 2 + 0.5, real.labels
+    )
+    assert again["frechet_distance"] == pytest.approx(0, abs=1e-4) and again["precision"] == again["recall"] == 1
+    assert again["diversity"] == pytest.approx(1) and about["frechet_distance"] > 0.1

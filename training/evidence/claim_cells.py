@@ -30,6 +30,7 @@ from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.shipped_folders import shipped_folder
 
 TUNING_SEED = 1000  # none of a verdict's
+_MEASURES = ("judge_network", "one_step")  # scripts of this folder that are steps of studies
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ def run_study(stated: dict, folder: Path) -> Iterator[Cell]:
             if cell.point is None and (chosen := chosen_point(study, cell.arm, folder)) is None:
                 say(f"{cell.name} is left out: another process has not finished the grid of {cell.arm}.")
                 continue
+            trained_as = study["arms"][cell.arm].get("trained_as", cell.arm)
+            if trained_as != cell.arm and not (folder / "cells" / f"{Cell(trained_as, cell.seed).name}.json").exists():
+                say(f"{cell.name} is left out: another process has not finished {trained_as} of seed {cell.seed}.")
+                continue
             point = cell.point if cell.point is not None else chosen
             write_json(path, run_cell(study, cell, point, places, folder))
         yield cell
@@ -179,17 +184,19 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
     arm = study["arms"][cell.arm]
     flags = arm["flags"] + (f" {arm['grid'][point]}" if arm.get("grid") else "")
     own = folder / "runs" / cell.name
+    trained = folder / "runs" / Cell(arm.get("trained_as", cell.arm), cell.seed, cell.point).name
     fill = {**study["numbers"], **study["data"], **places, **arm.get("with", {}), "seed": cell.seed, "cell": own}
+    fill |= {"trained": trained}
     fill["arm"] = flags.format_map(fill)
     start = time.process_time()
     for step in study["steps"]:
-        if cell.point is None or not step.get("final"):
+        if (cell.point is None) if step.get("final") else (trained == own):
             run_step(step, fill, own)
     found = {"arm": cell.arm, "seed": cell.seed, "flags": flags, "cpu_seconds": round(time.process_time() - start, 1)}
     if cell.point is not None:
         return found | {"tuning": finite(read_at(own, study["tuning"]), cell.name)}
     found["metrics"] = {name: read_at(own, metric) for name, metric in study["metrics"].items()}
-    found["curve"] = read_at(own, study["curve"])
+    found["curve"] = read_at(trained, study["curve"])
     if "measured_budget" in study:
         found["operations"] = read_at(own, study["measured_budget"])
     return found
@@ -203,23 +210,26 @@ def finite(value: float, cell: str) -> float:
 
 
 def run_step(step: dict, fill: dict, folder: Path, name: str | None = None) -> None:
-    """Run a training script, in this process, or a command of hf-dpssl; what it prints goes into log.txt.
+    """Run a training script, one of this folder or a command of hf-dpssl; what it prints goes into log.txt.
 
     Raises:
         RuntimeError: the command failed.
     """
+    run = step["run"].format_map(fill)
     argv = shlex.split(step["flags"].format_map(fill))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log):
-        if step["run"] not in SCRIPTS:
-            if status := command_module(step["run"]).main(argv):
-                raise RuntimeError(f"hf-dpssl {shlex.join([step['run'], *argv])} ended with {status}.")
+        if run not in (*SCRIPTS, *_MEASURES):
+            if status := command_module(run).main(argv):
+                raise RuntimeError(f"hf-dpssl {shlex.join([run, *argv])} ended with {status}.")
             return
         scripts = str(shipped_folder("training"))
         if scripts not in sys.path:
             sys.path.insert(0, scripts)
-        more = ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"] + (["--name", name] if name else [])
-        importlib.import_module(step["run"]).main([*argv, *more])
+        if run in SCRIPTS:
+            argv += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+            argv += ["--name", name] if name else []
+        importlib.import_module(run).main(argv)
 
 
 def read_at(folder: Path, where: dict):
