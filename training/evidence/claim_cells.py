@@ -26,6 +26,7 @@ from hf_dpssl.cli.commands import command_module
 from hf_dpssl.cli.train import SCRIPTS
 from hf_dpssl.runs.atomic_files import write_json
 from hf_dpssl.runs.console import say
+from hf_dpssl.runs.lineage import read_json
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.shipped_folders import shipped_folder
 
@@ -151,8 +152,10 @@ def shared(study: dict, places: dict[str, Path], folder: Path) -> None:
         record = folder / "shared" / f"{name}.json"
         with alone(record):
             if not record.exists():
+                start = time.process_time()
                 run_step(step, {"seed": 0, **study["numbers"], **study["data"], **places}, folder / "shared", name)
-                write_json(record, {"weights": weights_of(folder / "shared" / name)})
+                seconds = round(time.process_time() - start, 1)
+                write_json(record, {"weights": weights_of(folder / "shared" / name), "cpu_seconds": seconds})
         stored, now = json.loads(record.read_text(encoding="utf-8"))["weights"], weights_of(folder / "shared" / name)
         if stored != now:
             raise ValueError(
@@ -254,10 +257,17 @@ def write_study(stated: dict, folder: Path, path: Path) -> dict:
     weights = {name: weights_of(folder / "shared" / name) for name in study.get("shared", {})}
     content = json.loads((folder / "data" / "content.json").read_text(encoding="utf-8"))
     table = {arm: _columns(list(seeds.values())) for arm, seeds in cells.items() if seeds}
-    grids = sorted((folder / "cells").glob("tune-*.json"))
-    tuning = {path.stem: json.loads(path.read_text(encoding="utf-8"))["tuning"] for path in grids}
+    grids = {path.stem: read_json(path) for path in sorted((folder / "cells").glob("tune-*.json"))}
+    tuning = {name: cell["tuning"] for name, cell in grids.items()}
+    common = [read_json(folder / "shared" / f"{name}.json") for name in study.get("shared", {})]
+    seconds = {
+        "cells": sum(sum(row["cpu_seconds"]) for row in table.values()),
+        "grids": sum(cell["cpu_seconds"] for cell in grids.values()),
+        "shared": sum(entry.get("cpu_seconds", 0) for entry in common),
+    }
     samples = {name: study["numbers"][name] for name in ("train", "validation", "test")}
     more = {"stated": stated, "weights": weights, "content": content, "tuning": tuning}
+    more["cpu_seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     more["fingerprint"] = fingerprint({"stated": stated, "weights": weights, "content": content})
     write_results(path, {"cells": table}, dataset=study["data"]["name"], seed=0, samples=samples, **more)
     return json.loads(path.read_text(encoding="utf-8"))

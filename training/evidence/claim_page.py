@@ -51,8 +51,8 @@ def verdicts(results: list[dict]) -> dict[str, dict]:
     return {name: entries[name] for name in sorted(claims, key=lambda name: claims[name]["number"])}
 
 
-def page(results: list[dict]) -> str:
-    """The whole page, in Markdown."""
+def page(results: list[dict], pictures: str = "") -> str:
+    """The whole page, in Markdown; `pictures` is the folder of the plots, as links name it."""
     entries = verdicts(results)
     of_claim = {name: result for result in results for name in result["stated"]["claims"]}
     head = ["| claim | verdict | seeds | |", "|---|---|---|---|"]
@@ -60,7 +60,7 @@ def page(results: list[dict]) -> str:
         seeds = min(len(comparison["seeds"]) for comparison in entry["comparisons"])
         claim = of_claim[name]["stated"]["claims"][name]
         head.append(f"| {claim['number']} {name} | **{entry['verdict']}** | {seeds} | {summary(entry)} |")
-    return "\n".join(head + [""] + [_section(name, entry, of_claim[name]) for name, entry in entries.items()])
+    return "\n".join(head + [""] + [_section(name, entry, of_claim[name], pictures) for name, entry in entries.items()])
 
 
 def summary(entry: dict) -> str:
@@ -69,7 +69,7 @@ def summary(entry: dict) -> str:
     return entry["reason"] + slow
 
 
-def _section(name: str, entry: dict, result: dict) -> str:
+def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
     stated = result["stated"]
     study, claim = stated["study"], stated["claims"][name]
     size = sum(stated["families"][claim["family"]].values())
@@ -87,7 +87,7 @@ def _section(name: str, entry: dict, result: dict) -> str:
             f"{_interval(comparison, metric)} | {margin} | {comparison['p']:.2g} | {len(comparison['seeds'])} | "
             f"{comparison['verdict']}{why} |"
         )
-    lines += ["", *_arms(entry, result), "", f"![Paired differences of {name}]({name}.png)", ""]
+    lines += ["", *_arms(entry, result), "", f"![Paired differences of {name}]({pictures}{name}.png)", ""]
     return "\n".join([*lines, _paragraph(claim, entry, result, size), ""])
 
 
@@ -123,11 +123,14 @@ def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
         flat = f"Not converged, as the last quarter adds more than {FLAT_SHARE:.0%} of the change of {curve}: "
         flat += f"{', '.join(slow)}; the verdict is on this budget."
     samples = ", ".join(f"{count} {name}" for name, count in result["samples"].items())
-    seconds = sum(sum(row["cpu_seconds"]) for row in result["metrics"]["cells"].values())
+    minutes = {name: value / 60 for name, value in result["cpu_seconds"].items()}
+    spent = f"{minutes['cells']:.0f} minutes of CPU for the cells"
+    spent += f", {minutes['grids']:.0f} for the grids" if result["tuning"] else ""
+    spent += f", {minutes['shared']:.0f} for what they share" if result["weights"] else ""
     data = f"{study['data']['name']} at {study['data']['image_size']} px"
     parts = [
         f"Run: scale {study['scale']}, {data}, {samples} images, {stated['seeds']} paired seeds, {len(study['arms'])} "
-        f"arms, {seconds / 60:.0f} minutes of CPU for the cells.",
+        f"arms, {spent} (of a cell that was killed, the rest).",
         f"Came out: {entry['verdict']}; {entry['reason']}.",
         flat,
         f"If the method did nothing: {claim['no_op']}.",

@@ -1,6 +1,7 @@
 """Write the measured tables of the READMEs from JSON files, so that no figure in them is typed.
 
     python training/evidence/readme.py --demo outputs/demo   # take over a demo's report and pictures, then write
+    python training/evidence/readme.py --claims outputs/claims/quick    # take over the claims decided at a scale
     python training/evidence/readme.py                       # write from the files that are there
 
 Each table stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
@@ -15,6 +16,7 @@ import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
+import claim_page
 import dimensions_report
 import dit_report
 import gan_latents
@@ -40,6 +42,7 @@ DIMENSIONS = EVIDENCE / "results" / "dimensions.json"
 LATENTS = EVIDENCE / "results" / "latents.json"
 GAN_LATENTS = EVIDENCE / "results" / "gan_latents.json"
 DIT = EVIDENCE / "results" / "dit.json"
+CLAIMS = EVIDENCE / "results" / "claims"
 SOLVERS = EVIDENCE / "results" / "solvers.json"
 GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, format
     "fid_resnet56-cifar10": ("FID, resnet56-cifar10", "{:.2f}"),
@@ -53,7 +56,7 @@ GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, fo
 PICTURES = ("samples.png", "map.png")
 PAGES = {  # which tables stand on which page
     "README.md": ["demo"],
-    "training/evidence/README.md": ["modes", "dimensions", "latents", "gan_latents", "dit", "solvers"],
+    "training/evidence/README.md": ["claims", "modes", "dimensions", "latents", "gan_latents", "dit", "solvers"],
     "tests/benchmarks/README.md": ["speed"],
 }
 
@@ -347,6 +350,8 @@ def tables() -> dict[str, str]:
     found = {name: BENCHMARKS / f"{name}.json" for name in SPEED if (BENCHMARKS / f"{name}.json").exists()}
     if found:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
+    if CLAIMS.is_dir():
+        blocks["claims"] = claims_page()
     if MODES.exists():
         blocks["modes"] = modes_line(read(MODES))
     if LATENTS.exists():
@@ -377,16 +382,35 @@ def fill(text: str, blocks: dict[str, str]) -> str:
     return text
 
 
+def take_over_claims(folder: Path) -> None:
+    """Copy values and plots of decided claims into results/claims; FileNotFoundError for a folder without any."""
+    results = sorted(folder.glob("*.json"))
+    if not results:
+        raise FileNotFoundError(f"{folder} has no results (*.json): name OUTPUT_DIR/SCALE of hf-dpssl reproduce.")
+    CLAIMS.mkdir(exist_ok=True)
+    for path in [*results, *folder.glob("*.png")]:
+        shutil.copyfile(path, CLAIMS / path.name)
+
+
+def claims_page() -> str:
+    """Verdicts of the claims that have results, a table and a section each."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CLAIMS.glob("*.json"))]
+    return claim_page.page(results, f"{CLAIMS.relative_to(EVIDENCE).as_posix()}/").strip()
+
+
 def main() -> None:
     """Take over a demo's results when asked, and write the tables into their pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="folder that the demo wrote")
+    parser.add_argument("--claims", type=Path, help="folder of a scale that reproduce.py wrote")
     args = parser.parse_args()
     if args.demo:
         DEMO.parent.mkdir(exist_ok=True)
         shutil.copyfile(args.demo / "report.json", DEMO)
         for picture in PICTURES:
             shutil.copyfile(args.demo / picture, EVIDENCE / picture)
+    if args.claims:
+        take_over_claims(args.claims)
     blocks = tables()
     for page, names in PAGES.items():
         path = REPOSITORY / page

@@ -1,0 +1,118 @@
+"""A zoo of encoders on PACS at 64 pixels: chosen, joined and selected (ZooD), and ten algorithms on one of them.
+
+    export DPSSL_DATA=folder                            # with pacs-64px, tiny-imagenet-20c and mnist
+    python training/evidence/pacs.py encoders           # the zoo, trained here
+    python training/evidence/pacs.py zood               # results/pacs_zood.json
+    python training/evidence/pacs.py algorithms         # results/pacs_algorithms.json: frozen features of one encoder
+    python training/evidence/pacs.py fine_tuning        # results/pacs_fine_tuning.json: ERM, VREx and SWAD
+
+A killed stage goes on where it stopped. Encoders see tiny-imagenet-20c (photographs) or mnist at 32 pixels, PACS only
+as frozen features, or fine-tuned. All settings were written down before the first run, and all are defaults but the
+numbers of epochs and steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from runs import claimed
+
+from hf_dpssl.cli.commands import command_module
+from hf_dpssl.cli.errors import reported
+from hf_dpssl.data import load_images
+from hf_dpssl.runs.atomic_files import write_json
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
+
+RESULTS = Path(__file__).parent / "results"
+DATASET = "pacs-64px"
+PHOTOGRAPHS = "--dataset tiny-imagenet-20c --augmentation natural"
+SIMCLR = "--kernel cosine --normalization anchor --feature_norm l2 --temperature 0.2"
+T_SIMCLR = "--kernel student_t --normalization joint --temperature 2"
+QUEUE = "--negatives queue --queue_size 2048"
+SMALL, WIDE = "[12, 24, 48, 96]", "[20, 40, 80, 160]"
+ZOO = {  # name: channels, epochs, flags
+    "simclr-2": (SMALL, 2, f"{PHOTOGRAPHS} {SIMCLR}"),
+    "simclr-12": (SMALL, 12, f"{PHOTOGRAPHS} {SIMCLR}"),
+    "t-simclr-2": (SMALL, 2, f"{PHOTOGRAPHS} {T_SIMCLR}"),
+    "t-simclr-12": (SMALL, 12, f"{PHOTOGRAPHS} {T_SIMCLR}"),
+    "moco-12": (SMALL, 12, f"{PHOTOGRAPHS} {QUEUE} {SIMCLR}"),
+    "t-moco-12": (SMALL, 12, f"{PHOTOGRAPHS} {QUEUE} --kernel student_t --normalization anchor --feature_norm batch "
+                             "--temperature 5 --dof 10"),
+    "t-simclr-wide-6": (WIDE, 6, f"{PHOTOGRAPHS} {T_SIMCLR}"),
+    "t-simclr-mnist-6": (SMALL, 6, f"--dataset mnist --augmentation digits --evaluation_images 2000 {T_SIMCLR}"),
+    "untrained": (SMALL, 1, f"{PHOTOGRAPHS} {SIMCLR} --learning_rate 1e-12"),
+    "untrained-wide": (WIDE, 1, f"{PHOTOGRAPHS} {SIMCLR} --learning_rate 1e-12"),
+}  # fmt: skip
+CHOSEN = "t-simclr-12"  # for the algorithms; written down before any run
+SEEDS = "5"
+SETTINGS = {
+    "algorithms": ["erm", "irm", "group_dro", "mixup", "mmd", "sagnet", "arm", "vrex", "rsc", "swad"],
+    "fine_tuning": ["erm", "vrex", "swad"],
+}
+OPTIONS = {
+    "algorithms": ["--frozen", "--steps", "301", "--evaluation_steps", "50"],
+    "fine_tuning": ["--steps", "201", "--evaluation_steps", "50", "--image_size", "32"],
+}
+
+
+def train_encoders(folder: Path) -> None:
+    """The encoders that are not there yet, and zoo.yaml."""
+    import contrastive
+
+    for name, (channels, epochs, flags) in ZOO.items():
+        with claimed(folder / f"{name}.json") as free:
+            if free:
+                model = ["--architecture", "resnet10t", "--model_args", f'{{"channels": {channels}, "stem_width": 8}}']
+                run = ["--name", name, "--output_dir", str(folder), "--image_size", "32", "--batch_size", "256"]
+                more = ["--num_train_epochs", str(epochs), "--resume_from_checkpoint", "latest"]
+                contrastive.main([*model, *run, *more, *flags.split()])
+                write_json(folder / f"{name}.json", {"flags": flags, "channels": channels, "epochs": epochs})
+    entries = [
+        {"encoder": str(folder / name), "name": name, "trained": not name.startswith("untrained")} for name in ZOO
+    ]
+    (folder / "zoo.yaml").write_text(yaml.safe_dump({"encoders": entries}), encoding="utf-8")
+
+
+def measure_zood(folder: Path) -> None:
+    """Single, ensemble, selection; agreement of measures with accuracy."""
+    flags = ["--zoo", str(folder / "zoo.yaml"), "--dataset", DATASET, "--domain_column", "domain"]
+    if status := command_module("zood").main([*flags, "--output_dir", str(folder / "zood")]):
+        raise RuntimeError(f"hf-dpssl zood ended with {status}.")
+    shutil.copyfile(folder / "zood" / "zood.json", RESULTS / "pacs_zood.json")
+
+
+def measure_algorithms(folder: Path, stage: str) -> None:
+    """Each domain held out once by each algorithm, five seeds, the default hyper-parameters."""
+    import domains
+
+    given = ["--encoder", str(folder / CHOSEN), "--dataset", DATASET, "--domain_column", "domain", "--seeds", SEEDS]
+    target = folder / stage
+    domains.main([*given, "--algorithms", *SETTINGS[stage], *OPTIONS[stage], "--output_dir", str(target)])
+    shutil.copyfile(target / "results.json", RESULTS / f"pacs_{stage}.json")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run with command-line arguments `argv`; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["encoders", "zood", *SETTINGS])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evidence-pacs"), help="encoders and runs")
+    args = parser.parse_args(argv)
+    load_images(DATASET)  # says which file is missing
+    torch.set_num_threads(1)
+    if args.stage == "encoders":
+        train_encoders(args.output_dir)
+    elif args.stage == "zood":
+        measure_zood(args.output_dir)
+    else:
+        measure_algorithms(args.output_dir, args.stage)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(reported("pacs.py", main))
