@@ -9,6 +9,7 @@ from . import generation as generation
 from . import hub as hub
 from . import models as models
 from . import runs as runs
+from . import zoo as zoo
 from .contrastive import MoCoForPreTraining as MoCoForPreTraining
 from .contrastive import SimCLRForPreTraining as SimCLRForPreTraining
 from .contrastive import drift_field as drift_field

@@ -19,6 +19,7 @@ ROOMS = [
     "runs",
     "embedding",
     "domains",
+    "zoo",
     "autoencoder",
     "generation",
     "pages",

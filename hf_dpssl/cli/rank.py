@@ -45,11 +45,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`hf-dpssl rank`: returns the exit status; raises as `load_domains` and `rank_zoo`."""
     args = parse_command(parser(), argv)
-    from ..domains.ranking_plot import draw_ranking
-    from ..domains.zoo import rank_zoo
-    from ..domains.zoo_list import UNTRAINED, read_zoo
     from ..runs.atomic_files import atomic_file
     from ..runs.results import write_results
+    from ..zoo.ranking_plot import draw_ranking
+    from ..zoo.zoo_list import UNTRAINED, read_zoo
+    from ..zoo.zoo_ranking import rank_zoo
 
     zoo = read_zoo(args.zoo)
     if random := [entry.encoder for entry in zoo if entry.encoder.startswith(UNTRAINED)]:

@@ -33,11 +33,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`hf-dpssl zood`: returns the exit status; raises as `read_zoo`, `load_domains` and `zood`."""
     args = parse_command(parser(), argv)
-    from ..domains.ranking_plot import draw_zood
-    from ..domains.zoo_list import read_zoo
-    from ..domains.zood import zood
     from ..runs.atomic_files import atomic_file
     from ..runs.results import write_results
+    from ..zoo.ranking_plot import draw_zood
+    from ..zoo.zoo_list import read_zoo
+    from ..zoo.zood import zood
 
     zoo = read_zoo(args.zoo)
     given = load_given(args, labelled=True)

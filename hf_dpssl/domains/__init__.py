@@ -1,11 +1,8 @@
-"""Pictures of several domains (photo, sketch, ...): which encoder to take for them, and how to learn for a new one.
+"""Pictures of several domains (photo, sketch, ...) or data sets, and how to learn for one that is new.
 
-Read ranking.py first: the score of one encoder by leaving each domain out once, from the sums that domain_statistics.py
-gathers. It is made of evidence.py and tridiagonal.py (Bayesian linear model) and density.py (Gaussian with shrinkage);
-baselines.py: LogME, H-score, kNN ... zoo.py ranks encoders on the pictures that domain_data.py finds; zood.py chooses
-and combines them, feature_selection.py selects. transfer.py: nine data sets (transfer_sets.py), with fine_tuning.py.
-algorithms.py: ERM, IRM, VREx ... side by side; cells.py runs them, swad.py and soups.py average weights, selection.py
-makes the table. May import rooms up to embedding."""
+Read algorithms.py first: ERM, IRM, VREx ... side by side; cells.py runs them on the pictures that domain_data.py finds,
+swad.py and soups.py average weights, selection.py makes the table. transfer.py: an encoder on nine data sets
+(transfer_sets.py), with fine_tuning.py. May import rooms up to embedding."""
 
 import lazy_loader
 

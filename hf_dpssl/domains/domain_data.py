@@ -24,8 +24,8 @@ from torch import Tensor
 from ..data.image_data import ImageData, load_images
 from ..data.subsets import random_rows
 from ..embedding.embeddings_table import dataset_fingerprint
+from .domain_checks import check_domains
 from .domain_clusters import domain_clusters
-from .ranking import check_domains
 
 _NUMBER = "row_number"
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ranking import check_domains
+from .domain_checks import check_domains
 
 
 @dataclass(frozen=True)

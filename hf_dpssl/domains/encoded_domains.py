@@ -12,11 +12,11 @@ from ..data.batches import evaluation_batches
 from ..data.image_table import ImageTable
 from ..data.views import Augmentation, TwoViews
 from ..embedding.embedder import ImageEmbedder
+from .cached_features import features_of
 from .domain_data import DomainData
 from .domain_tensors import DomainTensors
 from .fine_tuning import normalisation
 from .networks import TunedEncoder
-from .zoo import features_of
 
 # DomainBed's: its ResNets see random crops of 70 to 100 % of the area, mirrored, coloured and one in ten grey.
 _VIEWS = Augmentation(

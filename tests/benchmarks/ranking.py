@@ -3,7 +3,7 @@
     python tests/benchmarks/ranking.py [--rounds 3] [--threads 1]
 
 10,000 samples of 7 classes in 4 domains, 2,048 features. LogME stands as You et al. (2021) compute it: singular vectors
-of X'X, then a fixed point for each class; and as `domains.log_me` does, by eigenvectors. The ranking leaves each of the
+of X'X, then a fixed point for each class; and as `zoo.log_me` does, by eigenvectors. The ranking leaves each of the
 four domains out, for labels and for features. Seconds are those of the processor. Writes
 tests/benchmarks/results/ranking.json.
 """
@@ -19,8 +19,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from timing import Comparison, compare
 
-from hf_dpssl.domains import leave_one_domain_out, log_me
 from hf_dpssl.runs.results import write_results
+from hf_dpssl.zoo import leave_one_domain_out, log_me
 
 RESULTS = Path(__file__).parent / "results" / "ranking.json"
 SAMPLES, FEATURES, DOMAINS, CLASSES = 10_000, 2_048, 4, 7
@@ -79,7 +79,7 @@ def main() -> None:
         Comparison(
             name, "LogME by its authors' algorithm", ranking, lambda: log_me_by_fixed_point(features, labels), aim=AIM
         ),
-        Comparison(name, "domains.log_me", ranking, lambda: log_me(features, labels)),
+        Comparison(name, "zoo.log_me", ranking, lambda: log_me(features, labels)),
     ]
     with threadpool_limits(args.threads):
         measured = compare(rows, args.rounds, clock=time.process_time)

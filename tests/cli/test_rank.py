@@ -12,9 +12,10 @@ from PIL import Image
 from tiny_encoders import save_ours
 
 from hf_dpssl.cli.commands import main
-from hf_dpssl.domains import leave_one_domain_out, load_domains
-from hf_dpssl.domains.zoo import _agreement
+from hf_dpssl.domains import load_domains
 from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.zoo import leave_one_domain_out
+from hf_dpssl.zoo.zoo_ranking import _agreement
 
 
 @pytest.fixture(scope="module")

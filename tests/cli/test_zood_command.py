@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_encoders import INPUT, save_ours
 
 from hf_dpssl.cli.commands import main
-from hf_dpssl.domains import zood_of_features
 from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.zoo import zood_of_features
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.stats import weightedtau
 
-from hf_dpssl.domains import ZooEntry, leave_one_domain_out, read_zoo, zood_of_features
-from hf_dpssl.domains.encoder_facts import contamination, encoder_facts
 from hf_dpssl.evaluation.probes import linear_probe
+from hf_dpssl.zoo import ZooEntry, leave_one_domain_out, read_zoo, zood_of_features
+from hf_dpssl.zoo.encoder_facts import contamination, encoder_facts
 
 DOMAINS, CLASSES, EACH = ["photo", "sketch", "paint"], 4, 50
 

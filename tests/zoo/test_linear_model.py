@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import multivariate_normal
 from sklearn.linear_model import BayesianRidge
 
-from hf_dpssl.domains.evidence import log_evidence, log_predictive, maximise_evidence, spectrum_of
-from hf_dpssl.domains.tridiagonal import tridiagonal_of
+from hf_dpssl.zoo.evidence import log_evidence, log_predictive, maximise_evidence, spectrum_of
+from hf_dpssl.zoo.tridiagonal import tridiagonal_of
 
 
 def spectrum(features, labels):

@@ -6,8 +6,8 @@ import torch
 from scipy.stats import multivariate_normal
 from sklearn.covariance import oas
 
-from hf_dpssl.domains import DomainStatistics, leave_one_domain_out, score_domains
-from hf_dpssl.domains.evidence import maximise_evidence, spectrum_of
+from hf_dpssl.zoo import DomainStatistics, leave_one_domain_out, score_domains
+from hf_dpssl.zoo.evidence import maximise_evidence, spectrum_of
 
 DOMAINS, CLASSES = 3, 3
 

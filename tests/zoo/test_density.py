@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import multivariate_normal
 from sklearn.covariance import oas
 
-from hf_dpssl.domains.density import held_out_density, shrinkage
+from hf_dpssl.zoo.density import held_out_density, shrinkage
 
 
 @pytest.mark.parametrize("samples, dimension", [(200, 6), (10, 25)])

@@ -5,23 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.image_table import BadImageError
+from ..domains.cached_features import features_of
+from ..domains.domain_data import DomainData
 from ..embedding.embedder import ImageEmbedder
-from ..embedding.encoder_evaluation import extract_features, extract_views
+from ..embedding.encoder_evaluation import extract_views
 from ..evaluation.geometry import effective_rank
 from ..evaluation.neighbours import nearest_neighbours
 from ..evaluation.student_interval import student_interval
-from ..models.weight_hashes import combined_sha256
-from ..runs.atomic_files import atomic_file
 from .baselines import accuracy_in_domain, h_score, knn_across_domains, log_me, nce_of_clusters, trans_rate
-from .domain_data import DomainData
 from .encoder_facts import encoder_facts
 from .ranking import leave_one_domain_out
 from .view_likelihood import held_out_views
@@ -138,22 +135,6 @@ def baselines(features: Tensor, labels: Tensor, domains: Tensor, *, seed: int) -
         "nce": nce_of_clusters(features, labels, domains, seed=seed),
         "trans_rate": trans_rate(features, labels),
     }
-
-
-def features_of(embedder: ImageEmbedder, given: DomainData, cache, reading: dict) -> tuple[Tensor, Tensor, bool]:
-    """Features (n, D) of the pictures that can be read, their rows (n,), and whether they lay in the cache."""
-    key = combined_sha256(
-        {"encoder": embedder.fingerprint, "images": given.fingerprint, "bad": reading["on_bad_image"]}
-    )
-    path = Path(cache) / f"{key[:32]}.safetensors" if cache is not None else None
-    if path is not None and path.exists():
-        kept = load_file(path)
-        return kept["features"], kept["rows"], True
-    found, rows = extract_features(embedder, given.data, given.images, given.rows, **reading)
-    if path is not None:
-        with atomic_file(path, "wb") as file:
-            file.write(save({"features": found.contiguous(), "rows": rows}))
-    return found, rows, False
 
 
 def _agreement(first: Tensor, second: Tensor, domains: Tensor) -> list[dict[str, float]]:

@@ -8,8 +8,8 @@ import torch
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from hf_dpssl.domains import select_features
-from hf_dpssl.domains.feature_selection import _SpikeAndSlab
+from hf_dpssl.zoo import select_features
+from hf_dpssl.zoo.feature_selection import _SpikeAndSlab
 
 
 def planted(samples, dimension, relevant, classes=4, noise=0.3, seed=0):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dpssl.domains import held_out_views
+from hf_dpssl.zoo import held_out_views
 
 
 def test_likelihood_of_views_is_that_of_the_loop_at_the_other_domains_best_scale():

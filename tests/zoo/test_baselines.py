@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from hf_dpssl.domains import accuracy_in_domain, h_score, knn_across_domains, log_me, nce, nce_of_clusters, trans_rate
-from hf_dpssl.domains.evidence import maximise_evidence, spectrum_of
+from hf_dpssl.zoo import accuracy_in_domain, h_score, knn_across_domains, log_me, nce, nce_of_clusters, trans_rate
+from hf_dpssl.zoo.evidence import maximise_evidence, spectrum_of
 
 
 def data(samples, dimension):

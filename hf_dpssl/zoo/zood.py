@@ -27,16 +27,18 @@ from scipy.stats import weightedtau
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..domains.cached_features import features_of
+from ..domains.domain_checks import check_domains
+from ..domains.domain_data import DomainData
 from ..embedding.embedder import ImageEmbedder
 from ..evaluation.feature_checks import check_clouds
 from ..evaluation.probes import linear_probe
 from ..evaluation.student_interval import student_interval
-from .domain_data import DomainData
 from .encoder_facts import encoder_facts
 from .feature_selection import select_features
-from .ranking import check_domains, leave_one_domain_out
-from .zoo import baselines, features_of, for_every_encoder
+from .ranking import leave_one_domain_out
 from .zoo_list import ZooEntry
+from .zoo_ranking import baselines, for_every_encoder
 
 METHODS = ("single", "ensemble", "selection", "random", "best")
 

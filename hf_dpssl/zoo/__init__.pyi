@@ -1,0 +1,17 @@
+from .baselines import accuracy_in_domain as accuracy_in_domain
+from .baselines import h_score as h_score
+from .baselines import knn_across_domains as knn_across_domains
+from .baselines import log_me as log_me
+from .baselines import nce as nce
+from .baselines import nce_of_clusters as nce_of_clusters
+from .baselines import trans_rate as trans_rate
+from .domain_statistics import DomainStatistics as DomainStatistics
+from .feature_selection import Selection as Selection
+from .feature_selection import select_features as select_features
+from .ranking import leave_one_domain_out as leave_one_domain_out
+from .ranking import score_domains as score_domains
+from .view_likelihood import held_out_views as held_out_views
+from .zoo_list import ZooEntry as ZooEntry
+from .zoo_list import read_zoo as read_zoo
+from .zoo_ranking import rank_zoo as rank_zoo
+from .zood import zood_of_features as zood_of_features
