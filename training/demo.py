@@ -10,9 +10,12 @@ report.json; prints a short table. Every figure is on the 360 held-out images; a
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
@@ -31,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
+from torch.multiprocessing import spawn
+from torch.multiprocessing.spawn import ProcessException
 
 from hf_dpssl import SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline, VQDriftPipeline
 from hf_dpssl.data import keyed_random, load_images
@@ -46,7 +51,7 @@ IMAGE_SIZE = 16
 NUM_SAMPLES = 300
 FEATURES = 9  # layers of the classifier before it flattens
 OUTPUTS = ("encoder", "autoencoder", "drift", "dit", "comparison", "checkpoints", "latents", "logs")  # folders
-FILES = ("samples.png", "reconstructions.png", "map.png", "report.json")
+FILES = ("samples.png", "reconstructions.png", "map.png", "report.json", "encoders.log")
 MARK = ".made-by-demo"
 KNN = {"k": 20, "metric": "euclidean"}
 ENCODER_2D = "comparison/encoder-2d"
@@ -76,17 +81,19 @@ def main(argv: list[str] | None = None) -> Path:
         dae = train_autoencoder(base, steps, "dae")
         judge_autoencoders({"dae": dae}, images, folder / "reconstructions.png")
         say(f"{folder}/reconstructions.png: held-out digits, and below them what the autoencoder makes of them")
-    with watch("one-step generator"):
-        train_one_step(base, steps, dae, "drift")
-    with watch("latent DiT"):
-        dae_dit.main([*base, "--autoencoder", str(dae), "--max_train_steps", str(steps["dit"])])
-    with watch("encoders"):
-        encoders = train_encoders(base, steps)
-        report = judge_encoders(encoders, images, folder / "map.png")
-    with watch("joint training"):
-        joint = train_autoencoder(base, steps, "joint")
-        train_one_step(base, steps, joint, "comparison/joint-drift")
-        report |= judge_autoencoders({"dae": dae, "joint": joint}, images, folder / "reconstructions.png")
+    with encoders_beside(base, steps, folder / "encoders.log") as wait:
+        with watch("one-step generator"):
+            train_one_step(base, steps, dae, "drift")
+        with watch("latent DiT"):
+            dae_dit.main([*base, "--autoencoder", str(dae), "--max_train_steps", str(steps["dit"])])
+        with watch("joint training"):
+            joint = train_autoencoder(base, steps, "joint")
+            train_one_step(base, steps, joint, "comparison/joint-drift")
+            report = judge_autoencoders({"dae": dae, "joint": joint}, images, folder / "reconstructions.png")
+        with watch("encoders, beside the others"):
+            wait()
+            encoders = {32: folder / "encoder", 2: folder / ENCODER_2D}
+            report |= judge_encoders(encoders, images, folder / "map.png")
     with watch("samples"):
         report |= judge_samples(folder, images, steps, args.seed)
         for name in ("drift", "dit"):
@@ -173,6 +180,49 @@ def shift_and_rotate(images: Tensor, sample_ids: Tensor, seed: int = 1, shift: f
     ]
     grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
+
+
+@contextmanager
+def encoders_beside(base: list[str], steps: dict, log: Path) -> Iterator[Callable[[], None]]:
+    """Train the encoders in a process of its own while the block runs, each with half of the threads.
+
+    Small networks do not keep several cores busy: two processes of one thread are faster than one of two.
+
+    Args:
+        base, steps: as of `train_encoders`.
+        log: file of what that process prints.
+
+    Yields:
+        A function that waits for the encoders; RuntimeError, with the last line of the log, where they failed.
+    """
+    threads = torch.get_num_threads()
+    half = max(1, threads // 2)
+    say(f"the encoders are trained meanwhile, in a process of their own: {log}")
+    context = spawn(_encoders_process, (base, steps, half, str(log)), nprocs=1, join=False, daemon=True)
+
+    def wait() -> None:
+        try:
+            while not context.join():
+                pass
+        except ProcessException as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise RuntimeError(f"the encoders' process failed: {reason} See {log}.") from error
+
+    torch.set_num_threads(half)
+    try:
+        yield wait
+    finally:
+        torch.set_num_threads(threads)
+        for process in context.processes:
+            process.terminate()
+
+
+def _encoders_process(_: int, base: list[str], steps: dict, threads: int, log: str) -> None:
+    with open(log, "w", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    torch.set_num_threads(threads)
+    train_encoders(base, steps)
 
 
 def train_encoders(base: list[str], steps: dict) -> dict[int, Path]:
