@@ -213,6 +213,7 @@ class ImageSource:
         views: crop each image twice while loading (contrastive learning on large images).
         stream_reading: of a stream, "whole": each process and worker reads all of it, in an order that does not depend
             on them; "shards": its own shards only, where there are as many as readers.
+        together: all processes of the launch make one; those of a machine decode the training images once.
 
     Raises:
         ValueError: fewer images than one batch of all processes. BadImageError: an unreadable picture.
@@ -231,6 +232,7 @@ class ImageSource:
         preload_bytes: int = 2**30,
         views: TwoViews | None = None,
         stream_reading: str = "whole",
+        together: bool = False,
     ):
         self.data = data
         self.image_size = image_size
@@ -243,7 +245,8 @@ class ImageSource:
         self.views = views
         self.stream_reading = stream_reading
         self.skipped: dict[str, str] = {}
-        self.table = None if isinstance(data.train, IterableDataset) else self._table(data.train, "train", views)
+        streamed = isinstance(data.train, IterableDataset)
+        self.table = None if streamed else self._table(data.train, "train", views, together=together)
         if self.table is not None and len(self.table) < batch_size * process[1]:
             raise ValueError(
                 f"the training split of {data.name!r} holds {len(self.table)} images, fewer than one batch of all "
@@ -262,16 +265,19 @@ class ImageSource:
             on_bad_image=args.on_bad_image,
             preload_bytes=int(args.preload_gb * 2**30),
             stream_reading=args.stream_reading,
+            together=True,
         )
         if views is not None and _may_be_larger(data, image_size):
             views.crop = False
             options["views"] = views
         return cls(data, **options)
 
-    def _table(self, split: Dataset, label: str, views: TwoViews | None = None) -> ImageTable:
+    def _table(
+        self, split: Dataset, label: str, views: TwoViews | None = None, *, together: bool = False
+    ) -> ImageTable:
         table = ImageTable(self.data, split, self.image_size, self.on_bad_image, views)
         table.skipped = self.skipped
-        bad = table.preload(self.preload_bytes, show_progress=self.process[0] == 0)
+        bad = table.preload(self.preload_bytes, show_progress=self.process[0] == 0, together=together)
         self.skipped |= {f"{label} row {row}": reason for row, reason in bad.items()}
         return table
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from .decoding import crop_to_tensor, decode_image, to_square_tensor
 from .image_data import ImageData
+from .shared_images import decoded_once
 from .views import TwoViews
 
 
@@ -63,31 +64,41 @@ class ImageTable(torch.utils.data.Dataset):
         """Rows in ascending order: a random subset of that size, of each class its share; all without a limit."""
         return self.data.random_rows(self.split, limit)
 
-    def preload(self, max_bytes: int, show_progress: bool = True) -> dict[int, str]:
-        """Decode everything once if it fits into `max_bytes`; returns {row: reason} of rows dropped by "skip"."""
-        if self.views is not None or len(self.split) * 3 * self.image_size**2 > max_bytes:
+    def preload(self, max_bytes: int, show_progress: bool = True, *, together: bool = False) -> dict[int, str]:
+        """Decode everything once if it fits into `max_bytes`; returns {row: reason} of rows dropped by "skip".
+
+        `together`: all processes of the launch call this; those of a machine decode a share each, into one memory.
+        """
+        count = len(self.split)
+        if self.views is not None or count * 3 * self.image_size**2 > max_bytes:
             return {}
-        bad: dict[int, str] = {}
-        images = []
-        labels = []
         silent = {} if show_progress else {"disable": True}  # else TQDM_DISABLE decides
-        rows = tqdm(range(len(self.split)), "reading images", unit="img", leave=False, **silent)
-        for row in rows:
-            try:
-                image, label = self._row(row)
-            except BadImageError as error:
-                if self.on_bad_image == "error":
-                    raise
-                bad[row] = str(error)
-                continue
-            images.append(to_square_tensor(image, self.image_size))
-            labels.append(label)
-        if not images:
+
+        def decode(rows: range, images: Tensor, labels: Tensor) -> dict[int, str]:
+            bad: dict[int, str] = {}
+            for row in tqdm(rows, "reading images", unit="img", leave=False, **silent):
+                try:
+                    image, label = self._row(row)
+                except BadImageError as error:
+                    bad[row] = str(error)
+                    if self.on_bad_image == "error":
+                        break
+                    continue
+                images[row] = to_square_tensor(image, self.image_size)
+                labels[row] = label
+            return bad
+
+        images, labels, bad = decoded_once(decode, count, self.image_size, together=together)
+        if bad and self.on_bad_image == "error":
+            raise BadImageError(bad[min(bad)])
+        if len(bad) == count:
             raise BadImageError(f"none of the {len(bad)} images of {self.data.name!r} can be read: {bad.get(0)}")
         if bad:
-            self.split = self.split.select([row for row in range(len(self.split)) if row not in bad])
-        self.images = torch.stack(images)
-        self.labels = torch.tensor(labels)
+            kept = [row for row in range(count) if row not in bad]
+            self.split = self.split.select(kept)
+            images, labels = images[kept], labels[kept]
+        self.images = images
+        self.labels = labels
         return bad
 
     def _row(self, row: int):

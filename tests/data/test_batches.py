@@ -1,8 +1,11 @@
 """Order, workers, processes, resuming, unreadable pictures and crops of the training batches."""
 
+import os
 import re
+import tempfile
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -215,6 +218,47 @@ def test_preloading_gives_the_tensors_of_reading_row_by_row(make):
         preloaded, table = make("preloaded", size=size), make("table", size=size)
         assert preloaded.table.images is not None and table.table.images is None
         assert_same(take(preloaded, 8), take(table, 8))
+
+
+def images_of_one_of_two(folder: str, on_bad_image: str) -> dict[str, torch.Tensor]:
+    """What a process of a machine holds, which rows it decoded itself, and its error."""
+    rank = torch.distributed.get_rank()
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    own = []
+    read = ImageTable._row
+
+    def counted(table, row):
+        own.append(row)
+        return read(table, row)
+
+    ImageTable._row = counted
+    try:
+        source = ImageSource(
+            load_images(folder), image_size=8, batch_size=1, seed=0, together=True, on_bad_image=on_bad_image
+        )
+    except BadImageError as error:
+        return {"error": torch.tensor(list(str(error).encode()))}
+    finally:
+        ImageTable._row = read
+    if rank == 0:
+        source.evaluation_table()  # what one process alone may ask for
+    rows = {"own": torch.tensor(own), "images": source.table.images, "labels": source.table.labels}
+    return rows | {"skipped": torch.tensor([int(name.split()[-1]) for name in source.skipped])}
+
+
+def test_processes_of_a_machine_decode_a_share_each_into_one_memory(make, run_in_two, tmp_path):
+    whole = make("preloaded", count=11).table
+    first, second = run_in_two(images_of_one_of_two, str(tmp_path / "set-11-0-8"), "error")
+    assert first["own"].tolist() == [*range(5)] and second["own"].tolist() == [*range(5, 11)]
+    for found in (first, second):
+        assert torch.equal(found["images"], whole.images) and torch.equal(found["labels"], whole.labels)
+    broken = make("preloaded", count=11, broken=(2, 9), on_bad_image="skip")
+    for found in run_in_two(images_of_one_of_two, str(tmp_path / "set-11-2-8"), "skip"):
+        assert torch.equal(found["images"], broken.table.images) and found["skipped"].tolist() == [2, 9]
+        assert torch.equal(found["labels"], broken.table.labels)
+    for found in run_in_two(images_of_one_of_two, str(tmp_path / "set-11-2-8"), "error"):
+        assert "row 2 of data set" in bytes(found["error"].tolist()).decode()  # in both, the first one
+    assert not list(Path(tempfile.gettempdir()).glob("hf_dpssl-images-*"))
 
 
 def test_unreadable_picture_is_an_error_that_names_row_set_and_file(make):
