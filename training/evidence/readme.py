@@ -21,11 +21,13 @@ import dimensions_report
 import dit_report
 import gan_latents
 import latents_report
+import pacs_report
 from paired_seeds import FEWEST_SEEDS, contains_zero, difference, verdict
 
 EVIDENCE = Path(__file__).parent
 REPOSITORY = EVIDENCE.parent.parent
-DEMO = EVIDENCE / "results" / "demo.json"
+RESULTS = EVIDENCE / "results"
+DEMO = RESULTS / "demo.json"
 BENCHMARKS = REPOSITORY / "tests" / "benchmarks" / "results"
 SPEED = {  # results of make bench: the job's heading
     "contrastive": "loss, forward + backward",
@@ -37,13 +39,18 @@ SPEED = {  # results of make bench: the job's heading
     "dit": "latent DiT, 12 layers of width 384",
     "ranking": "score of one encoder, 10,000 samples, 2,048 features",
 }
-MODES = EVIDENCE / "results" / "augmentation_modes.json"
-DIMENSIONS = EVIDENCE / "results" / "dimensions.json"
-LATENTS = EVIDENCE / "results" / "latents.json"
-GAN_LATENTS = EVIDENCE / "results" / "gan_latents.json"
-DIT = EVIDENCE / "results" / "dit.json"
-CLAIMS = EVIDENCE / "results" / "claims"
-SOLVERS = EVIDENCE / "results" / "solvers.json"
+MODES = RESULTS / "augmentation_modes.json"
+DIMENSIONS = RESULTS / "dimensions.json"
+LATENTS = RESULTS / "latents.json"
+GAN_LATENTS = RESULTS / "gan_latents.json"
+DIT = RESULTS / "dit.json"
+CLAIMS = RESULTS / "claims"
+PACS = {  # results of pacs.py: a line above the table
+    "pacs_zood": "Ten encoders, two of them untrained; linear probe of the other three domains.",
+    "pacs_algorithms": "Frozen features of one encoder, a linear head.",
+    "pacs_fine_tuning": "The same encoder, fine-tuned.",
+}
+SOLVERS = RESULTS / "solvers.json"
 GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, format
     "fid_resnet56-cifar10": ("FID, resnet56-cifar10", "{:.2f}"),
     "kid_resnet56-cifar10": ("KID", "{:.4f}"),
@@ -56,7 +63,16 @@ GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, fo
 PICTURES = ("samples.png", "map.png")
 PAGES = {  # which tables stand on which page
     "README.md": ["demo"],
-    "training/evidence/README.md": ["claims", "modes", "dimensions", "latents", "gan_latents", "dit", "solvers"],
+    "training/evidence/README.md": [
+        "claims",
+        "pacs",
+        "modes",
+        "dimensions",
+        "latents",
+        "gan_latents",
+        "dit",
+        "solvers",
+    ],
     "tests/benchmarks/README.md": ["speed"],
 }
 
@@ -352,6 +368,8 @@ def tables() -> dict[str, str]:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
     if CLAIMS.is_dir():
         blocks["claims"] = claims_page()
+    if (RESULTS / "pacs_zood.json").exists():
+        blocks["pacs"] = pacs_tables()
     if MODES.exists():
         blocks["modes"] = modes_line(read(MODES))
     if LATENTS.exists():
@@ -396,6 +414,18 @@ def claims_page() -> str:
     """Verdicts of the claims that have results, a table and a section each."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CLAIMS.glob("*.json"))]
     return claim_page.page(results, f"{CLAIMS.relative_to(EVIDENCE).as_posix()}/").strip()
+
+
+def pacs_tables() -> str:
+    """Those of the stages of pacs.py that have run."""
+    parts = []
+    for name, about in PACS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            report = read(path)
+            table = pacs_report.zood_table(report) if name == "pacs_zood" else pacs_report.algorithms_table(report)
+            parts.append("\n".join([about, "", *table, "", circumstances(report)]))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
