@@ -177,8 +177,8 @@ def draw(name: str, entry: dict, result: dict, file) -> None:
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.axvline(margin_of(comparison, metric), color="tab:red", linestyle="--", linewidth=0.8)
         axis.set_yticks([])
-        unit = "log ratio" if metric.get("relative") else metric["says"]
-        title = f"{comparison['first']} better than {comparison['second']}, {metric['says']} ({unit}): "
+        unit = " (log ratio)" if metric.get("relative") else ""
+        title = f"{comparison['first']} better than {comparison['second']}, {metric['says']}{unit}: "
         axis.set_title(title + comparison["verdict"], fontsize=8)
         axis.tick_params(labelsize=7)
     figure.savefig(file, dpi=100, format="png")
