@@ -18,7 +18,15 @@ from transformers.utils.generic import can_return_tuple
 
 from ..models.blocks import ProjectionHead, guard_one_pixel_convolutions_
 from ..models.complete_loading import load_complete
-from ..models.gather import deal_out, gather_dealt, gather_with_gradient, gather_without_gradient, in_turns, own_rows
+from ..models.gather import (
+    deal_out,
+    gather_dealt,
+    gather_with_gradient,
+    gather_without_gradient,
+    in_turns,
+    is_distributed,
+    own_rows,
+)
 from ..models.meta_weights import draw_after_meta_
 from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..models.registration import push_to_hub
@@ -27,6 +35,8 @@ from .batch_norm import batch_norms, keep_statistics_in_recomputation_, set_batc
 from .calibration import KernelCalibration
 from .losses import info_nce, moco, t_simclr
 from .momentum import ema_update_, enqueue_
+
+_deal_out = torch.compiler.disable(deal_out)  # it exchanges rows between processes
 
 
 @dataclass
@@ -157,23 +167,27 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         # One pass over both views: batch norm sees 2B images, as in the papers' code.
         features, embeddings = self._embed(torch.cat([pixel_values, paired_pixel_values]))
         embeddings, paired = embeddings.chunk(2)
+        loss = self._loss(embeddings, paired, weights)
+        return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
+
+    @torch.compiler.disable  # it reads values and gathers: one boundary between two graphs, instead of one at each
+    def _loss(self, embeddings: Tensor, paired: Tensor, weights: Tensor | None) -> Tensor:
+        """Loss of the batch of all processes, of this one's embeddings (B, projection_dim) twice and weights (B,)."""
         view_1 = gather_with_gradient(embeddings)
         view_2 = gather_with_gradient(paired)
         weights = None if weights is None else gather_without_gradient(weights)
         if len(view_1) > 1:  # one pair says nothing about the temperature
             self.calibration.calibrate(view_1, view_2)
         if self.config.kernel == "cosine":
-            loss = info_nce(view_1, view_2, temperature=self.calibration.temperature, weights=weights)
-        else:
-            loss = t_simclr(
-                view_1,
-                view_2,
-                temperature=self.calibration.temperature,
-                dof=self.calibration.dof,
-                normalization=self.config.normalization,
-                weights=weights,
-            )
-        return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
+            return info_nce(view_1, view_2, temperature=self.calibration.temperature, weights=weights)
+        return t_simclr(
+            view_1,
+            view_2,
+            temperature=self.calibration.temperature,
+            dof=self.calibration.dof,
+            normalization=self.config.normalization,
+            weights=weights,
+        )
 
 
 class MoCoForPreTraining(ContrastivePreTrainedModel):
@@ -212,20 +226,20 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         return self
 
     @torch.no_grad()
-    def _keys(self, pixel_values: Tensor, momentum: float | None) -> Tensor:
-        """Keys (world_size * B, projection_dim) of the images of all processes, after moving the key branch."""
-        config = self.config
+    def _keys(self, images: Tensor, momentum: float | None) -> Tensor:
+        """Keys (B, projection_dim) of this process's `_dealt_out` images, after moving the key branch."""
         if self.training:
             key_parameters = [*self.key_encoder.parameters(), *self.key_head.parameters()]
-            ema_update_(key_parameters, self.trainable_parameters(), config.momentum if momentum is None else momentum)
-        if not self.training or config.batch_norm == "global" or not batch_norms(self):
-            return gather_without_gradient(
-                self.key_head(self.key_encoder(pixel_values, return_dict=True).pooler_output)
-            )
-        splits = config.batch_norm_splits
-        images = in_turns(deal_out(pixel_values), splits)  # neighbours, which the queries' parts keep apart, together
+            momentum = self.config.momentum if momentum is None else momentum
+            ema_update_(key_parameters, self.trainable_parameters(), momentum)
+        splits = self.config.batch_norm_splits if self._deals_out() else 1
+        images = in_turns(images, splits)  # neighbours, which the queries' parts keep apart, together
         keys = self.key_head(self.key_encoder(images, return_dict=True).pooler_output)
-        return gather_dealt(in_turns(keys, len(keys) // splits))
+        return in_turns(keys, len(keys) // splits)
+
+    def _deals_out(self) -> bool:
+        """Whether keys are batch-normalised in other company than their queries."""
+        return self.training and self.config.batch_norm != "global" and bool(batch_norms(self))
 
     def _of_one_pair(self, pixel_values: Tensor) -> ContrastiveOutput:
         """Loss 0 with a gradient of 0: a batch norm has no statistics of one image. Nothing moves."""
@@ -261,10 +275,19 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         paired = paired_pixel_values is not None and return_loss
         if paired and self.training and len(pixel_values) == 1 and batch_norms(self):
             return self._of_one_pair(pixel_values)
+        images = paired_pixel_values
+        if paired and is_distributed() and self._deals_out():
+            images = _deal_out(images)  # before all else: no graph can hold it, and none is cut in two by it here
         features, queries = self._embed(pixel_values)
         if not paired:
             return ContrastiveOutput(embeddings=queries, features=features)
-        all_keys = self._keys(paired_pixel_values, momentum)
+        loss, keys = self._loss(queries, self._keys(images, momentum))
+        return ContrastiveOutput(loss, queries, keys, features)
+
+    @torch.compiler.disable  # it reads values, gathers and enqueues: one boundary between two graphs
+    def _loss(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of queries (B, projection_dim), and their keys; `keys` are those of the images that were dealt here."""
+        all_keys = gather_dealt(keys) if self._deals_out() else gather_without_gradient(keys)
         keys = own_rows(all_keys)
         if self.training and len(all_keys) > len(self.queue):
             raise ValueError(
@@ -284,4 +307,4 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         )
         if self.training:
             enqueue_(self.queue, self.queue_cursor, self.queue_filled, all_keys)
-        return ContrastiveOutput(loss, queries, keys, features)
+        return loss, keys
