@@ -225,21 +225,23 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         self.key_head.requires_grad_(False)
         return self
 
-    @torch.no_grad()
-    def _keys(self, images: Tensor, momentum: float | None) -> Tensor:
-        """Keys (B, projection_dim) of this process's `_dealt_out` images, after moving the key branch."""
-        if self.training:
-            key_parameters = [*self.key_encoder.parameters(), *self.key_head.parameters()]
-            momentum = self.config.momentum if momentum is None else momentum
-            ema_update_(key_parameters, self.trainable_parameters(), momentum)
-        splits = self.config.batch_norm_splits if self._deals_out() else 1
-        images = in_turns(images, splits)  # neighbours, which the queries' parts keep apart, together
-        keys = self.key_head(self.key_encoder(images, return_dict=True).pooler_output)
-        return in_turns(keys, len(keys) // splits)
+    @torch.compiler.disable  # a momentum that differs from step to step would have everything traced again
+    def _move_key_branch(self, momentum: float | None) -> None:
+        key_parameters = [*self.key_encoder.parameters(), *self.key_head.parameters()]
+        momentum = self.config.momentum if momentum is None else momentum
+        ema_update_(key_parameters, self.trainable_parameters(), momentum)
 
     def _deals_out(self) -> bool:
         """Whether keys are batch-normalised in other company than their queries."""
         return self.training and self.config.batch_norm != "global" and bool(batch_norms(self))
+
+    @torch.no_grad()
+    def _keys(self, images: Tensor) -> Tensor:
+        """Keys (B, projection_dim) of the images that were dealt to this process."""
+        splits = self.config.batch_norm_splits if self._deals_out() else 1
+        images = in_turns(images, splits)  # neighbours, which the queries' parts keep apart, together
+        keys = self.key_head(self.key_encoder(images, return_dict=True).pooler_output)
+        return in_turns(keys, len(keys) // splits)
 
     def _of_one_pair(self, pixel_values: Tensor) -> ContrastiveOutput:
         """Loss 0 with a gradient of 0: a batch norm has no statistics of one image. Nothing moves."""
@@ -275,13 +277,16 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         paired = paired_pixel_values is not None and return_loss
         if paired and self.training and len(pixel_values) == 1 and batch_norms(self):
             return self._of_one_pair(pixel_values)
+        # What no graph can hold comes before all else, where it cuts none in two.
         images = paired_pixel_values
+        if paired and self.training:
+            self._move_key_branch(momentum)
         if paired and is_distributed() and self._deals_out():
-            images = _deal_out(images)  # before all else: no graph can hold it, and none is cut in two by it here
+            images = _deal_out(images)
         features, queries = self._embed(pixel_values)
         if not paired:
             return ContrastiveOutput(embeddings=queries, features=features)
-        loss, keys = self._loss(queries, self._keys(images, momentum))
+        loss, keys = self._loss(queries, self._keys(images))
         return ContrastiveOutput(loss, queries, keys, features)
 
     @torch.compiler.disable  # it reads values, gathers and enqueues: one boundary between two graphs

@@ -39,6 +39,12 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
         raise ValueError(
             f"vectors (N, D) and codebook (K >= 1, D) do not fit: {tuple(vectors.shape)} and {tuple(codebook.shape)}."
         )
+    if torch.compiler.is_dynamo_compiling():
+        return _nearest_in_a_graph(vectors, codebook)
+    return _nearest(vectors, codebook)
+
+
+def _nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     full = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
     parts = vectors.split(_TILE_VECTORS if vectors.device.type == "cpu" else _GPU_TILE)
     if len(codebook) < _MANY_CODES:
@@ -56,6 +62,19 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             nearest = search.nearest(part.to(full))
         found.append(nearest)
     return torch.cat(found)
+
+
+# How many candidates there are the numbers decide: within a graph the search is an operation of its own.
+@torch.library.custom_op(
+    "hf_dpssl::nearest_codes", mutates_args=(), schema="(Tensor vectors, Tensor codebook) -> Tensor"
+)
+def _nearest_in_a_graph(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return _nearest(vectors, codebook)
+
+
+@_nearest_in_a_graph.register_fake
+def _(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return vectors.new_empty(len(vectors), dtype=torch.int64)
 
 
 class _Search:

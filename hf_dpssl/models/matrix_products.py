@@ -70,8 +70,23 @@ def product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     that torch calls by default does so on one maker's only, and takes twice the time elsewhere. bfloat16 does so where
     it is fast: for tall x, torch's own way to oneDNN takes up to 1.4 times as long.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _product_in_a_graph(x, y, bias)
     with full_float32():
         return _product(x, y, bias)
+
+
+# The setting that `full_float32` pins counts when a graph runs, not when it is traced: within one the product is an
+# operation of its own, which pins it then.
+@torch.library.custom_op("hf_dpssl::product", mutates_args=(), schema="(Tensor x, Tensor y, Tensor? bias) -> Tensor")
+def _product_in_a_graph(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    with full_float32():
+        return _product(x, y, bias)
+
+
+@_product_in_a_graph.register_fake
+def _(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), len(y))
 
 
 def _product(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,6 +107,8 @@ class _DifferentiableProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return _product_in_a_graph(x.contiguous(), y.contiguous(), None)
         with full_float32():
             return x @ y.T
 

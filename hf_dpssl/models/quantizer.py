@@ -110,7 +110,10 @@ class VectorQuantizer(Float32Module):
         self.register_buffer("is_initialized", torch.zeros((), dtype=torch.int64))
 
     def _normalize(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=1) if self.distance == "cosine" else vectors
+        return _normalized(vectors, self.distance)
+
+    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codebook, self.counts, self.sums
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantise latents (B, D, H, W); raises ValueError when D is not `code_dim`."""
@@ -119,8 +122,10 @@ class VectorQuantizer(Float32Module):
         with torch.autocast(latents.device.type, enabled=False):
             vectors = self._normalize(latents.float().permute(0, 2, 3, 1).reshape(-1, self.code_dim))  # (B*H*W, D)
             exact = vectors.detach()
-            if self.training and not self.is_initialized:
-                self.initialize_(exact)
+            if self.training:
+                start = _start_in_a_graph_ if torch.compiler.is_dynamo_compiling() else _start_if_new_
+                with torch.no_grad():
+                    start(exact, *self._state(), self.is_initialized, self.distance)
             # A copy where the graph needs the codes, which may be revived before its backward pass.
             copied = self.training and (self.update == "gradient" or self.entropy_temperature is not None)
             codebook = self._normalize(self.codebook.clone() if copied else self.codebook)
@@ -177,19 +182,7 @@ class VectorQuantizer(Float32Module):
 
         Fewer vectors than codes give a UserWarning: such a codebook is larger than the data it starts from.
         """
-        vectors = gather_without_gradient(self._normalize(vectors.float()))
-        if len(vectors) < self.num_codes:
-            warnings.warn(
-                f"the codebook of {self.num_codes} codes starts from {len(vectors)} latent vectors only, so that codes "
-                "repeat: use a smaller --num_codes, a larger batch, or more images.",
-                stacklevel=2,
-            )
-        centres = self._normalize(broadcast_(k_means(vectors, self.num_codes)))
-        usage = len(vectors) / self.num_codes
-        self.codebook.copy_(centres)
-        self.counts.fill_(usage)
-        self.sums.copy_(centres * usage)
-        self.is_initialized.fill_(1)
+        _start_(vectors, *self._state(), self.is_initialized, self.distance)
 
     @torch.no_grad()
     def update_codebook_(self) -> None:
@@ -199,36 +192,95 @@ class VectorQuantizer(Float32Module):
         vectors = torch.cat([vectors for vectors, _ in self._pending])
         codes = torch.cat([codes for _, codes in self._pending])
         self._pending.clear()
-        counts, sums = code_statistics(vectors, codes, self.num_codes)
-        if is_distributed():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        mean_usage = self.counts.mean()
-        dead = self.counts < self.revival_threshold * mean_usage
-        if dead.any():
-            self._revive_(dead, vectors, mean_usage)
-        if self.update == "gradient":
-            return
-        # A code unused for so long that nothing of its statistics is left stays where it is.
-        used = (self.counts > _LEAST_COUNT)[:, None]
-        means = self._normalize(self.sums / self.counts[:, None])
-        self.codebook.copy_(torch.where(used, means, self.codebook))
-
-    def _revive_(self, dead: Tensor, vectors: Tensor, mean_usage: Tensor) -> None:
-        """Restart dead codes at random vectors of this batch, chosen by process 0 for all."""
-        chosen = vectors[torch.randint(len(vectors), (self.num_codes,), device=vectors.device)]
-        chosen = broadcast_(chosen)
-        self.sums.copy_(torch.where(dead[:, None], chosen * mean_usage, self.sums))
-        self.counts.copy_(torch.where(dead, mean_usage, self.counts))
-        if self.update == "gradient":
-            self.codebook.copy_(torch.where(dead[:, None], chosen, self.codebook))
+        move = _move_in_a_graph_ if torch.compiler.is_dynamo_compiling() else _move_
+        move(vectors, codes, *self._state(), self.decay, self.revival_threshold, self.update, self.distance)
 
     def usage(self) -> dict[str, float]:
         """Of the running counts: code_usage, percent of the codes above the revival threshold, and dead_codes below."""
         dead = int((self.counts < self.revival_threshold * self.counts.mean()).sum())
         return {"code_usage": 100 * (1 - dead / self.num_codes), "dead_codes": float(dead)}
+
+
+def _normalized(vectors: Tensor, distance: str) -> Tensor:
+    return F.normalize(vectors, dim=1) if distance == "cosine" else vectors
+
+
+def _start_(
+    vectors: Tensor, codebook: Tensor, counts: Tensor, sums: Tensor, is_initialized: Tensor, distance: str
+) -> None:
+    """`VectorQuantizer.initialize_` on its tensors."""
+    num_codes = len(codebook)
+    vectors = gather_without_gradient(_normalized(vectors.float(), distance))
+    if len(vectors) < num_codes:
+        warnings.warn(
+            f"the codebook of {num_codes} codes starts from {len(vectors)} latent vectors only, so that codes "
+            "repeat: use a smaller --num_codes, a larger batch, or more images.",
+            stacklevel=4,
+        )
+    centres = _normalized(broadcast_(k_means(vectors, num_codes)), distance)
+    usage = len(vectors) / num_codes
+    codebook.copy_(centres)
+    counts.fill_(usage)
+    sums.copy_(centres * usage)
+    is_initialized.fill_(1)
+
+
+def _start_if_new_(
+    vectors: Tensor, codebook: Tensor, counts: Tensor, sums: Tensor, is_initialized: Tensor, distance: str
+) -> None:
+    if not is_initialized:
+        _start_(vectors, codebook, counts, sums, is_initialized, distance)
+
+
+def _move_(
+    vectors: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: float,
+    revival_threshold: float,
+    update: str,
+    distance: str,
+) -> None:
+    """`VectorQuantizer.update_codebook_` on its tensors, by vectors (N, D) and their codes (N,)."""
+    new_counts, new_sums = code_statistics(vectors, codes, len(codebook))
+    if is_distributed():
+        dist.all_reduce(new_counts)
+        dist.all_reduce(new_sums)
+    counts.lerp_(new_counts, 1 - decay)
+    sums.lerp_(new_sums, 1 - decay)
+    mean_usage = counts.mean()
+    dead = counts < revival_threshold * mean_usage
+    if dead.any():
+        # Dead codes restart at random vectors of this batch, chosen by process 0 for all.
+        chosen = broadcast_(vectors[torch.randint(len(vectors), (len(codebook),), device=vectors.device)])
+        sums.copy_(torch.where(dead[:, None], chosen * mean_usage, sums))
+        counts.copy_(torch.where(dead, mean_usage, counts))
+        if update == "gradient":
+            codebook.copy_(torch.where(dead[:, None], chosen, codebook))
+    if update == "gradient":
+        return
+    # A code unused for so long that nothing of its statistics is left stays where it is.
+    used = (counts > _LEAST_COUNT)[:, None]
+    codebook.copy_(torch.where(used, _normalized(sums / counts[:, None], distance), codebook))
+
+
+# What values decide (whether a codebook is new, whether codes are dead) is within a graph an operation of its own.
+_STATE = "Tensor(a!) codebook, Tensor(b!) counts, Tensor(c!) sums"
+_start_in_a_graph_ = torch.library.custom_op(
+    "hf_dpssl::start_codebook",
+    _start_if_new_,
+    mutates_args=("codebook", "counts", "sums", "is_initialized"),
+    schema=f"(Tensor vectors, {_STATE}, Tensor(d!) is_initialized, str distance) -> ()",
+)
+_move_in_a_graph_ = torch.library.custom_op(
+    "hf_dpssl::move_codebook",
+    _move_,
+    mutates_args=("codebook", "counts", "sums"),
+    schema=f"(Tensor vectors, Tensor codes, {_STATE}, float decay, float revival_threshold, str update, "
+    "str distance) -> ()",
+)
 
 
 def _assignments(vectors: Tensor, codebook: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

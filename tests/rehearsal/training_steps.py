@@ -52,9 +52,8 @@ def contrastive(**options):
 
 def autoencoder(adversarial: bool = False, **options):
     """Of training/dae_vq.py; with an adversarial term both its halves."""
-    config = VQConfig(
-        image_size=SIDE, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8], num_codes=16, **options
-    )
+    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
+    config = VQConfig(**{"image_size": SIDE, "num_codes": 16} | widths | options)
     torch.manual_seed(0)
     model = VQAutoencoder(config).train()
     if model.quantizer is not None:
