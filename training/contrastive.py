@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> Path:
     model = make_model(args, image_size, mean, std)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
     optimizer = make_optimizer(args, model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=total_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)

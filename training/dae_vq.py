@@ -176,6 +176,8 @@ def train_stage(
     """Train one stage (or find it finished in a checkpoint); returns the model and its log."""
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if args.compile:
+        model.compile()
     parameters = [p for p in model.train().parameters() if p.requires_grad]
     optimizer, scheduler = make_optimizer(parameters, args.learning_rate, stage.steps, args)
     checkpoints = f"{args.name}/{stage.name}"

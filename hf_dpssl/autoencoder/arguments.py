@@ -113,6 +113,7 @@ class VQArguments(RunArguments):
     batch_size: int = option(32, "images per process and batch")
     warmup_steps: int = option(20, "steps of linear warm-up in each stage")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    compile: bool = option(False, "compile the autoencoder with torch.compile")
 
     validation_steps: int = option(100, "steps between two validations", group="evaluation")
     validation_images: int = option(512, "held-out images of a validation")

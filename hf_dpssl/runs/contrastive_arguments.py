@@ -52,6 +52,7 @@ class ContrastiveArguments(RunArguments):
     weight_decay: float = option(1e-4, "weight decay")
     batch_size: int = option(256, "images per process and step; each gives two views")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass, to save memory")
+    compile: bool = option(False, "compile the model with torch.compile")
     channels_last: bool = option(
         False, "memory format of the encoder; faster for bf16 on GPUs and for small pictures on CPUs: try both"
     )
