@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser test-mixins check bench claims clean
+.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser test-mixins check bench bench-gpu claims clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -73,6 +73,10 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/token_guidance.py
 	$(BIN)/python tests/benchmarks/dit.py
 	$(BIN)/python tests/benchmarks/front_door.py
+
+# All that needs a GPU, in one run for 15 minutes of one; GPU_ARGS="--scale 0.001" tries it on a CPU.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/gpu.py $(GPU_ARGS)
 
 # The claims at scale quick: about 30 minutes of one core; a killed run goes on.
 claims: $(INSTALLED)

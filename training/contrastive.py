@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
-        save(accelerator.unwrap_model(model).eval(), args, source, loop, target)
+        with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
+            save(accelerator.unwrap_model(model).eval(), args, source, loop, target)
     finish(accelerator, args, source.skipped)
     return target
 

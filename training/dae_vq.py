@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     target = Path(args.output_dir) / args.name
     if accelerator.is_main_process:
-        save(model.eval(), args, source, stages, history, target, accelerator)
+        with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
+            save(model.eval(), args, source, stages, history, target, accelerator)
     finish(accelerator, args, source.skipped)
     return target
 

@@ -111,7 +111,8 @@ class Validation:
         count = 0
         for batch in self.batches:
             pixel_values = batch.to(model.device)
-            reconstructions = model(pixel_values).pixel_values.clamp(-1, 1).float()
+            with torch.compiler.set_stance("force_eager"):  # what is compiled is compiled for training
+                reconstructions = model(pixel_values).pixel_values.clamp(-1, 1).float()
             if not reconstructions.isfinite().all():
                 total = math.nan  # the loop stops at a loss that is not finite, and says of which images
                 break

@@ -218,6 +218,11 @@ class TwoViews:
                 f"colour jitter and grey need images of 3 channels, got {images.shape[-3]}: pass an Augmentation with "
                 "jitter=0 and grey=0, or convert the images to RGB."
             )
+        with torch.autocast(images.device.type, enabled=False):  # pixels are float32 whatever surrounds them
+            return self._views(images, sample_ids, epoch)
+
+    def _views(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        a = self.augmentation
         # Both views as one batch, all first views before all second ones: half as many calls.
         draws = torch.cat([self.draws(sample_ids, epoch, view) for view in (1, 2)])
         parameters = view_parameters(a, draws, *images.shape[-2:])

@@ -259,3 +259,14 @@ def test_model_range_mirrors_the_share_asked_for_by_seed_epoch_and_sample():
     assert torch.equal(mirrored(ids=IDS.flip(0)[:50]), chosen.flip(0)[:50])
     for other in (mirrored(epoch=1), mirrored(seed=1)):
         assert abs((other == chosen).double().mean() - 0.5) < 4 * 0.5 / len(IDS) ** 0.5
+
+
+def test_views_are_the_same_inside_of_autocast():
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    for mode in MODES:
+        views = TwoViews(PRESETS["imagenet"], [0.5] * 3, [0.25] * 3, seed=0, mode=mode)
+        expected = views(images, torch.arange(4), 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = views(images, torch.arange(4), 0)
+        assert all(view.dtype == torch.float32 for view in found)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

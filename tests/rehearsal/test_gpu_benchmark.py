@@ -1,0 +1,131 @@
+"""tests/benchmarks/gpu.py without a GPU: it runs whole at a thousandth of its size, and would find a wrong device."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from launches import forget_accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_dpssl.generation.dit_sizes import DiTSize, multiplications
+
+PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "mkldnn._linear_pointwise")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "results" / "gpu.json"
+
+
+def written(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class RoundedProducts(TorchDispatchMode):
+    """A device that rounds the operands of float32 products to 10 bits, as TF32 does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith(PRODUCTS):
+            args = [self._rounded(a) if isinstance(a, torch.Tensor) and a.dtype == torch.float32 else a for a in args]
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _rounded(values):
+        mantissa, exponent = torch.frexp(values)
+        return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+
+
+def test_every_part_runs_at_a_thousandth_of_its_size_and_leaves_its_figures(gpu, output):
+    forget_accelerator()
+    try:
+        found = gpu.main(["--scale", "0.001", "--output", str(output)])
+    finally:
+        forget_accelerator()
+    content = written(output)
+    assert content["metrics"]["parts"] == json.loads(json.dumps(found))
+    assert {name: part.get("error", part["passed"]) for name, part in found.items()} == dict.fromkeys(gpu.PARTS, True)
+    assert {"command", "environment", "about", "seconds"} <= content.keys() and content["samples"]["scale"] == 0.001
+    figures = {name: part["figures"] for name, part in found.items()}
+    assert figures["correctness"]["checks"] > 90 and not figures["correctness"]["failed"]
+    loops = {"contrastive": ["encoder"], "dae_vq": ["autoencoder/stage-1", "autoencoder/stage-2"], "dae_dit": ["dit"]}
+    for script, names in loops.items():
+        for name in names:
+            loop = figures["training"][script][name]
+            assert loop["steps_per_second"] > 0 and loop["synchronisations_per_step"]["aten::_local_scalar_dense"] > 0
+    assert figures["loss"]["dense"]["ms"] > 0 and "clip, open_clip" in figures["loss"]
+    assert figures["simclr"]["views_per_second"] > 0 and figures["drift"]["images_per_second"] > 0
+    for size in ("dit-b-2", "dit-xl-2"):
+        assert figures["dit"][size]["images_per_second"] > 0 and figures["dit"][size]["share_of_matrix_rate"] > 0
+
+
+def test_correctness_fails_where_a_device_rounds_its_products(gpu, monkeypatch):
+    @contextlib.contextmanager
+    def as_tf32(device):
+        with RoundedProducts():
+            yield
+
+    monkeypatch.setattr(gpu.gpu_correctness, "exact_float32", as_tf32)
+    found = gpu.gpu_correctness.measure(torch.device("cpu"), 0.001)
+    failed = {row["what"] for row in found["rows"] if row["precision"] == "fp32" and not row["passed"]}
+    expected = {"info_nce", "t_simclr joint", "t-moco", "clip", "sup_con", "sne", "t_sne", "drift_loss"}
+    expected |= {f"encoder {name}" for name in ("convnext", "resnet", "vit", "swin", "rope")}
+    expected |= {"autoencoder kl", "VAEGAN", "PatchDiscriminator", "DiT", "LatentMLP", "language model gpt2"}
+    expected |= {"step of contrastive t-MoCo", "step of dae_vq", "step of dae_dit flow"}
+    expected |= {"VQDiTPipeline", "VQDriftPipeline"}
+    assert not found["passed"] and not expected - failed
+    assert not any("error" in row and isinstance(row["error"], str) for row in found["rows"])
+
+
+def test_without_a_gpu_only_a_trial_is_run(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for argv, message in (([], "no CUDA device here; --scale 0.001"), (["--scale", "2"], "--scale lies in (0, 1]")):
+        with pytest.raises(SystemExit) as stopped:
+            gpu.main(argv)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_part_that_fails_or_hangs_leaves_its_error_and_the_next_goes_on(gpu, output, monkeypatch):
+    def fails(device, scale):
+        raise RuntimeError("no memory")
+
+    def hangs(device, scale):
+        time.sleep(60)
+
+    def finds_the_others(device, scale):
+        parts = written(output)["metrics"]["parts"]  # as a run that is killed now would leave them
+        return {"before": sorted(parts), "passed": parts["fails"]["passed"]}
+
+    monkeypatch.setattr(gpu, "PARTS", {"fails": fails, "hangs": hangs, "last": finds_the_others})
+    flags = ["--scale", "0.001", "--output", str(output)]
+    found = gpu.main([*flags, "--parts", "fails", "hangs", "last", "--part_seconds", "0.5"])
+    assert found["fails"]["error"] == "RuntimeError: no memory" and "fails" in str(found["fails"]["traceback"])
+    assert found["hangs"]["error"].startswith("TimeoutError")
+    assert found["last"] | {"seconds": 0} == {"passed": False, "figures": {"before": ["fails", "hangs"]}, "seconds": 0}
+    late = gpu.main([*flags, "--parts", "last", "--seconds", "-1"])
+    assert late["last"]["error"].startswith("not begun") and list(written(output)["metrics"]["parts"]) == ["last"]
+
+
+def test_counted_operations_are_those_of_the_formula(gpu):
+    size = DiTSize(2, 64, 4, 2)
+    model = gpu.gpu_speed.transformer_of(size, 16, torch.device("cpu"), learned_variance=True)
+    counted = gpu.gpu_speed.operations_of_step(model, 16, torch.device("cpu"))
+    shape = dict(latent_size=16, in_channels=4, out_channels=8)
+    formula = 6 * multiplications(size, **shape, embedders=size.num_layers + 1)
+    assert counted == pytest.approx(formula, rel=0.2)
+
+
+def test_the_dense_loss_that_ours_is_timed_beside_is_the_same_one(gpu):
+    found = gpu.gpu_speed.loss(torch.device("cpu"), 0.004)
+    assert found["pairs"] == 66 and found["difference_to_dense"] < 1e-6
