@@ -47,6 +47,7 @@ class RoundedProducts(TorchDispatchMode):
         return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
 
+@pytest.mark.slow
 def test_every_part_runs_at_a_thousandth_of_its_size_and_leaves_its_figures(gpu, output):
     forget_accelerator()
     try:
