@@ -62,6 +62,32 @@ def launch(fork_server, tmp_path):
         launched.kill()
 
 
+def _run_case(case, log: Path) -> None:
+    try:
+        case()
+        log.write_text("passed", encoding="utf-8")
+    except BaseException:
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+    os._exit(0)
+
+
+@pytest.fixture
+def rehearse(fork_server, tmp_path):
+    """rehearse(case): run it in a process that ends with it, since autograd is told of devices that are not there."""
+
+    def run(case):
+        log = tmp_path / "log"
+        process = fork_server.Process(target=_run_case, args=(case, log))
+        process.start()
+        process.join(300)
+        process.kill()
+        assert log.is_file(), f"the process ended with {process.exitcode}"
+        if (said := log.read_text(encoding="utf-8")) != "passed":
+            pytest.fail(said)
+
+    return run
+
+
 @pytest.fixture
 def run_script(monkeypatch, capsys):
     """run_script(script, argv) -> what it printed, of a script of training/ run to its end; its errors are raised."""

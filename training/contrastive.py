@@ -29,7 +29,7 @@ from diffusers.optimization import get_scheduler
 from hf_dpssl import evaluation
 from hf_dpssl.contrastive.backbone_check import check_backbone, fitting_model_args
 from hf_dpssl.contrastive.batch_norm import batch_norms
-from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl.contrastive.modeling_pretraining import ContrastiveOutput, MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.contrastive.momentum import choose_queue_size, momentum_at
 from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
 from hf_dpssl.data.batches import ImageSource, evaluation_batches, load_images_for
@@ -90,12 +90,7 @@ def main(argv: list[str] | None = None) -> Path:
     if args.freeze == "all_but_last_layer":
         freeze_all_but_last_layer_(accelerator.unwrap_model(model))
     for batch in loop:
-        view_1, view_2 = views(batch["images"], batch["sample_ids"], batch["epoch"])
-        options = {}
-        if args.negatives == "queue":
-            schedule = {"momentum": args.momentum, "schedule": args.momentum_schedule}
-            options["momentum"] = momentum_at(loop.step, total_steps, **schedule)
-        output = model(view_1, view_2, **options)
+        output = step_output(model, views, batch, args, loop.step, total_steps)
         accelerator.backward(output.loss)
         if args.max_grad_norm:
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -175,6 +170,18 @@ def make_optimizer(args: ContrastiveArguments, model) -> torch.optim.Optimizer:
     if args.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=args.learning_rate, momentum=0.9, weight_decay=args.weight_decay)
     return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+
+
+def step_output(
+    model, views: TwoViews, batch: dict, args: ContrastiveArguments, step: int, total_steps: int
+) -> ContrastiveOutput:
+    """Output, with the loss, for two views of a batch's images at a step, counted from 0."""
+    view_1, view_2 = views(batch["images"], batch["sample_ids"], batch["epoch"])
+    options = {}
+    if args.negatives == "queue":
+        schedule = {"momentum": args.momentum, "schedule": args.momentum_schedule}
+        options["momentum"] = momentum_at(step, total_steps, **schedule)
+    return model(view_1, view_2, **options)
 
 
 @torch.no_grad()

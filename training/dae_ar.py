@@ -69,8 +69,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Model
     language_model = make_model(args, autoencoder, null_class)
-    groups = parameter_groups(language_model, args)
-    optimizer = torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = make_optimizer(args, language_model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_train_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
     model, optimizer = accelerator.prepare(language_model, optimizer)
@@ -90,12 +89,8 @@ def main(argv: list[str] | None = None) -> Path:
     # Loop
     model.train()
     for batch in loop:
-        key = dict(sample_ids=batch["sample_ids"], epoch=batch["epoch"], seed=args.seed)
-        labels = torch.full_like(batch["labels"], null_class)
-        if class_names:
-            labels = dropped_labels(batch["labels"], probability=args.class_dropout, null_class=null_class, **key)
         with accelerator.accumulate(model):
-            nats = code_nats(model, batch["codes"], labels, num_codes)
+            nats = step_nats(model, batch, args, num_codes, null_class)
             accelerator.backward(nats.mean())
             if accelerator.sync_gradients and args.max_grad_norm:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -147,6 +142,20 @@ def make_model(args: ARArguments, autoencoder: VQAutoencoder, num_classes: int) 
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def step_nats(model: torch.nn.Module, batch: dict, args: ARArguments, num_codes: int, null_class: int) -> torch.Tensor:
+    """Negative log-likelihood (B, h*w) in nats of a batch's codes; labels are dropped by image and epoch."""
+    key = dict(sample_ids=batch["sample_ids"], epoch=batch["epoch"], seed=args.seed)
+    labels = torch.full_like(batch["labels"], null_class)
+    if null_class:
+        labels = dropped_labels(batch["labels"], probability=args.class_dropout, null_class=null_class, **key)
+    return code_nats(model, batch["codes"], labels, num_codes)
+
+
+def make_optimizer(args: ARArguments, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """AdamW with the betas of GPT."""
+    return torch.optim.AdamW(parameter_groups(model, args), args.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def parameter_groups(model: torch.nn.Module, args: ARArguments) -> list[dict]:

@@ -88,8 +88,7 @@ def main(argv: list[str] | None = None) -> Path:
         model, features = align(args, transformer, accelerator)
     if args.compile:
         model.compile()
-    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
+    optimizer = make_optimizer(args, model)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.warmup_steps, args.max_train_steps)
     # A sharded transformer cannot sample on one process alone: a whole copy takes the averaged weights when it has to.
     sharded = is_sharded(accelerator)
@@ -149,6 +148,12 @@ def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, num_classes: 
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer
+
+
+def make_optimizer(args: DiTArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over all that the model learns."""
+    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
+    return torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
 
 
 def align(

@@ -82,8 +82,7 @@ def main(argv: list[str] | None = None) -> Path:
     model = transformer
     if args.compile:
         model.compile()
-    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
+    optimizer = make_optimizer(args, model)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, None, args.warmup_steps, args.max_train_steps)
     # A sharded transformer cannot sample on one process alone: a whole copy takes the averaged weights when it has to.
     sharded = is_sharded(accelerator)
@@ -134,6 +133,12 @@ def main(argv: list[str] | None = None) -> Path:
         save(pipeline, args, data, len(latents), loop, monitor, target_folder, autoencoder_folder)
     finish(accelerator, args, skipped)
     return target_folder
+
+
+def make_optimizer(args: DriftArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over all that the model learns."""
+    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
+    return torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
 
 
 def step_loss(

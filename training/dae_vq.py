@@ -253,11 +253,16 @@ def make_optimizer(parameters: list, learning_rate: float, steps: int, args: VQA
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
 
+def make_discriminator(args: VQArguments, image_size: int) -> PatchDiscriminator:
+    """The discriminator, drawn from a seed of its own."""
+    torch.manual_seed(derive_seed(args.seed, "discriminator"))
+    shape = {"num_channels": args.num_channels, "image_size": image_size, "width": args.discriminator_width}
+    return PatchDiscriminator(PatchDiscriminatorConfig(**shape, num_layers=args.discriminator_layers)).train()
+
+
 def make_adversary(args: VQArguments, stage: Stage, source: ImageSource, accelerator: Accelerator) -> Adversary:
     """Discriminator, its optimiser and the guard."""
-    torch.manual_seed(derive_seed(args.seed, "discriminator"))
-    shape = {"num_channels": args.num_channels, "image_size": source.image_size, "width": args.discriminator_width}
-    bare = PatchDiscriminator(PatchDiscriminatorConfig(**shape, num_layers=args.discriminator_layers)).train()
+    bare = make_discriminator(args, source.image_size)
     rate = args.discriminator_learning_rate or args.learning_rate
     term = args.term(stage.steps)
     optimizer, scheduler = make_optimizer(list(bare.parameters()), rate, max(1, stage.steps - term.start), args)

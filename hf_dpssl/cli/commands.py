@@ -32,6 +32,10 @@ COMMANDS = {
         "start a training script, through accelerate where asked",
         "contrastive --dataset path/to/images --image_size 64 --output_dir outputs/mine",
     ),
+    "rehearse": Command(
+        "would a run fit on a GPU: memory of its step, and waits for the GPU, without one",
+        "dae_dit --recipe dit-b2-imagenet --memory 80",
+    ),
     "evaluate": Command("measure an encoder, autoencoder or generator", "outputs/demo/encoder --dataset digits"),
     "report": Command(
         "what autoencoders' latents are worth, side by side",

@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     if not rest or rest[0] not in SCRIPTS:
         whole = command_parser("train", _DESCRIPTION, usage="%(prog)s SCRIPT [--FLAG VALUE ...]")
         whole.add_argument("script", metavar="SCRIPT", choices=SCRIPTS, help=f"what to train: {', '.join(SCRIPTS)}")
-        _add_launcher(whole)
+        add_launcher(whole)
         if not rest:
             whole.print_help(sys.stderr)
             return BAD_INPUT
@@ -83,24 +83,32 @@ def main(argv: list[str]) -> int:
     parse(SCRIPTS[script], flags, script_description(script), **settings)
     if launcher.accelerate_config is None:
         return run_script(script, flags)
-    config = _accelerate_configs().get(launcher.accelerate_config, Path(launcher.accelerate_config))
-    if not config.is_file():
-        known = sorted(_accelerate_configs())
-        raise FileNotFoundError(f"no accelerate config {launcher.accelerate_config!r}: give a file or one of {known}.")
+    config = find_accelerate_config(launcher.accelerate_config)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(config)]
     return run_script(script, flags, command)
+
+
+def find_accelerate_config(name: str) -> Path:
+    """A file, or a shipped configuration by its name; FileNotFoundError lists these."""
+    config = _accelerate_configs().get(name, Path(name))
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"no accelerate config {name!r}: give a file or one of {sorted(_accelerate_configs())}."
+        )
+    return config
 
 
 def _accelerate_configs() -> dict[str, Path]:
     return {path.stem: path for path in (shipped_folder("training") / "accelerate").glob("*.yaml")}
 
 
-def _add_launcher(parser: argparse.ArgumentParser) -> None:
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """The flag that names a configuration of accelerate."""
     known = ", ".join(sorted(_accelerate_configs()))
     parser.add_argument("--accelerate_config", help=f"YAML file of accelerate, or one of {known}")
 
 
 def _launcher_parser() -> argparse.ArgumentParser:
     parser = FlagParser(add_help=False)
-    _add_launcher(parser)
+    add_launcher(parser)
     return parser

@@ -1,6 +1,7 @@
 """What every run has: flags and recipes, the training loop, checkpoints, processes, results, curves.
 
-Read training_loop.py first, then recipe.py. May import models, contrastive, data and evaluation."""
+Read training_loop.py first, then recipe.py; rehearsal.py and rehearsed_memory.py run a step on a GPU that is not there.
+May import models, contrastive, data and evaluation."""
 
 import lazy_loader
 

@@ -22,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-_ROOT = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[1]
+_ROOT = _PACKAGE.parent  # of a checkout
 _aten = torch.ops.aten
 # Their result's shape, or the result itself, is known when the GPU has computed it.
 _READS = {
@@ -53,7 +54,7 @@ class Rehearsal(TorchDispatchMode):
         self.syncs.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = tree_map(_not_meta, kwargs or {})
+        kwargs = tree_map(not_meta, kwargs or {})
         if func.namespace == "prim":
             return func(*args, **kwargs)
         args, kwargs = tree_map(self._faked, (args, kwargs))
@@ -117,7 +118,7 @@ def _real(value):
     return torch.device("cpu") if isinstance(value, torch.device) and value.type == "cuda" else value
 
 
-def _not_meta(value):
+def not_meta(value):
     """The GPU for the meta device, where C++ code takes it to be that of its operands."""
     return torch.device("cuda", 0) if isinstance(value, torch.device) and value.type == "meta" else value
 
@@ -150,9 +151,26 @@ def _line() -> str:
     """The innermost line of this repository that led here."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
-        if _ROOT in path.parents and path != Path(__file__) and "site-packages" not in path.parts:
+        ours = _PACKAGE in path.parents or (_ROOT in path.parents and "site-packages" not in path.parts)
+        if ours and path != Path(__file__):
             return f"{path.relative_to(_ROOT)}:{frame.lineno} {frame.name}"
     return "outside of the package"
+
+
+@contextmanager
+def without_driver() -> Iterator[None]:
+    """Inside, autograd takes fake tensors on "cuda" without asking a driver for the GPU's streams."""
+    made = torch.Tensor._make_subclass
+
+    def of_no_driver(cls, elem, *args, dispatch_device=False, **kwargs):
+        # To autograd fake tensors lie on the meta device.
+        return made(cls, elem, *args, dispatch_device=False, **kwargs)
+
+    with (
+        mock.patch.object(torch.Tensor, "_make_subclass", of_no_driver),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        yield
 
 
 @contextmanager
@@ -160,15 +178,9 @@ def rehearsal() -> Iterator[Rehearsal]:
     """Inside, device "cuda" exists, without driver; tensors of two devices in one operation raise RuntimeError.
 
     Models are moved with `fake_module_`, tensors with `fake_of`. Not rehearsed: autocast, which looks for tensors that
-    the driver knows; fused attention, whose kernels no CPU computes (it takes its plain form); speed and memory; waits
-    inside of one operation's kernel.
+    the driver knows; fused attention, whose kernels no CPU computes (it takes its plain form); speed and memory (the
+    latter: rehearsed_memory.py); waits inside of one operation's kernel.
     """
-    made = torch.Tensor._make_subclass
-
-    def of_no_driver(cls, elem, *args, dispatch_device=False, **kwargs):
-        # To autograd, which asks the driver for streams of a GPU, fake tensors lie on the meta device.
-        return made(cls, elem, *args, dispatch_device=False, **kwargs)
-
     mode = FakeTensorMode()
     rehearsed = Rehearsal()
 
@@ -179,9 +191,8 @@ def rehearsal() -> Iterator[Rehearsal]:
             return tensor.rehearsed.tolist()
 
     with (
-        mock.patch.object(torch.Tensor, "_make_subclass", of_no_driver),
+        without_driver(),
         mock.patch.object(FakeTensor, "tolist", tolist),
-        torch.autograd.set_multithreading_enabled(False),
         sdpa_kernel(SDPBackend.MATH),
         mode,
         rehearsed,

@@ -1,9 +1,5 @@
 """What a GPU would meet, without one: tensors of two devices, and values that the host waits for."""
 
-import os
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
 from training_steps import CASES, batch
@@ -30,32 +26,6 @@ BUDGETS = {
     "dae_gan dae": 0,
     "dae_gan noise": 0,
 }
-
-
-def _run(case, log: Path) -> None:
-    try:
-        case()
-        log.write_text("passed", encoding="utf-8")
-    except BaseException:
-        log.write_text(traceback.format_exc(), encoding="utf-8")
-    os._exit(0)
-
-
-@pytest.fixture
-def rehearse(fork_server, tmp_path):
-    """rehearse(case): run it in a process that ends with it, since autograd is told of devices that are not there."""
-
-    def run(case):
-        log = tmp_path / "log"
-        process = fork_server.Process(target=_run, args=(case, log))
-        process.start()
-        process.join(300)
-        process.kill()
-        assert log.is_file(), f"the process ended with {process.exitcode}"
-        if (said := log.read_text(encoding="utf-8")) != "passed":
-            pytest.fail(said)
-
-    return run
 
 
 def _counted_and_mixed():

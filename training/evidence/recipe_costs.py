@@ -8,12 +8,11 @@ Operations: torch's FlopCounterMode on one real step of the recipe's own model, 
 batch (convolutions and matrix products; a multiplication and an addition are two; MoCo's queue is full).
 Hours: operations of the whole run over an assumed share of the GPUs' peak, if the loader keeps up. For scale: the
 published 53 hours of MoCo-v2 on 8 V100 in fp32 are 35 % of their peak by the same count (`check` in the results).
-Memory: weights, gradients, optimiser and momentum branch by their sizes; activations by what autograd keeps of small
-batches under bf16 autocast on the CPU, a straight line through two of them. Workspaces of the GPU's libraries, the
-passing activations of the momentum branch and the allocator's gaps come on top.
+Memory: as `hf-dpssl rehearse` (rehearse.py): a step at full size on a GPU that is not there. Workspaces of the GPU's
+libraries and the allocator's gaps come on top.
 Autoencoders: operations and hours of encoder and decoder in all stages, each with its own decoder; perceptual network,
-discriminator and what gradient checkpointing computes again come on top. No memory.
-Latent DiTs: the transformer's steps alone, on cached latents; activations by two depths and two batches of its width.
+discriminator and what gradient checkpointing computes again come on top. Memory: all of the largest stage.
+Latent DiTs and token models: the transformer's steps alone, on cached latents or codes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,17 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 EVIDENCE = Path(__file__).parent
-sys.path.insert(0, str(EVIDENCE.parent))
+sys.path[:0] = [str(EVIDENCE), str(EVIDENCE.parent)]
 
+import dae_ar  # noqa: E402
 import dae_vq  # noqa: E402
+import rehearse  # noqa: E402
 from contrastive import ContrastiveArguments, make_model  # noqa: E402
 
 from hf_dpssl.autoencoder.training import step_flops  # noqa: E402
 from hf_dpssl.data.image_data import TABLE  # noqa: E402
 from hf_dpssl.generation.diffusion import make_transformer  # noqa: E402
 from hf_dpssl.generation.dit_arguments import DiTArguments  # noqa: E402
+from hf_dpssl.generation.pipeline_vq_token import code_nats  # noqa: E402
+from hf_dpssl.generation.token_arguments import ARArguments  # noqa: E402
 from hf_dpssl.runs.atomic_files import atomic_file  # noqa: E402
 from hf_dpssl.runs.recipe import find_recipe, parse  # noqa: E402
+from hf_dpssl.runs.rehearsed_memory import memory_rehearsal  # noqa: E402
 from hf_dpssl.runs.results import write_results  # noqa: E402
 
 RECIPES = (
@@ -53,13 +56,14 @@ RECIPES = (
 )
 AUTOENCODERS = {"vq-gan-f16-faceshq": 8, "vq-dae-f16-faceshq": 8, "vq-dae-f8-imagenet": 8}  # GPUs they are meant for
 TRANSFORMERS = {"dit-b2-imagenet": 8, "dit-xl2-imagenet": 8}
+TOKEN_MODELS = {"ar-faceshq": 8}
 TRAINING_IMAGES = {"cifar10": 50_000, "imagenet-1k": 1_281_167}
 PEAK_TERAFLOPS = {"A100": 312, "H100": 989}  # dense bf16 by the data sheets (SXM)
 SHARES_OF_PEAK = (0.2, 0.4)  # assumed; convolutions of 32 to 224 px images stay far below matrix products
 # README of facebookresearch/moco: 200 epochs of MoCo-v2 on 8 V100, whose fp32 peak is 15.7 TFLOPS.
 PUBLISHED = {"recipe": "moco-v2-resnet50-imagenet", "gpus": 8, "peak_teraflops": 15.7, "hours": 53}
 COMMENT = "# Computed, not measured:"
-BATCHES = (2, 6)  # small batches that the memory of activations is drawn through
+BATCH = 2  # whose operations are counted
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EVIDENCE / "results" / "recipe_costs.json")
     parser.add_argument("--write_recipes", action="store_true", help="put the figures into the recipes' comments")
-    everything = [*RECIPES, *AUTOENCODERS, *TRANSFORMERS]
+    everything = [*RECIPES, *AUTOENCODERS, *TRANSFORMERS, *TOKEN_MODELS]
     parser.add_argument("--recipes", nargs="+", choices=everything, help="compute these alone")
     known = parser.parse_args(argv)
     wanted = known.recipes or everything
@@ -75,7 +79,8 @@ def main(argv: list[str] | None = None) -> dict:
     costs |= {name: recipe_costs(name) for name in tqdm(RECIPES, desc="recipes", unit="recipe") if name in wanted}
     costs |= {name: autoencoder_costs(name, gpus) for name, gpus in AUTOENCODERS.items() if name in wanted}
     costs |= {name: transformer_costs(name, gpus) for name, gpus in TRANSFORMERS.items() if name in wanted}
-    samples = {"images per batch measured": list(BATCHES)}
+    costs |= {name: token_costs(name, gpus) for name, gpus in TOKEN_MODELS.items() if name in wanted}
+    samples = {"images per batch counted": BATCH}
     note = "computed, not measured: see the top of recipe_costs.py"
     published = PUBLISHED["gpus"] * PUBLISHED["peak_teraflops"] * 1e12 * PUBLISHED["hours"] * 3600
     check = PUBLISHED | {"share_of_peak": costs[PUBLISHED["recipe"]]["operations"] / published}
@@ -97,7 +102,7 @@ def recipe_costs(name: str) -> dict:
     gpus = args.num_processes or 1
     steps = args.num_train_epochs * (TRAINING_IMAGES[args.dataset] // (args.batch_size * gpus))
     images = steps * args.batch_size * gpus
-    per_image = step_operations(model, entry.image_size, BATCHES[0]) / BATCHES[0]
+    per_image = step_operations(model, entry.image_size, BATCH) / BATCH
     hours = hours_of(images * per_image, gpus)
     return {
         "operations_per_image": per_image,
@@ -107,7 +112,7 @@ def recipe_costs(name: str) -> dict:
         "gpus": gpus,
         "hours": hours,
         "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
-        "bytes_per_gpu": bytes_per_gpu(model, entry.image_size, args.batch_size, gpus),
+        "bytes_per_gpu": memory_of("contrastive", name, gpus),
     }
 
 
@@ -138,6 +143,7 @@ def autoencoder_costs(name: str, gpus: int) -> dict:
         "images": images,
         "gpus": gpus,
         "hours": hours_of(operations, gpus),
+        "bytes_per_gpu": memory_of("dae_vq", name, gpus),
     }
 
 
@@ -150,15 +156,6 @@ def transformer_costs(name: str, gpus: int) -> dict:
             dit_loss(model, 1).backward()
     per_image, images = counter.get_total_flops(), args.max_train_steps * args.batch_size * gpus
     hours = hours_of(images * per_image, gpus)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    parts = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights,
-        "averages": weights,
-        "buckets_of_the_gradients": weights,
-        "activations": dit_activation_bytes(args),
-    }
     return {
         "operations_per_image": per_image,
         "operations": images * per_image,
@@ -167,7 +164,32 @@ def transformer_costs(name: str, gpus: int) -> dict:
         "gpus": gpus,
         "hours": hours,
         "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
-        "bytes_per_gpu": parts | {"total": sum(parts.values())},
+        "bytes_per_gpu": memory_of("dae_dit", name, gpus),
+    }
+
+
+def token_costs(name: str, gpus: int) -> dict:
+    """Figures of one token model's recipe, as `recipe_costs`; 16 x 16 codes of 1,024, as those of its autoencoder."""
+    args = parse(ARArguments, ["--recipe", name], "")
+    args.gradient_checkpointing = False  # what is computed again is not counted again
+    config = SimpleNamespace(num_codes=1024, latent_size=16)
+    with torch.device("meta"):
+        model = dae_ar.make_model(args, SimpleNamespace(config=config), 0).train()
+    with memory_rehearsal() as memory, FlopCounterMode(display=False) as counter:
+        memory.fake_module_(model)
+        codes = torch.zeros(1, config.latent_size, config.latent_size, dtype=torch.int64, device="cuda")
+        code_nats(model, codes, codes[:, 0, 0], config.num_codes).mean().backward()
+    per_image, images = counter.get_total_flops(), args.max_train_steps * args.batch_size * gpus
+    hours = hours_of(images * per_image, gpus)
+    return {
+        "operations_per_image": per_image,
+        "operations": images * per_image,
+        "steps": args.max_train_steps,
+        "images": images,
+        "gpus": gpus,
+        "hours": hours,
+        "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
+        "bytes_per_gpu": memory_of("dae_ar", name, gpus),
     }
 
 
@@ -191,21 +213,6 @@ def dit_loss(model: torch.nn.Module, batch_size: int) -> torch.Tensor:
     return model(noised, timestep=torch.rand(batch_size), class_labels=labels).sample.square().mean()
 
 
-def dit_activation_bytes(args: DiTArguments) -> int:
-    """Bytes that autograd keeps of a GPU's batch: linear in blocks and in images, from one and two of each."""
-    measured = {}
-    for blocks in (1, 2):
-        model = make_dit(args, blocks)
-        for images in BATCHES:
-            measured[blocks, images] = kept_bytes(model, lambda model=model, images=images: dit_loss(model, images))
-
-    def of_batch(blocks: int) -> float:
-        small, large = (measured[blocks, images] for images in BATCHES)
-        return small + (large - small) / (BATCHES[1] - BATCHES[0]) * (args.batch_size - BATCHES[0])
-
-    return round(of_batch(1) + (args.num_layers - 1) * (of_batch(2) - of_batch(1)))
-
-
 def step_operations(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
     """Operations of one forward and backward pass of `batch_size` images in two views."""
     if hasattr(model, "queue"):
@@ -218,43 +225,12 @@ def step_operations(model: torch.nn.Module, image_size: int, batch_size: int) ->
     return counter.get_total_flops()
 
 
-def bytes_per_gpu(model: torch.nn.Module, image_size: int, batch_size: int, gpus: int) -> dict[str, int]:
-    """Bytes by what they hold, under bf16 autocast with fp32 weights and SGD with momentum."""
-    small, large = (activation_bytes(model, image_size, size) for size in BATCHES)
-    slope = (large - small) / (BATCHES[1] - BATCHES[0])
-    weights = sum(parameter.nbytes for parameter in model.trainable_parameters())
-    everything = sum(tensor.nbytes for tensor in model.state_dict().values())
-    parts = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": weights,
-        "buckets_of_the_gradients": weights if gpus > 1 else 0,
-        "momentum_branch_queue_and_statistics": everything - weights,
-        "activations": round(small + slope * (batch_size - BATCHES[0])),
-    }
-    return parts | {"total": sum(parts.values())}
-
-
-def activation_bytes(model: torch.nn.Module, image_size: int, batch_size: int) -> int:
-    """Bytes that autograd keeps of a batch of images in two views, as `kept_bytes`."""
-    return kept_bytes(model, lambda: model(*torch.randn(2, batch_size, 3, image_size, image_size)).loss)
-
-
-def kept_bytes(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass, each storage once, weights not counted."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    with torch.autocast("cpu", torch.bfloat16), hooks:
-        output = loss()
-    return sum(kept.values()) * (output is not None)  # the graph lives until here
+def memory_of(script: str, name: str, gpus: int) -> dict[str, int]:
+    """Bytes per GPU by what they hold, of the stage that takes most of them, as `hf-dpssl rehearse`."""
+    asked = rehearse.parsed([script, "--recipe", name])
+    process = rehearse.Process(gpus, asked.args.mixed_precision, sharded=False)
+    stages = (rehearse.memory_of(asked, i, process) for i in range(len(rehearse.stage_names(asked))))
+    return max((stage["bytes"] for stage in stages), key=lambda parts: parts["total"])
 
 
 def comment(costs: dict) -> str:
@@ -262,16 +238,12 @@ def comment(costs: dict) -> str:
     hours = costs["hours"]["A100"]
     low, high = (f"{share:g}" for share in SHARES_OF_PEAK)
     operations = f"{costs['operations']:.1e}".replace("e+", "e")
-    if "bytes_per_gpu" not in costs:
-        return (
-            f"{COMMENT} {operations} operations of encoder and decoder; {hours[low]:.2g} h ({hours[high]:.2g}) on "
-            f"{costs['gpus']} A100 at {low} ({high}) of peak."
-        )
-    rates = costs["images_per_second"]["A100"]
+    of_parts = "" if "images_per_second" in costs else " of encoder and decoder"
+    loaded = f" if {costs['images_per_second']['A100'][low]:,.0f} images/s are loaded" if not of_parts else ""
     memory = f"{costs['bytes_per_gpu']['total'] / 1e9:.1f} GB per GPU"
     return (
-        f"{COMMENT} {operations} operations, {memory}; {hours[low]:.2g} h ({hours[high]:.2g}) on {costs['gpus']} A100 "
-        f"at {low} ({high}) of peak if {rates[low]:,.0f} images/s are loaded."
+        f"{COMMENT} {operations} operations{of_parts}, {memory}; {hours[low]:.2g} h ({hours[high]:.2g}) on "
+        f"{costs['gpus']} A100 at {low} ({high}) of peak{loaded}."
     )
 
 

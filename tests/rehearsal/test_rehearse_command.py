@@ -1,0 +1,181 @@
+"""`hf-dpssl rehearse`: what scripts keep on a GPU equals closed forms, what it prints, and what recipes state."""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from cases import for_each
+
+from hf_dpssl.cli.commands import main
+from hf_dpssl.cli.rehearse import REHEARSED
+from hf_dpssl.runs.recipe import find_recipe
+
+EVIDENCE = Path(__file__).parents[2] / "training" / "evidence"
+EIGHT = ["--accelerate_config", "gpu_8_bf16"]
+RECIPES = {
+    "ar-faceshq": ["dae_ar", *EIGHT],
+    "dit-b2-imagenet": ["dae_dit", *EIGHT],
+    "dit-xl2-imagenet": ["dae_dit", *EIGHT],
+    "moco-v2-resnet50-imagenet": ["contrastive", *EIGHT],
+    "simclr-resnet50-cifar10": ["contrastive"],
+    "t-moco-v2-dof5-resnet50-imagenet": ["contrastive", *EIGHT],
+    "t-moco-v2-resnet50-imagenet": ["contrastive", *EIGHT],
+    "t-simclr-resnet50-cifar10": ["contrastive"],
+    "vq-dae-f16-faceshq": ["dae_vq", *EIGHT],
+    "vq-dae-f8-imagenet": ["dae_vq", *EIGHT],
+    "vq-gan-f16-faceshq": ["dae_vq", *EIGHT],
+}
+
+
+def memory(*argv: str) -> dict:
+    """{stage: figures} of a command line, without the waits."""
+    sys.path.insert(0, str(EVIDENCE))
+    import rehearse
+
+    asked = rehearse.parsed(list(argv))
+    process = rehearse.process_of(asked)
+    return {name: rehearse.memory_of(asked, i, process) for i, name in enumerate(rehearse.stage_names(asked))}
+
+
+def size(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _as_closed_forms():
+    from hf_dpssl.generation.diffusion import make_transformer
+
+    transformer = make_transformer(
+        num_layers=3, width=64, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=10
+    )
+    flags = "dae_dit --num_layers 3 --width 64 --num_heads 2 --output_dir missing".split()
+    figures = memory(*flags)[""]
+    number, scalars = size(transformer), 4 * len(list(transformer.parameters()))  # AdamW counts steps of each
+    assert figures["parameters"] == number
+    parts = figures["bytes"]
+    assert parts["parameters"] == parts["gradients"] == parts["averages"] == 4 * number and parts["buckets"] == 0
+    assert parts["optimizer"] == 8 * number + scalars
+    assert parts["total"] == sum(value for name, value in parts.items() if name != "total")
+    shared = memory(*flags, "--accelerate_config", "fsdp_8_bf16")[""]["bytes"]
+    assert shared["parameters"] == shared["averages"] == -(-4 * number // 8) and shared["buckets"] == 0
+    assert memory(*flags, *EIGHT)[""]["bytes"]["buckets"] == 4 * number
+
+
+def _of_an_encoder():
+    sys.path.insert(0, str(EVIDENCE))
+    import rehearsed_steps
+    from rehearse import parsed
+
+    flags = "contrastive --negatives queue --normalization anchor --queue_size 512 --optimizer sgd".split()
+    _, step = next(rehearsed_steps.contrastive_steps(parsed(flags).args, "meta"))
+    model = step.learning[0]
+    learn = sum(parameter.numel() for parameter in model.trainable_parameters())
+    everything = sum(tensor.nbytes for tensor in model.state_dict().values())
+    parts = memory(*flags)[""]["bytes"]
+    assert parts["parameters"] == parts["gradients"] == parts["optimizer"] == 4 * learn and parts["averages"] == 0
+    assert parts["others"] == everything - 4 * learn
+
+
+def _batches_and_checkpoints():
+    def activations(script, *flags):
+        return max(stage["bytes"]["activations"] for stage in memory(script, *flags, *ELSEWHERE).values())
+
+    for script, sizes in {"dae_dit": (64, 128, 256), "dae_vq": (16, 32, 64)}.items():
+        small, middle, large = (activations(script, "--batch_size", str(count)) for count in sizes)
+        assert large - middle == pytest.approx(2 * (middle - small), rel=0.02) and small < middle, script
+    deep = ["--num_layers", "12"]
+    for script, deeper in {"contrastive": [], "dae_dit": deep, "dae_ar": deep, "dae_vq": []}.items():
+        plain, again = (activations(script, *deeper, "--gradient_checkpointing", flag) for flag in ("false", "true"))
+        assert again < 0.9 * plain, (script, plain, again)
+
+
+ELSEWHERE = ["--output_dir", "missing"]
+
+
+def _printed():
+    sys.path.insert(0, str(EVIDENCE))
+    import rehearse
+
+    for script in REHEARSED:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert rehearse.main([script, *ELSEWHERE, "--mixed_precision", "bf16", "--json"]) == 0
+        found = json.loads(out.getvalue())
+        assert found["fits"] and found["processes"] == 1 and found["mixed_precision"] == "bf16"
+        assert found["total"] == max(stage["bytes"]["total"] for stage in found["stages"].values())
+        assert set(found["waits"]) == set(found["stages"])
+        said = rehearse.text_of(found)
+        assert "fits into 80 GiB" in said and "waits for the GPU in a step" in said, script
+
+
+def _within_a_share(*argv: str, recipe: str):
+    stated = re.search(r"([\d.]+) GB per GPU", find_recipe(recipe).read_text(encoding="utf-8"))
+    assert stated, f"{recipe} states no memory"
+    total = max(stage["bytes"]["total"] for stage in memory(*argv).values())
+    assert total / 1e9 == pytest.approx(float(stated.group(1)), rel=0.15)
+
+
+def test_parameters_optimiser_and_averages_of_a_transformer_equal_closed_forms(rehearse):
+    rehearse(_as_closed_forms)
+
+
+def test_weights_queue_and_momentum_branch_of_an_encoder_equal_closed_forms(rehearse):
+    rehearse(_of_an_encoder)
+
+
+def test_activations_of_scripts_grow_with_the_batch_and_shrink_with_checkpoints(rehearse):
+    rehearse(_batches_and_checkpoints)
+
+
+def test_every_script_is_rehearsed_at_its_defaults(rehearse):
+    rehearse(_printed)
+
+
+@pytest.mark.slow
+@for_each("recipe", RECIPES)
+def test_recipes_state_the_memory_of_a_step_at_full_size(recipe, rehearse):
+    from functools import partial
+
+    script, *flags = RECIPES[recipe]
+    rehearse(partial(_within_a_share, script, "--recipe", recipe, *flags, recipe=recipe))
+
+
+def test_every_recipe_of_a_rehearsed_script_is_rehearsed():
+    folder = EVIDENCE.parent / "recipes"
+    others = {"demo", "digits", "domains-colored-mnist", "domains-pacs-resnet50", "gan-cifar10-jpeg", "map-cifar10"}
+    assert {path.stem for path in folder.glob("*.yaml")} - others == set(RECIPES)
+
+
+def test_the_command_prints_and_a_run_that_does_not_fit_is_told(capfd):
+    assert main(["rehearse", "dae_dit", *ELSEWHERE, "--memory", "0.01"]) == 0
+    assert "does NOT fit into 0.01 GiB" in capfd.readouterr().out
+
+
+def test_what_cannot_be_rehearsed_is_one_line(capsys):
+    cases = {
+        "map": "map is not rehearsed; these are: contrastive, dae_ar, dae_dit, dae_drift, dae_vq.",
+        "dae_dit --memory 0": "--memory must be positive",
+        "dae_dit --accelerate_config nowhere": "no accelerate config 'nowhere'",
+    }
+    for line, reason in cases.items():
+        assert main(["rehearse", *line.split()]) == 2, line
+        said = capsys.readouterr().err
+        assert reason in said and len(said.splitlines()) == 1, said
+    for line in ("nonsense", "dae_dit --learning_rat 1", "dae_dit --num_layers 0x", "--memory"):
+        with pytest.raises(SystemExit) as ended:
+            main(["rehearse", *line.split()])
+        assert ended.value.code == 2, line
+
+
+def test_waits_are_listed_with_their_lines(rehearse):
+    rehearse(_listed_waits)
+
+
+def _listed_waits():
+    sys.path.insert(0, str(EVIDENCE))
+    import rehearse
+
+    waits = rehearse.waits_of(rehearse.parsed(["dae_vq", *ELSEWHERE]), 0)
+    assert [line.split(":")[0] for line in waits] == ["hf_dpssl/models/quantizer.py"] * 2
