@@ -12,7 +12,7 @@ of torchvision's v2 RandomResizedCrop, RandomHorizontalFlip, ColorJitter, Random
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -229,7 +229,8 @@ class TwoViews:
         count = len(images)
         shape = images.shape[-3:]
         views = torch.empty(2 * count, *shape, device=images.device)
-        for rows, order in self._parts(parameters, _at_a_time(images, _PIXELS_AT_A_TIME)):
+        orders, blurred = self._counts(parameters)
+        for rows, order in self._parts(parameters, orders, _at_a_time(images, _PIXELS_AT_A_TIME)):
             sources = rows % count if images.ndim == 4 else 2 * (rows % count) + rows // count
             part = images.reshape(-1, *shape).index_select(0, sources)
             part_parameters = parameters.take(rows)
@@ -240,20 +241,38 @@ class TwoViews:
                 part = self._exact_colours(part, part_parameters, order)
             views.index_copy_(0, rows, part)
         # Blur comes last, which is the same as before normalisation.
-        blurred = parameters.blur.nonzero().squeeze(1) if a.blur > 0 else ()
-        for rows in blurred.split(_at_a_time(images, _BLURRED_PIXELS_AT_A_TIME)) if len(blurred) else ():
+        first = parameters.blur.argsort(descending=True, stable=True)[:blurred]
+        for rows in first.split(_at_a_time(images, _BLURRED_PIXELS_AT_A_TIME)) if blurred else ():
             part = gaussian_blur(views.index_select(0, rows), parameters.sigma.index_select(0, rows))
             views.index_copy_(0, rows, part)
         return views.chunk(2)
 
-    def _parts(self, p: ViewParameters, limit: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    def _counts(self, p: ViewParameters) -> tuple[list[int], int]:
+        """How many views have no jitter and each order of it ([] where that does not matter), and how many a blur.
+
+        They are read at once: a GPU is waited for once.
+        """
+        a = self.augmentation
+        counts = []
+        if self._in_orders:
+            counts.append((_jitter_order(p)[:, None] == torch.arange(-1, len(ORDERS), device=p.order.device)).sum(0))
+        if a.blur > 0:
+            counts.append(p.blur.sum()[None])
+        numbers = torch.cat(counts).tolist() if counts else []
+        return (numbers[: len(ORDERS) + 1] if self._in_orders else []), (numbers[-1] if a.blur > 0 else 0)
+
+    @property
+    def _in_orders(self) -> bool:
+        """Whether the operations of jitter are done one after the other, in each view's own order."""
+        return self.mode != "fused" and self.augmentation.jitter > 0
+
+    def _parts(self, p: ViewParameters, orders: list[int], limit: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """Rows of views that are worked on together, and the order of their jitter (empty: none, or fused)."""
-        if self.mode == "fused" or self.augmentation.jitter == 0:
+        if not orders:
             yield from ((rows, ()) for rows in torch.arange(len(p.flip), device=p.flip.device).split(limit))
             return
-        order = torch.where(p.jitter, p.order, -1)
-        counts = torch.bincount(order + 1, minlength=len(ORDERS) + 1).tolist()
-        for operations, rows in zip([(), *ORDERS], order.argsort(stable=True).split(counts), strict=True):
+        sorted_rows = _jitter_order(p).argsort(stable=True)
+        for operations, rows in zip([(), *ORDERS], sorted_rows.split(orders), strict=True):
             yield from ((part, operations) for part in rows.split(limit) if len(part))
 
     def _resampled(self, images: Tensor, draws: Tensor, p: ViewParameters) -> Tensor:
@@ -265,18 +284,15 @@ class TwoViews:
             )
         if self.crop:
             return resized_crop(images, p.boxes, p.flip, images.shape[-2:], may_round=self.mode == "fused")
-        images = images.to(torch.float32)
-        mirrored = p.flip.nonzero().squeeze(1)
-        images[mirrored] = images[mirrored].flip(-1)
-        return images
+        return _where_(p.flip, images.to(torch.float32), lambda some: some.flip(-1))
 
     def _exact_colours(self, images: Tensor, p: ViewParameters, order: tuple[int, ...]) -> Tensor:
         a = self.augmentation
         images.div_(255)
         used = [strength > 0 for strength in (a.brightness, a.contrast, a.saturation, a.hue)]
         jitter_(images, p.brightness, p.contrast, p.saturation, p.hue, [i for i in order if used[i]])
-        if a.grey > 0 and len(rows := p.grey.nonzero().squeeze(1)):
-            images[rows] = to_grey(images[rows])
+        if a.grey > 0:
+            images = _where_(p.grey, images, to_grey)
         return normalize(images, self.mean, self.std)
 
     def _fused_colours(self, images: Tensor, p: ViewParameters) -> Tensor:
@@ -292,6 +308,21 @@ class TwoViews:
         for channel, (m, s) in enumerate(zip(self.mean.tolist(), self.std.tolist(), strict=True)):
             images[:, channel].clamp_(-m / s, (1 - m) / s)
         return images
+
+
+def _jitter_order(p: ViewParameters) -> Tensor:
+    """(B,) numbers of the orders, -1 for no jitter."""
+    return torch.where(p.jitter, p.order, -1)
+
+
+def _where_(chosen: Tensor, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Images of which the chosen (B,) are changed, in place where that is faster: which they are, only a CPU knows."""
+    if images.device.type != "cpu":
+        return torch.where(chosen[:, None, None, None], change(images), images)
+    rows = chosen.nonzero().squeeze(1)
+    if len(rows):
+        images[rows] = change(images[rows])
+    return images
 
 
 def _at_a_time(images: Tensor, pixels: int) -> int:
