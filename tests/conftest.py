@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 import traceback
@@ -19,6 +20,12 @@ sys.path.insert(0, str(REPOSITORY / "training"))
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are several times slower
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def pytest_collection_finish():
+    """Modules stay to the end: no later collection of garbage, of which a training run makes several, walks them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,11 +46,12 @@ def seeded_test(seeded_module):
 
 @pytest.fixture(scope="session")
 def fork_server():
-    """A multiprocessing context whose children start with the libraries imported but nothing run."""
+    """A multiprocessing context whose children start with libraries and data imported but nothing run."""
     context = multiprocessing.get_context("forkserver")
-    rooms = ["runs.training_loop", "runs.plots", "embedding.embedding_job", "convert.autoencoder_importers"]
-    ours = [f"hf_dpssl.{module}" for module in [*rooms, "generation.pipeline_vq_token", "hub.model_card"]]
-    context.set_forkserver_preload(["torch", "torchvision", "diffusers.optimization", *ours])
+    context.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patched:  # where it finds that module: it does not get our sys.path
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
     return context
 
 

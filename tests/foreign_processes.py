@@ -1,15 +1,14 @@
-"""Python code in fresh processes: without hf_dpssl, or with the local server as its Hub."""
+"""Python code in processes as good as fresh: without hf_dpssl, or with the local server as its Hub."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+from forked_processes import run_forked
 from hub_server import HubServer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -37,14 +36,13 @@ from safetensors.torch import load_file
 
 def run_foreign(code: str, folder) -> dict:
     """Run code without hf_dpssl in `folder`; it prints one line of JSON last."""
-    command = [sys.executable, "-c", BLOCK + code]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = run_forked(["-c", BLOCK + code], cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def run_client(code: str, server: HubServer, home: Path, **env: str) -> dict:
-    """Run `code` in a fresh process for which `server` is the Hub; the dict `report` that it fills.
+    """Run `code` in a process as good as fresh for which `server` is the Hub; the dict `report` that it fills.
 
     `report["requests"]` are the requests it made, to any host: the server is its HTTP proxy too. The code may use
     `attempt(f)`, which is what f() returns, or its error as text.
@@ -66,9 +64,9 @@ def run_client(code: str, server: HubServer, home: Path, **env: str) -> dict:
         "ORT_DISABLE_TELEMETRY": "1", "REPORT": str(home / "report.json"),  # diffusers imports onnxruntime
     }  # fmt: skip
     inherited = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|TRANSFORMERS_|.*_PROXY$", k, re.I)}
-    command = [sys.executable, "-c", "\n".join([textwrap.dedent(head), textwrap.dedent(code), tail])]
+    command = ["-c", "\n".join([textwrap.dedent(head), textwrap.dedent(code), tail])]
     first = len(server.requests)
-    done = subprocess.run(command, env=inherited | hub | env, capture_output=True, text=True, cwd=home, timeout=300)
+    done = run_forked(command, home, inherited | hub | env)
     assert done.returncode == 0, done.stderr
     requests = server.requests[first:]
     elsewhere = [path for _, path in requests if not path.startswith("/")]

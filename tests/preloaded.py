@@ -1,0 +1,39 @@
+"""Imported by the process from which the tests' training scripts are forked: what they all need, once.
+
+Libraries and rooms, the digits as pictures, and a first plot with its fonts. Nothing here draws a random number or runs
+an operation of torch.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+
+LIBRARIES = [
+    "diffusers.guiders", "diffusers.optimization", "diffusers.pipelines.onnx_utils",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete", "evaluate", "matplotlib.backends.backend_agg",
+    "sklearn.datasets", "torch.utils.flop_counter", "torch.utils.serialization", "torch_fidelity", "torchmetrics.image",
+    "torchvision", "transformers.pipelines",
+]  # fmt: skip
+ROOMS = [
+    "autoencoder.adversarial_term", "autoencoder.perceptual", "autoencoder.training", "contrastive.backbone_check",
+    "contrastive.warm_start", "convert.autoencoder_importers", "embedding.embedding_job", "evaluation.loading",
+    "evaluation.reconstruction", "generation.generation_monitor", "generation.latent_run",
+    "generation.pipeline_vq_token", "generation.token_alignment", "hub.model_card", "runs.contrastive_arguments",
+    "runs.training_loop",
+]  # fmt: skip
+
+for name in [*LIBRARIES, *(f"hf_dpssl.{room}" for room in ROOMS)]:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:  # an optional library, or a place of an older version of one
+        pass
+
+from hf_dpssl.data.digits import load_digits  # noqa: E402
+from hf_dpssl.runs.plots import plot_curves  # noqa: E402
+
+load_digits()
+plot_curves([{"step": step, "loss": 0.5} for step in range(2)], io.BytesIO(), title="fonts")
+gc.collect()
+gc.freeze()  # what is here stays: collections in the children need not look at it again
