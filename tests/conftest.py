@@ -97,8 +97,20 @@ def rehearse(fork_server, tmp_path):
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys):
+def drawn():
+    """Training curves are rendered in this test."""
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys, request):
     """run_script(script, argv) -> what it printed, of a script of training/ run to its end; its errors are raised."""
+    from repeated_work import Unrendered, keep_counted_operations, keep_decoded_digits
+
+    from hf_dpssl.runs import plots
+
+    keep_decoded_digits()
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(plots, "Figure", Unrendered)
 
     def run(script: str, argv: list) -> str:
         argv = [str(item) for item in argv]
@@ -108,7 +120,10 @@ def run_script(monkeypatch, capsys):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("default")  # here warnings of ours are errors, for a user they are not
-                importlib.import_module(script).main(argv)
+                module = importlib.import_module(script)
+                if script == "dae_vq":
+                    monkeypatch.setattr(module, "step_flops", keep_counted_operations())
+                module.main(argv)
         finally:
             forget_accelerator()
         printed = capsys.readouterr()

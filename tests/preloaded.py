@@ -1,7 +1,7 @@
 """Imported by the process from which the tests' training scripts are forked: what they all need, once.
 
-Libraries and rooms, the digits as pictures, and a first plot with its fonts. Nothing here draws a random number or runs
-an operation of torch.
+Libraries and rooms, the decoded digits, the templates of cards and a first plot with its fonts. Nothing here draws a
+random number.
 """
 
 from __future__ import annotations
@@ -30,10 +30,20 @@ for name in [*LIBRARIES, *(f"hf_dpssl.{room}" for room in ROOMS)]:
     except ModuleNotFoundError:  # an optional library, or a place of an older version of one
         pass
 
-from hf_dpssl.data.digits import load_digits  # noqa: E402
+from repeated_work import keep_decoded_digits  # noqa: E402
+
+from hf_dpssl.data.image_data import load_images  # noqa: E402
+from hf_dpssl.data.image_table import ImageTable  # noqa: E402
+from hf_dpssl.hub.checkpoint_facts import KINDS  # noqa: E402
+from hf_dpssl.hub.model_card import _templates  # noqa: E402
 from hf_dpssl.runs.plots import plot_curves  # noqa: E402
 
-load_digits()
+keep_decoded_digits()
+data = load_images("digits")
+for split in (data.train, data.evaluation):
+    ImageTable(data, split, 16).preload(2**30, show_progress=False)
+for kind in KINDS:
+    _templates().get_template(f"{kind}.md")
 plot_curves([{"step": step, "loss": 0.5} for step in range(2)], io.BytesIO(), title="fonts")
 gc.collect()
 gc.freeze()  # what is here stays: collections in the children need not look at it again

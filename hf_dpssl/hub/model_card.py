@@ -10,7 +10,7 @@ import html
 import json
 import re
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import yaml
@@ -150,6 +150,7 @@ def _render(
     return marked_card(metadata, text, given=LICENCE_KEYS if licence is not None else ())
 
 
+@cache
 def _templates() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(shipped_folder("model_cards")),

@@ -23,7 +23,7 @@ def read(path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_contrastive_script_writes_a_complete_folder(run_script, tmp_path):
+def test_contrastive_script_writes_a_complete_folder(run_script, drawn, tmp_path):
     flags = ["--max_train_steps", 4, "--batch_size", 64, "--log_with", "tensorboard", "--logging_steps", 1]
     run_script("contrastive", ["--output_dir", tmp_path, *flags])
     folder = tmp_path / "encoder"
@@ -48,7 +48,8 @@ def test_contrastive_script_writes_a_complete_folder(run_script, tmp_path):
     card = (folder / "README.md").read_text()
     assert f"{results['metrics']['knn_top1']:.4g}" in card and "AutoModel.from_pretrained" in card
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
-    assert Image.open(folder / "curves.png").width > 300
+    curves = Image.open(folder / "curves.png")
+    assert curves.width > 300 and curves.convert("L").getextrema()[0] < 128  # on the fixture `drawn`: with ink
 
 
 def test_run_starts_from_a_given_encoder_and_refuses_another_architecture(run_script, refusal, tmp_path):
