@@ -12,10 +12,12 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 
@@ -31,7 +33,7 @@ READ = re.compile("OMP_|MKL_|OPENBLAS_|KMP_|(PY)?TORCH_|CUDA_|LD_|ORT_|TQDM_|PYT
 
 
 class Forks:
-    """The process that forks, started with the first child and ended with this one; one child at a time."""
+    """The process that forks, started with the first child and ended with this one."""
 
     def __init__(self):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -46,26 +48,46 @@ class Forks:
         self.process.stdin.close()
         self.process.wait(30)
 
-    def reply(self) -> int:
+    def ask(self, **job):
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
         line = self.process.stdout.readline()
         assert line, "the process that forks has ended"
-        return int(line)
+        return json.loads(line)
 
-    def run(self, argv: list[str], cwd, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess:
-        differing = [name for name in {*env, *self.environment} if env.get(name) != self.environment.get(name)]
-        read = [name for name in differing if READ.match(name)]
+
+class Forked:
+    """A child, with the few methods of `subprocess.Popen` that the tests use; its output goes to a file each."""
+
+    def __init__(self, argv: list, cwd, env: dict[str, str], out: Path, err: Path):
+        env = env | {"ORT_DISABLE_TELEMETRY": "1"}
+        before = forks().environment
+        read = [name for name in {*env, *before} if env.get(name) != before.get(name) and READ.match(name)]
         assert not read, f"a fresh process is needed for other values of {read}"
-        with tempfile.TemporaryDirectory() as folder:
-            outputs = [Path(folder, name) for name in ("out", "err")]
-            job = {"argv": argv, "cwd": str(cwd), "env": env, "outputs": [str(path) for path in outputs]}
-            self.process.stdin.write(json.dumps(job) + "\n")
-            self.process.stdin.flush()
-            child = self.reply()
-            alarm = threading.Timer(timeout, os.kill, (child, 9))
-            alarm.start()
-            status = self.reply()
-            alarm.cancel()
-            return subprocess.CompletedProcess(argv, status, *(path.read_text(errors="replace") for path in outputs))
+        argv = [str(word) for word in argv]
+        self.pid = forks().ask(argv=argv, cwd=str(cwd), env=env, outputs=[str(out), str(err)])
+        self.returncode = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = forks().ask(poll=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end, pause = time.monotonic() + timeout, 0.002
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a forked process", timeout)
+            time.sleep(pause)
+            pause = min(0.05, 1.3 * pause)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 @functools.cache
@@ -75,8 +97,14 @@ def forks() -> Forks:
 
 def run_forked(argv: list, cwd=None, env: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
     """What `subprocess.run([sys.executable, *argv])` gives, its output as text; argv begins with -c, -m or a script."""
-    env = dict(os.environ if env is None else env) | {"ORT_DISABLE_TELEMETRY": "1"}
-    return forks().run([str(word) for word in argv], cwd or os.getcwd(), env, timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = (Path(folder, name) for name in ("out", "err"))
+        process = Forked(argv, cwd or os.getcwd(), dict(os.environ if env is None else env), out, err)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(argv, status, *(file.read_text(errors="replace") for file in (out, err)))
 
 
 def serve() -> dict | None:
@@ -98,13 +126,16 @@ def serve() -> dict | None:
     os.set_inheritable(replies, False)
     os.dup2(2, 1)
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            os.close(replies)
-            return json.loads(line)
-        os.write(replies, f"{child}\n".encode())
-        _, status = os.waitpid(child, 0)
-        os.write(replies, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        job = json.loads(line)
+        if "poll" in job:
+            child, status = os.waitpid(job["poll"], os.WNOHANG)
+            reply = os.waitstatus_to_exitcode(status) if child else None
+        else:
+            reply = os.fork()
+            if not reply:
+                os.close(replies)
+                return job
+        os.write(replies, f"{json.dumps(reply)}\n".encode())
     return None
 
 

@@ -13,6 +13,7 @@ import contrastive
 import pytest
 import torch
 import yaml
+from forked_processes import run_forked
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from launches import forget_accelerator
@@ -30,15 +31,19 @@ REPOSITORY = Path(__file__).parents[2]
 SHORT = ["--max_train_steps", "2", "--batch_size", "16", "--output_dir"]
 
 
-def run(*argv, cwd: Path, python_path: Path | None = None) -> str:
-    """`hf-dpssl ARGV` in a fresh process; its output, or an AssertionError with it."""
+def run(*argv, cwd: Path, python_path: Path | None = None, start=run_forked) -> str:
+    """`hf-dpssl ARGV` in a process as good as fresh; its output, or an AssertionError with it."""
     paths = [] if python_path is None else [str(python_path)]
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables |= {"PYTHONPATH": os.pathsep.join(paths)} if paths else {}
-    command = [sys.executable, "-m", "hf_dpssl.cli", *map(str, argv)]
-    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    done = start(["-m", "hf_dpssl.cli", *map(str, argv)], cwd, variables)
     assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
+
+
+def run_fresh(argv: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, *argv]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def test_help_names_every_subcommand(capsys):
@@ -197,7 +202,7 @@ def test_map_takes_a_data_set_before_its_flags(monkeypatch, capsys):
 
 def test_shipped_cpu_config_really_starts_two_processes(tmp_path):
     argv = ["train", "contrastive", "--accelerate_config", "cpu_2_processes", "--num_processes", 2]
-    run(*argv, *SHORT, tmp_path / "two", cwd=tmp_path)
+    run(*argv, *SHORT, tmp_path / "two", cwd=tmp_path, start=run_fresh)
     assert json.loads((tmp_path / "two/encoder/config.json").read_text())["dpssl"]["steps"] == 2
 
 

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import yaml
 from cases import for_each
+from forked_processes import Forked
 from packaging.requirements import Requirement
 
 from hf_dpssl.cli.commands import main
@@ -107,9 +108,13 @@ def test_pushed_space_starts_as_its_front_matter_says_and_leaves_no_temporary_fo
             port = probe.getsockname()[1]
         variables = {"GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(Path(__file__).parents[2])}
         variables["TMPDIR"] = str(temporary)
-        command = [sys.executable, front["app_file"]]  # as a Space's machine does
-        with open(tmp_path / "log", "w") as log:
-            process = subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=log, stderr=log)
+        if number == signal.SIGTERM:
+            command = [sys.executable, front["app_file"]]  # as a Space's machine does
+            with open(tmp_path / "log", "w") as log:
+                process = subprocess.Popen(command, cwd=folder, env=os.environ | variables, stdout=log, stderr=log)
+        else:
+            outputs = tmp_path / "log", tmp_path / "err"
+            process = Forked([front["app_file"]], folder, os.environ | variables, *outputs)
         try:
             answer, end = "", time.monotonic() + 240
             while not answer and process.poll() is None and time.monotonic() < end:

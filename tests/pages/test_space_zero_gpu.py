@@ -1,13 +1,12 @@
 """Spaces under ZeroGPU: its package `spaces` is imitated by one that decorates, forgets and pickles as it does."""
 
 import os
-import subprocess
-import sys
 import textwrap
 from json import loads
 from pathlib import Path
 
 import pytest
+from forked_processes import run_forked
 from tiny_checkpoints import autoencoder_model, save_checkpoints
 
 pytest.importorskip("gradio", minversion="6.0")
@@ -109,10 +108,7 @@ def test_space_works_behind_the_decorator_and_its_errors_stay_readable(tmp_path,
         "PYTHONPATH": f"{tmp_path / 'packages'}{os.pathsep}{REPOSITORY}", "DPSSL_DEMO": str(tmp_path / "demo"),
         "SPACE": name, "REPOSITORY": str(REPOSITORY), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", textwrap.dedent(CODE)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | variables, capture_output=True, text=True, timeout=300
-    )
+    done = run_forked(["-c", textwrap.dedent(CODE)], tmp_path, os.environ | variables)
     assert done.returncode == 0, done.stderr
     report = loads((tmp_path / "report.json").read_text())
     assert report["granted"] == granted and shown in str(report["good"])

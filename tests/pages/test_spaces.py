@@ -1,7 +1,6 @@
 """The Spaces without a browser: what is shipped, their functions, bad input, and starting one from the command line."""
 
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 import yaml
 from cases import for_each
+from forked_processes import run_forked
 from load_space import load_app
 from PIL import Image
 
@@ -167,9 +167,8 @@ def test_unknown_space_or_port_ends_with_usage_and_status_2(argv, capsys):
 
 def test_a_space_without_its_models_ends_with_one_line_and_status_2(tmp_path):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("DPSSL_")}
-    command = [sys.executable, "-m", "hf_dpssl.cli", "space", "image_generator"]
     variables |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300)
+    done = run_forked(["-m", "hf_dpssl.cli", "space", "image_generator"], tmp_path, variables)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert (
         done.stderr.strip().splitlines()[-1].startswith("image_generator: no model (dit, one step, token transformer)")
