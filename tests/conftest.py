@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import multiprocessing.forkserver
@@ -23,7 +24,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def pytest_collection_finish():
-    """Modules stay to the end: no later collection of garbage, of which a training run makes several, walks them."""
+    """Digits are decoded once; modules stay to the end, and no later collection of garbage walks them."""
+    from repeated_work import keep_decoded_digits
+
+    keep_decoded_digits()
     gc.collect()
     gc.freeze()
 
@@ -102,13 +106,22 @@ def drawn():
 
 
 @pytest.fixture
+def forked_shares(fork_server, monkeypatch):
+    """What `divide_work` starts are forks with the libraries imported; that it starts fresh ones is tested with it."""
+    from torch.multiprocessing import start_processes
+
+    from hf_dpssl.runs import local_processes
+
+    monkeypatch.setattr(local_processes, "spawn", functools.partial(start_processes, start_method="forkserver"))
+
+
+@pytest.fixture
 def run_script(monkeypatch, capsys, request):
     """run_script(script, argv) -> what it printed, of a script of training/ run to its end; its errors are raised."""
-    from repeated_work import Unrendered, keep_counted_operations, keep_decoded_digits
+    from repeated_work import Unrendered, keep_counted_operations
 
     from hf_dpssl.runs import plots
 
-    keep_decoded_digits()
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr(plots, "Figure", Unrendered)
 

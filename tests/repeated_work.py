@@ -1,13 +1,14 @@
 """What every tiny run would do again and other tests are about, done once in a process: the same results, sooner.
 
 Decoded digits and counted operations are kept by what they depend on. Curves are drawn by our own code and only their
-rendering, which is matplotlib's, is left out: a white picture of the figure's size; with the fixture `drawn` and in
-processes of their own they are rendered.
+rendering, which is matplotlib's, is left out: a white picture of the figure's size. With the fixture `drawn`, in the
+demo and in what a command starts they are rendered.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,22 +28,35 @@ def keep_decoded_digits() -> None:
 
     if hasattr(ImageTable.preload, "__wrapped__"):
         return
-    preload, kept = ImageTable.preload, {}
+    preload, readable_batch, kept = ImageTable.preload, ImageTable.readable_batch, {}
+
+    def decoded(table):
+        """Images and labels of a table of digits that is not cropped while it is read, else None."""
+        if table.data.name != "digits" or table.views is not None:
+            return None
+        key = (table.split._fingerprint, table.data.image_column, table.data.label_column, table.image_size)
+        if key not in kept:
+            whole = ImageTable(table.data, table.split, table.image_size)
+            preload(whole, sys.maxsize, show_progress=False)
+            kept[key] = (whole.images, whole.labels)
+        return kept[key]
 
     @functools.wraps(preload)
     def preload_or_take(table, max_bytes: int, show_progress: bool = True) -> dict[int, str]:
-        fits = len(table.split) * 3 * table.image_size**2 <= max_bytes
-        if table.data.name != "digits" or table.views is not None or not fits:
+        if len(table.split) * 3 * table.image_size**2 > max_bytes or (tensors := decoded(table)) is None:
             return preload(table, max_bytes, show_progress)
-        key = (table.split._fingerprint, table.data.image_column, table.data.label_column, table.image_size)
-        if key not in kept:
-            bad = preload(table, max_bytes, show_progress)
-            assert not bad, bad
-            kept[key] = (table.images, table.labels)
-        table.images, table.labels = (tensor.clone() for tensor in kept[key])
+        table.images, table.labels = (tensor.clone() for tensor in tensors)
         return {}
 
-    ImageTable.preload = preload_or_take
+    @functools.wraps(readable_batch)
+    def batch_or_take(table, rows) -> dict | None:
+        if table.images is not None or (tensors := decoded(table)) is None:
+            return readable_batch(table, rows)
+        whole = ImageTable(table.data, table.split, table.image_size)
+        whole.images, whole.labels = tensors
+        return readable_batch(whole, rows)
+
+    ImageTable.preload, ImageTable.readable_batch = preload_or_take, batch_or_take
 
 
 @functools.cache

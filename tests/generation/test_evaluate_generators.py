@@ -133,7 +133,7 @@ def test_numbers_of_a_pipeline_are_those_of_the_images_that_sample_draws(folders
     assert found["fingerprint"]["classifier"]["name"] == "timm-two"
 
 
-def test_drawn_images_are_kept_and_gone_on_with_by_two_processes(folders, capsys, tmp_path):
+def test_drawn_images_are_kept_and_gone_on_with_by_two_processes(folders, capsys, forked_shares, tmp_path):
     flags = ["--extractor", folders["judge"], "--num_images", "18", "--num_inference_steps", "1", *FEW]
     alone = evaluate(capsys, folders["dit"], *flags, "--reference", "train", "--batch_size", "4")
     where = ["--samples_dir", str(tmp_path / "kept"), "--num_processes", "2", "--batch_size", "4"]

@@ -13,12 +13,16 @@ from hf_dpssl.contrastive.matching import DIVERGENCES, KERNELS, NORMALIZATIONS
 from hf_dpssl.pages.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, class_gap, map_data
 
 
-@pytest.mark.parametrize("seeds", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_default_settings_reach_the_divergence_of_scikit_learns_t_sne_in_the_median_of_seeds(seeds):
-    points, labels = map_data("digits", 256)
-    settings = MapSettings(perplexity=20)
-    reached = [LiveMap(points, labels, seed=seed).advance(settings, 400) for seed in range(seeds)]
-    peer = TSNE(perplexity=20, method="exact", random_state=0).fit(points.numpy())
+@pytest.mark.parametrize(
+    "seeds, count, perplexity, steps", [(3, 100, 10, 300), pytest.param(8, 256, 20, 400, marks=pytest.mark.slow)]
+)
+def test_default_settings_reach_the_divergence_of_scikit_learns_t_sne_in_the_median_of_seeds(
+    seeds, count, perplexity, steps
+):
+    points, labels = map_data("digits", count)
+    settings = MapSettings(perplexity=perplexity)
+    reached = [LiveMap(points, labels, seed=seed).advance(settings, steps) for seed in range(seeds)]
+    peer = TSNE(perplexity=perplexity, method="exact", random_state=0).fit(points.numpy())
     assert median(reached) < 1.1 * peer.kl_divergence_
 
 

@@ -19,6 +19,7 @@ from hf_dpssl.data.image_table import ImageTable
 CODES, STEPS = 16, 6
 SMALL = ["--width", 16, "--num_layers", 1, "--num_heads", 2, "--batch_size", 32, "--checkpointing_steps", 2]
 SMALL += ["--max_train_steps", STEPS, "--logging_steps", 2, "--validation_steps", 3, "--learning_rate", 0.01]
+SMALL += ["--samples_per_class", 1]
 
 
 @pytest.fixture(scope="module")
