@@ -176,7 +176,7 @@ def test_capacity_of_generators_is_that_of_standardised_latents_and_small_pictur
     random = torch.Generator().manual_seed(0)
     train, test = (torch.randn(200, 1, 32, 32, generator=random).clamp(-1, 1) for _ in range(2))
     latents = [3 + 2 * torch.nn.functional.avg_pool2d(pixels, 16) for pixels in (train, test)]
-    options = dict(widths=(2, 4), critics=1, budget=Budget(generator_steps=10, critic_steps=10, batch_size=32))
+    options = dict(widths=(2, 4), critics=1, budget=Budget(generator_steps=4, critic_steps=4, batch_size=32))
     pictures = [Pictures(pixels, torch.zeros(200)) for pixels in (train, test)]
     metrics, curves = generator_capacity(*pictures, *latents, seed=5, **options)
     small = [pixels.unflatten(2, (16, 2)).unflatten(4, (16, 2)).mean((3, 5)) for pixels in (train, test)]

@@ -186,6 +186,7 @@ def test_onnx_generator_draws_the_pipelines_images_for_any_batch_with_and_withou
     assert expected.std() > 0.02 and (unconditional - expected).abs().max() > 1e-3
 
 
+@pytest.mark.slow  # the fast tests export a transformer by the same function
 def test_onnx_of_a_generator_of_dense_layers_draws_its_images(tmp_path):
     pytest.importorskip("onnxscript")
     made = drift_pipeline()

@@ -38,7 +38,7 @@ def short_demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     recipe = folder / "short.yaml"
     recipe.write_text(yaml.safe_dump(SHORT), encoding="utf-8")
-    with mock.patch.object(demo, "NUM_SAMPLES", 40):
+    with mock.patch.object(demo, "NUM_SAMPLES", 100):
         return demo.main(["--output_dir", str(folder / "out"), "--recipe", str(recipe)])
 
 
@@ -79,7 +79,7 @@ def test_report_has_every_measure_with_its_circumstances(short_demo):
     assert sum(v for k, v in metrics["seconds"].items() if k != "total") == pytest.approx(
         metrics["seconds"]["total"], abs=1
     )
-    assert report["samples"] == {"train": 1437, "held_out": 360, "generated": 40}
+    assert report["samples"] == {"train": 1437, "held_out": 360, "generated": 100}
     assert report["environment"]["libraries"]["torch"] and report["recipe"] == SHORT
 
 
