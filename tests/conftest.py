@@ -100,19 +100,25 @@ def rehearse(fork_server, tmp_path):
     return run
 
 
+@pytest.fixture(scope="session")
+def spawn_forked(fork_server):
+    """`torch.multiprocessing.spawn` whose processes are forks with the libraries imported."""
+    from torch.multiprocessing import start_processes
+
+    return functools.partial(start_processes, start_method="forkserver")
+
+
+@pytest.fixture
+def forked_shares(spawn_forked, monkeypatch):
+    """What `divide_work` starts are forks; that it starts fresh processes is tested with it."""
+    from hf_dpssl.runs import local_processes
+
+    monkeypatch.setattr(local_processes, "spawn", spawn_forked)
+
+
 @pytest.fixture
 def drawn():
     """Training curves are rendered in this test."""
-
-
-@pytest.fixture
-def forked_shares(fork_server, monkeypatch):
-    """What `divide_work` starts are forks with the libraries imported; that it starts fresh ones is tested with it."""
-    from torch.multiprocessing import start_processes
-
-    from hf_dpssl.runs import local_processes
-
-    monkeypatch.setattr(local_processes, "spawn", functools.partial(start_processes, start_method="forkserver"))
 
 
 @pytest.fixture

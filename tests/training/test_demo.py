@@ -33,12 +33,12 @@ SHORT = {
 
 
 @pytest.fixture(scope="module")
-def short_demo(tmp_path_factory):
-    """Folder of a demo that trains for a few steps, and draws a few samples."""
+def short_demo(tmp_path_factory, spawn_forked):
+    """Folder of a demo that trains for a few steps, its encoders in a fork, and draws a few samples."""
     folder = tmp_path_factory.mktemp("demo")
     recipe = folder / "short.yaml"
     recipe.write_text(yaml.safe_dump(SHORT), encoding="utf-8")
-    with mock.patch.object(demo, "NUM_SAMPLES", 100):
+    with mock.patch.multiple(demo, NUM_SAMPLES=100, spawn=spawn_forked):
         return demo.main(["--output_dir", str(folder / "out"), "--recipe", str(recipe)])
 
 
