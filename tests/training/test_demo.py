@@ -38,7 +38,11 @@ def short_demo(tmp_path_factory, spawn_forked):
     folder = tmp_path_factory.mktemp("demo")
     recipe = folder / "short.yaml"
     recipe.write_text(yaml.safe_dump(SHORT), encoding="utf-8")
-    with mock.patch.multiple(demo, NUM_SAMPLES=100, spawn=spawn_forked):
+    generators = {
+        name: (place, pipeline, options | {"num_inference_steps": 4} if "num_inference_steps" in options else options)
+        for name, (place, pipeline, options) in demo.GENERATORS.items()
+    }
+    with mock.patch.multiple(demo, NUM_SAMPLES=100, GENERATORS=generators, spawn=spawn_forked):
         return demo.main(["--output_dir", str(folder / "out"), "--recipe", str(recipe)])
 
 
@@ -69,9 +73,10 @@ def test_report_has_every_measure_with_its_circumstances(short_demo):
     assert {name: row["passes"] for name, row in metrics["generators"].items()} == {
         "one_step": 1,
         "one_step_joint": 1,
-        "dit": 25,
-        "dit_guided": 50,
+        "dit": 4,
+        "dit_guided": 8,
     }
+    assert demo.GENERATORS["dit"][2]["num_inference_steps"] == 25  # as it is shipped
     measures = {"class_consistency", "copies", "diversity", "frechet_distance", "training_seconds", "sampling_seconds"}
     assert all(set(row) == measures | {"passes"} for row in metrics["generators"].values())
     stated = json.loads((short_demo / "drift" / "results.json").read_text(encoding="utf-8"))["metrics"]
