@@ -18,6 +18,7 @@ from launches import REPOSITORY, Launched, forget_accelerator
 
 sys.path.insert(0, str(REPOSITORY / "training"))
 
+gc.disable()  # until all tests and what they import are read: there is no garbage in it, and much to walk
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are several times slower
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -30,6 +31,7 @@ def pytest_collection_finish():
     keep_decoded_digits()
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")

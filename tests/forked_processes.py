@@ -112,6 +112,7 @@ def serve() -> dict | None:
     import gc
     import importlib
 
+    gc.disable()
     for name in PRELOADED:
         try:
             importlib.import_module(name)
@@ -122,6 +123,7 @@ def serve() -> dict | None:
     assert threading.active_count() == 1, threading.enumerate()
     gc.collect()
     gc.freeze()
+    gc.enable()
     replies = os.dup(1)
     os.set_inheritable(replies, False)
     os.dup2(2, 1)

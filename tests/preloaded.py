@@ -24,6 +24,7 @@ ROOMS = [
     "runs.training_loop",
 ]  # fmt: skip
 
+gc.disable()
 for name in [*LIBRARIES, *(f"hf_dpssl.{room}" for room in ROOMS)]:
     try:
         importlib.import_module(name)
@@ -46,4 +47,5 @@ for kind in KINDS:
     _templates().get_template(f"{kind}.md")
 plot_curves([{"step": step, "loss": 0.5} for step in range(2)], io.BytesIO(), title="fonts")
 gc.collect()
+gc.enable()
 gc.freeze()  # what is here stays: collections in the children need not look at it again
