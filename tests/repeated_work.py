@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -42,9 +43,11 @@ def keep_decoded_digits() -> None:
         return kept[key]
 
     @functools.wraps(preload)
-    def preload_or_take(table, max_bytes: int, show_progress: bool = True) -> dict[int, str]:
-        if len(table.split) * 3 * table.image_size**2 > max_bytes or (tensors := decoded(table)) is None:
-            return preload(table, max_bytes, show_progress)
+    def preload_or_take(table, max_bytes: int, show_progress: bool = True, *, together: bool = False) -> dict[int, str]:
+        shared = together and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        too_large = len(table.split) * 3 * table.image_size**2 > max_bytes
+        if shared or too_large or (tensors := decoded(table)) is None:
+            return preload(table, max_bytes, show_progress, together=together)
         table.images, table.labels = (tensor.clone() for tensor in tensors)
         return {}
 
