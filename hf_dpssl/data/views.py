@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -218,7 +219,9 @@ class TwoViews:
                 f"colour jitter and grey need images of 3 channels, got {images.shape[-3]}: pass an Augmentation with "
                 "jitter=0 and grey=0, or convert the images to RGB."
             )
-        with torch.autocast(images.device.type, enabled=False):  # pixels are float32 whatever surrounds them
+        device = images.device.type
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():  # pixels are float32 in any case
             return self._views(images, sample_ids, epoch)
 
     def _views(self, images: Tensor, sample_ids: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
@@ -229,8 +232,7 @@ class TwoViews:
         count = len(images)
         shape = images.shape[-3:]
         views = torch.empty(2 * count, *shape, device=images.device)
-        orders, blurred = self._counts(parameters)
-        for rows, order in self._parts(parameters, orders, _at_a_time(images, _PIXELS_AT_A_TIME)):
+        for rows, order in self._parts(parameters, _at_a_time(images, _PIXELS_AT_A_TIME)):
             sources = rows % count if images.ndim == 4 else 2 * (rows % count) + rows // count
             part = images.reshape(-1, *shape).index_select(0, sources)
             part_parameters = parameters.take(rows)
@@ -241,38 +243,20 @@ class TwoViews:
                 part = self._exact_colours(part, part_parameters, order)
             views.index_copy_(0, rows, part)
         # Blur comes last, which is the same as before normalisation.
-        first = parameters.blur.argsort(descending=True, stable=True)[:blurred]
-        for rows in first.split(_at_a_time(images, _BLURRED_PIXELS_AT_A_TIME)) if blurred else ():
+        blurred = parameters.blur.nonzero().squeeze(1) if a.blur > 0 else ()
+        for rows in blurred.split(_at_a_time(images, _BLURRED_PIXELS_AT_A_TIME)) if len(blurred) else ():
             part = gaussian_blur(views.index_select(0, rows), parameters.sigma.index_select(0, rows))
             views.index_copy_(0, rows, part)
         return views.chunk(2)
 
-    def _counts(self, p: ViewParameters) -> tuple[list[int], int]:
-        """How many views have no jitter and each order of it ([] where that does not matter), and how many a blur.
-
-        They are read at once: a GPU is waited for once.
-        """
-        a = self.augmentation
-        counts = []
-        if self._in_orders:
-            counts.append((_jitter_order(p)[:, None] == torch.arange(-1, len(ORDERS), device=p.order.device)).sum(0))
-        if a.blur > 0:
-            counts.append(p.blur.sum()[None])
-        numbers = torch.cat(counts).tolist() if counts else []
-        return (numbers[: len(ORDERS) + 1] if self._in_orders else []), (numbers[-1] if a.blur > 0 else 0)
-
-    @property
-    def _in_orders(self) -> bool:
-        """Whether the operations of jitter are done one after the other, in each view's own order."""
-        return self.mode != "fused" and self.augmentation.jitter > 0
-
-    def _parts(self, p: ViewParameters, orders: list[int], limit: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+    def _parts(self, p: ViewParameters, limit: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """Rows of views that are worked on together, and the order of their jitter (empty: none, or fused)."""
-        if not orders:
+        if self.mode == "fused" or self.augmentation.jitter == 0:
             yield from ((rows, ()) for rows in torch.arange(len(p.flip), device=p.flip.device).split(limit))
             return
-        sorted_rows = _jitter_order(p).argsort(stable=True)
-        for operations, rows in zip([(), *ORDERS], sorted_rows.split(orders), strict=True):
+        order = torch.where(p.jitter, p.order, -1)
+        counts = torch.bincount(order + 1, minlength=len(ORDERS) + 1).tolist()
+        for operations, rows in zip([(), *ORDERS], order.argsort(stable=True).split(counts), strict=True):
             yield from ((part, operations) for part in rows.split(limit) if len(part))
 
     def _resampled(self, images: Tensor, draws: Tensor, p: ViewParameters) -> Tensor:
@@ -308,11 +292,6 @@ class TwoViews:
         for channel, (m, s) in enumerate(zip(self.mean.tolist(), self.std.tolist(), strict=True)):
             images[:, channel].clamp_(-m / s, (1 - m) / s)
         return images
-
-
-def _jitter_order(p: ViewParameters) -> Tensor:
-    """(B,) numbers of the orders, -1 for no jitter."""
-    return torch.where(p.jitter, p.order, -1)
 
 
 def _where_(chosen: Tensor, images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
