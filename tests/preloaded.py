@@ -19,8 +19,8 @@ LIBRARIES = [
 ROOMS = [
     "autoencoder.adversarial_term", "autoencoder.perceptual", "autoencoder.training", "contrastive.backbone_check",
     "contrastive.warm_start", "convert.autoencoder_importers", "embedding.embedding_job", "evaluation.loading",
-    "evaluation.reconstruction", "generation.generation_monitor", "generation.latent_run",
-    "generation.pipeline_vq_token", "generation.token_alignment", "hub.model_card", "runs.contrastive_arguments",
+    "evaluation.reconstruction", "latent_training.generation_monitor", "latent_training.latent_run",
+    "generation.pipeline_vq_token", "latent_training.token_alignment", "hub.model_card", "runs.contrastive_arguments",
     "runs.training_loop",
 ]  # fmt: skip
 

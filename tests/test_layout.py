@@ -22,6 +22,7 @@ ROOMS = [
     "zoo",
     "autoencoder",
     "generation",
+    "latent_training",
     "pages",
     "hub",
     "convert",

@@ -18,9 +18,9 @@ from hf_dpssl import (
     VQDriftPipeline,
     VQTokenPipeline,
 )
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
 from hf_dpssl.generation.pipeline_vq_token import make_language_model
 from hf_dpssl.hub.card_merge import marked_card
+from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
 from hf_dpssl.runs.atomic_files import write_json
 
 TOKENS, NAMES = 64, {0: "zero", 1: "one"}

@@ -8,7 +8,7 @@ from pictures import BROKEN, noise, row, write_parquet
 
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.image_table import ImageTable
-from hf_dpssl.generation.latent_cache import build_latent_cache
+from hf_dpssl.latent_training.latent_cache import build_latent_cache
 from hf_dpssl.models.modeling_vq import VQAutoencoder, VQConfig
 
 COUNT = 23

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
 from hf_dpssl.generation.pipeline_vq_token import make_language_model
+from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
 
 NAMES = ["cat", "dog", "horse"]
 CODES, TOKENS = 16, 16

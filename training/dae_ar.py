@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
-from hf_dpssl.generation.token_arguments import ARArguments
+from hf_dpssl.latent_training.token_arguments import ARArguments
 from hf_dpssl.runs.console import say
 from hf_dpssl.runs.recipe import announce, parse, save_recipe
 
@@ -39,11 +39,11 @@ from hf_dpssl.data.batches import load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.data.subsets import random_rows
 from hf_dpssl.embedding.feature_extractors import load_extractor
-from hf_dpssl.generation.diffusion import dropped_labels
-from hf_dpssl.generation.latent_cache import CodeTable
-from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
 from hf_dpssl.generation.pipeline_vq_token import VQTokenPipeline, code_nats, make_language_model
 from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.latent_training.diffusion import dropped_labels
+from hf_dpssl.latent_training.latent_cache import CodeTable
+from hf_dpssl.latent_training.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run

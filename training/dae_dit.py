@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
-from hf_dpssl.generation.dit_arguments import DiTArguments
+from hf_dpssl.latent_training.dit_arguments import DiTArguments
 from hf_dpssl.runs.console import say
 from hf_dpssl.runs.recipe import announce, parse, save_recipe
 
@@ -34,23 +34,28 @@ from torch import Tensor, nn
 
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
-from hf_dpssl.generation.diffusion import (
+from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.latent_training.diffusion import (
     dropped_labels,
     make_scheduler,
     objective_loss,
     training_example,
 )
-from hf_dpssl.generation.generation_monitor import GenerationMonitor, sample_grid
-from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run, new_transformer
-from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
-from hf_dpssl.generation.token_alignment import (
+from hf_dpssl.latent_training.generation_monitor import GenerationMonitor, sample_grid
+from hf_dpssl.latent_training.latent_run import (
+    autoencoder_of_run,
+    cached_training_images,
+    classes_of_run,
+    new_transformer,
+)
+from hf_dpssl.latent_training.token_alignment import (
     LatentsWithImages,
     SpatialFeatures,
     TokenAlignedTransformer,
     default_block,
     token_alignment_loss,
 )
-from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_contrastive import ContrastiveEncoder
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder

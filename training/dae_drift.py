@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
-from hf_dpssl.generation.drift_arguments import DriftArguments
+from hf_dpssl.latent_training.drift_arguments import DriftArguments
 from hf_dpssl.runs.console import say
 from hf_dpssl.runs.recipe import announce, parse, save_recipe
 
@@ -37,17 +37,17 @@ from hf_dpssl.contrastive import drift_loss
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
-from hf_dpssl.generation.drift_training import (
+from hf_dpssl.generation.pipeline_vq_drift import VQDriftPipeline
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.latent_training.drift_training import (
     DriftSets,
     Progress,
     feature_spaces,
     generate,
     initial_transformer,
 )
-from hf_dpssl.generation.generation_monitor import GenerationMonitor, sample_grid
-from hf_dpssl.generation.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
-from hf_dpssl.generation.pipeline_vq_drift import VQDriftPipeline
-from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.latent_training.generation_monitor import GenerationMonitor, sample_grid
+from hf_dpssl.latent_training.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
-from hf_dpssl.generation.gan_arguments import GANArguments
+from hf_dpssl.latent_training.gan_arguments import GANArguments
 from hf_dpssl.runs.console import say
 from hf_dpssl.runs.recipe import announce, parse, save_recipe
 
@@ -37,14 +37,14 @@ from hf_dpssl.data.views import PRESETS, to_model_range
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.embedding.feature_extractors import load_extractor
 from hf_dpssl.evaluation.image_measures import Extractor
-from hf_dpssl.generation.gan_training import (
+from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.latent_training.gan_training import (
     FeatureBank,
     Judge,
     density_settings,
     fit_density_,
     pictures,
 )  # fmt: skip
-from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.latent_density import LatentDensity
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.models.modeling_vaegan import VAEGAN, Generator, VAEGANConfig

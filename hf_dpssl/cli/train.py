@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ..autoencoder.arguments import VQArguments
 from ..domains.domains_arguments import DomainsArguments
-from ..generation.dit_arguments import DiTArguments
-from ..generation.drift_arguments import DriftArguments
-from ..generation.gan_arguments import GANArguments
-from ..generation.token_arguments import ARArguments
+from ..latent_training.dit_arguments import DiTArguments
+from ..latent_training.drift_arguments import DriftArguments
+from ..latent_training.gan_arguments import GANArguments
+from ..latent_training.token_arguments import ARArguments
 from ..runs.contrastive_arguments import ContrastiveArguments
 from ..runs.flags import FlagParser
 from ..runs.map_arguments import MapArguments

@@ -299,3 +299,15 @@ class _CifarBlock(nn.Module):
         hidden = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         return (hidden + F.pad(shortcut, (0, 0, 0, 0, self.padding, self.padding))).relu()
+
+
+def check_classifier(classifier: FeatureExtractor, num_classes: int, image_size: int) -> None:
+    """ValueError unless it gives one logit for each class of the generator."""
+    if classifier.logits is None:
+        raise ValueError(
+            f"the extractor {classifier.name!r} has no classifier: name one with a head, such as resnet56-cifar10 "
+            "or timm:<model>."
+        )
+    found = classifier.logits(torch.zeros(1, classifier.num_channels, image_size, image_size)).shape[1]
+    if found != num_classes:
+        raise ValueError(f"the classifier {classifier.name!r} knows {found} classes, the data set has {num_classes}.")

@@ -1,7 +1,7 @@
-"""Images from latents: a DiT by diffusion or in one step, a token transformer, GANs.
+"""Images from latents: a DiT by diffusion or in one step, a token transformer.
 
-Read pipeline_vq_dit.py first, the whole inference story; then diffusion.py (what is trained), latent_cache.py (on what)
-and bulk_sampling.py (`hf-dpssl sample`). May import rooms up to autoencoder."""
+Read pipeline_vq_dit.py first, the whole inference story; then bulk_sampling.py (`hf-dpssl sample`) and
+generator_evaluation.py (`hf-dpssl evaluate`). May import rooms up to autoencoder."""
 
 import lazy_loader
 

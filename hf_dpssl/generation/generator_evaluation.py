@@ -22,13 +22,12 @@ from .. import evaluation
 from ..autoencoder.autoencoder_evaluation import CROPPED, frechet, real_images, weights_sha256
 from ..embedding.embedder import best_device
 from ..embedding.evaluation_entries import Measured
-from ..embedding.feature_extractors import FeatureExtractor, features_of, load_extractor
+from ..embedding.feature_extractors import FeatureExtractor, check_classifier, features_of, load_extractor
 from ..evaluation.image_measures import metric_key
 from ..models.modeling_vaegan import VAEGAN
 from ..runs.lineage import well_formed
 from .bulk_sampling import SampleJob, sample_images
 from .choices import OPTIONS
-from .generation_monitor import check_classifier
 from .sample_folder import picture_path
 
 _NO_JUDGE = (

@@ -36,8 +36,8 @@ from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.image_table import ImageTable
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer, training_example
-from hf_dpssl.generation.latent_cache import build_latent_cache
+from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer, training_example
+from hf_dpssl.latent_training.latent_cache import build_latent_cache
 from hf_dpssl.models.matrix_products import has_fast_bfloat16
 from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.shipped_folders import shipped_folder

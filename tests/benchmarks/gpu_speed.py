@@ -19,15 +19,15 @@ from hf_dpssl.contrastive.drifting import drift_loss
 from hf_dpssl.contrastive.losses import clip, t_simclr
 from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
 from hf_dpssl.data.views import NATURAL, TwoViews
-from hf_dpssl.generation.diffusion import (
+from hf_dpssl.latent_training.diffusion import (
     dropped_labels,
     make_scheduler,
     make_transformer,
     objective_loss,
     training_example,
 )
-from hf_dpssl.generation.dit_sizes import DiTSize, preset
-from hf_dpssl.generation.drift_training import generate
+from hf_dpssl.latent_training.dit_sizes import DiTSize, preset
+from hf_dpssl.latent_training.drift_training import generate
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
 
 AIMS = {"simclr views_per_second": 40_000, "dit-b-2 share_of_matrix_rate": 0.35}

@@ -10,8 +10,8 @@ from diffusers import DiTTransformer2DModel, schedulers
 from tiny_pipelines import NAMES, generator, make_dit
 
 from hf_dpssl import VQDiTPipeline
-from hf_dpssl.generation.diffusion import make_scheduler
 from hf_dpssl.generation.scheduler_steps import prediction_type_of
+from hf_dpssl.latent_training.diffusion import make_scheduler
 
 ON_TIMESTEPS = """DDIM DDIMParallel DDPM DDPMParallel PNDM DEISMultistep DPMSolverMultistep DPMSolverSinglestep
 EulerDiscrete EulerAncestralDiscrete

@@ -10,7 +10,7 @@ from tiny_pipelines import NAMES, make_dit
 from hf_dpssl import VQDiTPipeline, VQDriftPipeline
 from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.cli.commands import main
-from hf_dpssl.generation.diffusion import make_transformer
+from hf_dpssl.latent_training.diffusion import make_transformer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hub_server import HubServer
 
 from hf_dpssl import ContrastiveConfig, SimCLRForPreTraining, VQAutoencoder, VQConfig, VQDiTPipeline
 from hf_dpssl.data.image_data import load_digits
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
+from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
 
 REPOSITORY = Path(__file__).parents[2]
 TOKEN = "hf_only_for_tests"

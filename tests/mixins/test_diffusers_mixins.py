@@ -21,7 +21,7 @@ from tests.pipelines.test_pipelines_common import (  # noqa: E402
 from tiny_checkpoints import dit_pipeline, drift_pipeline, token_pipeline  # noqa: E402
 
 from hf_dpssl import VQDiTPipeline, VQDriftPipeline, VQTokenPipeline  # noqa: E402
-from hf_dpssl.generation.diffusion import make_scheduler  # noqa: E402
+from hf_dpssl.latent_training.diffusion import make_scheduler  # noqa: E402
 
 pytestmark = pytest.mark.mixins
 

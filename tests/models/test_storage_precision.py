@@ -10,7 +10,7 @@ from transformers import AutoModel, TorchAoConfig
 
 from hf_dpssl import ContrastiveConfig, SimCLRForPreTraining, VQAutoencoder, VQDiTPipeline
 from hf_dpssl.autoencoder import latent_codec
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
+from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 

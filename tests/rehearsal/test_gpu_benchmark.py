@@ -10,7 +10,7 @@ import torch
 from launches import forget_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dpssl.generation.dit_sizes import DiTSize, multiplications
+from hf_dpssl.latent_training.dit_sizes import DiTSize, multiplications
 
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "mkldnn._linear_pointwise")
 

@@ -46,7 +46,7 @@ def size(module) -> int:
 
 
 def _as_closed_forms():
-    from hf_dpssl.generation.diffusion import make_transformer
+    from hf_dpssl.latent_training.diffusion import make_transformer
 
     transformer = make_transformer(
         num_layers=3, width=64, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=10

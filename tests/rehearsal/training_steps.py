@@ -10,8 +10,8 @@ import torch
 from hf_dpssl.autoencoder.adversarial_term import AdversarialTerm, Adversary, ReconstructionGuard
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.data.views import NATURAL, TwoViews
-from hf_dpssl.generation.diffusion import dropped_labels, make_scheduler, make_transformer
 from hf_dpssl.generation.pipeline_vq_token import code_nats, make_language_model
+from hf_dpssl.latent_training.diffusion import dropped_labels, make_scheduler, make_transformer
 from hf_dpssl.models.configuration_vq import VQConfig
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hf_dpssl.autoencoder.arguments import VQArguments
 from hf_dpssl.data import load_images
-from hf_dpssl.generation.dit_arguments import DiTArguments
+from hf_dpssl.latent_training.dit_arguments import DiTArguments
 from hf_dpssl.runs.continuation import Processes, check_same_run
 from hf_dpssl.runs.training_checkpoints import CheckpointFolder
 from hf_dpssl.runs.training_loop import same_checkpoint

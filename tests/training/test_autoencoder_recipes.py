@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder
 from hf_dpssl.autoencoder.arguments import CONFIG_FLAGS, VQArguments
-from hf_dpssl.generation.gan_training import GANArguments
+from hf_dpssl.latent_training.gan_training import GANArguments
 from hf_dpssl.models.configuration_vq import VQConfig
 from hf_dpssl.runs.recipe import find_recipe, parse
 

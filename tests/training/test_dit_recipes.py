@@ -12,8 +12,8 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from hf_dpssl import VQAutoencoder, VQConfig
-from hf_dpssl.generation.dit_arguments import DiTArguments
-from hf_dpssl.generation.dit_sizes import PRESETS, multiplications
+from hf_dpssl.latent_training.dit_arguments import DiTArguments
+from hf_dpssl.latent_training.dit_sizes import PRESETS, multiplications
 from hf_dpssl.runs.recipe import find_recipe, parse
 
 RECIPES = {"dit-b2-imagenet": "dit-b-2", "dit-xl2-imagenet": "dit-xl-2"}

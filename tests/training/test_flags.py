@@ -15,7 +15,7 @@ from tiny_checkpoints import save_checkpoints
 from hf_dpssl.autoencoder.arguments import CONFIG_FLAGS, VQArguments
 from hf_dpssl.autoencoder.choices import ARMS
 from hf_dpssl.data.batches import load_images_for
-from hf_dpssl.generation.gan_arguments import GANArguments
+from hf_dpssl.latent_training.gan_arguments import GANArguments
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
 from hf_dpssl.runs.recipe import parse

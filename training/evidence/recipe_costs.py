@@ -38,10 +38,10 @@ from contrastive import ContrastiveArguments, make_model  # noqa: E402
 
 from hf_dpssl.autoencoder.training import step_flops  # noqa: E402
 from hf_dpssl.data.image_data import TABLE  # noqa: E402
-from hf_dpssl.generation.diffusion import make_transformer  # noqa: E402
-from hf_dpssl.generation.dit_arguments import DiTArguments  # noqa: E402
 from hf_dpssl.generation.pipeline_vq_token import code_nats  # noqa: E402
-from hf_dpssl.generation.token_arguments import ARArguments  # noqa: E402
+from hf_dpssl.latent_training.diffusion import make_transformer  # noqa: E402
+from hf_dpssl.latent_training.dit_arguments import DiTArguments  # noqa: E402
+from hf_dpssl.latent_training.token_arguments import ARArguments  # noqa: E402
 from hf_dpssl.runs.atomic_files import atomic_file  # noqa: E402
 from hf_dpssl.runs.recipe import find_recipe, parse  # noqa: E402
 from hf_dpssl.runs.rehearsed_memory import memory_rehearsal  # noqa: E402

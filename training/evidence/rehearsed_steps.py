@@ -34,13 +34,13 @@ from hf_dpssl.contrastive.momentum import choose_queue_size  # noqa: E402
 from hf_dpssl.data.batches import load_images_for  # noqa: E402
 from hf_dpssl.data.image_data import TABLE, DatasetEntry  # noqa: E402
 from hf_dpssl.data.views import PRESETS, TwoViews  # noqa: E402
-from hf_dpssl.generation.diffusion import make_scheduler  # noqa: E402
-from hf_dpssl.generation.dit_arguments import DiTArguments  # noqa: E402
-from hf_dpssl.generation.drift_arguments import DriftArguments  # noqa: E402
-from hf_dpssl.generation.drift_training import feature_spaces, initial_transformer  # noqa: E402
-from hf_dpssl.generation.latent_arguments import LatentRunArguments  # noqa: E402
-from hf_dpssl.generation.latent_run import autoencoder_of_run, classes_of_run  # noqa: E402
-from hf_dpssl.generation.token_arguments import ARArguments  # noqa: E402
+from hf_dpssl.latent_training.diffusion import make_scheduler  # noqa: E402
+from hf_dpssl.latent_training.dit_arguments import DiTArguments  # noqa: E402
+from hf_dpssl.latent_training.drift_arguments import DriftArguments  # noqa: E402
+from hf_dpssl.latent_training.drift_training import feature_spaces, initial_transformer  # noqa: E402
+from hf_dpssl.latent_training.latent_arguments import LatentRunArguments  # noqa: E402
+from hf_dpssl.latent_training.latent_run import autoencoder_of_run, classes_of_run  # noqa: E402
+from hf_dpssl.latent_training.token_arguments import ARArguments  # noqa: E402
 from hf_dpssl.models.configuration_vq import VQConfig  # noqa: E402
 from hf_dpssl.models.modeling_vq import VQAutoencoder  # noqa: E402
 from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments  # noqa: E402

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..generation.choices import ARCHITECTURES
 from ..runs.flags import option
-from .choices import ARCHITECTURES
 from .latent_arguments import LatentRunArguments
 
 

@@ -12,10 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_data import load_images
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
-from hf_dpssl.generation.dit_arguments import DiTArguments
-from hf_dpssl.generation.latent_run import classes_of_run
-from hf_dpssl.generation.token_alignment import TokenAlignedTransformer
+from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
+from hf_dpssl.latent_training.dit_arguments import DiTArguments
+from hf_dpssl.latent_training.latent_run import classes_of_run
+from hf_dpssl.latent_training.token_alignment import TokenAlignedTransformer
 
 OBJECTIVES = {
     "flow": {"timestep_sampling": "logit_normal"},

@@ -8,7 +8,7 @@ from cases import for_each
 from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, make_table, written
 
 from hf_dpssl.data.image_table import ImageTable
-from hf_dpssl.generation.latent_cache import CodeTable, LatentTable
+from hf_dpssl.latent_training.latent_cache import CodeTable, LatentTable
 
 
 @pytest.fixture(autouse=True)

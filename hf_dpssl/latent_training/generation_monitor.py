@@ -22,9 +22,11 @@ from torch import Tensor
 from ..data import keyed_random
 from ..data.batches import evaluation_batches
 from ..data.image_table import ImageTable
-from ..embedding.feature_extractors import FeatureExtractor, load_extractor
+from ..embedding.feature_extractors import check_classifier, load_extractor
 from ..evaluation.generated_images import class_consistency
 from ..evaluation.image_measures import image_quality
+from ..generation.pipeline_vq_dit import VQDiTPipeline
+from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..runs.atomic_files import atomic_folder
 from ..runs.console import say
 from ..runs.plots import save_grid
@@ -34,8 +36,6 @@ from ..runs.sharding import copy_whole_
 from ..runs.training_loop import TrainingLoop
 from .dit_arguments import DiTArguments
 from .drift_arguments import DriftArguments
-from .pipeline_vq_dit import VQDiTPipeline
-from .pipeline_vq_drift import VQDriftPipeline
 from .transformer_arguments import TransformerRunArguments
 
 LatentPipeline = VQDiTPipeline | VQDriftPipeline
@@ -230,18 +230,6 @@ class GenerationMonitor:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"{self.args.name}/samples": pixels}, step=step, **options)
-
-
-def check_classifier(classifier: FeatureExtractor, num_classes: int, image_size: int) -> None:
-    """ValueError unless it gives one logit for each class of the generator."""
-    if classifier.logits is None:
-        raise ValueError(
-            f"the extractor {classifier.name!r} has no classifier: name one with a head, such as resnet56-cifar10 "
-            "or timm:<model>."
-        )
-    found = classifier.logits(torch.zeros(1, classifier.num_channels, image_size, image_size)).shape[1]
-    if found != num_classes:
-        raise ValueError(f"the classifier {classifier.name!r} knows {found} classes, the data set has {num_classes}.")
 
 
 def sample_grid(pipeline: LatentPipeline, args: TransformerRunArguments, options: dict) -> Tensor:

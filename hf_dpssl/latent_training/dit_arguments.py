@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..generation.choices import OBJECTIVES
 from ..runs.flags import option
-from .choices import OBJECTIVES
 from .transformer_arguments import TransformerRunArguments
 
 

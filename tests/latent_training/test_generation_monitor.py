@@ -16,9 +16,9 @@ from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.keyed_random import derive_seed
 from hf_dpssl.embedding.feature_extractors import CifarResNet, load_extractor
 from hf_dpssl.evaluation.frechet import frechet_distance
-from hf_dpssl.generation.diffusion import make_scheduler, make_transformer
-from hf_dpssl.generation.dit_arguments import DiTArguments
-from hf_dpssl.generation.generation_monitor import GenerationMonitor
+from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
+from hf_dpssl.latent_training.dit_arguments import DiTArguments
+from hf_dpssl.latent_training.generation_monitor import GenerationMonitor
 
 SHAPE = dict(image_size=16, latent_channels=2, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
 NUM_IMAGES = 25

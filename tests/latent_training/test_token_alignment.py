@@ -5,8 +5,8 @@ import torch
 from cases import for_each
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder
-from hf_dpssl.generation.diffusion import make_transformer
-from hf_dpssl.generation.token_alignment import (
+from hf_dpssl.latent_training.diffusion import make_transformer
+from hf_dpssl.latent_training.token_alignment import (
     LatentsWithImages,
     SpatialFeatures,
     TokenAlignedTransformer,

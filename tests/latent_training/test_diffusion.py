@@ -8,7 +8,8 @@ from cases import for_each
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 
-from hf_dpssl.generation.diffusion import (
+from hf_dpssl.generation.pipeline_vq_dit import switch_off_label_dropout_
+from hf_dpssl.latent_training.diffusion import (
     dropped_labels,
     log_variance_range,
     make_scheduler,
@@ -18,7 +19,6 @@ from hf_dpssl.generation.diffusion import (
     training_example,
     variational_bound,
 )
-from hf_dpssl.generation.pipeline_vq_dit import switch_off_label_dropout_
 
 STEPS = [0, 1, 2, 10, 250, 998, 999]
 SIZE = dict(num_layers=2, width=32, num_heads=2, patch_size=2, latent_channels=4, latent_size=8)

@@ -15,7 +15,7 @@ from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, 
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.image_table import BadImageError, ImageTable
-from hf_dpssl.generation.latent_cache import LatentTable
+from hf_dpssl.latent_training.latent_cache import LatentTable
 
 
 @pytest.fixture(autouse=True)

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..autoencoder import latent_codec
 from ..contrastive.drifting import log_kernels_of
 from ..data import keyed_random
+from ..generation.latent_mlp import LatentMLP
+from ..generation.pipeline_vq_dit import DiTTransformer2DModel, VQDiTPipeline
+from ..generation.pipeline_vq_drift import NOISE_TIMESTEP
 from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vq import VQAutoencoder
 from .drift_arguments import DriftArguments
 from .latent_cache import LatentTable
-from .latent_mlp import LatentMLP
 from .latent_run import new_transformer
-from .pipeline_vq_dit import DiTTransformer2DModel, VQDiTPipeline
-from .pipeline_vq_drift import NOISE_TIMESTEP
 
 logger = logging.getLogger(__name__)
 _COLLAPSED = 0.5  # spread of samples within their class, relative to that of real images

@@ -23,8 +23,8 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from ..data import keyed_random
-from .choices import OBJECTIVES
-from .pipeline_vq_dit import switch_off_label_dropout_
+from ..generation.choices import OBJECTIVES
+from ..generation.pipeline_vq_dit import switch_off_label_dropout_
 
 NUM_TRAIN_TIMESTEPS = 1000
 

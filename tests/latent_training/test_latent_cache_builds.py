@@ -19,7 +19,7 @@ from tiny_latents import COUNT, assert_holds, build, encoded, make_autoencoder, 
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_table import ImageTable
-from hf_dpssl.generation.latent_cache import CodeTable, LatentTable, _parts_of_stream, build_latent_cache
+from hf_dpssl.latent_training.latent_cache import CodeTable, LatentTable, _parts_of_stream, build_latent_cache
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_dpssl.generation.diffusion import make_transformer
+from hf_dpssl.latent_training.diffusion import make_transformer
 from hf_dpssl.runs.sharding import PartsOnDisk, common_part, copy_whole_, load_, own_part
 
 RECIPE = Path(__file__).parents[2] / "training/accelerate/fsdp_8_bf16.yaml"

@@ -12,8 +12,9 @@ from tiny_pipelines import make_dit
 
 from hf_dpssl import VQAutoencoder, VQDriftPipeline, drift_loss
 from hf_dpssl.data import keyed_random
-from hf_dpssl.generation.drift_arguments import DriftArguments
-from hf_dpssl.generation.drift_training import (
+from hf_dpssl.generation.latent_mlp import LatentMLP
+from hf_dpssl.latent_training.drift_arguments import DriftArguments
+from hf_dpssl.latent_training.drift_training import (
     DecodedFeatures,
     DriftSets,
     Progress,
@@ -21,8 +22,7 @@ from hf_dpssl.generation.drift_training import (
     initial_transformer,
     progress,
 )
-from hf_dpssl.generation.latent_cache import LatentTable
-from hf_dpssl.generation.latent_mlp import LatentMLP
+from hf_dpssl.latent_training.latent_cache import LatentTable
 from hf_dpssl.models.contrastive_options import FIELD_KERNELS
 from hf_dpssl.runs.atomic_files import write_json
 
