@@ -181,25 +181,30 @@ def _check_shapes(generated: Tensor, real: Tensor, negatives: Tensor) -> None:
         )
     if generated.shape[-2] + negatives.shape[-2] < 2:
         raise ValueError("one generated sample alone has nothing that repels it: give at least two, or negatives.")
-    for name, part in (("generated", generated), ("real", real), ("negatives", negatives)):
-        if not bool(part.isfinite().all()):
-            raise ValueError(f"features must be finite, but {int((~part.isfinite()).sum())} values of {name} are not.")
+    parts = {"generated": generated, "real": real, "negatives": negatives}
+    finite = torch.stack([part.isfinite().all() for part in parts.values()])
+    if not bool(finite.all()):  # one read, which a GPU is waited for
+        name = next(name for name, fine in zip(parts, finite.tolist(), strict=True) if not fine)
+        count = int((~parts[name].isfinite()).sum())
+        raise ValueError(f"features must be finite, but {count} values of {name} are not.")
 
 
 def _log_weights(weights: Tensor | None, real: Tensor, negatives: Tensor, samples: Tensor) -> Tensor:
     """(B, K + M + N): logarithms of the targets' weights, 0 of the generated ones."""
     shape = (*real.shape[:-2], real.shape[-2] + negatives.shape[-2])
-    if weights is None:
-        weights = samples.new_ones(shape)
+    if weights is None:  # a set of one sample has negatives, as `_check_shapes` saw to
+        return samples.new_zeros(len(samples), shape[-1] + samples.shape[1])
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights of real samples and negatives must be {shape}, got {tuple(weights.shape)}.")
     weights = weights.to(samples).reshape(len(samples), -1)
-    if not bool((weights >= 0).all() and weights.isfinite().all()):
-        raise ValueError("weights must be finite and not negative (0 leaves a sample out).")
     attracting, repelling = weights.split([real.shape[-2], negatives.shape[-2]], 1)
-    if not bool((attracting.sum(1) > 0).all()):
+    fine = [((weights >= 0) & weights.isfinite()).all(), (attracting.sum(1) > 0).all(), (repelling.sum(1) > 0).all()]
+    allowed, attracts, repels = torch.stack(fine).tolist()
+    if not allowed:
+        raise ValueError("weights must be finite and not negative (0 leaves a sample out).")
+    if not attracts:
         raise ValueError(f"set {int((attracting.sum(1) <= 0).nonzero()[0])} has no real sample of positive weight.")
-    if samples.shape[1] == 1 and not bool((repelling.sum(1) > 0).all()):
+    if samples.shape[1] == 1 and not repels:
         raise ValueError("a set of one generated sample needs a negative of positive weight: nothing repels it.")
     return torch.cat([weights, weights.new_ones(samples.shape[:2])], 1).log()
 

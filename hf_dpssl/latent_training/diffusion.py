@@ -275,9 +275,8 @@ def variational_bound(
     low, high = log_variance_range(scheduler)
     betas = scheduler.betas.double()
     factor = betas / ((1 - betas) * (1 - (1 - betas).cumprod(0))).sqrt()
-    low, high, factor = (
-        of_steps.to(noise.device, noise.dtype)[timesteps].view(-1, 1, 1, 1) for of_steps in (low, high, factor)
-    )
+    tables = torch.stack([low, high, factor]).to(noise.device, noise.dtype, non_blocking=True)
+    low, high, factor = tables[:, timesteps].view(3, -1, 1, 1, 1)
     share = (variance + 1) / 2
     predicted = share * high + (1 - share) * low
     error = (factor * (predicted_noise - noise)).square()

@@ -402,8 +402,8 @@ class VQAutoencoder(PreTrainedModel):
                 "this autoencoder's config has no latent_mean and latent_std; training/dae_vq.py measures "
                 "them when training ends. Set both (one number per latent channel) before generating."
             )
-        mean = latents.new_tensor(self.config.latent_mean).view(1, -1, 1, 1)
-        std = latents.new_tensor(self.config.latent_std).view(1, -1, 1, 1)
+        numbers = torch.tensor([self.config.latent_mean, self.config.latent_std], dtype=latents.dtype)
+        mean, std = numbers.to(latents.device, non_blocking=True).view(2, 1, -1, 1, 1)
         return mean, std
 
 

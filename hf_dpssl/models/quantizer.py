@@ -108,12 +108,25 @@ class VectorQuantizer(Float32Module):
         self.register_buffer("counts", torch.ones(num_codes, dtype=torch.float32))
         self.register_buffer("sums", codebook.clone())
         self.register_buffer("is_initialized", torch.zeros((), dtype=torch.int64))
+        self._known_as_started = False  # the buffer is not read in every step, which a GPU would be waited for
 
     def _normalize(self, vectors: Tensor) -> Tensor:
         return _normalized(vectors, self.distance)
 
     def _state(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.codebook, self.counts, self.sums
+
+    @torch.no_grad()
+    def _start_if_new(self, vectors: Tensor) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            _start_in_a_graph_(vectors, *self._state(), self.is_initialized, self.distance)
+        elif not self._known_as_started:
+            _start_if_new_(vectors, *self._state(), self.is_initialized, self.distance)
+            self._known_as_started = True
+
+    def _load_from_state_dict(self, *arguments, **options) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self._known_as_started = False
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantise latents (B, D, H, W); raises ValueError when D is not `code_dim`."""
@@ -123,9 +136,7 @@ class VectorQuantizer(Float32Module):
             vectors = self._normalize(latents.float().permute(0, 2, 3, 1).reshape(-1, self.code_dim))  # (B*H*W, D)
             exact = vectors.detach()
             if self.training:
-                start = _start_in_a_graph_ if torch.compiler.is_dynamo_compiling() else _start_if_new_
-                with torch.no_grad():
-                    start(exact, *self._state(), self.is_initialized, self.distance)
+                self._start_if_new(exact)
             # A copy where the graph needs the codes, which may be revived before its backward pass.
             copied = self.training and (self.update == "gradient" or self.entropy_temperature is not None)
             codebook = self._normalize(self.codebook.clone() if copied else self.codebook)

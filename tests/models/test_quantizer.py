@@ -171,6 +171,15 @@ def test_eval_mode_changes_nothing_not_even_the_start():
     assert int(vq.is_initialized) == 0
 
 
+def test_a_loaded_state_that_has_not_started_starts_anew():
+    vq, new = VectorQuantizer(6, 3), VectorQuantizer(6, 3)
+    vq(random(2, 3, 4, 4))
+    vq.load_state_dict(new.state_dict())
+    assert int(vq.is_initialized) == 0
+    vq(random(2, 3, 4, 4))
+    assert int(vq.is_initialized) == 1
+
+
 def test_statistics_stay_float32_and_bit_equal_under_a_change_of_precision():
     for cast in [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double()]:
         vq = started()
