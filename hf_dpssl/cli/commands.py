@@ -33,7 +33,7 @@ COMMANDS = {
         "contrastive --dataset path/to/images --image_size 64 --output_dir outputs/mine",
     ),
     "rehearse": Command(
-        "would a run fit on a GPU: memory of its step, and waits for the GPU, without one",
+        "whether a run fits on a GPU, without one",
         "dae_dit --recipe dit-b2-imagenet --memory 80",
     ),
     "evaluate": Command("measure an encoder, autoencoder or generator", "outputs/demo/encoder --dataset digits"),
