@@ -14,6 +14,7 @@ numbers of epochs and steps.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -94,7 +95,10 @@ def measure_algorithms(folder: Path, stage: str) -> None:
     given = ["--encoder", str(folder / CHOSEN), "--dataset", DATASET, "--domain_column", "domain", "--seeds", SEEDS]
     target = folder / stage
     domains.main([*given, "--algorithms", *SETTINGS[stage], *OPTIONS[stage], "--output_dir", str(target)])
-    shutil.copyfile(target / "results.json", RESULTS / f"pacs_{stage}.json")
+    results = json.loads((target / "results.json").read_text(encoding="utf-8"))
+    for row in results["rows"]:
+        del row["chosen"]  # the checkpoint of every seed and domain, which no table has
+    write_json(RESULTS / f"pacs_{stage}.json", results)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -65,6 +65,7 @@ PAGES = {  # which tables stand on which page
     "README.md": ["demo"],
     "training/evidence/README.md": [
         "claims",
+        "pacs",
         "modes",
         "dimensions",
         "latents",
