@@ -18,6 +18,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 
 import torch
 import yaml
@@ -96,8 +97,10 @@ def measure_algorithms(folder: Path, stage: str) -> None:
     target = folder / stage
     domains.main([*given, "--algorithms", *SETTINGS[stage], *OPTIONS[stage], "--output_dir", str(target)])
     results = json.loads((target / "results.json").read_text(encoding="utf-8"))
-    for row in results["rows"]:
-        del row["chosen"]  # the checkpoint of every seed and domain, which no table has
+    for row in results["rows"]:  # values of the seeds, of which the page makes intervals
+        del row["interval"]
+        chosen = row.pop("chosen")
+        row["means"] = [mean(found["accuracy"] for found in of_seed.values()) for of_seed in chosen.values()]
     write_json(RESULTS / f"pacs_{stage}.json", results)
 
 

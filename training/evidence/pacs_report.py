@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hf_dpssl.domains.selection import as_markdown
+from hf_dpssl.evaluation.student_interval import student_interval
 
 METHODS = {
     "single": "ZooD, the first one",
@@ -60,5 +61,5 @@ def _row(title: str, values: list[float]) -> str:
 
 def algorithms_table(report: dict) -> list[str]:
     """A table for each rule of selection."""
-    rows = report["rows"]
+    rows = [row | {"interval": student_interval(row["means"])} for row in report["rows"]]
     return as_markdown(rows, list(rows[0]["domains"]), report["notes"]).strip().splitlines()
