@@ -368,6 +368,8 @@ def tables() -> dict[str, str]:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
     if CLAIMS.is_dir():
         blocks["claims"] = claims_page()
+    if (CLAIMS / "one_step.json").exists():
+        blocks["one_step"] = one_step_table(read(CLAIMS / "one_step.json"))
     if (RESULTS / "pacs_zood.json").exists():
         blocks["pacs"] = pacs_tables()
     if MODES.exists():
@@ -414,6 +416,36 @@ def claims_page() -> str:
     """Verdicts of the claims that have results, a table and a section each."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CLAIMS.glob("*.json"))]
     return claim_page.page(results, f"{CLAIMS.relative_to(EVIDENCE).as_posix()}/").strip()
+
+
+ONE_STEP = {  # metric: heading, format
+    "frechet_distance": ("Frechet distance", "{:.2f}"),
+    "precision": ("precision", "{:.2f}"),
+    "recall": ("recall", "{:.2f}"),
+    "class_consistency": ("class consistency, %", "{:.1f}"),
+    "diversity": ("diversity of real", "{:.2f}"),
+    "copies_1": ("nearer to a training image than 1 % of held-out ones, %", "{:.1f}"),
+    "copies_5": ("than 5 %, %", "{:.1f}"),
+    "copies_25": ("than 25 %, %", "{:.1f}"),
+    "images_per_second": ("images a second of one core", "{:.0f}"),
+}
+
+
+def one_step_table(report: dict) -> str:
+    """All arms of the study of claim 16: means over the seeds (standard deviation)."""
+    arms, cells = report["stated"]["study"]["arms"], report["metrics"]["cells"]
+    lines = ["| generator | " + " | ".join(title for title, _ in ONE_STEP.values()) + " | CPU seconds |"]
+    lines.append("|---" * (len(ONE_STEP) + 2) + "|")
+    for arm, about in arms.items():
+        row = cells[arm]
+        values = [
+            f"{how.format(mean(row[name]))} ({how.format(stdev(row[name]))})" for name, (_, how) in ONE_STEP.items()
+        ]
+        lines.append(f"| {about['says']} | {' | '.join(values)} | {mean(row['cpu_seconds']):.0f} |")
+    counts = sorted({int(row["parameters"][0]) for row in cells.values()})
+    about = f"Means over {len(cells['dit_25']['seeds'])} seeds (standard deviation); parameters {counts[0]:,} (dense "
+    about += f"layers) and {counts[-1]:,} (DiT). CPU seconds: of training, where there was any, and of drawing and measuring."
+    return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
 
 
 def pacs_tables() -> str:
