@@ -444,7 +444,7 @@ def one_step_table(report: dict) -> str:
         lines.append(f"| {about['says']} | {' | '.join(values)} | {mean(row['cpu_seconds']):.0f} |")
     counts = sorted({int(row["parameters"][0]) for row in cells.values()})
     about = f"Means over {len(cells['dit_25']['seeds'])} seeds (standard deviation); parameters {counts[0]:,} (dense "
-    about += f"layers) and {counts[-1]:,} (DiT). CPU seconds: of training, where there was any, and of drawing and measuring."
+    about += f"layers) and {counts[-1]:,} (DiT). CPU seconds: of training, where there was any, drawing and measuring."
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
 
 
