@@ -30,7 +30,8 @@ def can_be_split(transformer: nn.Module) -> bool:
 
 
 def _is_hooked(transformer: nn.Module) -> bool:
-    if torch.nn.modules.module._has_any_global_hook():
+    of_all = torch.nn.modules.module
+    if any(getattr(of_all, f"_global_{name}_hooks") for name in ("forward", "forward_pre", "backward", "backward_pre")):
         return True
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
     return hooked or any("forward" in vars(module) for module in transformer.modules())  # as offloading replaces it
