@@ -65,6 +65,7 @@ PAGES = {  # which tables stand on which page
     "README.md": ["demo"],
     "training/evidence/README.md": [
         "claims",
+        "one_step",
         "pacs",
         "modes",
         "dimensions",
@@ -408,7 +409,10 @@ def take_over_claims(folder: Path) -> None:
     if not results:
         raise FileNotFoundError(f"{folder} has no results (*.json): name OUTPUT_DIR/SCALE of hf-dpssl reproduce.")
     CLAIMS.mkdir(exist_ok=True)
-    for path in [*results, *folder.glob("*.png")]:
+    for path in results:  # a curve has a line for each number in the form of other results
+        text = json.dumps(read(path), separators=(",", ":"))
+        (CLAIMS / path.name).write_text(f"{text}\n", encoding="utf-8")
+    for path in folder.glob("*.png"):
         shutil.copyfile(path, CLAIMS / path.name)
 
 
