@@ -78,7 +78,7 @@ bench: $(INSTALLED)
 bench-gpu: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/gpu.py $(GPU_ARGS)
 
-# The claims at scale quick: about 30 minutes of one core; a killed run goes on.
+# The claims at scale quick: about an hour of one core; a killed run goes on.
 claims: $(INSTALLED)
 	$(BIN)/hf-dpssl reproduce all --scale quick --output_dir outputs/claims
 
