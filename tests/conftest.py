@@ -8,6 +8,7 @@ import gc
 import importlib
 import multiprocessing.forkserver
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -22,6 +23,8 @@ gc.disable()  # until all tests and what they import are read: there is no garba
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are several times slower
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

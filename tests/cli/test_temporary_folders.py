@@ -89,7 +89,7 @@ def test_push_and_pull_leave_no_temporary_folder_however_they_end(hub, start, ch
 
         def never_answered(handler, proceed, reached=reached) -> None:
             reached.append(True)
-            time.sleep(10)  # long enough for the signal to come first on a busy machine
+            time.sleep(1)
             handler.hang_up()
 
         fault = {"by itself": None, "error": refused(501)}.get(ending, never_answered)
