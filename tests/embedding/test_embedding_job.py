@@ -113,7 +113,7 @@ def test_killed_run_goes_on_to_the_same_bytes(world, fork_server, encoder, pictu
         for process in others:
             process.kill(), process.join()
         assert first.exitcode == -9 and not (folder / "manifest.json").exists()
-    assert 3 <= len(shards(folder)) < 12
+    assert 3 <= len([name for name in shards(folder) if name.endswith(".parquet")]) < 12  # others are what kills left
     for process in start(fork_server, encoder, pictures, folder, world):
         process.join()
         assert process.exitcode == 0
