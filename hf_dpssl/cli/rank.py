@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     """`hf-dpssl rank`: returns the exit status; raises as `load_domains` and `rank_zoo`."""
     args = parse_command(parser(), argv)
     from ..runs.atomic_files import atomic_file
+    from ..runs.redaction import redacted
     from ..runs.results import write_results
     from ..zoo.ranking_plot import draw_ranking
     from ..zoo.zoo_list import UNTRAINED, read_zoo
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     options = options_of(args, "no_labels", "cluster_domains")
     metrics = {entry["name"]: {key: entry[key] for key in entry if key != "name"} for entry in entries}
     about = {"dataset": args.dataset, "seed": args.seed, "samples": counts}
-    write_results(folder / "rank.json", metrics, **about, options=options, unit=unit, domains=given.origin)
+    write_results(folder / "rank.json", redacted(metrics), **about, options=options, unit=unit, domains=given.origin)
     with atomic_file(folder / "rank.png", "wb") as file:
         draw_ranking(entries, file, title=f"{len(entries)} encoders on {args.dataset}", unit=unit)
     if args.json:

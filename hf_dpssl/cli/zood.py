@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     """`hf-dpssl zood`: returns the exit status; raises as `read_zoo`, `load_domains` and `zood`."""
     args = parse_command(parser(), argv)
     from ..runs.atomic_files import atomic_file
+    from ..runs.redaction import redacted
     from ..runs.results import write_results
     from ..zoo.ranking_plot import draw_zood
     from ..zoo.zoo_list import read_zoo
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
     reading = {name: getattr(args, name) for name in READING}
     found = zood(zoo, given, top=args.top, draws=args.draws, cache=folder / "features", **reading)
     about = {"dataset": args.dataset, "seed": args.seed, "samples": counts}
-    write_results(folder / "zood.json", found, **about, options=options_of(args, "top", "draws"))
+    write_results(folder / "zood.json", redacted(found), **about, options=options_of(args, "top", "draws"))
     with atomic_file(folder / "zood.png", "wb") as file:
         draw_zood(found, file, title=f"{len(zoo)} encoders on {args.dataset}")
     if args.json:

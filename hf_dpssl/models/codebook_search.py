@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .matrix_products import ROUNDING, has_fast_bfloat16, product
 
@@ -65,9 +65,7 @@ def _nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 # How many candidates there are the numbers decide: within a graph the search is an operation of its own.
-@torch.library.custom_op(
-    "hf_dpssl::nearest_codes", mutates_args=(), schema="(Tensor vectors, Tensor codebook) -> Tensor"
-)
+@library.custom_op("hf_dpssl::nearest_codes", mutates_args=(), schema="(Tensor vectors, Tensor codebook) -> Tensor")
 def _nearest_in_a_graph(vectors: Tensor, codebook: Tensor) -> Tensor:
     return _nearest(vectors, codebook)
 

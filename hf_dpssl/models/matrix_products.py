@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 ROUNDING = {  # largest relative error of rounding to nearest
     torch.float64: 2.0**-53,
@@ -78,7 +78,7 @@ def product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
 
 # The setting that `full_float32` pins counts when a graph runs, not when it is traced: within one the product is an
 # operation of its own, which pins it then.
-@torch.library.custom_op("hf_dpssl::product", mutates_args=(), schema="(Tensor x, Tensor y, Tensor? bias) -> Tensor")
+@library.custom_op("hf_dpssl::product", mutates_args=(), schema="(Tensor x, Tensor y, Tensor? bias) -> Tensor")
 def _product_in_a_graph(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     with full_float32():
         return _product(x, y, bias)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.checkpoint import checkpoint
 
 from .codebook_search import code_statistics, k_means, nearest_codes, perplexity_of
@@ -279,13 +279,13 @@ def _move_(
 
 # What values decide (whether a codebook is new, whether codes are dead) is within a graph an operation of its own.
 _STATE = "Tensor(a!) codebook, Tensor(b!) counts, Tensor(c!) sums"
-_start_in_a_graph_ = torch.library.custom_op(
+_start_in_a_graph_ = library.custom_op(
     "hf_dpssl::start_codebook",
     _start_if_new_,
     mutates_args=("codebook", "counts", "sums", "is_initialized"),
     schema=f"(Tensor vectors, {_STATE}, Tensor(d!) is_initialized, str distance) -> ()",
 )
-_move_in_a_graph_ = torch.library.custom_op(
+_move_in_a_graph_ = library.custom_op(
     "hf_dpssl::move_codebook",
     _move_,
     mutates_args=("codebook", "counts", "sums"),

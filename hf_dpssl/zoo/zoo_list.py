@@ -18,6 +18,7 @@ from typing import NamedTuple
 import yaml
 
 from ..embedding.embedder import UNTRAINED
+from ..runs.redaction import without_folders
 
 DEFAULT = (  # of the Hub: small to medium, of different data and tasks
     "timm/resnet18.a1_in1k",
@@ -65,7 +66,9 @@ def read_zoo(source: str | os.PathLike | Sequence[str]) -> list[ZooEntry]:
         if double := sorted({value for value in values if values.count(value) > 1}):
             what = "the same encoder is given twice" if part == "encoder" else "two encoders have the same name"
             raise ValueError(f"{what}: {double}.")
-    return entries
+    # In tables and results a folder is its last part, where that tells all of them apart.
+    short = [entry._replace(name=without_folders(entry.name)) for entry in entries]
+    return short if len({entry.name for entry in short}) == len(short) else entries
 
 
 def _entry(item: object) -> ZooEntry:

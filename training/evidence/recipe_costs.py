@@ -154,7 +154,12 @@ def transformer_costs(name: str, gpus: int) -> dict:
         model = make_dit(args, args.num_layers)
         with FlopCounterMode(display=False) as counter:
             dit_loss(model, 1).backward()
-    per_image, images = counter.get_total_flops(), args.max_train_steps * args.batch_size * gpus
+    return _figures("dae_dit", name, counter.get_total_flops(), args, gpus)
+
+
+def _figures(script: str, name: str, per_image: int, args: DiTArguments | ARArguments, gpus: int) -> dict:
+    """Those of a transformer, of its operations for an image."""
+    images = args.max_train_steps * args.batch_size * gpus
     hours = hours_of(images * per_image, gpus)
     return {
         "operations_per_image": per_image,
@@ -164,7 +169,7 @@ def transformer_costs(name: str, gpus: int) -> dict:
         "gpus": gpus,
         "hours": hours,
         "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
-        "bytes_per_gpu": memory_of("dae_dit", name, gpus),
+        "bytes_per_gpu": memory_of(script, name, gpus),
     }
 
 
@@ -179,18 +184,7 @@ def token_costs(name: str, gpus: int) -> dict:
         memory.fake_module_(model)
         codes = torch.zeros(1, config.latent_size, config.latent_size, dtype=torch.int64, device="cuda")
         code_nats(model, codes, codes[:, 0, 0], config.num_codes).mean().backward()
-    per_image, images = counter.get_total_flops(), args.max_train_steps * args.batch_size * gpus
-    hours = hours_of(images * per_image, gpus)
-    return {
-        "operations_per_image": per_image,
-        "operations": images * per_image,
-        "steps": args.max_train_steps,
-        "images": images,
-        "gpus": gpus,
-        "hours": hours,
-        "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
-        "bytes_per_gpu": memory_of("dae_ar", name, gpus),
-    }
+    return _figures("dae_ar", name, counter.get_total_flops(), args, gpus)
 
 
 def make_dit(args: DiTArguments, num_layers: int) -> torch.nn.Module:
