@@ -45,7 +45,7 @@ from hf_dpssl.runs.redaction import redacted, without_folders
 from hf_dpssl.runs.results import write_results
 
 _IMAGE_SIZE = 32  # of pictures for DomainBed's small network
-_DECIDING = ("frozen", "steps", "evaluation_steps", "tolerance_ratio")  # with the inputs and weights themselves
+_DECIDING = ("frozen", "steps", "evaluation_steps", "tolerance_ratio", "mixed_precision")  # with the inputs and weights themselves
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -61,9 +61,8 @@ def main(argv: list[str] | None = None) -> Path:
     targets = args.targets or tensors.names
     every_target = "leave_one_domain_out" in args.selection
     about = {"every_target": every_target, "device": accelerator.device, "encoder": encoder}
-    trainer = Trainer(
-        tensors, args.protocol, args.steps, args.evaluation_steps, tolerance_ratio=args.tolerance_ratio, **about
-    )
+    about |= {"tolerance_ratio": args.tolerance_ratio, "mixed_precision": args.mixed_precision}
+    trainer = Trainer(tensors, args.protocol, args.steps, args.evaluation_steps, **about)
 
     # Runs
     numbers = [tensors.names.index(name) for name in targets]

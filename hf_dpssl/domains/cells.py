@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor
 
 from .algorithms import ERM
@@ -72,6 +73,8 @@ class Trainer:
             at those that selection by training domains or the last step can choose.
         device: where it runs. encoder: for fine_tune.
         tolerance_ratio: of swad.
+        mixed_precision: "bf16" runs featurizer and context in bfloat16 (weights, classifier and losses stay float32),
+            "no" all in float32.
     """
 
     tensors: DomainTensors
@@ -82,6 +85,7 @@ class Trainer:
     device: torch.device | str = "cpu"
     encoder: Encoder | None = None
     tolerance_ratio: float = 0.3
+    mixed_precision: str = "no"
 
     def run(self, cell: Cell) -> tuple[dict, State]:
         """The record of a cell, plain values, and the weights at its end."""
@@ -161,6 +165,11 @@ class Trainer:
         encoder = self.encoder.tuned if self.encoder is not None else None
         algorithm = build(cell.algorithm, self.protocol, given, **about, order=order, encoder=encoder)
         sources = [domain for domain in range(len(splits)) if domain not in cell.targets]
+        if self.mixed_precision == "bf16":
+            for part in (algorithm.featurizer, getattr(algorithm, "context", None)):
+                if part is not None:
+                    autocast = torch.autocast(torch.device(self.device).type, torch.bfloat16)
+                    part.forward = convert_outputs_to_fp32(autocast(part.forward))
         return algorithm.to(self.device).train(), self._reader(splits, sources), splits
 
     def _reader(self, splits, sources) -> Callable[[Tensor], Tensor]:

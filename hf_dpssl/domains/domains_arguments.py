@@ -58,6 +58,7 @@ class DomainsArguments:
     )
     overwrite: bool = option(False, "discard the runs of output_dir that were made otherwise")
     seed: int = option(0, "first of the seeds")
+    mixed_precision: str = option("no", "bf16: networks in bfloat16, losses in float32", choices=["no", "bf16"])
 
     @property
     def protocol(self) -> str:

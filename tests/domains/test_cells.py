@@ -48,6 +48,34 @@ def test_pictures_are_learned_from_by_the_small_network(algorithm):
     assert set(found["records"][-1]["targets"]) == {"a"} and not found["diverged"]
 
 
+@for_each("algorithm", ["erm", "irm", "arm"])
+def test_networks_run_in_bfloat16_and_losses_in_float32(algorithm, monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    pictures = [torch.randint(0, 256, (24, 2, 8, 8), generator=random, dtype=torch.uint8) for _ in range(3)]
+    tensors = DomainTensors(["a", "b", "c"], pictures, [torch.arange(24) % 2] * 3, ["x", "y"])
+    seen = set()
+    convolution, classifier = torch.nn.Conv2d.forward, torch.nn.Linear.forward
+    watch = {torch.nn.Conv2d: convolution, torch.nn.Linear: classifier}
+    for kind, forward in watch.items():
+
+        def watched(self, inputs, kind=kind, forward=forward):
+            output = forward(self, inputs)
+            seen.add((kind, output.dtype))
+            return output
+
+        monkeypatch.setattr(kind, "forward", watched)
+    records, states = {}, {}
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        settings = {"protocol": "network", "steps": 3, "every": 1, "mixed_precision": precision}
+        found, states[precision] = trainer(tensors, **settings).run(Cell(algorithm, (2,), 0, 0))
+        assert seen == {(torch.nn.Conv2d, dtype), (torch.nn.Linear, torch.float32)}
+        assert all(value.dtype != torch.bfloat16 for value in states[precision].values())
+        records[precision] = [record["loss"] for record in found["records"]]
+    assert records["no"] != records["bf16"]
+    assert records["bf16"][0] == pytest.approx(records["no"][0], rel=0.01)
+
+
 def test_nothing_of_the_target_enters_the_run():
     """Features of the target moved far away: all that is measured on the other domains stays, its own accuracy not."""
     here, _ = trainer().run(Cell("erm", (2,), 0, 0))
