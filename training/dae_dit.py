@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
+from hf_dpssl.generation.interval_channel import with_interval
 from hf_dpssl.generation.pipeline_vq_dit import VQDiTPipeline
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.latent_training.diffusion import (
@@ -49,6 +50,7 @@ from hf_dpssl.latent_training.latent_run import (
     classes_of_run,
     new_transformer,
 )
+from hf_dpssl.latent_training.mean_flow import mean_flow_example, mean_flow_loss, mean_flow_target
 from hf_dpssl.latent_training.token_alignment import (
     LatentsWithImages,
     SpatialFeatures,
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None) -> Path:
     data = load_images_for(args)
     names = dict(enumerate(classes_of_run(args, data)))
     autoencoder_folder = autoencoder_of_run(args, dae_vq.main)
-    accelerator = start_accelerator(args, can_be_sharded=True)
+    # Forward differentiation needs the whole transformer.
+    accelerator = start_accelerator(args, can_be_sharded=args.objective != "mean_flow")
     set_seed(args.seed)
 
     # Data: latents of the training images, encoded once; the images themselves where something looks at them
@@ -149,7 +152,8 @@ def main(argv: list[str] | None = None) -> Path:
 
 def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, num_classes: int) -> DiTTransformer2DModel:
     """The transformer of a run's latents and classes."""
-    transformer = new_transformer(args, autoencoder, num_classes, learned_variance=args.learned_variance)
+    options = {"learned_variance": args.learned_variance, "mean_flow": args.objective == "mean_flow"}
+    transformer = new_transformer(args, autoencoder, num_classes, **options)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer
@@ -186,14 +190,22 @@ def step_losses(
     """Loss of a batch and its parts; noise, timesteps and dropped labels are those of its images in this epoch."""
     key = dict(sample_ids=batch["sample_ids"], epoch=batch["epoch"], seed=args.seed)
     clean = autoencoder.normalize_latents(batch["latents"])
-    noised, timesteps, target = training_example(
-        clean, objective=args.objective, scheduler=scheduler, logit_normal=args.logit_normal, **key
-    )
     labels = dropped_labels(batch["labels"], probability=args.class_dropout, null_class=null_class, **key)
-    output = model(noised, timestep=timesteps, class_labels=labels)
+    mean_flow = args.objective == "mean_flow"
+    if mean_flow:
+        noised, timesteps, intervals, velocity = mean_flow_example(clean, **key)
+        bare = next(module for module in model.modules() if isinstance(module, DiTTransformer2DModel))
+        target = mean_flow_target(bare, noised, timesteps, intervals, velocity, labels)
+        inputs = with_interval(noised, intervals)
+    else:
+        options = dict(objective=args.objective, scheduler=scheduler)
+        inputs, timesteps, target = training_example(clean, logit_normal=args.logit_normal, **options, **key)
+    output = model(inputs, timestep=timesteps, class_labels=labels)
     prediction = output.sample if features is None else output[0]
-    options = dict(objective=args.objective, scheduler=scheduler, min_snr_gamma=args.min_snr_gamma)
-    losses = objective_loss(prediction, target, timesteps, **options)
+    if mean_flow:
+        losses = mean_flow_loss(prediction, target)
+    else:
+        losses = objective_loss(prediction, target, timesteps, min_snr_gamma=args.min_snr_gamma, **options)
     if features is not None:
         losses["alignment"] = token_alignment_loss(output[1], features(batch["images"]))
         losses["loss"] = losses["loss"] + _ALIGN_WEIGHT * losses["alignment"]
@@ -216,7 +228,7 @@ def save(
     if monitor and monitor.metrics:
         metrics = monitor.metrics
         about |= monitor.summary(loop)
-    about["curve"] = logged_curve(loop.history, "loss")
+    about["curve"] = logged_curve(loop.history, "error" if args.objective == "mean_flow" else "loss")
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")

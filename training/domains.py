@@ -45,7 +45,13 @@ from hf_dpssl.runs.redaction import redacted, without_folders
 from hf_dpssl.runs.results import write_results
 
 _IMAGE_SIZE = 32  # of pictures for DomainBed's small network
-_DECIDING = ("frozen", "steps", "evaluation_steps", "tolerance_ratio", "mixed_precision")  # with the inputs and weights themselves
+_DECIDING = (
+    "frozen",
+    "steps",
+    "evaluation_steps",
+    "tolerance_ratio",
+    "mixed_precision",
+)  # with the inputs and weights themselves
 
 
 def main(argv: list[str] | None = None) -> Path:

@@ -1,6 +1,6 @@
 """What may be chosen of generators and of their samples. No library is imported here: command lines read them."""
 
-OBJECTIVES = ("flow", "epsilon", "v_prediction")
+OBJECTIVES = ("flow", "epsilon", "v_prediction", "mean_flow")
 ARCHITECTURES = ("gpt2", "llama")  # of a token model
 FORMATS = ("png", "npz")  # of drawn images
 LAYOUTS = ("numbered", "by_class")

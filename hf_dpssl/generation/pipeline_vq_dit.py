@@ -4,7 +4,8 @@ Unlike diffusers' DiTPipeline it takes any number of classes or none, ids or nam
 load), uses the null class of the transformer at hand, and the latent statistics of the autoencoder.
 Folders of DiTPipeline load too; `export_stock` writes one.
 
-Source: Peebles and Xie 2023 (DiT); Ho and Salimans 2022 (classifier-free guidance); Meng et al. 2022 (from pictures).
+Source: Peebles and Xie 2023 (DiT); Ho and Salimans 2022 (classifier-free guidance); Meng et al. 2022 (from pictures);
+Geng et al. 2025 (mean flow).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..models.modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline i
 from . import stock_dit
 from .dit_modulation import Predictor
 from .guidance import Guidance
+from .interval_channel import latent_channels, takes_interval, with_interval
 from .per_image_noise import PerImageInputs, initial_noise, noise_path, step_generators
 from .pipeline_classes import ClassConditionalPipeline, joined
 from .scheduler_steps import (
@@ -50,10 +52,11 @@ def check_latents(transformer: DiTTransformer2DModel, vae: latent_codec.Autoenco
     """ValueError unless an autoencoder has latents of the transformer's channels and side."""
     config = transformer.config
     theirs = (latent_codec.latent_channels(vae), getattr(vae.config, "latent_size", config.sample_size))
-    if theirs != (config.in_channels, config.sample_size):
+    ours = (latent_channels(transformer), config.sample_size)
+    if theirs != ours:
         raise ValueError(
             f"the autoencoder has latents of {theirs[0]} channels and side {theirs[1]}, the transformer takes "
-            f"{config.in_channels} channels and side {config.sample_size}: they do not belong together."
+            f"{ours[0]} channels and side {ours[1]}: they do not belong together."
         )
 
 
@@ -70,7 +73,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
         scheduler: any diffusers scheduler for the transformer's prediction type.
         id2label: {class id: name}; {} for a model without classes; None numbers the transformer's classes.
         vae_fingerprint: `vae.fingerprint()` at training time.
-        prediction_type: "flow", "epsilon", "v_prediction" or "sample"; None: that of the scheduler.
+        prediction_type: "flow", "epsilon", "v_prediction", "sample" or, of a transformer that takes an interval
+            (`interval_channel`), "mean_flow", which needs few steps or one; None: that of scheduler and transformer.
         noise_schedule: `num_train_timesteps` and betas that the transformer was trained with; None: the scheduler's.
 
     Raises:
@@ -93,10 +97,17 @@ class VQDiTPipeline(ClassConditionalPipeline):
         noise_schedule: dict | None = None,
     ):
         super().__init__()
+        mean_flow = takes_interval(transformer)
         if prediction_type is None:
-            prediction_type = prediction_type_of(scheduler)
+            prediction_type = "mean_flow" if mean_flow else prediction_type_of(scheduler)
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+        if mean_flow != (prediction_type == "mean_flow"):
+            channels = (transformer.config.in_channels, transformer.config.out_channels)
+            raise ValueError(
+                "a transformer of mean flow takes one channel more than it gives, and no other does; this one has "
+                f"{channels[0]} and {channels[1]}, with prediction_type {prediction_type!r}."
+            )
         classes = transformer.config.num_embeds_ada_norm
         if id2label is None and classes > 1:
             id2label = {class_id: f"class {class_id}" for class_id in range(classes)}
@@ -209,6 +220,9 @@ class VQDiTPipeline(ClassConditionalPipeline):
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"a callback can be given {self._callback_tensor_inputs}, got {sorted(unknown)}.")
         strength = self._strength(image, mask_image, strength)
+        if self.config.prediction_type == "mean_flow" and timesteps is None and sigmas is None:
+            # The scheduler's own two levels are 1 and 0.001, of which the second is no step.
+            sigmas = [1 - step / num_inference_steps for step in range(num_inference_steps)]
         trained_with = (self.config.prediction_type, self.config.noise_schedule)
         scheduler = fitting_scheduler(self.scheduler, *trained_with, self.learned_variance)
         scheduler = copy.deepcopy(scheduler)  # its state is this call's, also where several threads share the pipeline
@@ -216,7 +230,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         generator = read_generator(generator, len(labels))
         device = self._execution_device
         config = self.transformer.config
-        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        shape = (len(labels), latent_channels(self.transformer), config.sample_size, config.sample_size)
         noise = initial_noise(shape, generator, latents, device)
         generators = step_generators(generator, len(labels))
         images = PerImageInputs(noise, labels, others, weights, generators, pictures, mask, cells)
@@ -261,7 +275,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         """
         self._check_counts(num_images=num_images)
         config = self.transformer.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
+        shape = (latent_channels(self.transformer), config.sample_size, config.sample_size)
         noise = noise_path(shape, num_images, generator, latents, self._execution_device)
         steps = [torch.Generator().manual_seed(0) for _ in range(num_images)]  # the same noise in the steps of all
         options |= {"latents": noise, "generator": steps}
@@ -317,16 +331,19 @@ class VQDiTPipeline(ClassConditionalPipeline):
         acts = any(guidance.acts_at(steps.noise_share(step)) for step in range(len(steps)))
         blend = None if images.others is None else (images.others, images.weights)
         null_class = self.null_class if guided and (acts or callback[0] is not None) else None
-        predict = Predictor(
-            self.transformer, steps.timesteps, images.labels, blend, null_class, self.precompute_modulations
-        )
+        mean_flow = self.config.prediction_type == "mean_flow"
+        times = steps.timesteps / steps.scheduler.config.num_train_timesteps if mean_flow else steps.timesteps
+        predict = Predictor(self.transformer, times, images.labels, blend, null_class, self.precompute_modulations)
         self._num_timesteps = len(steps)
         self._guidance_scale = guidance.scale
         for step in self.progress_bar(range(len(steps))):
             if self._interrupt:
                 break
             acts = guided and guidance.acts_at(steps.noise_share(step))
-            prediction, without = predict(steps.model_input(latents, step), step, acts)
+            shown = steps.model_input(latents, step)
+            if mean_flow:
+                shown = with_interval(shown, steps.noise_share(step) - steps.noise_share(step + 1))
+            prediction, without = predict(shown, step, acts)
             if without is not None:
                 prediction = guidance.combine(prediction, without, channels)
             latents = steps.step(prediction, step, latents, images.generators)

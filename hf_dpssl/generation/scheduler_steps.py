@@ -11,7 +11,7 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from torch import Tensor
 
-PREDICTION_TYPES = ("flow", "epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("flow", "epsilon", "v_prediction", "sample", "mean_flow")
 _FLOW_CLASSES = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "LTXEulerAncestralRF")
 _LEARNED = ("learned", "learned_range")
 _NOISE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
@@ -33,7 +33,7 @@ def prediction_type_of(scheduler: SchedulerMixin) -> str:
         found = None
     if found == "flow_prediction" and config.get("use_flow_sigmas", False):
         return "flow"
-    if found not in PREDICTION_TYPES[1:] or config.get("use_flow_sigmas", False):
+    if found not in ("epsilon", "v_prediction", "sample") or config.get("use_flow_sigmas", False):
         raise ValueError(
             f"{name} (prediction_type={config.get('prediction_type')!r}, use_flow_sigmas="
             f"{config.get('use_flow_sigmas')!r}) does not fit a latent DiT: take one for epsilon, v_prediction or "
@@ -69,7 +69,13 @@ def fitting_scheduler(
     """
     found = prediction_type_of(scheduler)
     name = type(scheduler).__name__
-    if found != prediction_type:
+    if prediction_type == "mean_flow":
+        if name != "FlowMatchEulerDiscreteScheduler" or scheduler.config.get("stochastic_sampling", False):
+            raise ValueError(
+                f"the transformer predicts mean velocities, along which FlowMatchEulerDiscreteScheduler steps exactly; "
+                f"{name} (stochastic_sampling={scheduler.config.get('stochastic_sampling')}) expects those of a moment."
+            )
+    elif found != prediction_type:
         raise ValueError(
             f"the transformer predicts {prediction_type!r}, but {name} expects {found!r}: build the scheduler with "
             f"`{name}.from_config(pipe.scheduler.config)` of the pipeline as it was loaded, or take one for "
@@ -180,7 +186,9 @@ class SchedulerSteps:
         return (steps - kept) * order
 
     def noise_share(self, step: int) -> float:
-        """Timestep of a step as a share of the training's: 0 = image, 1 = noise."""
+        """Timestep where a step begins as a share of the training's: 0 = image, also after the last one, 1 = noise."""
+        if step == len(self):
+            return 0.0
         return float(self.timesteps[step]) / self.scheduler.config.num_train_timesteps
 
     def noised(self, latents: Tensor, noise: Tensor, step: int) -> Tensor:

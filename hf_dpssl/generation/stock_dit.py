@@ -18,6 +18,7 @@ from torch import Tensor
 from ..autoencoder import latent_codec
 from ..models.modeling_vq import VQAutoencoder
 from ..runs.atomic_files import atomic_folder
+from .interval_channel import takes_interval
 from .scheduler_steps import uses_variance
 
 STOCK_CLASSES = 1000  # DiTPipeline's null class is the literal 1000
@@ -53,6 +54,10 @@ def reasons_against(pipeline: DiffusionPipeline) -> list[str]:
     reasons = []
     if pipeline.null_class > STOCK_CLASSES:
         reasons.append(f"it has {pipeline.null_class} classes, DiTPipeline at most {STOCK_CLASSES}")
+    if takes_interval(pipeline.transformer):
+        reasons.append(
+            "its transformer predicts mean velocities, and is shown the interval, which DiTPipeline does not"
+        )
     if not hasattr(scheduler, "scale_model_input"):
         reasons.append(
             f"{name} has no scale_model_input, which DiTPipeline calls: a flow needs a solver with flow sigmas"

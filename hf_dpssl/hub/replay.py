@@ -32,6 +32,7 @@ from torch import Tensor
 from ..autoencoder import latent_codec
 from ..contrastive import modeling_pretraining
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
+from ..generation.interval_channel import latent_channels
 from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..generation.pipeline_vq_token import VQTokenPipeline, code_nats
@@ -231,7 +232,8 @@ def _draw_classes(pipeline, generator: torch.Generator) -> Tensors:
 
 def _draw_for_dit(pipeline: VQDiTPipeline | VQDriftPipeline, generator: torch.Generator) -> Tensors:
     config = pipeline.transformer.config
-    noise = torch.randn(2, config.in_channels, config.sample_size, config.sample_size, generator=generator)
+    channels = latent_channels(pipeline.transformer)
+    noise = torch.randn(2, channels, config.sample_size, config.sample_size, generator=generator)
     return {"noise": noise} | _draw_classes(pipeline, generator) | _draw_latents(pipeline.vae, generator)
 
 

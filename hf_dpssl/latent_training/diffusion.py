@@ -39,6 +39,7 @@ def make_transformer(
     latent_size: int,
     num_classes: int,
     learned_variance: bool = False,
+    mean_flow: bool = False,
 ) -> DiTTransformer2DModel:
     """diffusers' DiT, initialised as in the paper (its output is exactly 0), labels dropped by the trainer only.
 
@@ -47,6 +48,7 @@ def make_transformer(
         latent_channels, latent_size: of the autoencoder's latents.
         num_classes: 0 for unlabelled data. The null class is the last row of the label table.
         learned_variance: predict v beside the noise, with twice as many output channels.
+        mean_flow: take the interval of a step in one input channel more (`generation.interval_channel`).
 
     Raises:
         ValueError: a width that the heads, or a latent size that the patches, do not divide.
@@ -58,7 +60,7 @@ def make_transformer(
     transformer = DiTTransformer2DModel(
         num_attention_heads=num_heads,
         attention_head_dim=width // num_heads,
-        in_channels=latent_channels,
+        in_channels=latent_channels + mean_flow,
         out_channels=latent_channels * (2 if learned_variance else 1),
         num_layers=num_layers,
         sample_size=latent_size,
@@ -101,7 +103,7 @@ def make_scheduler(objective: str, learned_variance: bool = False) -> SchedulerM
         raise ValueError(f"objective must be one of {OBJECTIVES}, got {objective!r}.")
     if learned_variance and objective != "epsilon":
         raise ValueError(f"a learned variance belongs to the objective 'epsilon', got {objective!r}.")
-    if objective == "flow":
+    if objective in ("flow", "mean_flow"):
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=NUM_TRAIN_TIMESTEPS)
     options = dict(
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,

@@ -22,14 +22,18 @@ class DiTArguments(TransformerRunArguments):
     )
     align_width: int = option(2048, "width of the alignment's projector")
 
-    objective: str = option("flow", "what is predicted", choices=OBJECTIVES, group="optimiser")
+    objective: str = option(
+        "flow", "what is predicted; mean_flow draws in one step", choices=OBJECTIVES, group="optimiser"
+    )
     min_snr_gamma: float | None = option(None, "clip the weights of the loss by min-SNR; 5 in its paper")
     timestep_sampling: str = option("uniform", "noise levels of a flow", choices=["uniform", "logit_normal"])
     logit_std: float = option(1.0, "spread of logit-normal noise levels")
     max_train_steps: int = option(2400, "optimiser steps")
     learning_rate: float = option(2e-3, "peak learning rate")
 
-    sampling_steps: int = option(25, "denoising steps of the sample grids and of validations", group="evaluation")
+    sampling_steps: int | None = option(
+        None, "denoising steps of the sample grids and of validations; default: 25, mean_flow 1", group="evaluation"
+    )
     guidance_scale: float = option(1.5, "guidance of the guided sample grid")
 
     name: str = option("dit", "subfolder of output_dir for the finished pipeline", group="run")
@@ -41,6 +45,8 @@ class DiTArguments(TransformerRunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sampling_steps is None:
+            self.sampling_steps = 1 if self.objective == "mean_flow" else 25
         for name in ("max_train_steps", "sampling_steps", "align_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
@@ -55,6 +61,8 @@ class DiTArguments(TransformerRunArguments):
             raise ValueError(f"--learned_variance needs --objective epsilon, got {self.objective}.")
         if self.timestep_sampling == "logit_normal" and self.objective != "flow":
             raise ValueError(f"--timestep_sampling logit_normal needs --objective flow, got {self.objective}.")
+        if self.min_snr_gamma is not None and self.objective == "mean_flow":
+            raise ValueError("--min_snr_gamma is not for --objective mean_flow, which has weights of its own.")
         if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
             raise ValueError(f"--min_snr_gamma must be positive, got {self.min_snr_gamma}.")
         if not self.logit_std > 0:

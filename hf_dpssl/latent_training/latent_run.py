@@ -67,9 +67,9 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
 
 
 def new_transformer(
-    args: TransformerRunArguments, autoencoder: VQAutoencoder, num_classes: int, *, learned_variance: bool = False
+    args: TransformerRunArguments, autoencoder: VQAutoencoder, num_classes: int, **options: bool
 ) -> DiTTransformer2DModel:
-    """A transformer of the run's size for the autoencoder's latents."""
+    """A transformer of the run's size for the autoencoder's latents; options as of `make_transformer`."""
     return make_transformer(
         num_layers=args.num_layers,
         width=args.width,
@@ -78,7 +78,7 @@ def new_transformer(
         latent_channels=autoencoder.config.latent_channels,
         latent_size=autoencoder.config.latent_size,
         num_classes=num_classes,
-        learned_variance=learned_variance,
+        **options,
     )
 
 

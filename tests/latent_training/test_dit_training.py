@@ -22,6 +22,7 @@ OBJECTIVES = {
     "v_prediction": {"objective": "v_prediction", "min_snr_gamma": 5.0},
     "learned_variance": {"objective": "epsilon", "learned_variance": True},
     "aligned": {"align_encoder": "given"},
+    "mean_flow": {"objective": "mean_flow"},
 }
 IMAGES = 40
 
@@ -46,7 +47,8 @@ def features(images: torch.Tensor) -> torch.Tensor:
 def make_model(args: DiTArguments) -> torch.nn.Module:
     torch.manual_seed(0)
     size = dict(num_layers=2, width=16, num_heads=2, patch_size=2, latent_channels=2, latent_size=4, num_classes=3)
-    model = make_transformer(**size, learned_variance=args.learned_variance)
+    mean_flow = args.objective == "mean_flow"
+    model = make_transformer(**size, learned_variance=args.learned_variance, mean_flow=mean_flow)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return TokenAlignedTransformer(model, block=1, features=5, width=8) if args.align_encoder else model
@@ -113,7 +115,7 @@ def test_two_processes_follow_one_of_twice_the_batch(run_in_two):
             assert_same(result, expected)
 
 
-@pytest.mark.parametrize("name", ["learned_variance", "aligned"])
+@pytest.mark.parametrize("name", ["learned_variance", "aligned", "mean_flow"])
 def test_gradient_checkpointing_changes_nothing(name):
     assert_same(train(name, 8, steps=3, checkpointing=True), train(name, 8, steps=3), tolerance=1e-6)
 

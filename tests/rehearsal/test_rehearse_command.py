@@ -153,15 +153,16 @@ def test_the_command_prints_and_a_run_that_does_not_fit_is_told(capfd):
     assert "does NOT fit into 0.01 GiB" in capfd.readouterr().out
 
 
-def test_what_cannot_be_rehearsed_is_one_line(capsys):
+def test_what_cannot_be_rehearsed_is_one_line(capfd):
     cases = {
         "map": "map is not rehearsed; these are: contrastive, dae_ar, dae_dit, dae_drift, dae_vq.",
         "dae_dit --memory 0": "--memory must be positive",
+        "dae_dit --objective mean_flow": "--objective mean_flow differentiates forwards",
         "dae_dit --accelerate_config nowhere": "no accelerate config 'nowhere'",
     }
     for line, reason in cases.items():
         assert main(["rehearse", *line.split()]) == 2, line
-        said = capsys.readouterr().err
+        said = capfd.readouterr().err
         assert reason in said and len(said.splitlines()) == 1, said
     for line in ("nonsense", "dae_dit --learning_rat 1", "dae_dit --num_layers 0x", "--memory"):
         with pytest.raises(SystemExit) as ended:

@@ -88,7 +88,7 @@ def transformer(objective="flow", **options):
     """Of training/dae_dit.py."""
     model = make_transformer(
         num_layers=1, width=16, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=3,
-        learned_variance=options.get("learned_variance", False),
+        learned_variance=options.get("learned_variance", False), mean_flow=objective == "mean_flow",
     ).train()  # fmt: skip
     codec = SimpleNamespace(normalize_latents=lambda latents: latents)
     args = SimpleNamespace(seed=0, objective=objective, logit_normal=None, class_dropout=0.1, min_snr_gamma=None)

@@ -1,7 +1,10 @@
 """What the scripts train is exported, and diffusers' own classes give the same pictures of it."""
 
+import json
+
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL, DiTPipeline, VQModel
 
 from hf_dpssl import VQAutoencoder, VQDiTPipeline
@@ -56,6 +59,23 @@ def test_a_trained_autoencoder_and_its_dit_load_in_diffusers_and_give_the_same_p
     found = theirs([1, 0], generator=torch.manual_seed(0), **options).images
     expected = pipeline([1, 0], generator=torch.manual_seed(0), **options).images
     assert expected.std() > 0.005 and abs(found - expected).max() < 1e-4
+
+
+def test_a_dit_of_mean_flow_is_saved_to_draw_in_one_step_and_is_no_dit_pipeline_of_diffusers(run_script, tmp_path):
+    run_script("dae_vq", [*AUTOENCODER, "--latent_normalization", "scalar", "--output_dir", tmp_path])
+    flags = [*DIT[: DIT.index("--objective")], "--objective", "mean_flow", "--grid_images_per_class", 1]
+    run_script("dae_dit", [*flags, "--autoencoder", tmp_path / "autoencoder", "--output_dir", tmp_path])
+    pipeline = VQDiTPipeline.from_pretrained(tmp_path / "dit")
+    assert pipeline.config.prediction_type == "mean_flow" and pipeline.transformer.config.in_channels == 5
+    assert yaml.safe_load((tmp_path / "dit" / "recipe.yaml").read_text())["sampling_steps"] == 1
+    curve = json.loads((tmp_path / "dit" / "results.json").read_text())["curve"]
+    assert curve[-1][1] > 0.5  # the error, of an untrained model near the variance of a velocity; the loss is about 1
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"generator": [0, 1], "output_type": "latent"}
+    drawn = [pipeline([1, 0], num_inference_steps=steps, **options).images for steps in (1, 2)]
+    assert drawn[0].shape == (2, 4, 8, 8) and not torch.equal(*drawn)
+    status = main(["export", str(tmp_path / "dit"), "--format", "dit-pipeline", "--output_dir", str(tmp_path / "no")])
+    assert status != 0 and not (tmp_path / "no").exists()
 
 
 def test_scalar_normalisation_gives_all_channels_together_unit_variance(run_script, tmp_path):
