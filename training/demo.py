@@ -229,8 +229,15 @@ def train_encoders(base: list[str], steps: dict) -> dict[int, Path]:
     """t-SimCLR with 32-d and 2-d embeddings: {dimension: folder}. The map starts from the 32-d run, as in t-SimCNE."""
     base = [*base, "--channels_last", "True"]
     space = contrastive.main([*base, "--num_train_epochs", str(steps["encoder_32d_epochs"])])
-    options = ["--projection_dim", "2", "--dof", "1", "--temperature", "0.5", "--init_encoder", str(space)]
-    options += ["--name", ENCODER_2D, "--num_train_epochs", str(steps["encoder_2d_epochs"])]
+    options = ["--projection_dim", "2", "--dof", "1", "--feature_norm", "none", "--temperature", "0.5"]
+    options += [
+        "--name",
+        ENCODER_2D,
+        "--num_train_epochs",
+        str(steps["encoder_2d_epochs"]),
+        "--init_encoder",
+        str(space),
+    ]
     return {32: space, 2: contrastive.main([*base, *options])}
 
 

@@ -18,9 +18,16 @@ class ContrastiveArguments(RunArguments):
     name: str = option("encoder", "subfolder of output_dir for the finished encoder", group="run")
     negatives: str = option("batch", "batch (SimCLR) or queue (MoCo)", choices=["batch", "queue"], group="model")
     kernel: str = option("student_t", "similarity of embeddings", choices=KERNELS)
-    normalization: str = option("joint", "denominator over all pairs or per anchor", choices=NORMALIZATIONS)
-    feature_norm: str = option("none", "normalisation of embeddings", choices=FEATURE_NORMS)
-    temperature: str = option("2.0", "divides the cosine or the squared distance; auto: set by --perplexity")
+    normalization: str | None = option(
+        None, "denominator over all pairs or per anchor; default: joint, with cosine or a queue anchor",
+        choices=NORMALIZATIONS,
+    )  # fmt: skip
+    feature_norm: str | None = option(
+        None, "normalisation of embeddings; default: batch, with cosine l2", choices=FEATURE_NORMS
+    )
+    temperature: str | None = option(
+        None, "divides the cosine or the squared distance; auto: set by --perplexity; default: auto, with cosine 0.2"
+    )
     perplexity: float | None = option(None, "of Q, as a share of the candidates, with --temperature auto")
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
     learnable_dof: bool = option(False, "train the degrees of freedom too")
@@ -66,6 +73,11 @@ class ContrastiveArguments(RunArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_model_args()
+        # Chosen over data sets and dimensions that nobody tuned: training/evidence/defaults.py.
+        cosine = self.kernel == "cosine"
+        self.normalization = self.normalization or ("anchor" if cosine or self.negatives == "queue" else "joint")
+        self.feature_norm = self.feature_norm or ("l2" if cosine else "batch")
+        self.temperature = self.temperature or ("0.2" if cosine else "auto")
         if self.temperature != "auto":
             try:
                 self.temperature = float(self.temperature)

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
 TRAIN_IMAGES, VALIDATION_IMAGES = 20_000, 2_000
 ENCODERS = {
     "latent": "--kernel cosine --normalization anchor --feature_norm l2 --temperature 0.3 --seed 100",
-    "extractor": "--kernel student_t --normalization joint --temperature 2 --seed 101",
+    "extractor": "--kernel student_t --normalization joint --feature_norm none --temperature 2 --seed 101",
 }
 WIDTHS = {"latent": [12, 24, 48, 96], "extractor": [16, 32, 64, 128]}
 LATENTS = {

@@ -44,7 +44,7 @@ TRAIN_IMAGES, VALIDATION_IMAGES, TEST_IMAGES, IMAGE_SIZE = 10_000, 2_000, 5_000,
 SEEDS = (0, 1, 2)
 ENCODERS = {
     "perceptual": "--kernel cosine --normalization anchor --feature_norm l2 --temperature 0.15 --seed 100",
-    "extractor": "--kernel student_t --normalization joint --temperature 2 --seed 101",
+    "extractor": "--kernel student_t --normalization joint --feature_norm none --temperature 2 --seed 101",
 }
 WIDTHS = {"perceptual": [12, 24, 48, 96], "extractor": [16, 32, 64, 128]}
 STEPS = 1_500  # of each stage
