@@ -13,6 +13,8 @@ in the checkpoints only.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
@@ -32,6 +34,7 @@ from diffusers.training_utils import EMAModel
 from hf_dpssl.autoencoder.adversarial_term import Adversary, ReconstructionGuard
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ImageSource, load_images_for
+from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.data.keyed_random import derive_seed
 from hf_dpssl.data.views import PRESETS, to_model_range
 from hf_dpssl.embedding.embedder import ImageEmbedder
@@ -72,16 +75,7 @@ def main(argv: list[str] | None = None) -> Path:
         bank = FeatureBank(ImageEmbedder(args.encoder, kind=args.features), training, held_out)
 
     # Model
-    config = VAEGANConfig(
-        image_size=source.image_size,
-        width=args.width,
-        latent_dim=args.latent_dim if bank is None else bank.training.shape[1],
-        latent=args.latent,
-        features=args.features if bank is not None else None,
-        dropout=args.stage_1_dropout if args.latent == "dae" else 0.0,
-        density=args.density,
-        **density_settings(args.density, args, held_out),
-    )
+    config = model_config(args, source.image_size, None if bank is None else bank.training.shape[1], held_out)
     set_seed(args.seed)
     model = VAEGAN(config)
     if bank is not None:
@@ -93,10 +87,7 @@ def main(argv: list[str] | None = None) -> Path:
     history, seconds = [], {}
     if args.latent == "dae":
         history, seconds["stage-1"] = train(model, "stage-1", args.stage_1_steps, args, accelerator, source, bank)
-        model.encoder.eval().requires_grad_(False)
-        model.config.dropout = 0.0
-        torch.manual_seed(derive_seed(args.seed, "generator of stage 2"))
-        model.generator = Generator(model.config).to(accelerator.device)
+        start_stage_2_(model, args)
     entries, seconds["generator"] = train(model, "generator", args.max_train_steps, args, accelerator, source, bank)
     history += [entry | {"step": entry["step"] + (history[-1]["step"] if history else 0)} for entry in entries]
 
@@ -110,6 +101,30 @@ def main(argv: list[str] | None = None) -> Path:
     return target
 
 
+def model_config(
+    args: GANArguments, image_size: int, feature_dim: int | None, held_out: ImageTable | None
+) -> VAEGANConfig:
+    """Of the model of the first stage; `feature_dim`: of the frozen encoder's features, of --latent simclr."""
+    return VAEGANConfig(
+        image_size=image_size,
+        width=args.width,
+        latent_dim=feature_dim or args.latent_dim,
+        latent=args.latent,
+        features=args.features if args.latent == "simclr" else None,
+        dropout=args.stage_1_dropout if args.latent == "dae" else 0.0,
+        density=args.density,
+        **density_settings(args.density, args, held_out),
+    )
+
+
+def start_stage_2_(model: VAEGAN, args: GANArguments) -> None:
+    """Freeze the encoder, and put a fresh generator in the place of the weak one."""
+    model.encoder.eval().requires_grad_(False)
+    model.config.dropout = 0.0
+    torch.manual_seed(derive_seed(args.seed, "generator of stage 2"))
+    model.generator = Generator(model.config).to(model.device)
+
+
 def train(
     model: VAEGAN, stage: str, steps: int, args: GANArguments, accelerator: Accelerator, source: ImageSource,
     bank: FeatureBank | None,
@@ -120,7 +135,8 @@ def train(
     optimizer, scheduler = make_optimizer(parameters, steps, args)
     own_statistics = "the discriminator's batch norms have each process's own statistics (--discriminator_norm batch)"
     loop = TrainingLoop(
-        args, accelerator, f"{args.name}/{stage}", steps, source.loader, source.skipped, source.data,
+        args, accelerator, f"{args.name}/{stage}", steps, partial(batches_of, source, bank), source.skipped,
+        source.data,
         bound_to_processes=own_statistics if args.discriminator_norm == "batch" else None,
     )  # fmt: skip
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -133,7 +149,7 @@ def train(
         real = to_model_range(batch["images"], batch["sample_ids"], batch["epoch"], seed=args.seed, flip=flip)
         with accelerator.accumulate(wrapped, *adversary.wrapped()):
             # Generator
-            fake, values = images_of(wrapped, model.config, real, batch, bank, args.seed)
+            fake, values = images_of(wrapped, model.config, real, batch, args.seed)
             loss = generator_loss(args, adversary, real, fake, values)
             accelerator.backward(loss)
             if accelerator.sync_gradients and args.max_grad_norm:
@@ -154,13 +170,19 @@ def train(
     return [entry | {"stage": stage} for entry in loop.history], loop.seconds
 
 
+def batches_of(source: ImageSource, bank: FeatureBank | None, **start) -> Iterable[dict]:
+    """Batches from `start` on, with a bank also "latents": looked up here, where a GPU need not say which they are."""
+    batches = source.loader(**start)
+    return batches if bank is None else bank.with_latents(batches)
+
+
 def images_of(
-    model: torch.nn.Module, config: VAEGANConfig, real: torch.Tensor, batch: dict, bank: FeatureBank | None, seed: int
+    model: torch.nn.Module, config: VAEGANConfig, real: torch.Tensor, batch: dict, seed: int
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Images of a batch's latents, of a model with an encoder reconstructions too; and the latter's terms."""
     key = {"seed": seed, "epoch": batch["epoch"]}
-    if bank is not None:
-        return model(latents=bank.training[batch["sample_ids"].cpu()].to(real.device)).generated, {}
+    if config.latent == "simclr":
+        return model(latents=batch["latents"]).generated, {}
     latents = keyed_random.normal(batch["sample_ids"], (config.latent_dim,), stream="prior", **key)
     if not config.has_encoder:
         return model(latents=latents).generated, {}
@@ -192,13 +214,18 @@ def make_optimizer(parameters: list, steps: int, args: GANArguments):
     return optimizer, get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
 
+def make_discriminator(args: GANArguments, stage: str, image_size: int) -> PatchDiscriminator:
+    """A discriminator of the same start in every variant."""
+    torch.manual_seed(derive_seed(args.seed, "discriminator", stage))
+    sizes = dict(width=args.discriminator_width, image_size=image_size, norm=args.discriminator_norm)
+    return PatchDiscriminator(PatchDiscriminatorConfig(**sizes)).train()
+
+
 def make_adversary(
     args: GANArguments, stage: str, steps: int, source: ImageSource, accelerator: Accelerator
 ) -> Adversary:
-    """A discriminator of the same start in every variant."""
-    torch.manual_seed(derive_seed(args.seed, "discriminator", stage))
-    sizes = dict(width=args.discriminator_width, image_size=source.image_size, norm=args.discriminator_norm)
-    bare = PatchDiscriminator(PatchDiscriminatorConfig(**sizes)).train().to(accelerator.device)
+    """Discriminator and its optimiser."""
+    bare = make_discriminator(args, stage, source.image_size).to(accelerator.device)
     optimizer, scheduler = make_optimizer(list(bare.parameters()), steps, args)
     discriminator, optimizer = accelerator.prepare(bare, optimizer)
     return Adversary(args.term(), bare, discriminator, optimizer, scheduler, ReconstructionGuard(0))

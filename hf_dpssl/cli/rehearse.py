@@ -13,7 +13,7 @@ from .errors import BAD_INPUT
 from .parsing import command_parser
 from .train import SCRIPTS, add_launcher, find_accelerate_config, run_script, script_description
 
-REHEARSED = ("contrastive", "dae_ar", "dae_dit", "dae_drift", "dae_vq")
+REHEARSED = ("contrastive", "dae_ar", "dae_dit", "dae_drift", "dae_gan", "dae_vq")
 _DESCRIPTION = (
     "Would this run start on my GPU? Its models, optimisers and averages at full size, and a step of its batch, on a "
     "GPU that is not there: bytes of each, whether they fit, and how often the host would wait for the GPU. Takes the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from PIL import Image
@@ -41,6 +41,11 @@ class FeatureBank:
         self.training = (features - self.mean) / self.std
         self.held_out = None if held_out is None else (_features(embedder, held_out) - self.mean) / self.std
         self.encoder = {"features": embedder.kind, "fingerprint": embedder.fingerprint}
+
+    def with_latents(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """Batches of training images, on the CPU, with their rows' latents (B, D) under "latents"."""
+        for batch in batches:
+            yield batch | {"latents": self.training[batch["sample_ids"]]}
 
 
 def _features(embedder: ImageEmbedder, table: ImageTable) -> Tensor:

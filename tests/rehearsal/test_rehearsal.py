@@ -24,7 +24,9 @@ BUDGETS = {
     "dae_dit epsilon": 0,
     "dae_ar llama": 0,
     "dae_gan dae": 0,
+    "dae_gan dae, penalty": 0,
     "dae_gan noise": 0,
+    "dae_gan simclr": 0,
 }
 
 

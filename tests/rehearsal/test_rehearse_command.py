@@ -20,6 +20,7 @@ RECIPES = {
     "ar-faceshq": ["dae_ar", *EIGHT],
     "dit-b2-imagenet": ["dae_dit", *EIGHT],
     "dit-xl2-imagenet": ["dae_dit", *EIGHT],
+    "gan-cifar10-jpeg": ["dae_gan"],
     "moco-v2-resnet50-imagenet": ["contrastive", *EIGHT],
     "simclr-resnet50-cifar10": ["contrastive"],
     "t-moco-v2-dof5-resnet50-imagenet": ["contrastive", *EIGHT],
@@ -79,11 +80,30 @@ def _of_an_encoder():
     assert parts["others"] == everything - 4 * learn
 
 
+def _of_a_gan():
+    from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+    from hf_dpssl.models.modeling_vaegan import VAEGAN, VAEGANConfig
+
+    model = VAEGAN(VAEGANConfig(image_size=16, width=16, latent_dim=32, latent="dae"))
+    discriminator = PatchDiscriminator(PatchDiscriminatorConfig(image_size=16, width=16))
+    stages = memory("dae_gan", *ELSEWHERE)
+    learn = {"stage-1": size(model), "generator": size(model.generator)}
+    for stage, figures in stages.items():
+        number, parts = learn[stage] + size(discriminator), figures["bytes"]
+        assert figures["parameters"] == number and parts["parameters"] == parts["gradients"] == 4 * number
+        assert parts["averages"] == 4 * size(model.generator)
+        frozen = 4 * (size(model) - learn[stage])
+        assert parts["others"] == frozen + sum(buffer.nbytes for buffer in model.buffers())
+    held_out = "--sample_from held_out --evaluation_images 300".split()
+    banks = memory("dae_gan", *held_out, *ELSEWHERE)["generator"]["bytes"]["others"]
+    assert banks - stages["generator"]["bytes"]["others"] == 4 * 300 * 32
+
+
 def _batches_and_checkpoints():
     def activations(script, *flags):
         return max(stage["bytes"]["activations"] for stage in memory(script, *flags, *ELSEWHERE).values())
 
-    for script, sizes in {"dae_dit": (64, 128, 256), "dae_vq": (16, 32, 64)}.items():
+    for script, sizes in {"dae_dit": (64, 128, 256), "dae_gan": (64, 128, 256), "dae_vq": (16, 32, 64)}.items():
         small, middle, large = (activations(script, "--batch_size", str(count)) for count in sizes)
         assert large - middle == pytest.approx(2 * (middle - small), rel=0.02) and small < middle, script
     deep = ["--num_layers", "12"]
@@ -125,6 +145,10 @@ def test_weights_queue_and_momentum_branch_of_an_encoder_equal_closed_forms(rehe
     rehearse(_of_an_encoder)
 
 
+def test_both_sides_and_averages_of_a_gan_equal_closed_forms_in_each_stage(rehearse):
+    rehearse(_of_a_gan)
+
+
 def test_activations_of_scripts_grow_with_the_batch_and_shrink_with_checkpoints(rehearse):
     rehearse(_batches_and_checkpoints)
 
@@ -144,7 +168,7 @@ def test_recipes_state_the_memory_of_a_step_at_full_size(recipe, rehearse):
 
 def test_every_recipe_of_a_rehearsed_script_is_rehearsed():
     folder = EVIDENCE.parent / "recipes"
-    others = {"demo", "digits", "domains-colored-mnist", "domains-pacs-resnet50", "gan-cifar10-jpeg", "map-cifar10"}
+    others = {"demo", "digits", "domains-colored-mnist", "domains-pacs-resnet50", "map-cifar10"}
     assert {path.stem for path in folder.glob("*.yaml")} - others == set(RECIPES)
 
 
@@ -155,7 +179,7 @@ def test_the_command_prints_and_a_run_that_does_not_fit_is_told(capfd):
 
 def test_what_cannot_be_rehearsed_is_one_line(capfd):
     cases = {
-        "map": "map is not rehearsed; these are: contrastive, dae_ar, dae_dit, dae_drift, dae_vq.",
+        "map": "map is not rehearsed; these are: contrastive, dae_ar, dae_dit, dae_drift, dae_gan, dae_vq.",
         "dae_dit --memory 0": "--memory must be positive",
         "dae_dit --objective mean_flow": "--objective mean_flow differentiates forwards",
         "dae_dit --accelerate_config nowhere": "no accelerate config 'nowhere'",
@@ -180,3 +204,18 @@ def _listed_waits():
 
     waits = rehearse.waits_of(rehearse.parsed(["dae_vq", *ELSEWHERE]), 0)
     assert [line.split(":")[0] for line in waits] == ["hf_dpssl/models/quantizer.py"]
+
+
+def test_a_gan_waits_for_nothing_on_any_latent(rehearse):
+    rehearse(_waits_of_gans)
+
+
+def _waits_of_gans():
+    sys.path.insert(0, str(EVIDENCE))
+    import rehearse
+
+    encoder = ["--encoder", "untrained:test_resnet.r160_in1k"]
+    for latent, stages, more in (("noise", 1, []), ("simclr", 1, encoder), ("vae", 1, []), ("dae", 2, [])):
+        asked = rehearse.parsed(["dae_gan", "--latent", latent, *more, *ELSEWHERE])
+        assert len(rehearse.stage_names(asked)) == stages
+        assert not [line for number in range(stages) for line in rehearse.waits_of(asked, number)], latent

@@ -115,11 +115,11 @@ def language_model(architecture):
     return [model], lambda: None, step
 
 
-def gan(latent):
-    """Of training/dae_gan.py: generator, then discriminator."""
+def gan(latent, **settings):
+    """Of training/dae_gan.py: generator, then discriminator; `settings` are those of the adversarial term."""
     config = VAEGANConfig(image_size=SIDE, width=8, latent_dim=8, latent=latent)
     model = VAEGAN(config).train()
-    adversary = adversary_of(AdversarialTerm())
+    adversary = adversary_of(AdversarialTerm(**settings))
     args = SimpleNamespace(reconstruction="pixels", reconstruction_weight=1.0, kl_weight=1.0)
 
     def prepare():
@@ -127,7 +127,8 @@ def gan(latent):
 
     def step(given):
         real = given["images"].float() / 127.5 - 1
-        fake, values = dae_gan.images_of(model, config, real, given | {"epoch": 0}, None, 0)
+        given = given | {"epoch": 0, "latents": given["latents"].flatten(1)[:, :8]}
+        fake, values = dae_gan.images_of(model, config, real, given, 0)
         dae_gan.generator_loss(args, adversary, real, fake, values).backward()
         adversary.step(SimpleNamespace(backward=torch.Tensor.backward), real, fake)
 
@@ -149,5 +150,7 @@ CASES = {
     "dae_dit epsilon": lambda: transformer("epsilon"),
     "dae_ar llama": lambda: language_model("llama"),
     "dae_gan dae": lambda: gan("dae"),
+    "dae_gan dae, penalty": lambda: gan("dae", r1_weight=10.0),
     "dae_gan noise": lambda: gan("noise"),
+    "dae_gan simclr": lambda: gan("simclr"),
 }

@@ -1,6 +1,7 @@
 """training/dae_gan.py: every latent trains for two steps and leaves a complete folder."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import get_imports
 
 from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder, VAEGANConfig
-from hf_dpssl.data.decoding import decode_image
+from hf_dpssl.data.batches import ordered_batches
+from hf_dpssl.data.decoding import decode_image, to_square_tensor
 from hf_dpssl.data.image_data import load_images
+from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.latent_training.gan_training import FeatureBank
 from hf_dpssl.models import latent_density
 
 COMMON = ["--max_train_steps", 2, "--stage_1_steps", 2, "--batch_size", 16, "--num_generated", 20, "--width", 8]
@@ -48,6 +52,22 @@ def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encode
     latents = model.standardize(features)
     torch.testing.assert_close(latents.mean(0), torch.zeros(24), rtol=0, atol=1e-4)
     assert model.config.dpssl["encoder"]["fingerprint"] == embedder.fingerprint
+
+
+def test_latents_of_a_batch_are_the_standardised_features_of_its_images():
+    def features_of(pictures) -> torch.Tensor:
+        return torch.stack([to_square_tensor(picture, 4).flatten().float() for picture in pictures])
+
+    data = load_images("digits")
+    table = ImageTable(data, data.train, 16)
+    embedder = SimpleNamespace(embed_pictures=features_of, kind="features", fingerprint="")
+    bank = FeatureBank(embedder, table, None)
+    batch = next(bank.with_latents(ordered_batches(table, 16, seed=0)))
+    pictures = [decode_image(row["image"]) for row in data.train]
+    assert torch.equal(batch["images"][3], to_square_tensor(pictures[batch["sample_ids"][3]], 16))
+    features = features_of(pictures)
+    standardised = (features - features.mean(0)) / features.std(0).clamp_min(1e-6)
+    torch.testing.assert_close(batch["latents"], standardised[batch["sample_ids"]])
 
 
 def test_every_latent_leaves_a_folder_that_generates_and_starts_from_the_same_discriminator(

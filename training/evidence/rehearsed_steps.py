@@ -1,7 +1,8 @@
 """The training steps of the scripts, to be rehearsed: their own models, losses and optimisers, without images.
 
 Each function takes the arguments that a script has parsed and yields (name, `Step`) of each stage, one by one; only
-dae_vq has stages. New models are made on `device`, "meta" where they are to have no values; others are loaded.
+dae_vq and dae_gan have stages. New models are made on `device`, "meta" where they are to have no values; others are
+loaded.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import contrastive  # noqa: E402
 import dae_ar  # noqa: E402
 import dae_dit  # noqa: E402
 import dae_drift  # noqa: E402
+import dae_gan  # noqa: E402
 import dae_vq  # noqa: E402
 
 from hf_dpssl.autoencoder.adversarial_term import Adversary, ReconstructionGuard  # noqa: E402
@@ -33,15 +35,18 @@ from hf_dpssl.autoencoder.perceptual import load_perceptual  # noqa: E402
 from hf_dpssl.contrastive.momentum import choose_queue_size  # noqa: E402
 from hf_dpssl.data.batches import load_images_for  # noqa: E402
 from hf_dpssl.data.image_data import TABLE, DatasetEntry  # noqa: E402
-from hf_dpssl.data.views import PRESETS, TwoViews  # noqa: E402
+from hf_dpssl.data.views import PRESETS, TwoViews, to_model_range  # noqa: E402
+from hf_dpssl.embedding.embedder import ImageEmbedder  # noqa: E402
 from hf_dpssl.latent_training.diffusion import make_scheduler  # noqa: E402
 from hf_dpssl.latent_training.dit_arguments import DiTArguments  # noqa: E402
 from hf_dpssl.latent_training.drift_arguments import DriftArguments  # noqa: E402
 from hf_dpssl.latent_training.drift_training import feature_spaces, initial_transformer  # noqa: E402
+from hf_dpssl.latent_training.gan_arguments import GANArguments  # noqa: E402
 from hf_dpssl.latent_training.latent_arguments import LatentRunArguments  # noqa: E402
 from hf_dpssl.latent_training.latent_run import autoencoder_of_run, classes_of_run  # noqa: E402
 from hf_dpssl.latent_training.token_arguments import ARArguments  # noqa: E402
 from hf_dpssl.models.configuration_vq import VQConfig  # noqa: E402
+from hf_dpssl.models.modeling_vaegan import VAEGAN  # noqa: E402
 from hf_dpssl.models.modeling_vq import VQAutoencoder  # noqa: E402
 from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments  # noqa: E402
 from hf_dpssl.runs.recipe import parse  # noqa: E402
@@ -259,11 +264,56 @@ def drift_steps(args: DriftArguments, device: str) -> Iterator[tuple[str, Step]]
     )
 
 
+def gan_steps(args: GANArguments, device: str) -> Iterator[tuple[str, Step]]:
+    """Of dae_gan.py, each of its stages, with the gradient penalty, which not every step has.
+
+    Latents of a frozen encoder are zeros: it is loaded for their dimension, and not on the GPU while a GAN learns.
+    """
+    entry = entry_of(args)
+    side = args.image_size or entry.image_size
+    flip = PRESETS[entry.augmentation].flip
+    dimension = ImageEmbedder(args.encoder, kind=args.features).dimension if args.latent == "simclr" else None
+    held_out = SimpleNamespace(random_rows=range)  # as many images as are asked for
+    with torch.device(device):
+        model = VAEGAN(dae_gan.model_config(args, side, dimension, held_out))
+    for stage in ("stage-1", "generator") if args.latent == "dae" else ("generator",):
+        with torch.device(device):
+            if stage == "generator" and args.latent == "dae":
+                dae_gan.start_stage_2_(model, args)
+            bare = dae_gan.make_discriminator(args, stage, side)
+        model.train()
+
+        def start(bare=bare) -> Started:
+            learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer, _ = dae_gan.make_optimizer(learned, args.max_train_steps, args)
+            made = dae_gan.make_optimizer(list(bare.parameters()), args.max_train_steps, args)
+            adversary = Adversary(args.term(), bare, bare, *made, ReconstructionGuard(0))
+            averages = EMAModel(model.generator.parameters(), decay=args.ema_decay)
+
+            def run(batch: dict) -> None:
+                key = {"seed": args.seed, "flip": flip}
+                real = to_model_range(batch["images"], batch["sample_ids"], batch["epoch"], **key)
+                fake, values = dae_gan.images_of(model, model.config, real, batch, args.seed)
+                dae_gan.generator_loss(args, adversary, real, fake, values).backward()
+                finish_step(args, learned, optimizer)
+                adversary.step(_ONE_PROCESS, real, fake, adversary.term.start)
+                averages.step(model.generator.parameters())
+
+            return Started(run, [optimizer, adversary.optimizer], averages)
+
+        def batch() -> dict:
+            latents = {} if dimension is None else {"latents": torch.zeros(args.batch_size, dimension)}
+            return images_of(args.batch_size, side) | latents
+
+        yield stage, Step([model, bare], batch, start)
+
+
 STEPS = {
     "contrastive": contrastive_steps,
     "dae_ar": token_steps,
     "dae_dit": transformer_steps,
     "dae_drift": drift_steps,
+    "dae_gan": gan_steps,
     "dae_vq": autoencoder_steps,
 }
 
@@ -352,6 +402,8 @@ def reduced(script: str, args):
         return replace(args, batch_size=min(args.batch_size, 64), **queue)
     if script == "dae_vq":
         return _small_autoencoder(args)
+    if script == "dae_gan":
+        return replace(args, batch_size=4, image_size=16, width=8, latent_dim=8, discriminator_width=8)
     small = {"num_layers": 2, "num_heads": 2, "width": 32, "batch_size": 4}
     if script == "dae_drift":
         small |= {"batch_size": 16, "images_per_set": 8, "real_per_set": 8, "negatives_per_set": 4}
