@@ -342,8 +342,8 @@ def affine_resample(images: Tensor, augmentation: Augmentation, draws: Tensor, c
     images: (B, C, H, W) float; draws: (B, 8) uniform: area, ratio, x, y, flip, angle, translation in x and y.
     """
     a = augmentation
-    size = len(images)
-    box = crop_boxes(a, draws[:, :4]) if crop else torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(size, 4).to(draws)
+    whole = F.pad(torch.zeros_like(draws[:, :2]), (0, 2), value=1.0)  # made where the images are: nothing is copied
+    box = crop_boxes(a, draws[:, :4]) if crop else whole
     if not crop and a.flip == a.rotation == a.translation == 0:
         return images
     # In [-1, 1], as affine_grid has it.

@@ -5,6 +5,7 @@ import torch
 from training_steps import CASES, batch
 
 from hf_dpssl.contrastive import losses
+from hf_dpssl.data.views import PRESETS, TwoViews
 from hf_dpssl.runs.rehearsal import rehearsal
 
 COLOURS = 3  # copies of small constants for the colours of two views
@@ -72,6 +73,22 @@ def _losses():
         torch.testing.assert_close(on_gpu[0].grad.rehearsed, on_cpu[0].grad, rtol=1e-4, atol=1e-6)
 
 
+def _exact_views():
+    images, ids = batch()["images"], batch()["sample_ids"]
+    for name, augmentation in PRESETS.items():
+        # How many views have each order of the jitter is counted and read at once; which are blurred, once.
+        most = 2 * (augmentation.jitter > 0) + (augmentation.blur > 0)
+        for crop, given in ((True, images), (False, torch.stack([images, images.flip(-1)], 1))):
+            views = TwoViews(augmentation, [0.5] * 3, [0.2] * 3, 0, crop=crop, mode="exact")
+            expected = views(given, ids, 0)
+            with rehearsal() as rehearsed:
+                found = views(rehearsed.fake_of(given), rehearsed.fake_of(ids), 0)
+                assert len(rehearsed.syncs) == most, (name, crop, rehearsed.syncs)
+                assert {view.device.type for view in found} == {"cuda"}
+            for view, on_cpu in zip(found, expected, strict=True):
+                torch.testing.assert_close(view.rehearsed, on_cpu, rtol=1e-5, atol=1e-5)
+
+
 def _training_steps():
     """Of every script that is over its budget: what waits."""
     over = {name: lines for name in CASES if len(lines := _waits_of(name)) > BUDGETS[name]}
@@ -102,6 +119,10 @@ def test_what_waits_for_a_gpu_is_counted_and_what_mixes_devices_raises(rehearse)
 
 def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never(rehearse):
     rehearse(_losses)
+
+
+def test_exact_views_wait_twice_for_jitter_and_once_for_blur_with_the_pixels_of_a_cpu(rehearse):
+    rehearse(_exact_views)
 
 
 def test_a_training_step_mixes_no_devices_and_waits_no_more_than_its_budget(rehearse):
