@@ -109,11 +109,16 @@ def to_square_tensor(image: Image.Image, size: int) -> Tensor:
         left = (new_size[0] - size) // 2
         top = (new_size[1] - size) // 2
         image = image.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
+    return _channels_first(image)
 
 
 def crop_to_tensor(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
     """(3, size, size) uint8 of a crop; `box` = (top, left, height, width) in pixels."""
     top, left, height, width = box
     image = image.resize((size, size), RESAMPLING, box=(left, top, left + width, top + height))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
+    return _channels_first(image)
+
+
+def _channels_first(image: Image.Image) -> Tensor:
+    # By NumPy: torch would start threads of its own in each thread that decodes.
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())

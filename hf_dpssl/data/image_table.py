@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 import torch
 from datasets import Dataset
@@ -10,10 +11,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .decoding import crop_to_tensor, decode_image, to_square_tensor
+from .decoding import crop_to_tensor, decode_image, picture_size, to_square_tensor
+from .decoding_threads import in_threads
 from .image_data import ImageData
 from .shared_images import decoded_once
 from .views import TwoViews
+
+# Pixels below which threads wait for each other longer than they decode (cifar10-jpeg: twice the seconds of CPU).
+_SMALL = 96**2
 
 
 class BadImageError(ValueError):
@@ -76,16 +81,14 @@ class ImageTable(torch.utils.data.Dataset):
 
         def decode(rows: range, images: Tensor, labels: Tensor) -> dict[int, str]:
             bad: dict[int, str] = {}
-            for row in tqdm(rows, "reading images", unit="img", leave=False, **silent):
-                try:
-                    image, label = self._row(row)
-                except BadImageError as error:
-                    bad[row] = str(error)
+            shown = tqdm(rows, "reading images", unit="img", leave=False, **silent)
+            for row, found in zip(shown, self._squares(rows), strict=True):
+                if isinstance(found, BadImageError):
+                    bad[row] = str(found)
                     if self.on_bad_image == "error":
                         break
-                    continue
-                images[row] = to_square_tensor(image, self.image_size)
-                labels[row] = label
+                else:
+                    images[row], labels[row] = found
             return bad
 
         images, labels, bad = decoded_once(decode, count, self.image_size, together=together)
@@ -105,6 +108,11 @@ class ImageTable(torch.utils.data.Dataset):
         """(RGB picture, label or -1) of a row; BadImageError when it cannot be decoded."""
         values = self.split[row]
         return decode_row(self.data, values, f"{self.place}row {self.first_row + row}")
+
+    def _squares(self, rows: Iterable[int]) -> Iterator[tuple[Tensor, int] | BadImageError]:
+        """Square image and label of each row, or why it cannot be read."""
+        given = ((self.split[row], f"{self.place}row {self.first_row + row}") for row in rows)
+        return decode_rows(self.data, given, size=self.image_size)
 
     def _readable(self, row: int, skipped: dict[int, str]):
         for step in range(len(self.split)):
@@ -132,23 +140,21 @@ class ImageTable(torch.utils.data.Dataset):
         if self.images is not None:
             return self.__getitems__([(0, row) for row in rows])
         kept = []
-        pictures = []
+        images = []
         labels = []
-        for row in rows:
-            try:
-                picture, label = self._row(row)
-            except BadImageError as error:
-                if self.on_bad_image == "error":
-                    raise
-                self.skipped[f"{self.place}row {self.first_row + row}"] = str(error)
-                continue
-            kept.append(row)
-            pictures.append(picture)
-            labels.append(label)
+        for row, found in zip(rows, self._squares(rows), strict=True):
+            if not isinstance(found, BadImageError):
+                kept.append(row)
+                images.append(found[0])
+                labels.append(found[1])
+            elif self.on_bad_image == "error":
+                raise found
+            else:
+                self.skipped[f"{self.place}row {self.first_row + row}"] = str(found)
         if not kept:
             return None
-        images = stack(pictures, self.image_size, None, torch.tensor(kept), 0)
-        return dict(images=images, labels=torch.tensor(labels), sample_ids=torch.tensor(kept), epoch=0, skipped={})
+        ids = torch.tensor(kept)
+        return dict(images=torch.stack(images), labels=torch.tensor(labels), sample_ids=ids, epoch=0, skipped={})
 
 
 def decode_row(data: ImageData, values: dict, place: str) -> tuple[Image.Image, int]:
@@ -163,6 +169,29 @@ def decode_row(data: ImageData, values: dict, place: str) -> tuple[Image.Image, 
             f"{place} of data set {data.name!r}{f' ({file})' if file else ''} is not a readable picture: {error}. "
             "Repair or remove it, or pass --on_bad_image skip."
         ) from error
+
+
+def decode_rows(
+    data: ImageData, rows: Iterable[tuple[dict, str]], *, size: int | None = None
+) -> Iterator[tuple[Image.Image | Tensor, int] | BadImageError]:
+    """`decode_row` of each (values, place), in their order; a BadImageError stands where it was raised.
+
+    Threads decode ahead, one for each core, unless the first picture is small. `size`: squares uint8 (3, size, size) in
+    the place of pictures.
+    """
+
+    def decoded(given: tuple[dict, str]) -> tuple[Image.Image | Tensor, int] | BadImageError:
+        try:
+            picture, label = decode_row(data, *given)
+        except BadImageError as error:
+            return error
+        return picture if size is None else to_square_tensor(picture, size), label
+
+    rows = iter(rows)
+    first = list(islice(rows, 1))
+    sides = picture_size(first[0][0][data.image_column]) if first else None
+    small = sides is not None and sides[0] * sides[1] < _SMALL
+    return in_threads(decoded, chain(first, rows), 1 if small else None)
 
 
 def stack(pictures, size: int, views: TwoViews | None, sample_ids: Tensor, epoch: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.image_data import ImageData
-from ..data.image_table import BadImageError, decode_row
+from ..data.image_table import BadImageError, decode_rows
 
 _SIDE = 32  # of the thumbnails
 
@@ -28,12 +28,11 @@ def domain_clusters(data: ImageData, images: Dataset, rows: Sequence[int], clust
     if clusters < 2:
         raise ValueError(f"at least 2 clusters are needed, one of which is left out, got {clusters}.")
     found = {}
-    for place, row in enumerate(tqdm(rows, "colours and edges", unit="img", leave=False)):
-        try:
-            picture, _ = decode_row(data, images[row], f"row {row}")
-        except BadImageError:
-            continue
-        found[place] = picture_statistics(np.asarray(picture.resize((_SIDE, _SIDE)), dtype=np.float64) / 255)
+    decoded = decode_rows(data, ((images[row], f"row {row}") for row in rows))
+    for place, one in enumerate(tqdm(decoded, "colours and edges", len(rows), unit="img", leave=False)):
+        if not isinstance(one, BadImageError):
+            small = one[0].resize((_SIDE, _SIDE))
+            found[place] = picture_statistics(np.asarray(small, dtype=np.float64) / 255)
     values = np.stack(list(found.values())) if found else np.zeros((0, 9))
     if len(np.unique(values, axis=0)) < clusters:
         raise ValueError(f"{len(found)} pictures of {data.name!r} can be read: too few to make {clusters} clusters.")

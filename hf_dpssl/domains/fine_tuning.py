@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.image_data import ImageData
-from ..data.image_table import decode_row, stack
+from ..data.image_table import BadImageError, decode_rows, stack
 from ..data.views import Augmentation, TwoViews
 from ..embedding.embedder import ImageEmbedder
 from .transfer_sets import Split
@@ -82,7 +82,7 @@ def fine_tune(
         ids = order[step * batch_size : (step + 1) * batch_size]
         epoch = step * batch_size // len(places)
         chosen = [places[i] for i in ids]
-        pictures = [_picture(data, split, place) for split, place in chosen]
+        pictures = _pictures(data, chosen)
         labels = torch.tensor([int(split.labels[p]) for split, p in chosen], device=embedder.device)
         sample_ids = torch.from_numpy(ids)
         images, _ = views(stack(pictures, side, views, sample_ids, epoch), sample_ids, epoch)
@@ -99,7 +99,8 @@ def fine_tune(
     def predict(split: Split) -> np.ndarray:
         found = []
         for start in range(0, len(split.rows), batch_size):
-            pictures = [_picture(data, split, p) for p in range(start, min(start + batch_size, len(split.rows)))]
+            stop = min(start + batch_size, len(split.rows))
+            pictures = _pictures(data, [(split, place) for place in range(start, stop)])
             features = embedder.embed(embedder.preprocess(pictures).to(embedder.device)).float()
             found.append(head(features).argmax(1).cpu().numpy())
         return np.concatenate(found)
@@ -107,9 +108,14 @@ def fine_tune(
     return predict
 
 
-def _picture(data: ImageData, split: Split, place: int) -> Image.Image:
-    row = int(split.rows[place])
-    return decode_row(data, split.images[row], f"row {row}")[0]
+def _pictures(data: ImageData, places: list[tuple[Split, int]]) -> list[Image.Image]:
+    given = ((split, int(split.rows[place])) for split, place in places)
+    pictures = []
+    for found in decode_rows(data, ((split.images[row], f"row {row}") for split, row in given)):
+        if isinstance(found, BadImageError):
+            raise found
+        pictures.append(found[0])
+    return pictures
 
 
 def _order(count: int, length: int, seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .. import evaluation
 from ..data.image_data import ImageData, load_images
-from ..data.image_table import BadImageError, decode_row, stack
+from ..data.image_table import BadImageError, decode_rows, stack
 from ..data.views import NATURAL, TwoViews
 from .embedder import ImageEmbedder
 from .evaluation_entries import Measured
@@ -151,13 +151,13 @@ def _readable(data: ImageData, split, rows: Sequence[int], batch_size: int, on_b
         raise ValueError("features of a stream are not extracted: its length is not known.")
     batch = []
     count = 0
-    for row in tqdm(rows, "features", unit="img", leave=False):
-        try:
-            batch.append((*decode_row(data, split[row], f"row {row}"), row))
-        except BadImageError:
+    decoded = decode_rows(data, ((split[row], f"row {row}") for row in rows))
+    for row, found in zip(tqdm(rows, "features", unit="img", leave=False), decoded, strict=True):
+        if isinstance(found, BadImageError):
             if on_bad_image == "error":
-                raise
+                raise found
             continue
+        batch.append((*found, row))
         count += 1
         if len(batch) == batch_size:
             yield tuple(map(list, zip(*batch, strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import evaluation
 from ..data import keyed_random
 from ..data.batches import evaluation_batches
-from ..data.image_table import BadImageError, ImageTable, decode_row
+from ..data.image_table import BadImageError, ImageTable, decode_row, decode_rows
 from ..data.subsets import random_rows
 from ..embedding.embedder import ImageEmbedder
 from ..embedding.feature_extractors import features_of
@@ -50,9 +51,12 @@ class FeatureBank:
 
 def _features(embedder: ImageEmbedder, table: ImageTable) -> Tensor:
     parts = []
+    decoded = decode_rows(table.data, ((table.split[row], f"row {row}") for row in range(len(table))))
     for first in range(0, len(table), _EMBEDDED_AT_ONCE):
-        rows = range(first, min(first + _EMBEDDED_AT_ONCE, len(table)))
-        parts.append(embedder.embed_pictures([_picture(table, row) for row in rows]))
+        pictures = []
+        for row, found in enumerate(islice(decoded, _EMBEDDED_AT_ONCE), first):
+            pictures.append(_picture(table, row) if isinstance(found, BadImageError) else found[0])
+        parts.append(embedder.embed_pictures(pictures))
     return torch.cat(parts)
 
 

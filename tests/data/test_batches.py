@@ -225,13 +225,13 @@ def images_of_one_of_two(folder: str, on_bad_image: str) -> dict[str, torch.Tens
     rank = torch.distributed.get_rank()
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     own = []
-    read = ImageTable._row
+    read = ImageTable._squares
 
-    def counted(table, row):
-        own.append(row)
-        return read(table, row)
+    def counted(table, rows):
+        own.extend(rows)
+        return read(table, rows)
 
-    ImageTable._row = counted
+    ImageTable._squares = counted
     try:
         source = ImageSource(
             load_images(folder), image_size=8, batch_size=1, seed=0, together=True, on_bad_image=on_bad_image
@@ -239,7 +239,7 @@ def images_of_one_of_two(folder: str, on_bad_image: str) -> dict[str, torch.Tens
     except BadImageError as error:
         return {"error": torch.tensor(list(str(error).encode()))}
     finally:
-        ImageTable._row = read
+        ImageTable._squares = read
     if rank == 0:
         source.evaluation_table()  # what one process alone may ask for
     rows = {"own": torch.tensor(own), "images": source.table.images, "labels": source.table.labels}
