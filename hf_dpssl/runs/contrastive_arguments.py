@@ -10,6 +10,8 @@ from ..models.contrastive_options import BATCH_NORMS, FEATURE_NORMS, KERNELS, MO
 from .flags import option
 from .recipe import RunArguments
 
+_FEW = 16  # dimensions
+
 
 @dataclass
 class ContrastiveArguments(RunArguments):
@@ -23,8 +25,9 @@ class ContrastiveArguments(RunArguments):
         choices=NORMALIZATIONS,
     )  # fmt: skip
     feature_norm: str | None = option(
-        None, "normalisation of embeddings; default: batch, with cosine l2", choices=FEATURE_NORMS
-    )
+        None, "normalisation of embeddings; default: batch, with cosine or more than 16 dimensions l2",
+        choices=FEATURE_NORMS,
+    )  # fmt: skip
     temperature: str | None = option(
         None, "divides the cosine or the squared distance; auto: set by --perplexity; default: auto, with cosine 0.2"
     )
@@ -76,7 +79,7 @@ class ContrastiveArguments(RunArguments):
         # Chosen over data sets and dimensions that nobody tuned: training/evidence/defaults.py.
         cosine = self.kernel == "cosine"
         self.normalization = self.normalization or ("anchor" if cosine or self.negatives == "queue" else "joint")
-        self.feature_norm = self.feature_norm or ("l2" if cosine else "batch")
+        self.feature_norm = self.feature_norm or ("l2" if cosine or self.projection_dim > _FEW else "batch")
         self.temperature = self.temperature or ("0.2" if cosine else "auto")
         if self.temperature != "auto":
             try:
