@@ -74,7 +74,8 @@ QUEUE = ["--negatives", "queue", "--normalization", "anchor", "--queue_size", 64
 
 @pytest.mark.parametrize("negatives", [[], pytest.param(QUEUE, marks=pytest.mark.slow)])
 def test_a_run_of_the_last_layer_alone_leaves_all_other_weights_bit_equal(negatives, run_script, tmp_path):
-    flags = [*SHORT, *negatives, "--output_dir", tmp_path]
+    kernel = ["--feature_norm", "none", "--temperature", 2]  # nothing follows the batches
+    flags = [*SHORT, *negatives, *kernel, "--output_dir", tmp_path]
     run_script("contrastive", [*flags, "--name", "first", "--projection_dim", 8])
     second = ["--init_pretraining", tmp_path / "first", "--projection_dim", 2, "--freeze", "all_but_last_layer"]
     run_script("contrastive", [*flags, "--name", "second", *second])

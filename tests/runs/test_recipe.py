@@ -111,3 +111,19 @@ def test_contrastive_script_refuses_accumulation_and_says_why(capsys):
     with pytest.raises(SystemExit):
         parse(ContrastiveArguments, ["--gradient_accumulation_steps", "2"], "")
     assert "would change the loss" in " ".join(capsys.readouterr().err.split())
+
+
+def test_defaults_of_a_contrastive_run_follow_kernel_negatives_and_dimension():
+    """Those that training/evidence/defaults.py chose; what is given stays."""
+
+    def settings(*argv: str):
+        args = parse(ContrastiveArguments, list(argv), "")
+        return args.normalization, args.feature_norm, args.temperature
+
+    assert settings() == ("joint", "l2", "auto")
+    assert settings("--projection_dim", "16") == settings("--projection_dim", "2") == ("joint", "batch", "auto")
+    assert settings("--kernel", "cosine") == ("anchor", "l2", 0.2)
+    assert settings("--kernel", "cosine", "--projection_dim", "2") == ("anchor", "l2", 0.2)
+    assert settings("--negatives", "queue") == ("anchor", "l2", "auto")
+    given = ["--normalization", "anchor", "--feature_norm", "none", "--temperature", "3"]
+    assert settings(*given) == ("anchor", "none", 3.0)

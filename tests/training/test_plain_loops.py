@@ -184,7 +184,8 @@ def two_views(steps: int):
 
 
 def test_saved_encoder_is_that_of_a_plain_loop_of_t_simclr(run_script, starts, tmp_path):
-    run_script("contrastive", [*ENCODER, "--output_dir", tmp_path])
+    kernel = ["--feature_norm", "none", "--temperature", 2]
+    run_script("contrastive", [*ENCODER, *kernel, "--output_dir", tmp_path])
     model = starts["encoder"]["model"].train()
     optimizer = torch.optim.AdamW([*model.encoder.parameters(), *model.head.parameters()], weight_decay=1e-4)
     for step, pair in enumerate(two_views(STEPS)):
