@@ -151,6 +151,7 @@ class KernelCalibration(Float32Module):
             check_share(self.perplexity)
             self.register_buffer("log_temperature", torch.tensor(math.log(COSINE_START), dtype=torch.float32))
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            self._begun = False  # known without reading the device
         if learnable_dof:
             self.raw_dof = nn.Parameter(raw_from_dof(dof))
 
@@ -196,7 +197,13 @@ class KernelCalibration(Float32Module):
     def _calibrating(self) -> bool:
         if self.given_temperature != "auto":
             return False
-        return self.training and not (self.free_scale and int(self.steps) > 0)
+        if self.free_scale and not self._begun:
+            self._begun = int(self.steps) > 0
+        return self.training and not (self.free_scale and self._begun)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._begun = False  # whether a batch was seen is read again
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _dissimilarities(self, x: Tensor, y: Tensor) -> Tensor:
         if self.kernel == "cosine":
@@ -211,8 +218,10 @@ class KernelCalibration(Float32Module):
         else:
             mean_distance = _mean(values, _counts(values, counts))
             wanted = wanted.clamp(STUDENT_T_BOUNDS[0] * mean_distance, STUDENT_T_BOUNDS[1] * mean_distance)
-        starts = self.kernel == "student_t" and int(self.steps) == 0
-        self.log_temperature.lerp_(wanted.log().to(self.log_temperature), 1 if starts else 1 - _MEMORY)
+        share = torch.full_like(self.log_temperature, 1 - _MEMORY)
+        if self.kernel == "student_t":
+            share = torch.where(self.steps == 0, 1.0, share)
+        self.log_temperature.lerp_(wanted.log().to(self.log_temperature), share)
         broadcast_(self.log_temperature)  # rounding may differ between processes
         self.steps += 1
 

@@ -106,7 +106,8 @@ def drift_field(
                    symmetric)
             for i in range(0, len(samples), step)
         ]  # fmt: skip
-    joined = (torch.cat(values) for values in zip(*parts, strict=True))
+    joined = [torch.cat(values) for values in zip(*parts, strict=True)]
+    _check_values({"generated": generated, "real": real, "negatives": negatives}, joined[1])
     return Drift(*(value.view((*leading, *value.shape[1:])) for value in joined))
 
 
@@ -181,12 +182,20 @@ def _check_shapes(generated: Tensor, real: Tensor, negatives: Tensor) -> None:
         )
     if generated.shape[-2] + negatives.shape[-2] < 2:
         raise ValueError("one generated sample alone has nothing that repels it: give at least two, or negatives.")
-    parts = {"generated": generated, "real": real, "negatives": negatives}
-    finite = torch.stack([part.isfinite().all() for part in parts.values()])
-    if not bool(finite.all()):  # one read, which a GPU is waited for
-        name = next(name for name, fine in zip(parts, finite.tolist(), strict=True) if not fine)
-        count = int((~parts[name].isfinite()).sum())
-        raise ValueError(f"features must be finite, but {count} values of {name} are not.")
+
+
+def _check_values(parts: dict[str, Tensor], unit: Tensor) -> None:
+    """ValueError for features that are not finite, or sets whose mean distance, `unit` (B,), is 0; one read of them."""
+    fine = torch.stack([*(part.isfinite().all() for part in parts.values()), (unit > 0).all()])
+    if bool(fine.all()):
+        return
+    for (name, part), finite in zip(parts.items(), fine[:-1].tolist(), strict=True):
+        if not finite:
+            raise ValueError(f"features must be finite, but {int((~part.isfinite()).sum())} values of {name} are not.")
+    raise ValueError(
+        f"all features of set {int((unit <= 0).nonzero()[0])} coincide: the feature space has collapsed, or the images "
+        "are all alike; take another encoder or other images."
+    )
 
 
 def _log_weights(weights: Tensor | None, real: Tensor, negatives: Tensor, samples: Tensor) -> Tensor:
@@ -233,11 +242,6 @@ def _field(
 
     total = sum((distances(rows).nan_to_num(posinf=0) * weights[:, None]).sum((1, 2)) for rows in tiles)
     mean = total / (count * (weights.sum(1) - 1))  # (B,)
-    if not bool((mean > 0).all()):
-        raise ValueError(
-            f"all features of set {int((mean <= 0).nonzero()[0])} coincide: the feature space has collapsed, or the "
-            "images are all alike; take another encoder or other images."
-        )
     unit = mean / math.sqrt(dim)
     centred = (targets - targets.mean(1, keepdim=True)) / unit[:, None, None]
     field = torch.zeros_like(samples)

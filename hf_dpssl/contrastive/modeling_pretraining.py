@@ -207,9 +207,14 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         self.register_buffer("queue", torch.zeros(config.queue_size, config.projection_dim))
         self.register_buffer("queue_cursor", torch.zeros((), dtype=torch.int64))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
+        self._full = False  # known without reading the device
         set_batch_norm_(self, config.batch_norm, config.batch_norm_splits)
         self.post_init()
         self._copy_query_to_key()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._full = False  # how much of the queue is filled is read again
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _copy_query_to_key(self) -> None:
         # After post_init, which may draw weights: before it, queries and keys would start apart.
@@ -299,7 +304,8 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
                 f"queue_size {len(self.queue)} is smaller than the batch of {len(all_keys)} keys of all processes: it "
                 "could not hold one batch. Give a larger queue_size or a smaller batch."
             )
-        filled = int(self.queue_filled)
+        filled = len(self.queue) if self._full else int(self.queue_filled)
+        self._full = filled == len(self.queue)
         negatives = self.queue[:filled] if filled else all_keys  # the loss keeps nothing of it for its backward pass
         self.calibration.calibrate_queue(queries, all_keys, negatives)
         loss = moco(

@@ -109,7 +109,7 @@ def colour_matrix(
     """
     identity = torch.eye(3, device=hue.device)
     grey = grey_matrix(mean_colour)
-    turn = mean_colour.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # cross product with the axis
+    turn = _constant([[0, -1, 1], [1, 0, -1], [-1, 1, 0]], mean_colour) / math.sqrt(3)  # cross product with the axis
     brightness = brightness.view(-1, 1, 1)
     contrast = contrast.view(-1, 1, 1)
     saturation = saturation.view(-1, 1, 1)
@@ -122,7 +122,12 @@ def colour_matrix(
 
 def grey_matrix(like: Tensor) -> Tensor:
     """(3, 3): the map of colours that `to_grey` is."""
-    return like.new_tensor(_GREY_WEIGHTS).expand(3, 3)
+    return _constant(_GREY_WEIGHTS, like).expand(3, 3)
+
+
+def _constant(values, like: Tensor) -> Tensor:
+    """Numbers on a tensor's device, in its precision; a GPU is not waited for."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 def apply_matrix(images: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:

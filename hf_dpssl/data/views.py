@@ -243,10 +243,13 @@ class TwoViews:
                 part = self._exact_colours(part, part_parameters, order)
             views.index_copy_(0, rows, part)
         # Blur comes last, which is the same as before normalisation.
-        blurred = parameters.blur.nonzero().squeeze(1) if a.blur > 0 else ()
-        for rows in blurred.split(_at_a_time(images, _BLURRED_PIXELS_AT_A_TIME)) if len(blurred) else ():
-            part = gaussian_blur(views.index_select(0, rows), parameters.sigma.index_select(0, rows))
-            views.index_copy_(0, rows, part)
+        if a.blur > 0 and images.device.type != "cpu":
+            views = _where_(parameters.blur, views, lambda some: gaussian_blur(some, parameters.sigma))
+        elif a.blur > 0:
+            blurred = parameters.blur.nonzero().squeeze(1)
+            for rows in blurred.split(_at_a_time(images, _BLURRED_PIXELS_AT_A_TIME)) if len(blurred) else ():
+                part = gaussian_blur(views.index_select(0, rows), parameters.sigma.index_select(0, rows))
+                views.index_copy_(0, rows, part)
         return views.chunk(2)
 
     def _parts(self, p: ViewParameters, limit: int) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
@@ -255,7 +258,8 @@ class TwoViews:
             yield from ((rows, ()) for rows in torch.arange(len(p.flip), device=p.flip.device).split(limit))
             return
         order = torch.where(p.jitter, p.order, -1)
-        counts = torch.bincount(order + 1, minlength=len(ORDERS) + 1).tolist()
+        numbers = torch.arange(-1, len(ORDERS), device=order.device)
+        counts = (order[:, None] == numbers).sum(0).tolist()  # by bincount a GPU would be waited for twice
         for operations, rows in zip([(), *ORDERS], order.argsort(stable=True).split(counts), strict=True):
             yield from ((part, operations) for part in rows.split(limit) if len(part))
 

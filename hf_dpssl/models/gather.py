@@ -153,6 +153,7 @@ def batch_norm_over_processes(
         Normalised tensor; mean (C,), variance (C,) (divided by the count) and count () over all processes,
         in float32 at least and without gradient.
 
-    Relations: torch's SyncBatchNorm computes the same but refuses CPU tensors.
+    Relations: torch's SyncBatchNorm computes the same, but refuses CPU tensors, and waits for the GPU in every layer,
+    to leave out empty batches.
     """
     return _BatchNormOverProcesses.apply(tensor, weight, bias, eps)

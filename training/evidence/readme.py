@@ -24,6 +24,8 @@ import latents_report
 import pacs_report
 from paired_seeds import FEWEST_SEEDS, contains_zero, difference, verdict
 
+from hf_dpssl.evaluation.student_interval import student_interval
+
 EVIDENCE = Path(__file__).parent
 REPOSITORY = EVIDENCE.parent.parent
 RESULTS = EVIDENCE / "results"
@@ -43,6 +45,7 @@ MODES = RESULTS / "augmentation_modes.json"
 DIMENSIONS = RESULTS / "dimensions.json"
 LATENTS = RESULTS / "latents.json"
 COLORED_MNIST = RESULTS / "colored_mnist.json"
+DEFAULTS = RESULTS / "defaults.json"
 GAN_LATENTS = RESULTS / "gan_latents.json"
 DIT = RESULTS / "dit.json"
 CLAIMS = RESULTS / "claims"
@@ -68,6 +71,8 @@ PAGES = {  # which tables stand on which page
         "claims",
         "one_step",
         "pacs",
+        "colored_mnist",
+        "defaults",
         "modes",
         "dimensions",
         "latents",
@@ -374,6 +379,8 @@ def tables() -> dict[str, str]:
         blocks["one_step"] = one_step_table(read(CLAIMS / "one_step.json"))
     if (RESULTS / "pacs_zood.json").exists():
         blocks["pacs"] = pacs_tables()
+    if DEFAULTS.exists():
+        blocks["defaults"] = defaults_table(read(DEFAULTS))
     if COLORED_MNIST.exists():
         blocks["colored_mnist"] = colored_mnist_table(read(COLORED_MNIST))
     if MODES.exists():
@@ -474,6 +481,36 @@ def pacs_tables() -> str:
             f"of each): {found['times']:.0f} times as long. {circumstances(report)}"
         )
     return "\n\n".join(parts)
+
+
+def defaults_table(report: dict) -> str:
+    """Untuned SimCLR and the untuned Student-t arm of each dimension: means over data sets and seeds, differences."""
+    lines = ["| 20-NN, percent right | of | SimCLR | Student-t | difference (95 % interval) |", "|---|---|---|---|---|"]
+    for dimension, arms in report["final"].items():
+        chosen = report["chosen"][dimension]
+        for place, kind in enumerate(("features", "embeddings")):
+            values = {arm: _means_of_seeds(arms[arm], place) for arm in ("simclr", chosen)}
+            pairs = zip(values[chosen], values["simclr"], strict=True)
+            found = student_interval([ours - theirs for ours, theirs in pairs])
+            cells = [f"{mean(values[arm]):.1f}" for arm in ("simclr", chosen)]
+            difference = f"{found['mean']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
+            lines.append(f"| {dimension} dimensions, {chosen} | {kind} | {' | '.join(cells)} | {difference} |")
+    dimensions = list(report["final"])
+    lines += ["", f"| screening, one seed | {' | '.join(f'd = {number}' for number in dimensions)} |"]
+    lines.append("|---" * (len(dimensions) + 1) + "|")
+    for arm, flags in report["protocol"]["arms"].items():
+        scores = [f"{report['metrics'][f'screening_{arm}_{number}']:.1f}" for number in dimensions]
+        lines.append(f"| {arm}: `{flags}` | {' | '.join(scores)} |")
+    seeds = len(next(iter(next(iter(report["final"].values()))["simclr"].values())))
+    about = (
+        f"Means over {report['dataset'].replace('+', ', ')} and {seeds} seeds; {report['protocol']['cpu_hours']:.1f} "
+    )
+    return "\n".join([*lines, "", f"{about}hours of a processor. {circumstances(report)}"])
+
+
+def _means_of_seeds(of_sets: dict[str, list], place: int) -> list[float]:
+    """Of each seed the mean over data sets."""
+    return [mean(values[place] for values in of_seed) for of_seed in zip(*of_sets.values(), strict=True)]
 
 
 def colored_mnist_table(report: dict) -> str:
