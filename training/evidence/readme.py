@@ -486,7 +486,8 @@ def pacs_tables() -> str:
 def defaults_table(report: dict) -> str:
     """Untuned SimCLR and the untuned Student-t arm of each dimension: means over data sets and seeds, differences."""
     lines = ["| 20-NN, percent right | of | SimCLR | Student-t | difference (95 % interval) |", "|---|---|---|---|---|"]
-    for dimension, arms in report["final"].items():
+    final = dict(sorted(report["final"].items(), key=lambda entry: int(entry[0])))
+    for dimension, arms in final.items():
         chosen = report["chosen"][dimension]
         for place, kind in enumerate(("features", "embeddings")):
             values = {arm: _means_of_seeds(arms[arm], place) for arm in ("simclr", chosen)}
@@ -495,13 +496,13 @@ def defaults_table(report: dict) -> str:
             cells = [f"{mean(values[arm]):.1f}" for arm in ("simclr", chosen)]
             difference = f"{found['mean']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
             lines.append(f"| {dimension} dimensions, {chosen} | {kind} | {' | '.join(cells)} | {difference} |")
-    dimensions = list(report["final"])
+    dimensions = list(final)
     lines += ["", f"| screening, one seed | {' | '.join(f'd = {number}' for number in dimensions)} |"]
     lines.append("|---" * (len(dimensions) + 1) + "|")
     for arm, flags in report["protocol"]["arms"].items():
         scores = [f"{report['metrics'][f'screening_{arm}_{number}']:.1f}" for number in dimensions]
         lines.append(f"| {arm}: `{flags}` | {' | '.join(scores)} |")
-    seeds = len(next(iter(next(iter(report["final"].values()))["simclr"].values())))
+    seeds = len(next(iter(next(iter(final.values()))["simclr"].values())))
     about = (
         f"Means over {report['dataset'].replace('+', ', ')} and {seeds} seeds; {report['protocol']['cpu_hours']:.1f} "
     )
@@ -527,8 +528,11 @@ def colored_mnist_table(report: dict) -> str:
         met = "met" if asked["met"] else "**missed**"
         lines.append(f"| {what} | {asked['difference']:.1f} | {asked['at_least']} | {met} |")
     seconds = sum(report["protocol"]["seconds_of_runs"].values())
-    about = f"\\* adapts to batches of the target at test time. {len(report['protocol']['seconds_of_runs'])} runs, "
-    return "\n".join([*lines, "", f"{about}{seconds / 60:.0f} minutes. {circumstances(report)}"])
+    adapts = (
+        "\\* adapts to batches of the target at test time. " if any(row["adapts"] for row in report["rows"]) else ""
+    )
+    about = f"{adapts}{len(report['protocol']['seconds_of_runs'])} runs, {seconds / 60:.0f} minutes."
+    return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
 
 
 def main() -> None:
