@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..models.contrastive_options import NORMALIZATIONS
+from ..models.contrastive_options import FEATURE_NORMS, NORMALIZATIONS
 from .contrastive_arguments import ContrastiveArguments
 from .flags import option
 
@@ -15,6 +15,7 @@ class MapArguments(ContrastiveArguments):
 
     output_dir: str = option("outputs/map", "folder of the run")
     normalization: str = option("anchor", "anchor (t-SimCNE) or joint (t-SimCLR)", choices=NORMALIZATIONS)
+    feature_norm: str = option("none", "normalisation of the points", choices=FEATURE_NORMS)
     temperature: float = option(1.0, "divides the squared distance; t-SimCNE: 1")
     dof: float = option(1.0, "degrees of freedom of the Student-t kernel; t-SimCNE: 1, the Cauchy kernel")
     projection_dim: int = option(128, "dimension of the embeddings of stage 1; t-SimCNE: 128")
