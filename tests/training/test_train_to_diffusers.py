@@ -68,6 +68,8 @@ def test_a_dit_of_mean_flow_is_saved_to_draw_in_one_step_and_is_no_dit_pipeline_
     pipeline = VQDiTPipeline.from_pretrained(tmp_path / "dit")
     assert pipeline.config.prediction_type == "mean_flow" and pipeline.transformer.config.in_channels == 5
     assert yaml.safe_load((tmp_path / "dit" / "recipe.yaml").read_text())["sampling_steps"] == 1
+    card = (tmp_path / "dit" / "README.md").read_text()
+    assert "num_inference_steps=1," in card and "geng2025meanflows" in card
     curve = json.loads((tmp_path / "dit" / "results.json").read_text())["curve"]
     assert curve[-1][1] > 0.5  # the error, of an untrained model near the variance of a velocity; the loss is about 1
     pipeline.set_progress_bar_config(disable=True)
