@@ -89,7 +89,7 @@ class Modulations:
         for block in blocks:
             modulation = block.norm1.linear(F.silu(self._conditioning(block.norm1.emb, timesteps)))  # (S, U, 6D)
             modulation = modulation.unflatten(-1, (6, -1))
-            modulation[:, :, [1, 4]] += 1
+            modulation[:, :, 1::3] += 1  # both scales; a list of their places would be copied to the device
             self.table.append(modulation)
         modulation = self.transformer.proj_out_1(F.silu(self._conditioning(blocks[0].norm1.emb, timesteps)))
         modulation = modulation.unflatten(-1, (2, -1))

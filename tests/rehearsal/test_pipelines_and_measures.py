@@ -1,0 +1,69 @@
+"""Pipelines' calls and measures on a GPU that is not there: devices agree, and the values are those of a CPU.
+
+Not here: what copies its inputs to the CPU by itself (probes by scikit-learn, the Frechet distance, trustworthiness),
+torchmetrics' objects, and transformers' `generate`, which copies deeply what a fake tensor is not.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+from tiny_pipelines import make_dit, make_drift
+
+from hf_dpssl import evaluation
+from hf_dpssl.runs.rehearsal import rehearsal
+
+
+def _measures():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(60, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    of_first, of_second = torch.arange(60) % 3, torch.arange(50) % 3
+    images, others = torch.rand(2, 40, 3, 16, 16, generator=generator)
+    ids = torch.arange(40) % 4
+    cases = {
+        "knn": (lambda a, b, i, j: evaluation.knn(a, i, b, j, k=5), (first, second, of_first, of_second)),
+        "few_shot": (lambda *of: evaluation.few_shot(*of, shots=(1, 5)), (first, of_first, second, of_second)),
+        "uniformity": (evaluation.uniformity, (first,)),
+        "effective_rank": (evaluation.effective_rank, (first,)),
+        "alignment": (evaluation.alignment, (first[:50], second)),
+        "manifold_overlap": (evaluation.manifold_overlap, (first, second)),
+        "polynomial_mmd": (lambda *of: {"": evaluation.polynomial_mmd(*of)}, (first, second)),
+        "inception_score": (lambda of: evaluation.inception_score(of, splits=2), (first,)),
+        "class_consistency": (evaluation.class_consistency, (first, of_first)),
+        "codebook_usage": (lambda of: evaluation.codebook_usage(of, 3), (of_first,)),
+        "copies": (evaluation.copies, (images, others, images.flip(0))),
+        "diversity": (evaluation.diversity, (images, ids, others, ids)),
+    }
+    for name, (measure, given) in cases.items():
+        expected = measure(*given)
+        with rehearsal() as rehearsed:
+            found = measure(*map(rehearsed.fake_of, given))
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+
+
+def _pipelines():
+    for make, options in (
+        (make_dit, {"num_inference_steps": 3, "guidance_scale": 2.0}),
+        (make_drift, {}),
+    ):
+        pipeline = make()
+        pipeline.set_progress_bar_config(disable=True)
+        options |= {"generator": [0, 1], "output_type": "pt"}
+        expected = pipeline(["dog", "cat"], **options).images
+        # A fake tensor cannot be copied deeply, as the scheduler is.
+        anew = mock.patch("hf_dpssl.generation.pipeline_vq_dit.copy.deepcopy", lambda one: one.from_config(one.config))
+        with rehearsal() as rehearsed, anew:
+            for part in pipeline.components.values():
+                if isinstance(part, torch.nn.Module):
+                    rehearsed.fake_module_(part)
+            found = pipeline(["dog", "cat"], **options).images
+            assert found.device.type == "cuda", make.__name__
+        torch.testing.assert_close(found.rehearsed, expected, rtol=0, atol=1e-5)
+
+
+def test_measures_mix_no_devices_and_have_the_values_of_a_cpu(rehearse):
+    rehearse(_measures)
+
+
+def test_pipelines_mix_no_devices_and_draw_the_images_of_a_cpu(rehearse):
+    rehearse(_pipelines)
