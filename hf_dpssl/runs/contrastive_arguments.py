@@ -78,9 +78,12 @@ class ContrastiveArguments(RunArguments):
         self._check_model_args()
         # Chosen over data sets and dimensions that nobody tuned: training/evidence/defaults.py.
         cosine = self.kernel == "cosine"
-        self.normalization = self.normalization or ("anchor" if cosine or self.negatives == "queue" else "joint")
-        self.feature_norm = self.feature_norm or ("l2" if cosine or self.projection_dim > _FEW else "batch")
-        self.temperature = self.temperature or ("0.2" if cosine else "auto")
+        if self.normalization is None:
+            self.normalization = "anchor" if cosine or self.negatives == "queue" else "joint"
+        if self.feature_norm is None:
+            self.feature_norm = "l2" if cosine or self.projection_dim > _FEW else "batch"
+        if self.temperature is None:  # 0 is none: it stays, and is refused
+            self.temperature = "0.2" if cosine else "auto"
         if self.temperature != "auto":
             try:
                 self.temperature = float(self.temperature)

@@ -239,6 +239,20 @@ def test_saved_model_comes_back_bit_equal_with_all_buffers(backbone, model_class
     assert torch.equal(loaded(images(2))[0], model(images(2))[0])
 
 
+def test_a_model_whose_queue_was_full_goes_on_from_a_state_that_is_not():
+    """What is known without reading the device is forgotten when a state is loaded: of queue and temperature."""
+    options = {"kernel": "student_t", "temperature": "auto", "feature_norm": "none"}
+    fresh = MoCoForPreTraining(config(**QUEUE, **options)).train()
+    start = {name: value.clone() for name, value in fresh.state_dict().items()}
+    used = MoCoForPreTraining(config(**QUEUE, **options)).train()
+    for step in range(5):  # the queue of 10 is full after three batches of 4
+        used(images(2 * step), images(2 * step + 1))
+    used.load_state_dict(start)
+    expected, found = (model(images(20), images(21)) for model in (fresh, used))
+    assert torch.equal(found.loss, expected.loss)
+    torch.testing.assert_close(used.state_dict(), fresh.state_dict(), rtol=0, atol=0)
+
+
 def test_queue_of_a_trained_model_comes_back_exactly(checkpoint):
     folder, model = checkpoint
     loaded = MoCoForPreTraining.from_pretrained(folder / "pretraining")

@@ -8,6 +8,7 @@ import yaml
 from hf_dpssl.cli.train import SCRIPTS
 from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
 from hf_dpssl.runs.flags import option
+from hf_dpssl.runs.map_arguments import MapArguments
 from hf_dpssl.runs.recipe import RunArguments, find_recipe, parse, save_recipe
 from hf_dpssl.runs.shipped_folders import shipped_folder
 
@@ -127,3 +128,5 @@ def test_defaults_of_a_contrastive_run_follow_kernel_negatives_and_dimension():
     assert settings("--negatives", "queue") == ("anchor", "l2", "auto")
     given = ["--normalization", "anchor", "--feature_norm", "none", "--temperature", "3"]
     assert settings(*given) == ("anchor", "none", 3.0)
+    zero = [parse(kind, ["--temperature", "0"], "").temperature for kind in (ContrastiveArguments, MapArguments)]
+    assert zero == [0, 0]  # not taken for the default: the model refuses it
