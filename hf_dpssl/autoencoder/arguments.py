@@ -51,10 +51,10 @@ class VQArguments(RunArguments):
     mid_block_attention: bool = option(False, "self-attention at the lowest resolution")
     attention_levels: list[int] = option([], "levels with self-attention, 0 = full resolution")
     auxiliary_channels: list[int] = option([16, 32], "width of each level of stage 1's narrow decoder")
-    auxiliary_dropout: float = option(0.05, "dropout in the residual blocks of a weak decoder")
+    auxiliary_dropout: float = option(0.05, "share of what a weak decoder loses in training")
     auxiliary_dropout_kind: str = option(
         "element",
-        "what it drops: activations, channels, or residual branches",
+        "what that is: activations, channels or residual branches; or its input becomes noise, or masked positions",
         choices=CHOICES["decoder_dropout_kind"],
     )
     latent_channels: int = option(4, "channels of latents and codes")

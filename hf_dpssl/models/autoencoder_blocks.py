@@ -1,7 +1,7 @@
-"""Encoder and decoder of the autoencoder from diffusers' blocks, and the ways to weaken a decoder by dropout.
+"""Encoder and decoder of the autoencoder from diffusers' blocks, and the ways to weaken a decoder.
 
 Source: Esser et al. 2021 (the blocks); Hinton et al. 2012, Tompson et al. 2015 and Huang et al. 2016 (dropout of
-elements, channels and residual branches).
+elements, channels and residual branches); Yang et al. 2025, l-DeTok (noise and masks on the latents).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build_encoder(config: VQConfig) -> nn.Module:
 
 
 def build_decoder(config: VQConfig) -> Decoder:
-    """(B, encoder_out_channels, h, w) -> (B, num_channels, H, W), with the config's dropout."""
+    """(B, encoder_out_channels, h, w) -> (B, num_channels, H, W), weakened as the config says."""
     levels = reversed(range(len(config.decoder_block_out_channels)))
     kinds = ("AttnUpDecoderBlock2D" if i in config.attention_levels else "UpDecoderBlock2D" for i in levels)
     decoder = Decoder(
@@ -52,10 +52,14 @@ def build_decoder(config: VQConfig) -> Decoder:
 
 
 def weaken_(decoder: nn.Module, rate: float, kind: str = "element") -> None:
-    """Put dropout into every residual block: of elements or channels before its second convolution, or of the branch.
+    """Put dropout into every residual block, or noise or a mask before the decoder's first layer.
 
-    Training mode only; kept values are divided by 1 - rate, so that the expectation is that of eval mode.
+    Dropout is of elements or channels before a block's second convolution, or of its branch. Training mode only; kept
+    values are divided by 1 - rate, so that the expectation is that of eval mode.
     """
+    if rate and kind in ("noise", "mask"):
+        decoder.register_forward_pre_hook(InputNoise(rate) if kind == "noise" else InputMask(rate))
+        return
     for block in decoder.modules():
         if isinstance(block, ResnetBlock2D) and rate:
             if kind == "depth":
@@ -76,3 +80,32 @@ class StochasticDepth:
             return output
         kept = F.dropout(torch.ones(len(output), device=output.device, dtype=output.dtype), self.rate)
         return output * kept.view(-1, *[1] * (output.ndim - 1))
+
+
+class InputNoise:
+    """Forward hook before a decoder: of its input and normal noise of the same spread, `rate` parts are noise."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
+        """((1 - rate) input + rate noise) / (1 - rate), in training mode; spread is of each image's input (C, h, w)."""
+        latents, *others = inputs
+        if not module.training:
+            return inputs
+        spread = latents.detach().std((1, 2, 3), keepdim=True)  # no gain from latents of a larger scale
+        return latents + self.rate / (1 - self.rate) * spread * torch.randn_like(latents), *others
+
+
+class InputMask:
+    """Forward hook before a decoder: a random share of the positions of its input is 0 in all channels."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+
+    def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
+        """Input (B, C, h, w) with whole positions at 0 and the others divided by 1 - rate, in training mode."""
+        latents, *others = inputs
+        if not module.training:
+            return inputs
+        return latents * F.dropout(torch.ones_like(latents[:, :1]), self.rate), *others

@@ -45,9 +45,10 @@ class VQConfig(PretrainedConfig):
         revival_threshold: codes used below this share of the mean restart.
         commitment_weight: weight of the commitment term (0.25 in van den Oord et al. 2017).
         reconstruction_loss: "l2" or "l1".
-        decoder_dropout: dropout inside the decoder's residual blocks; weakens a stage-1 decoder.
-        decoder_dropout_kind: "element" (single activations), "channel" (whole channels) or "depth" (whole residual
-            branches of an image, stochastic depth).
+        decoder_dropout: share of what a weakened (stage-1) decoder loses in training, in [0, 1).
+        decoder_dropout_kind: of what: "element" (single activations), "channel" (whole channels) or "depth" (whole
+            residual branches of an image, stochastic depth) in the residual blocks; "noise" (so many parts of the
+            decoder's input are normal noise) or "mask" (positions of its input).
         encoder_frozen: encoder and quant_conv take no gradient and no update, nor does the codebook.
         codebook_frozen: False: with a frozen encoder the codebook nevertheless goes on learning.
         backbone: entry of `backbone_encoder.complete_backbone`: a timm model whose spatial features are the latents, in

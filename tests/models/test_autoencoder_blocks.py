@@ -226,3 +226,53 @@ def test_every_residual_block_of_the_decoder_and_none_of_the_encoder_is_weakened
             for block in blocks:
                 inputs = torch.randn(64, block.in_channels, 4, 4)
                 assert torch.equal(block(inputs, None), block(inputs, None)) != weakened
+
+
+def test_noise_and_masks_weaken_the_decoders_input_alone_and_keep_its_expectation():
+    class Last:
+        """The input of a decoder's first layer."""
+
+        def __call__(self, module, inputs):
+            (self.seen,) = inputs
+
+    for kind, rate in (("noise", 0.3), ("mask", 0.4)):
+        model = VQAutoencoder(VQConfig(**SMALL, decoder_dropout=rate, decoder_dropout_kind=kind)).train()
+        last = Last()
+        model.decoder.conv_in.register_forward_pre_hook(last)
+        latents = 1 + 3 * torch.randn(1, *latent_shape(model)).expand(4000, -1, -1, -1)
+        with torch.no_grad():
+            model.decoder(latents)
+            drawn = last.seen
+            error = (drawn.mean(0) - latents[0]) / (drawn.std(0) / len(drawn) ** 0.5)
+            assert error.abs().max() < 5 and drawn.std(0).min() > 0
+            if kind == "noise":
+                wanted = float(rate / (1 - rate) * latents[0].std())
+                assert float((drawn - latents).std()) == pytest.approx(wanted, rel=0.02)
+            else:
+                ratio = drawn / latents
+                kept = ratio != 0
+                torch.testing.assert_close(ratio[kept], torch.full_like(ratio[kept], 1 / (1 - rate)))
+                assert set(kept.float().mean(1).unique().tolist()) == {0, 1}  # all channels of a position
+                assert float(kept.float().mean()) == pytest.approx(1 - rate, abs=0.02)
+            model.eval().decoder(latents[:2])
+        assert torch.equal(last.seen, latents[:2])
+        blocks = [module for module in model.train().modules() if isinstance(module, ResnetBlock2D)]
+        inputs = torch.randn(8, blocks[0].in_channels, 4, 4)
+        assert torch.equal(blocks[0](inputs, None), blocks[0](inputs, None))
+
+
+def latent_shape(model: VQAutoencoder) -> tuple[int, int, int]:
+    return model.config.encoder_out_channels, 2, 2
+
+
+def test_the_scale_of_latents_buys_no_freedom_from_noise():
+    model = VQAutoencoder(VQConfig(**SMALL, decoder_dropout=0.5, decoder_dropout_kind="noise")).train()
+    latents = torch.randn(2, *latent_shape(model), dtype=torch.float64, requires_grad=True)
+    hook = next(iter(model.decoder._forward_pre_hooks.values()))
+    found = []
+    for scale in (1.0, 100.0):
+        torch.manual_seed(0)
+        found.append(hook(model.decoder, (scale * latents,))[0] / scale)
+    torch.testing.assert_close(found[0], found[1])
+    (gradient,) = torch.autograd.grad(found[0].sum(), latents)
+    torch.testing.assert_close(gradient, torch.ones_like(gradient))  # the spread is a constant
