@@ -12,5 +12,6 @@ ARMS = {
 LATENT_NORMALIZATIONS = ("channel", "scalar")
 BUDGETS = ("total", "encoder", "flops")
 ADVERSARIAL_NAMES = ("hinge", "non_saturating")
-PARTS = ("reconstruction", "informativeness", "prior", "collapse", "lipschitz", "distances")  # of the report
+# Of the report:
+PARTS = ("reconstruction", "informativeness", "prior", "collapse", "lipschitz", "distances", "neighbours")
 GENERATOR = "generator"  # a part of its own, minutes long: generators of growing width are trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..evaluation.lipschitz_constants import summarise_lipschitz_pair
 from ..models.modeling_vq import VQAutoencoder
 from .choices import GENERATOR, PARTS
 from .complexity_curve import generator_complexity
+from .latent_neighbours import decoded_interpolations, decoded_perturbations
 
 GENERATOR_WIDTHS = (4, 8, 16)
 _GENERATED_SIDE = 16
@@ -175,7 +177,7 @@ def measure_autoencoder(
     Args:
         model: in eval mode.
         train, test: the probes are trained on `train`; everything is measured on `test`.
-        extractor: of the Frechet distances; None leaves them out.
+        extractor: of the Frechet distances; None leaves them out, and the part neighbours.
         parts: of PARTS and GENERATOR; informativeness needs labels, the prior codes: left out without.
         seed: of subsets, starts and probes.
         lipschitz_images, distance_images: test pictures, drawn at random, used by these two (slow) parts.
@@ -196,7 +198,8 @@ def measure_autoencoder(
         metrics |= informativeness(model, train, test, encoded_train, encoded, seed)
     if "prior" in parts and encoded.codes is not None:
         codes = (encoded_train.codes, encoded.codes)
-        metrics |= measured("the prior", evaluation.code_prior, *codes, model.config.num_codes, seed=seed)
+        found = measured("the prior", evaluation.code_prior, *codes, model.config.num_codes, seed=seed)
+        metrics |= found | (description_length(test, encoded, found["prior_nats"]) if found else {})
     if "collapse" in parts:
         found, curves = collapse(model, test, encoded, seed)
         metrics |= found
@@ -208,6 +211,8 @@ def measure_autoencoder(
     if "distances" in parts:
         rows = test.random_rows(distance_images, seed)
         metrics |= measured("distances", distances, test.pixel_values[rows], encoded.latents[rows], seed)
+    if "neighbours" in parts and extractor is not None:
+        metrics |= neighbours(model, test, encoded_train, encoded, extractor, seed)
     if GENERATOR in parts:
         latents = (encoded_train.latents, encoded.latents)
         found, more = measured("D^G", generator_capacity, train, test, *latents, seed, nothing=({}, {}))
@@ -293,6 +298,33 @@ def distances(images: Tensor, latents: Tensor, seed: int) -> dict[str, float]:
     pictures = principal_components(x, size)
     codes = principal_components(z, min(8, size, z.shape[1]))
     return metrics | evaluation.cai_lim(pictures, codes, seed=seed)
+
+
+def description_length(test: Pictures, encoded: Encoded, prior_nats: float) -> dict[str, float]:
+    """nats_per_pixel: of an image by its codes and then its pixels, per pixel value; lower is better.
+
+    Codes cost `prior_nats`; pixel values the differential entropy of normal residuals of the best common variance.
+    """
+    error = float((encoded.reconstructions - test.pixel_values).double().square().mean())
+    pixels = test.pixel_values[0].numel()
+    return {"nats_per_pixel": prior_nats / pixels + 0.5 * math.log(2 * math.pi * math.e * max(error, 1e-12))}
+
+
+def neighbours(
+    model: VQAutoencoder, test: Pictures, encoded_train: Encoded, encoded: Encoded, extractor: FeatureExtractor,
+    seed: int,
+) -> dict[str, float]:  # fmt: skip
+    """FID of images decoded beside latents of images: between neighbours (`ifid_...`), of near codes (`pfid_...`)."""
+    drawn = {"i": decoded_interpolations(model, encoded.latents, encoded_train.latents)}
+    if encoded.codes is not None:
+        drawn["p"] = decoded_perturbations(model, encoded.codes, seed)
+    real = features_of(extractor, test.pixel_values)
+    metrics = {}
+    for name, images in drawn.items():
+        options = {"measures": ("fid",), "prefix": name, "seed": seed}
+        given = (real, features_of(extractor, images), extractor)
+        metrics |= measured(f"{name}FID", evaluation.image_quality, *given, **options)
+    return metrics
 
 
 def principal_components(points: Tensor, number: int) -> Tensor:

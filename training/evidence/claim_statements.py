@@ -92,13 +92,28 @@ def claims_of(study: str, folder: Path = CLAIMS) -> dict[str, dict]:
     """{name: claim} of a study; ValueError where one compares arms or metrics that the study has not."""
     found = {name: claim for name in claim_names(folder) if (claim := read_claim(name, folder))["study"] == study}
     content = _yaml(folder / "studies", study)
+    arms = [*content["arms"], *forecasts(content)]
+    metrics = list(metrics_of(content))
     for name, claim in found.items():
         for comparison in claim["comparisons"]:
-            for key, known in (("first", "arms"), ("second", "arms"), ("metric", "metrics")):
-                if comparison[key] not in content[known]:
-                    raise ValueError(
-                        f"claim {name!r} compares {comparison[key]!r}: {study} has {list(content[known])}."
-                    )
+            for key, known in (("first", arms), ("second", arms), ("metric", metrics)):
+                if comparison[key] not in known:
+                    raise ValueError(f"claim {name!r} compares {comparison[key]!r}: {study} has {known}.")
+    return found
+
+
+def forecasts(study: dict) -> list[str]:
+    """The pseudo-arms of a study: what forecasts its generators' results, see claim_forecast.py."""
+    return ["forecast", *study["forecast"]["measures"]] if "forecast" in study else []
+
+
+def metrics_of(study: dict) -> dict[str, dict]:
+    """The metrics of a study's arms, and of its forecasts."""
+    found = dict(study["metrics"])
+    for target, metric in study.get("forecast", {}).get("targets", {}).items():
+        for key, which in (("all", "all autoencoders"), ("worse_half", "the worse half")):
+            says = f"rank correlation with {study['metrics'][metric]['says']}, {which}"
+            found[f"{key}_{target}"] = {"says": says, "better": "higher"}
     return found
 
 
