@@ -81,18 +81,20 @@ def test_a_method_that_does_nothing_is_supported_in_no_claim():
     for name in claim_statements.claim_names():
         claim = claim_statements.read_claim(name)
         study = claim_statements.read_study(claim["study"], "quick")
+        metrics = claim_statements.metrics_of(study)
         size = claim_statements.families({name: claim})[claim["family"]]
         for spread in (0.0, 0.01, 0.05, 0.3):  # of one cell, in shares of the metric or, of percents, ten points
             for _ in range(50 if spread else 1):
-                cells = {arm: {seed: {"metrics": {}} for seed in range(claim["seeds"])} for arm in study["arms"]}
-                for metric, about in study["metrics"].items():
+                arms = [*study["arms"], *claim_statements.forecasts(study)]
+                cells = {arm: {seed: {"metrics": {}} for seed in range(claim["seeds"])} for arm in arms}
+                for metric, about in metrics.items():
                     for seed in range(claim["seeds"]):
                         shared = draw.normal()
                         for arm in cells:
                             value = shared + spread * draw.standard_t(4)
                             value = np.exp(value) if about.get("relative") else 50 + 10 * value
                             cells[arm][seed]["metrics"][metric] = float(value)
-                given = {name: claim}, {name: study["metrics"]}, {name: cells}, sum(size.values())
+                given = {name: claim}, {name: metrics}, {name: cells}, sum(size.values())
                 verdict = claim_decision.decide(*given)[name]["verdict"]
                 assert verdict in (("contradicted", "undecided") if spread else ("contradicted",)), name
 

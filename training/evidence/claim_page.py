@@ -10,7 +10,11 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from claim_decision import FLAT_SHARE, decide, margin_of, not_converged
+from claim_forecast import forecast_cells
+from claim_statements import forecasts, metrics_of
 from matplotlib.figure import Figure
+
+from hf_dpssl.evaluation.student_interval import student_interval
 
 
 def cells_of(result: dict) -> dict[str, dict[int, dict]]:
@@ -31,14 +35,16 @@ def verdicts(results: list[dict]) -> dict[str, dict]:
     Families are corrected over all results.
     """
     claims: dict[str, dict] = {}
-    metrics, cells, sizes = {}, {}, {}
+    metrics, cells, learned, sizes = {}, {}, {}, {}
     for result in results:
         stated = result["stated"]
         found = cells_of(result)
+        forecast = forecast_cells(found, stated["study"]) if "forecast" in stated["study"] else {}
         for name, claim in stated["claims"].items():
             claims[name] = claim | {"seeds": stated["seeds"]}
-            metrics[name] = stated["study"]["metrics"]
-            cells[name] = found
+            metrics[name] = metrics_of(stated["study"])
+            cells[name] = found | forecast
+            learned[name] = found
         for family, parts in stated["families"].items():
             sizes[family] = sizes.get(family, {}) | parts
     entries = {}
@@ -47,7 +53,8 @@ def verdicts(results: list[dict]) -> dict[str, dict]:
         entries |= decide(own, metrics, cells, sum(parts.values()))
     for name, entry in entries.items():
         compared = {comparison[side] for comparison in entry["comparisons"] for side in ("first", "second")}
-        entry["not_converged"] = [arm for arm in not_converged(cells[name]) if arm in compared]
+        of_forecasts = not compared & learned[name].keys()  # a forecast is of all arms
+        entry["not_converged"] = [arm for arm in not_converged(learned[name]) if arm in compared or of_forecasts]
     return {name: entries[name] for name in sorted(claims, key=lambda name: claims[name]["number"])}
 
 
@@ -79,7 +86,7 @@ def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for comparison in entry["comparisons"]:
-        metric = study["metrics"][comparison["metric"]]
+        metric = metrics_of(study)[comparison["metric"]]
         margin = _amount(margin_of(comparison, metric), metric)
         why = f": {comparison['reason']}" if comparison["reason"] else ""
         lines.append(
@@ -87,7 +94,10 @@ def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
             f"{_interval(comparison, metric)} | {margin} | {comparison['p']:.2g} | {len(comparison['seeds'])} | "
             f"{comparison['verdict']}{why} |"
         )
-    lines += ["", *_arms(entry, result), "", f"![Paired differences of {name}]({pictures}{name}.png)", ""]
+    lines += ["", *_arms(entry, result)]
+    if "dial" in study and any(comparison["second"] in study["dial"]["arms"] for comparison in entry["comparisons"]):
+        lines += ["", *dial_places(result), "", f"![{study['dial']['says']}]({pictures}{claim['study']}_dial.png)"]
+    lines += ["", f"![Paired differences of {name}]({pictures}{name}.png)", ""]
     return "\n".join([*lines, _paragraph(claim, entry, result, size), ""])
 
 
@@ -95,6 +105,8 @@ def _arms(entry: dict, result: dict) -> list[str]:
     """The table of the arms that a claim compares, with their budgets."""
     study = result["stated"]["study"]
     arms = dict.fromkeys(c[side] for c in entry["comparisons"] for side in ("first", "second"))
+    if not arms.keys() <= study["arms"].keys():
+        return _forecasts(result)
     names = dict.fromkeys(c["metric"] for c in entry["comparisons"])
     slow = entry["not_converged"]
     budgets = dict.fromkeys(key for arm in arms for key in study["arms"][arm].get("budget", {}))
@@ -111,6 +123,61 @@ def _arms(entry: dict, result: dict) -> list[str]:
         parts += [f"{row[key]:.2g}" for key in costs] + [f"{mean(row['cpu_seconds']):.0f}"]
         lines.append(f"| {' | '.join(parts)} | {'**not converged**' if arm in slow else 'yes'} |")
     return lines
+
+
+def _forecasts(result: dict) -> list[str]:
+    """The table of all forecasts: their correlations with each target, with Student's t interval."""
+    study = result["stated"]["study"]
+    columns = {name: about for name, about in metrics_of(study).items() if name not in study["metrics"]}
+    lines = [f"| forecast | {' | '.join(about['says'] for about in columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    cells = forecast_cells(cells_of(result), study)
+    for name in forecasts(study) if cells else []:
+        title = study["metrics"][name]["says"] if name in study["metrics"] else "from all measures"
+        parts = [student_interval([cell["metrics"][column] for cell in cells[name].values()]) for column in columns]
+        values = [f"{part['mean']:.2f} ({part['low']:.2f} to {part['high']:.2f})" for part in parts]
+        lines.append(f"| {title} | {' | '.join(values)} |")
+    return lines
+
+
+def dial_places(result: dict) -> list[str]:
+    """Sentences on where along a study's dial each metric is best, with Student's t interval over the seeds."""
+    study = result["stated"]["study"]
+    dial = study["dial"]
+    cells = cells_of(result)
+    seeds = sorted(set.intersection(*(set(cells.get(arm, {})) for arm in dial["arms"])))
+    parts = []
+    for name in dial["metrics"]:
+        best = max if study["metrics"][name]["better"] == "higher" else min
+        places = [
+            dial["arms"][best(dial["arms"], key=lambda arm: cells[arm][seed]["metrics"][name])] for seed in seeds
+        ]
+        if len(places) > 1:
+            found = student_interval(places)
+            interval = f"{found['mean']:.3g} ({found['low']:.2g} to {found['high']:.2g})"
+            parts.append(f"{study['metrics'][name]['says']}: best at {interval}")
+    values = ", ".join(map(str, dial["arms"].values()))
+    return [f"Place of the best along the dial ({dial['says']}: {values}), mean and 95 % over seeds. {'; '.join(parts)}."]
+
+
+def draw_dial(result: dict, file) -> None:
+    """Plot of a study's metrics over its dial: seeds as thin lines, their mean as a thick one; a PNG."""
+    study = result["stated"]["study"]
+    dial = study["dial"]
+    cells = cells_of(result)
+    figure = Figure(figsize=(2.6 * len(dial["metrics"]), 2.6), layout="constrained")
+    panels = figure.subplots(1, len(dial["metrics"]), squeeze=False)[0]
+    values = list(dial["arms"].values())
+    for panel, name in zip(panels, dial["metrics"], strict=True):
+        seeds = sorted(set.intersection(*(set(cells.get(arm, {})) for arm in dial["arms"])))
+        curves = [[cells[arm][seed]["metrics"][name] for arm in dial["arms"]] for seed in seeds]
+        for curve in curves:
+            panel.plot(values, curve, "o-", color="tab:blue", alpha=0.25, linewidth=0.8, markersize=2)
+        if curves:
+            panel.plot(values, [mean(column) for column in zip(*curves, strict=True)], "o-", color="black", markersize=4)
+        panel.set_title(study["metrics"][name]["says"], fontsize=8)
+        panel.set_xlabel(dial["says"], fontsize=7)
+        panel.tick_params(labelsize=7)
+    figure.savefig(file, dpi=100, format="png")
 
 
 def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
@@ -163,7 +230,7 @@ def _spread(values: list[float]) -> str:
 
 def draw(name: str, entry: dict, result: dict, file) -> None:
     """Plot of a claim's paired differences: seeds, mean with its interval, no difference (0) and the margin; a PNG."""
-    metrics = result["stated"]["study"]["metrics"]
+    metrics = metrics_of(result["stated"]["study"])
     comparisons = entry["comparisons"]
     figure = Figure(figsize=(6.5, 0.9 * len(comparisons) + 1.2), layout="constrained")
     axes = figure.subplots(len(comparisons), squeeze=False)[:, 0]
@@ -185,7 +252,7 @@ def draw(name: str, entry: dict, result: dict, file) -> None:
 
 
 def write_page(results: list[dict], folder: Path) -> dict[str, dict]:
-    """Write claims.md and CLAIM.png for each claim of some results; returns `verdicts`."""
+    """Write claims.md, CLAIM.png for each claim of some results and STUDY_dial.png; returns `verdicts`."""
     from hf_dpssl.runs.atomic_files import atomic_file
 
     entries = verdicts(results)
@@ -193,6 +260,10 @@ def write_page(results: list[dict], folder: Path) -> dict[str, dict]:
         for name in result["stated"]["claims"]:
             with atomic_file(folder / f"{name}.png", "wb") as file:
                 draw(name, entries[name], result, file)
+        if "dial" in result["stated"]["study"]:
+            study = next(iter(result["stated"]["claims"].values()))["study"]
+            with atomic_file(folder / f"{study}_dial.png", "wb") as file:
+                draw_dial(result, file)
     with atomic_file(folder / "claims.md") as file:
         file.write(f"# Claims\n\n{page(results)}")
     return entries

@@ -1,0 +1,114 @@
+"""Forecasts of generators from autoencoders, and the place of the best along a dial, on planted results."""
+
+import sys
+
+import numpy as np
+import pytest
+from launches import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
+import claim_forecast
+import claim_page
+import claim_statements
+
+ARMS = [f"arm_{number}" for number in range(8)]
+MEASURES = {
+    "first": {"says": "first", "better": "higher"},
+    "second": {"says": "second", "better": "lower", "relative": True},
+}
+STUDY = {
+    "arms": dict.fromkeys(ARMS),
+    "metrics": MEASURES | {"fd": {"says": "FD", "better": "lower", "relative": True}},
+    "forecast": {"targets": {"dit": "fd"}, "measures": list(MEASURES)},
+}
+
+
+def planted(seed: int, noise: float = 0.05) -> claim_forecast.Cells:
+    """FD is exp(-(a + b)): the first measure knows a, the second b, each arm has its own a and b."""
+    draw = np.random.default_rng(seed)
+    own = draw.normal(size=(len(ARMS), 2))
+    cells: claim_forecast.Cells = {}
+    for arm, (a, b) in zip(ARMS, own, strict=True):
+        cells[arm] = {}
+        for number in range(5):
+            x, y = (value + 0.3 * draw.normal() for value in (a, b))
+            fd = np.exp(-(x + y + noise * draw.normal()))
+            cells[arm][number] = {"metrics": {"first": x, "second": np.exp(-y), "fd": fd}}
+    return cells
+
+
+def test_a_regression_on_other_arms_joins_what_single_measures_know_in_part():
+    found = [claim_forecast.correlations(planted(seed), STUDY, [0, 1, 2, 3, 4]) for seed in range(10)]
+    for metric in ("all_dit", "worse_half_dit"):
+        values = {name: np.mean([of_seed[name][metric] for of_seed in found]) for name in found[0]}
+        assert values["forecast"] > 0.9
+        assert values["forecast"] > max(values["first"], values["second"]) + 0.1 and values["second"] > 0.2
+    assert claim_statements.forecasts(STUDY) == list(found[0]) == ["forecast", "first", "second"]
+
+
+def test_what_only_the_arm_itself_knows_is_not_forecast():
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(20):
+        effects = draw.permutation(8)
+        cells = {
+            arm: {
+                seed: {"metrics": {"first": float(number), "second": 1.0, "fd": float(np.exp(effects[number]))}}
+                for seed in range(5)
+            }
+            for number, arm in enumerate(ARMS)
+        }
+        found.append(claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])["forecast"]["all_dit"])
+    assert np.mean(found) < 0.2  # with the arm's own autoencoders it would be told by its number
+
+
+def test_values_of_seeds_are_pseudo_values_of_the_jackknife():
+    cells = planted(3)
+    found = claim_forecast.forecast_cells(cells, STUDY)
+    whole = claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])
+    for seed in range(5):
+        kept = {arm: {other: cell for other, cell in of_arm.items() if other != seed} for arm, of_arm in cells.items()}
+        left = claim_forecast.correlations(kept, STUDY, [other for other in range(5) if other != seed])
+        for name, values in whole.items():
+            for metric, value in values.items():
+                wanted = value + 4 * (value - left[name][metric])
+                assert found[name][seed]["metrics"][metric] == pytest.approx(wanted)
+    short = {arm: {seed: of_arm[seed] for seed in (0, 1)} for arm, of_arm in cells.items()}
+    assert claim_forecast.forecast_cells(short, STUDY) == {}
+    assert claim_forecast.forecast_cells(cells | {"arm_7": {}}, STUDY) == {}
+
+
+def test_correlations_are_those_of_ranks_counted_by_a_loop():
+    draw = np.random.default_rng(1)
+    values, wanted = draw.normal(size=9), draw.normal(size=9)
+    ranks = [[sum(other < value for other in of) for value in of] for of in (values.tolist(), wanted.tolist())]
+    squares = sum((a - b) ** 2 for a, b in zip(*ranks, strict=True))
+    assert claim_forecast.rank_correlation(values, wanted) == pytest.approx(1 - 6 * squares / (9 * 80))
+    assert claim_forecast.rank_correlation(np.ones(9), wanted) == 0
+
+
+def dial_result(best: list[int]) -> dict:
+    """A result of a dial of five places whose metric x is lowest at `best[seed]`."""
+    places = {f"at_{place}": place / 10 for place in range(5)}
+    study = {
+        "arms": dict.fromkeys(places),
+        "metrics": {"x": {"says": "X", "better": "lower"}},
+        "dial": {"says": "weakness", "arms": places, "metrics": ["x"]},
+    }
+    rows = {
+        arm: {
+            "seeds": list(range(len(best))),
+            "x": [float(abs(number - place)) for place in best],
+            "curve": [[] for _ in best],
+        }
+        for number, arm in enumerate(places)
+    }
+    return {"stated": {"study": study}, "metrics": {"cells": rows}}
+
+
+def test_the_best_place_of_a_dial_is_found_in_each_seed_with_its_interval(tmp_path):
+    (sentence,) = claim_page.dial_places(dial_result([1, 2, 2, 3, 2]))
+    assert "X: best at 0.2 (0.11 to 0.29)" in sentence  # sd .0707, t of 4 degrees 2.776, root of 5
+    with open(tmp_path / "dial.png", "wb") as file:
+        claim_page.draw_dial(dial_result([1, 2, 2, 3, 2]), file)
+    assert (tmp_path / "dial.png").stat().st_size > 3000

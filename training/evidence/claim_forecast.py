@@ -1,0 +1,91 @@
+"""Forecasts of what generators make of autoencoders' latents, from the autoencoders' own measures.
+
+A forecast of a whole study is judged over its autoencoders: Spearman's correlation with a generator's result, over all
+of them and over the worse half. A measure alone is a forecast; so is a regression on all of them, which learns from the
+autoencoders of the other arms. Values of a seed are Tukey's pseudo-values (Tukey 1958), so that a mean over seeds and
+Student's t interval are those of the jackknife.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from claim_statements import forecasts
+from scipy.stats import spearmanr
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+PENALTIES = np.logspace(-2, 4, 13)
+
+Cells = dict[str, dict[int, dict]]  # arm: {seed: what its cell wrote}
+
+
+def forecast_cells(cells: Cells, study: dict) -> Cells:
+    """{forecast: {seed: {"metrics": pseudo-values}}} over the seeds that every arm has; {} with fewer than 3 of these.
+
+    A forecast that is constant has correlation 0.
+    """
+    seeds = sorted(set.intersection(*(set(of_arm) for of_arm in (cells.get(arm, {}) for arm in study["arms"]))))
+    if len(seeds) < 3:
+        return {}
+    whole = correlations(cells, study, seeds)
+    without = {seed: correlations(cells, study, [other for other in seeds if other != seed]) for seed in seeds}
+    count = len(seeds)
+    return {
+        name: {
+            seed: {
+                "metrics": {
+                    metric: count * value - (count - 1) * without[seed][name][metric]
+                    for metric, value in whole[name].items()
+                }
+            }
+            for seed in seeds
+        }
+        for name in forecasts(study)
+    }
+
+
+def correlations(cells: Cells, study: dict, seeds: list[int]) -> dict[str, dict[str, float]]:
+    """{forecast: {"all_TARGET", "worse_half_TARGET"}} of the autoencoders of some seeds; 1 orders them rightly.
+
+    A measure that is better when higher counts as its negative, as all targets are better when lower.
+    """
+    rows = [(arm, seed) for arm in study["arms"] for seed in seeds]
+    names = study["forecast"]["measures"]
+    measures = np.array([[goodness(cells[arm][seed], name, study) for name in names] for arm, seed in rows])
+    found: dict[str, dict[str, float]] = {name: {} for name in forecasts(study)}
+    for target, metric in study["forecast"]["targets"].items():
+        wanted = np.array([goodness(cells[arm][seed], metric, study) for arm, seed in rows])
+        predicted = {"forecast": from_other_arms(measures, wanted, [arm for arm, _ in rows])}
+        predicted |= {name: measures[:, column] for column, name in enumerate(names)}
+        worse = wanted <= np.median(wanted)
+        for name, values in predicted.items():
+            found[name][f"all_{target}"] = rank_correlation(values, wanted)
+            found[name][f"worse_half_{target}"] = rank_correlation(values[worse], wanted[worse])
+    return found
+
+
+def goodness(cell: dict, name: str, study: dict) -> float:
+    """A metric of a cell, higher is better; the logarithm of a relative one."""
+    about = study["metrics"][name]
+    value = cell["metrics"][name]
+    value = np.log(value) if about.get("relative") else value
+    return float(value if about["better"] == "higher" else -value)
+
+
+def from_other_arms(measures: np.ndarray, wanted: np.ndarray, arms: list[str]) -> np.ndarray:
+    """(N,) predictions of `wanted` (N,) from `measures` (N, M) by ridge regressions on the rows of all other arms."""
+    predicted = np.empty(len(wanted))
+    of_arm = np.array(arms)
+    for arm in dict.fromkeys(arms):
+        own = of_arm == arm
+        model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(measures[~own], wanted[~own])
+        predicted[own] = model.predict(measures[own])
+    return predicted
+
+
+def rank_correlation(values: np.ndarray, wanted: np.ndarray) -> float:
+    """Spearman's, 0 where one of them is constant."""
+    if np.ptp(values) == 0 or np.ptp(wanted) == 0:
+        return 0.0
+    return float(spearmanr(values, wanted).statistic)
