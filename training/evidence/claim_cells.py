@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from claim_statements import differences, fingerprint
 from runs import alone, claimed
@@ -82,10 +83,12 @@ def check_data(study: dict) -> None:
     from hf_dpssl.data.image_data import TABLE, load_images
 
     data = study["data"]
-    entry = TABLE.get(data["name"])
-    if entry is not None and entry.local and entry.hub_id is None:
+    for name in (data["name"], *data.get("also", [])):
+        entry = TABLE.get(name)
+        if entry is None or not entry.local or entry.hub_id is not None:
+            continue
         try:
-            load_images(data["name"])
+            load_images(name)
         except FileNotFoundError as error:
             stem = entry.local
             raise FileNotFoundError(
@@ -137,13 +140,20 @@ def run_study(stated: dict, folder: Path) -> Iterator[Cell]:
             if cell.point is None and (chosen := chosen_point(study, cell.arm, folder)) is None:
                 say(f"{cell.name} is left out: another process has not finished the grid of {cell.arm}.")
                 continue
-            trained_as = study["arms"][cell.arm].get("trained_as", cell.arm)
-            if trained_as != cell.arm and not (folder / "cells" / f"{Cell(trained_as, cell.seed).name}.json").exists():
-                say(f"{cell.name} is left out: another process has not finished {trained_as} of seed {cell.seed}.")
+            if missing := unfinished(study, cell, folder):
+                say(f"{cell.name} is left out: another process has not finished {', '.join(missing)}.")
                 continue
             point = cell.point if cell.point is not None else chosen
             write_json(path, run_cell(study, cell, point, places, folder))
         yield cell
+
+
+def unfinished(study: dict, cell: Cell, folder: Path) -> list[str]:
+    """The cells of the same seed that this one needs and that have no file yet."""
+    arm = study["arms"][cell.arm]
+    needed = [*arm.get("needs", []), *([arm["trained_as"]] if "trained_as" in arm else [])]
+    names = [Cell(other, cell.seed, cell.point).name for other in needed]
+    return [name for name in names if not (folder / "cells" / f"{name}.json").exists()]
 
 
 def shared(study: dict, places: dict[str, Path], folder: Path) -> None:
@@ -193,16 +203,26 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
     fill["arm"] = flags.format_map(fill)
     start = time.process_time()
     for step in study["steps"]:
-        if (cell.point is None) if step.get("final") else (trained == own):
+        if of_arm(step, cell.arm) and ((cell.point is None) if step.get("final") else (trained == own)):
             run_step(step, fill, own)
     found = {"arm": cell.arm, "seed": cell.seed, "flags": flags, "cpu_seconds": round(time.process_time() - start, 1)}
     if cell.point is not None:
-        return found | {"tuning": finite(read_at(own, study["tuning"]), cell.name)}
-    found["metrics"] = {name: read_at(own, metric) for name, metric in study["metrics"].items()}
-    found["curve"] = read_at(trained, study["curve"])
+        return found | {"tuning": finite(read_at(own, study["tuning"], fill), cell.name)}
+    metrics = {name: metric for name, metric in study["metrics"].items() if of_arm(metric, cell.arm)}
+    found["metrics"] = {name: read_at(own, metric, fill) for name, metric in metrics.items() if "file" in metric}
+    for name, metric in metrics.items():
+        if "mean_of" in metric:
+            found["metrics"][name] = mean(found["metrics"][part] for part in metric["mean_of"])
+    if of_arm(study["curve"], cell.arm):
+        found["curve"] = read_at(trained, study["curve"], fill)
     if "measured_budget" in study:
-        found["operations"] = read_at(own, study["measured_budget"])
+        found["operations"] = read_at(own, study["measured_budget"], fill)
     return found
+
+
+def of_arm(part: dict, arm: str) -> bool:
+    """Whether a step, a metric or the curve is of an arm: of those that it names, or of all."""
+    return arm in part.get("arms", [arm])
 
 
 def finite(value: float, cell: str) -> float:
@@ -235,15 +255,17 @@ def run_step(step: dict, fill: dict, folder: Path, name: str | None = None) -> N
         importlib.import_module(run).main(argv)
 
 
-def read_at(folder: Path, where: dict):
-    """A value in a cell's JSON file; ValueError where it is not there, with what is."""
-    value = json.loads((folder / where["file"]).read_text(encoding="utf-8"))
-    for key in where["at"]:
+def read_at(folder: Path, where: dict, fill: dict):
+    """A value in a cell's JSON file, of which names are filled in; ValueError where it is not there, with what is."""
+    path = folder / where["file"].format_map(fill)
+    keys = [key.format_map(fill) if isinstance(key, str) else key for key in where["at"]]
+    value = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
         try:
             value = value[key]
         except (KeyError, IndexError, TypeError):
             known = sorted(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{folder / where['file']} has no {'.'.join(map(str, where['at']))}: {known}.") from None
+            raise ValueError(f"{path} has no {'.'.join(map(str, keys))}: {known}.") from None
     return value
 
 
@@ -279,7 +301,8 @@ def _columns(cells: list[dict]) -> dict:
     found |= {name: [float(f"{cell['metrics'][name]:.6g}") for cell in cells] for name in cells[0]["metrics"]}
     found |= {"operations": cells[0]["operations"]} if "operations" in cells[0] else {}
     found["cpu_seconds"] = [cell["cpu_seconds"] for cell in cells]
-    found["curve"] = [[[step, float(f"{value:.4g}")] for step, value in cell["curve"]] for cell in cells]
+    if "curve" in cells[0]:
+        found["curve"] = [[[step, float(f"{value:.4g}")] for step, value in cell["curve"]] for cell in cells]
     return found
 
 

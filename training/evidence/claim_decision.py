@@ -147,9 +147,11 @@ def last_quarter(curve: list[list[float]]) -> float | None:
 
 
 def not_converged(cells: Cells) -> list[str]:
-    """Arms of which the mean over the seeds of `last_quarter` is above FLAT_SHARE, or which have no curve."""
+    """Arms of which the mean over the seeds of `last_quarter` is above FLAT_SHARE, or whose curve is too short to tell."""
     found = []
     for arm, seeds in cells.items():
+        if not all("curve" in cell for cell in seeds.values()):
+            continue  # nothing was trained
         shares = [last_quarter(cell["curve"]) for cell in seeds.values()]
         if None in shares or np.mean(shares) > FLAT_SHARE:
             found.append(arm)

@@ -23,9 +23,11 @@ def cells_of(result: dict) -> dict[str, dict[int, dict]]:
     found: dict[str, dict[int, dict]] = {}
     for arm, row in result["metrics"]["cells"].items():
         found[arm] = {
-            seed: {"metrics": {name: row[name][i] for name in metrics}, "curve": row["curve"][i]}
+            seed: {"metrics": {name: row[name][i] for name in metrics if name in row}}
             for i, seed in enumerate(row["seeds"])
         }
+        for i, seed in enumerate(row["seeds"] if "curve" in row else []):
+            found[arm][seed]["curve"] = row["curve"][i]
     return found
 
 
@@ -119,9 +121,10 @@ def _arms(entry: dict, result: dict) -> list[str]:
             lines.append(f"| {arm}: {study['arms'][arm]['says']} |" + " |" * (len(head) - 1))
             continue
         parts = [f"{arm}: {study['arms'][arm]['says']}"] + [_spread(row[name]) for name in names]
+        trained = "yes" if "curve" in row else "nothing is trained"
         parts += [str(study["numbers"][study["arms"][arm]["budget"][key]]) for key in budgets]
         parts += [f"{row[key]:.2g}" for key in costs] + [f"{mean(row['cpu_seconds']):.0f}"]
-        lines.append(f"| {' | '.join(parts)} | {'**not converged**' if arm in slow else 'yes'} |")
+        lines.append(f"| {' | '.join(parts)} | {'**not converged**' if arm in slow else trained} |")
     return lines
 
 

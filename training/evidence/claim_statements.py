@@ -99,6 +99,9 @@ def claims_of(study: str, folder: Path = CLAIMS) -> dict[str, dict]:
             for key, known in (("first", arms), ("second", arms), ("metric", metrics)):
                 if comparison[key] not in known:
                     raise ValueError(f"claim {name!r} compares {comparison[key]!r}: {study} has {known}.")
+            measured = content["metrics"].get(comparison["metric"], {}).get("arms", arms)
+            if not {comparison["first"], comparison["second"]} <= set(measured):
+                raise ValueError(f"claim {name!r} compares {comparison}: {comparison['metric']} is of {measured} alone.")
     return found
 
 
