@@ -19,7 +19,7 @@ def shrinkage(mean: float, mean_square: float, count: int, dimension: int) -> fl
 
 
 def held_out_density(
-    covariance: np.ndarray, count: int, moments: np.ndarray, dimension: int | None = None
+    old: np.ndarray, old_count: int, new: np.ndarray, new_count: int, dimension: int | None = None
 ) -> tuple[float, float]:
     """How probable new features are under the Gaussian of old ones, per sample and dimension, in nats.
 
@@ -27,9 +27,10 @@ def held_out_density(
     Features count in units in which the old ones have mean variance 1, so that no scale enters.
 
     Args:
-        covariance: (d, d) S, of old samples only.
-        count: old samples.
-        moments: (d, d) mean of x x' of the new samples, about the old mean.
+        old: (d, d) sum of x x' of the old samples about their mean: S times their number.
+        old_count: of these samples.
+        new: (d, d) sum of x x' of the new samples, about the old mean.
+        new_count: of these.
         dimension: D, where old and new samples lie in d of D dimensions; None: d.
 
     Returns:
@@ -39,20 +40,22 @@ def held_out_density(
     Raises:
         ValueError: old features that are all equal.
     """
-    inside = len(covariance)
+    inside = len(old)
     dimension = dimension or inside
-    scale = float(np.trace(covariance)) / dimension
+    scale = float(np.trace(old)) / old_count / dimension
     if not scale > 0:
         raise ValueError("the features are the same for all samples: nothing can be told from them.")
-    share = shrinkage(scale, float(np.vdot(covariance, covariance)) / dimension**2, count, dimension)
-    shrunk = ((1 - share) / scale) * covariance
+    share = shrinkage(scale, float(np.vdot(old, old)) / old_count**2 / dimension**2, old_count, dimension)
+    shrunk = ((1 - share) / (scale * old_count)) * old
     shrunk[np.diag_indices(inside)] += share
     factor, _ = lapack.dpotrf(shrunk.T, lower=1, overwrite_a=1)
     volume = 2 * float(np.log(np.diagonal(factor)).sum()) + (dimension - inside) * np.log(share if share else 1)
     inverse, _ = lapack.dpotri(factor, lower=1, overwrite_c=1)  # its lower half
-    old, new = (_trace(inverse, matrix) / scale for matrix in (covariance, moments))
-    density = -0.5 * (np.log(2 * np.pi) + (volume + new) / dimension)
-    return float(density), float(0.5 * (old - new) / dimension)
+    squared_old, squared_new = (
+        _trace(inverse, moments) / (scale * count) for moments, count in ((old, old_count), (new, new_count))
+    )
+    density = -0.5 * (np.log(2 * np.pi) + (volume + squared_new) / dimension)
+    return float(density), float(0.5 * (squared_old - squared_new) / dimension)
 
 
 def _trace(lower: np.ndarray, matrix: np.ndarray) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy.linalg import blas
 from torch import Tensor
 
 _ROWS = 4096  # converted to float64 at once
@@ -44,11 +45,14 @@ class DomainStatistics:
                 inside -= self.origin
                 self.counts[domain] += len(inside)
                 self.sums[domain] += inside.sum(0)
-                self.moments[domain] += inside.T @ inside
+                # Half of the products, which numpy's @ would mirror at once, number by number.
+                upper = self.moments[domain].T
+                blas.dsyrk(1.0, inside.T, beta=1.0, c=upper, lower=1, overwrite_c=1)
                 if labels is not None:
                     one_hot = np.eye(self.class_counts.shape[1])[labels[chosen].cpu().numpy()]
                     self.class_counts[domain] += one_hot.sum(0)
                     self.class_sums[domain] += one_hot.T @ inside
+            _mirror_(self.moments[domain])
 
     def _check(self, features: Tensor, labels: Tensor | None, domains: Tensor) -> None:
         classes, dimension = self.class_sums.shape[1:]
@@ -66,6 +70,17 @@ class DomainStatistics:
                 )
             if not 0 <= int(values.min()) <= int(values.max()) < limit:
                 raise ValueError(f"{name} must lie in [0, {limit}), got {int(values.min())} to {int(values.max())}.")
+        if bool(features.sum().isfinite()):
+            return  # so is every one of them
         finite = torch.isfinite(features).all(1)
         if not bool(finite.all()):
             raise ValueError(f"row {int((~finite).nonzero()[0])} of the features is NaN or infinite.")
+
+
+def _mirror_(square: np.ndarray, block: int = 256) -> None:
+    """Copy the upper half of a square matrix to its lower one, in place."""
+    for start in range(0, len(square), block):
+        rows = slice(start, start + block)
+        square[rows, :start] = square[:start, rows].T
+        corner = square[rows, rows]
+        corner[:] = np.triu(corner) + np.triu(corner, 1).T

@@ -27,6 +27,9 @@ from .evidence import log_evidence, log_predictive, maximise_evidence, spectrum_
 from .tridiagonal import Tridiagonal, tridiagonal_of
 
 
+_SUMS = ("counts", "sums", "moments", "class_counts", "class_sums")
+
+
 def leave_one_domain_out(features: Tensor, labels: Tensor, domains: Tensor) -> list[dict[str, float]]:
     """What an encoder's features are worth, with each domain left out once.
 
@@ -67,28 +70,24 @@ def score_domains(statistics: DomainStatistics, *, dimension: int | None = None)
     """
     if (statistics.counts < 1).any() or len(statistics.counts) < 2:
         raise ValueError(f"every one of two or more domains needs samples, got {statistics.counts.tolist()}.")
-    every = _sums(statistics, np.ones(len(statistics.counts), dtype=bool))
+    every = {name: getattr(statistics, name).sum(0) for name in _SUMS}
     mean, shares = every["sums"] / every["counts"], every["class_counts"] / every["counts"]
     total = tridiagonal_of(*_centred(every, mean, shares))
-    return [_score(statistics, left_out, dimension, mean, shares, total) for left_out in range(len(statistics.counts))]
-
-
-def _sums(statistics: DomainStatistics, chosen: np.ndarray) -> dict:
-    names = ("counts", "sums", "moments", "class_counts", "class_sums")
-    return {name: getattr(statistics, name)[chosen].sum(0) for name in names}
+    domains = range(len(statistics.counts))
+    return [_score(statistics, left_out, dimension, every, mean, shares, total) for left_out in domains]
 
 
 def _score(
     statistics: DomainStatistics,
     left_out: int,
     dimension: int | None,
+    every: dict,
     grand_mean: np.ndarray,
     grand_shares: np.ndarray,
     total: Tridiagonal | None,
 ) -> dict[str, float]:
-    others = np.arange(len(statistics.counts)) != left_out
-    old = _sums(statistics, others)
-    new = _sums(statistics, ~others)
+    new = {name: getattr(statistics, name)[left_out] for name in _SUMS}
+    old = {name: every[name] - new[name] for name in _SUMS}
     mean = old["sums"] / old["counts"]
     shares = old["class_counts"] / old["counts"]
     old = _centred(old, mean, shares)
@@ -104,7 +103,7 @@ def _score(
         whole = total.moved_evidence(grand_mean - mean, grand_shares - shares, alpha, beta)
         predictive = whole - log_evidence(train, alpha, beta)
     labels = float(predictive.mean() / new[0])
-    density, stability = held_out_density(old[1] / old[0], old[0], new[1] / new[0], dimension)
+    density, stability = held_out_density(old[1], old[0], new[1], new[0], dimension)
     parts = {"labels": labels, "density": density, "stability": stability}
     return {"samples": int(new[0])} | parts | {"score": labels + stability}
 
@@ -113,7 +112,8 @@ def _centred(sums: dict, mean: np.ndarray, shares: np.ndarray) -> tuple[int, np.
     """n, X'X, X'Y and the squares of Y of samples about given means, from sums about another point."""
     count = int(sums["counts"])
     half = sums["sums"] - 0.5 * count * mean
-    gram = sums["moments"] - np.stack([half, mean], 1) @ np.stack([mean, half])
+    gram = np.stack([half, mean], 1) @ np.stack([mean, half])
+    np.subtract(sums["moments"], gram, out=gram)
     products = (sums["class_sums"] - np.outer(sums["class_counts"], mean)).T
     products = products - np.outer(sums["sums"] - count * mean, shares)
     squares = sums["class_counts"] * (1 - 2 * shares) + count * shares**2
