@@ -65,6 +65,8 @@ class Rehearsal(TorchDispatchMode):
         given = {id(_real(value)): value for value in tree_leaves((args, kwargs)) if isinstance(value, FakeTensor)}
         with unset_fake_temporarily():
             real = func(*tree_map(_real, args), **tree_map(_real, kwargs))
+        if torch.Tag.inplace_view in func.tags:  # as unsqueeze_: the fake one's shape changes too
+            func(*args, **kwargs)
         # What an operation changes in place it returns.
         return tree_map(lambda value: given[id(value)] if id(value) in given else self._fake(value, device), real)
 
@@ -157,14 +159,42 @@ def _line() -> str:
     return "outside of the package"
 
 
+def _placed(index, device: torch.device) -> tuple:
+    """An index whose lists are tensors of a device: those that torch makes of them hold nothing on a meta device."""
+    if isinstance(index, list) and any(isinstance(part, (list, tuple, slice, Tensor)) for part in index):
+        index = tuple(index)  # as torch takes it
+    parts = index if isinstance(index, tuple) else (index,)
+    lists = [isinstance(part, (list, range)) for part in parts]
+    return tuple(_indices(part, device) if is_list else part for part, is_list in zip(parts, lists, strict=True))
+
+
+def _indices(places: list | range, device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device, dtype=None if len(places) else torch.long)
+
+
+def _get(tensor: Tensor, index) -> Tensor:
+    return Tensor.__getitem__(tensor, _placed(index, tensor.device))
+
+
+def _set(tensor: Tensor, index, value) -> None:
+    Tensor.__setitem__(tensor, _placed(index, tensor.device), value)
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    Tensor.data.__set__(tensor, value)
+    tensor.rehearsed, tensor.fake_device = value.rehearsed, value.fake_device
+
+
 @contextmanager
 def without_driver() -> Iterator[None]:
     """Inside, autograd takes fake tensors on "cuda" without asking a driver for the GPU's streams."""
     made = torch.Tensor._make_subclass
 
-    def of_no_driver(cls, elem, *args, dispatch_device=False, **kwargs):
-        # To autograd fake tensors lie on the meta device.
-        return made(cls, elem, *args, dispatch_device=False, **kwargs)
+    def of_no_driver(cls, elem, *args, dispatch_device=False, device_for_backend_keys=None, **kwargs):
+        # To autograd fake tensors of the GPU lie on the meta device.
+        dispatch_device &= device_for_backend_keys.type == "cpu"
+        options = {"dispatch_device": dispatch_device, "device_for_backend_keys": device_for_backend_keys}
+        return made(cls, elem, *args, **options, **kwargs)
 
     with (
         mock.patch.object(torch.Tensor, "_make_subclass", of_no_driver),
@@ -193,6 +223,8 @@ def rehearsal() -> Iterator[Rehearsal]:
     with (
         without_driver(),
         mock.patch.object(FakeTensor, "tolist", tolist),
+        mock.patch.multiple(FakeTensor, create=True, __getitem__=_get, __setitem__=_set),
+        mock.patch.object(FakeTensor, "data", property(Tensor.data.__get__, _set_data)),
         sdpa_kernel(SDPBackend.MATH),
         mode,
         rehearsed,

@@ -31,6 +31,8 @@ def _measures():
         "inception_score": (lambda of: evaluation.inception_score(of, splits=2), (first,)),
         "class_consistency": (evaluation.class_consistency, (first, of_first)),
         "codebook_usage": (lambda of: evaluation.codebook_usage(of, 3), (of_first,)),
+        "psnr": (evaluation.psnr, (2 * images - 1, 2 * others - 1)),
+        "ssim": (evaluation.ssim, (2 * images - 1, 2 * others - 1)),
         "copies": (evaluation.copies, (images, others, images.flip(0))),
         "diversity": (evaluation.diversity, (images, ids, others, ids)),
     }

@@ -47,6 +47,39 @@ def _counted_and_mixed():
             x + torch.ones(6)
 
 
+def _lists_as_indices():
+    values = torch.arange(60.0).view(3, 4, 5)
+    indices = ([0, 2], (slice(None), slice(None), [1, 4]), (0, range(2)), [True, False, True], (..., [[0, 1], [1, 0]]))
+    for index in indices:
+        expected = values.clone()
+        expected[index] += 1
+        with rehearsal() as rehearsed:
+            on_gpu, on_cpu = rehearsed.fake_of(values.clone()), torch.arange(60.0).view(3, 4, 5)
+            found = on_gpu[index]
+            waits = [line.split(": ")[1] for line in rehearsed.syncs]
+            on_gpu[index] += 1
+            on_cpu[index] += 1
+        # A mask is waited for once more.
+        assert waits[0] == "_to_copy" and len(waits) == 1 + (index == [True, False, True]), index
+        assert torch.equal(found.rehearsed, values[index]), index
+        assert torch.equal(on_gpu.rehearsed, expected) and torch.equal(on_cpu.rehearsed, expected), index
+
+
+def _changes_in_place():
+    values = torch.arange(60.0).view(3, 4, 5)
+    with rehearsal() as rehearsed:
+        x = rehearsed.fake_of(values.clone())
+        x.view(-1)[5:].mul_(3)
+        x.unsqueeze_(0)
+        assert x.shape == (1, 3, 4, 5) and x[0, 0, 1, 0] == 15
+        y = torch.zeros(3)
+        y.data = x
+        assert y.shape == x.shape and y.device == x.device and y[0, 0, 1, 0] == 15
+        on_cpu = torch.zeros(2, 2)
+        on_cpu[torch.tensor([0, 1]), torch.tensor([0, 1])] = 7
+        assert on_cpu.tolist() == [[7, 0], [0, 7]]
+
+
 def _losses():
     torch.manual_seed(0)
     views = torch.randn(16, 8), torch.randn(16, 8)
@@ -113,6 +146,14 @@ def _waits_of(name):
 
 def test_what_waits_for_a_gpu_is_counted_and_what_mixes_devices_raises(rehearse):
     rehearse(_counted_and_mixed)
+
+
+def test_lists_as_indices_are_copied_to_the_gpu_and_pick_the_values_of_a_cpu(rehearse):
+    rehearse(_lists_as_indices)
+
+
+def test_what_is_changed_in_place_has_values_shape_and_device_of_its_change(rehearse):
+    rehearse(_changes_in_place)
 
 
 def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never(rehearse):
