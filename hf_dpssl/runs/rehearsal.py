@@ -16,10 +16,11 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from numpy import ndarray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 _PACKAGE = Path(__file__).parents[1]
@@ -180,6 +181,16 @@ def _set(tensor: Tensor, index, value) -> None:
     Tensor.__setitem__(tensor, _placed(index, tensor.device), value)
 
 
+def _numpy(tensor: Tensor, *, force: bool = False) -> ndarray:
+    given = tensor.detach().cpu() if force else tensor
+    if _on_gpu(given):
+        raise TypeError("a tensor of the GPU cannot be an array: copy it first, by Tensor.cpu().")
+    if given.requires_grad:
+        raise RuntimeError("a tensor that requires gradients cannot be an array: use tensor.detach().numpy().")
+    with _disable_current_modes():
+        return given.rehearsed.detach().numpy()
+
+
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     Tensor.data.__set__(tensor, value)
     tensor.rehearsed, tensor.fake_device = value.rehearsed, value.fake_device
@@ -224,6 +235,7 @@ def rehearsal() -> Iterator[Rehearsal]:
         without_driver(),
         mock.patch.object(FakeTensor, "tolist", tolist),
         mock.patch.multiple(FakeTensor, create=True, __getitem__=_get, __setitem__=_set),
+        mock.patch.object(FakeTensor, "numpy", _numpy),
         mock.patch.object(FakeTensor, "data", property(Tensor.data.__get__, _set_data)),
         sdpa_kernel(SDPBackend.MATH),
         mode,

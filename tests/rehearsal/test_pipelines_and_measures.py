@@ -1,7 +1,6 @@
 """Pipelines' calls and measures on a GPU that is not there: devices agree, and the values are those of a CPU.
 
-Not here: what copies its inputs to the CPU by itself (probes by scikit-learn, the Frechet distance, trustworthiness),
-torchmetrics' objects, and transformers' `generate`, which copies deeply what a fake tensor is not.
+Not here: transformers' `generate`, which copies deeply what a fake tensor is not.
 """
 
 from unittest import mock
@@ -14,15 +13,35 @@ from hf_dpssl import evaluation
 from hf_dpssl.runs.rehearsal import rehearsal
 
 
+def _drawn():
+    return torch.Generator().manual_seed(0)
+
+
 def _measures():
-    generator = torch.Generator().manual_seed(0)
+    generator = _drawn()
     first, second = torch.randn(60, 6, generator=generator), torch.randn(50, 6, generator=generator)
     of_first, of_second = torch.arange(60) % 3, torch.arange(50) % 3
     images, others = torch.rand(2, 40, 3, 16, 16, generator=generator)
     ids = torch.arange(40) % 4
+    one_by_one = first[:50], second
+    of_frechet = evaluation.frechet_distance_of_features
+    kernel = {"subsets": 5, "subset_size": 20}
     cases = {
         "knn": (lambda a, b, i, j: evaluation.knn(a, i, b, j, k=5), (first, second, of_first, of_second)),
         "few_shot": (lambda *of: evaluation.few_shot(*of, shots=(1, 5)), (first, of_first, second, of_second)),
+        "linear_probe": (evaluation.linear_probe, (first, of_first, second, of_second)),
+        "linear_probe sgd": (
+            lambda *of: evaluation.linear_probe(*of, solver="sgd", epochs=3),
+            (first, of_first, second, of_second),
+        ),
+        "frechet_distance": (lambda *of: {"": of_frechet(*of)}, (first, second)),
+        "frechet_interval": (evaluation.frechet_interval, (first, second)),
+        "frechet_extrapolation": (evaluation.frechet_extrapolation, (first, second)),
+        "kernel_distance": (lambda *of: evaluation.kernel_distance(*of, **kernel, generator=_drawn()), (first, second)),
+        "trustworthiness": (evaluation.trustworthiness, one_by_one),
+        "continuity": (evaluation.continuity, one_by_one),
+        "gromov_wasserstein": (evaluation.gromov_wasserstein, one_by_one),
+        "cai_lim": (evaluation.cai_lim, one_by_one),
         "uniformity": (evaluation.uniformity, (first,)),
         "effective_rank": (evaluation.effective_rank, (first,)),
         "alignment": (evaluation.alignment, (first[:50], second)),

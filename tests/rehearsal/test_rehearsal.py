@@ -1,5 +1,6 @@
 """What a GPU would meet, without one: tensors of two devices, and values that the host waits for."""
 
+import numpy as np
 import pytest
 import torch
 from training_steps import CASES, batch
@@ -80,6 +81,21 @@ def _changes_in_place():
         assert on_cpu.tolist() == [[7, 0], [0, 7]]
 
 
+def _arrays():
+    values = torch.arange(6.0)
+    with rehearsal() as rehearsed:
+        x = rehearsed.fake_of(values)
+        with pytest.raises(TypeError, match="copy it first"):
+            x.numpy()
+        assert not rehearsed.syncs
+        on_cpu = x.cpu()
+        np.asarray(on_cpu)[0] = 5  # memory of both
+        assert on_cpu.numpy().tolist() == [5, 1, 2, 3, 4, 5] and len(rehearsed.syncs) == 1
+        assert x.numpy(force=True).tolist() == values.tolist() and len(rehearsed.syncs) == 2
+        with pytest.raises(RuntimeError, match="requires grad"):
+            on_cpu.requires_grad_().numpy()
+
+
 def _losses():
     torch.manual_seed(0)
     views = torch.randn(16, 8), torch.randn(16, 8)
@@ -154,6 +170,10 @@ def test_lists_as_indices_are_copied_to_the_gpu_and_pick_the_values_of_a_cpu(reh
 
 def test_what_is_changed_in_place_has_values_shape_and_device_of_its_change(rehearse):
     rehearse(_changes_in_place)
+
+
+def test_arrays_are_of_what_is_copied_to_the_cpu_and_share_its_memory(rehearse):
+    rehearse(_arrays)
 
 
 def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never(rehearse):
