@@ -191,6 +191,15 @@ def _numpy(tensor: Tensor, *, force: bool = False) -> ndarray:
         return given.rehearsed.detach().numpy()
 
 
+def _deepcopy(tensor: Tensor, memo: dict) -> Tensor:
+    if id(tensor) not in memo:
+        copied = tensor.detach().clone()
+        if isinstance(tensor, nn.Parameter):
+            copied = nn.Parameter(copied, tensor.requires_grad)
+        memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
+
+
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     Tensor.data.__set__(tensor, value)
     tensor.rehearsed, tensor.fake_device = value.rehearsed, value.fake_device
@@ -236,6 +245,7 @@ def rehearsal() -> Iterator[Rehearsal]:
         mock.patch.object(FakeTensor, "tolist", tolist),
         mock.patch.multiple(FakeTensor, create=True, __getitem__=_get, __setitem__=_set),
         mock.patch.object(FakeTensor, "numpy", _numpy),
+        mock.patch.object(Tensor, "__deepcopy__", _deepcopy),
         mock.patch.object(FakeTensor, "data", property(Tensor.data.__get__, _set_data)),
         sdpa_kernel(SDPBackend.MATH),
         mode,

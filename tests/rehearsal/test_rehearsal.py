@@ -1,5 +1,7 @@
 """What a GPU would meet, without one: tensors of two devices, and values that the host waits for."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,23 @@ def _arrays():
             on_cpu.requires_grad_().numpy()
 
 
+def _deep_copies():
+    from_before = torch.arange(3.0)
+    with rehearsal() as rehearsed:
+        part = rehearsed.fake_module_(torch.nn.BatchNorm1d(3))
+        part.bias.requires_grad_(False)
+        whole = copy.deepcopy([part, part.weight, from_before])
+        copied = whole[0]
+        assert isinstance(copied.weight, torch.nn.Parameter) and copied.weight is whole[1] is not part.weight
+        assert copied.weight.device.type == "cuda" and copied.weight.requires_grad and not copied.bias.requires_grad
+        with torch.no_grad():
+            copied.weight.zero_()
+            whole[2][0] = 7
+        assert part.weight.tolist() == [1, 1, 1] and copied.weight.tolist() == [0, 0, 0]
+        assert whole[2].tolist() == [7, 1, 2] and whole[2].device.type == "cpu"
+    assert from_before.tolist() == [0, 1, 2]
+
+
 def _losses():
     torch.manual_seed(0)
     views = torch.randn(16, 8), torch.randn(16, 8)
@@ -174,6 +193,10 @@ def test_what_is_changed_in_place_has_values_shape_and_device_of_its_change(rehe
 
 def test_arrays_are_of_what_is_copied_to_the_cpu_and_share_its_memory(rehearse):
     rehearse(_arrays)
+
+
+def test_deep_copies_stay_on_their_device_and_are_changed_alone(rehearse):
+    rehearse(_deep_copies)
 
 
 def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never(rehearse):
