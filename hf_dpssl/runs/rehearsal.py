@@ -58,6 +58,11 @@ class Rehearsal(TorchDispatchMode):
         kwargs = tree_map(not_meta, kwargs or {})
         if func.namespace == "prim":
             return func(*args, **kwargs)
+        if func is _aten._efficientzerotensor.default:
+            func = _aten.zeros.default  # whose values can be read
+            if is_of_number(args[0], kwargs["device"]):
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
         args, kwargs = tree_map(self._faked, (args, kwargs))
         packet = func.overloadpacket
         if _waits(packet, args, kwargs):
@@ -124,6 +129,11 @@ def _real(value):
 def not_meta(value):
     """The GPU for the meta device, where C++ code takes it to be that of its operands."""
     return torch.device("cuda", 0) if isinstance(value, torch.device) and value.type == "meta" else value
+
+
+def is_of_number(size: list[int], device: torch.device) -> bool:
+    """Whether a zero of forward differentiation is that of a Python number: C++ code reads it, so it must be real."""
+    return not size and device.type == "cpu"
 
 
 def _on_gpu(value) -> bool:

@@ -17,15 +17,16 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .rehearsal import not_meta, without_driver
+from .rehearsal import is_of_number, not_meta, without_driver
 
 _aten = torch.ops.aten
+_attention = F.scaled_dot_product_attention  # also while it is replaced
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index, _aten._index_put_impl_}
 # By autocast on CUDA in the lower precision, and in float32: torch's documentation, "CUDA Ops that can autocast".
 _LOWER = set(
@@ -134,6 +135,9 @@ class MemoryRehearsal(MemoryCounter):
             return self._scalar(args[0])
         if packet is _aten.equal:
             return True
+        if packet is _aten._efficientzerotensor and is_of_number(args[0], kwargs["device"]):
+            with unset_fake_temporarily():
+                return _aten.zeros(*args, **kwargs)
         if packet in _INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
         found = self._largest(packet, *args, **(kwargs or {}))
@@ -229,7 +233,9 @@ def _in_float32(value):
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Attention by the kernel that a GPU takes, which keeps no weights (B, heads, T, T)."""
+    """Attention by the kernel that a GPU takes, which keeps no weights (B, heads, T, T), unless fused ones are off."""
+    if not torch.backends.cuda.mem_efficient_sdp_enabled():
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     if enable_gqa:

@@ -9,6 +9,7 @@ from training_steps import CASES, batch
 
 from hf_dpssl.contrastive import losses
 from hf_dpssl.data.views import PRESETS, TwoViews
+from hf_dpssl.latent_training.mean_flow import mean_flow_target
 from hf_dpssl.runs.rehearsal import rehearsal
 
 # Of a training step, once a queue is full: norms of embeddings, or whether codes are dead, are read once.
@@ -25,6 +26,7 @@ BUDGETS = {
     "dae_vq adversarial": 1,
     "dae_dit flow": 0,
     "dae_dit epsilon": 0,
+    "dae_dit mean_flow": 0,
     "dae_ar llama": 0,
     "dae_gan dae": 0,
     "dae_gan dae, penalty": 0,
@@ -115,6 +117,23 @@ def _deep_copies():
     assert from_before.tolist() == [0, 1, 2]
 
 
+def _forward_derivatives():
+    [model], _, _ = CASES["dae_dit mean_flow"]()
+    for parameter in model.parameters():  # else blocks that start as the identity pass nothing on
+        torch.nn.init.normal_(parameter, std=0.2)
+    generator = torch.Generator().manual_seed(0)
+    noised, velocity = torch.randn(2, 8, 4, 8, 8, generator=generator)
+    times, shares = torch.rand(2, 8, generator=generator)
+    given = noised, times, times * shares, velocity, torch.arange(8) % 3
+    expected = mean_flow_target(model.eval(), *given)
+    with rehearsal() as rehearsed:
+        rehearsed.fake_module_(model)
+        found = mean_flow_target(model, *map(rehearsed.fake_of, given))
+        assert found.device.type == "cuda" and not rehearsed.syncs
+    assert not torch.allclose(expected, velocity, atol=0.1)
+    torch.testing.assert_close(found.rehearsed, expected, rtol=1e-4, atol=1e-4)
+
+
 def _losses():
     torch.manual_seed(0)
     views = torch.randn(16, 8), torch.randn(16, 8)
@@ -197,6 +216,10 @@ def test_arrays_are_of_what_is_copied_to_the_cpu_and_share_its_memory(rehearse):
 
 def test_deep_copies_stay_on_their_device_and_are_changed_alone(rehearse):
     rehearse(_deep_copies)
+
+
+def test_forward_derivatives_have_the_values_of_a_cpu(rehearse):
+    rehearse(_forward_derivatives)
 
 
 def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never(rehearse):

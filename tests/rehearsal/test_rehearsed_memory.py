@@ -7,7 +7,9 @@ import timm
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from training_steps import CASES
 
+from hf_dpssl.latent_training.mean_flow import mean_flow_target
 from hf_dpssl.runs.rehearsed_memory import _FLOAT32, _LOWER, MemoryCounter, memory_rehearsal
 
 BATCH, WIDTH, HIDDEN = 64, 256, 512
@@ -76,6 +78,24 @@ def _as_a_step_that_runs():
         real, fake = (peak_and_gradients(timm.create_model(name), pictures, real=r) for r in (True, False))
         assert real[1:] == fake[1:]
         assert abs(real[0] / fake[0] - 1) < 0.05, (name, real, fake)  # libraries' own batch norms keep some more
+
+
+def peak_of_forward_derivatives(counter, model, device: str) -> int:
+    counter.outside([*model.parameters(), *model.buffers()])
+    noised, velocity = torch.randn(BATCH, 4, 8, 8, device=device), torch.randn(BATCH, 4, 8, 8, device=device)
+    times = torch.rand(BATCH, device=device)
+    labels = torch.zeros(BATCH, dtype=torch.int64, device=device)
+    counter.clear()
+    mean_flow_target(model, noised, times, times / 2, velocity, labels)
+    return counter.peak
+
+
+def _forward_derivatives_as_those_that_run():
+    [model], _, _ = CASES["dae_dit mean_flow"]()
+    with MemoryCounter("cpu") as memory:
+        expected = peak_of_forward_derivatives(memory, model, "cpu")
+    with memory_rehearsal() as memory:
+        assert peak_of_forward_derivatives(memory, memory.fake_module_(model), "cuda") == expected
 
 
 def _casts():
@@ -210,6 +230,10 @@ def test_what_is_kept_equals_the_count_by_hand(rehearse):
 
 def test_the_peak_is_that_of_a_step_that_runs(rehearse):
     rehearse(_as_a_step_that_runs)
+
+
+def test_the_peak_of_forward_derivatives_is_that_of_those_that_run(rehearse):
+    rehearse(_forward_derivatives_as_those_that_run)
 
 
 def test_autocast_casts_as_on_a_gpu(rehearse):

@@ -148,6 +148,7 @@ CASES = {
     "dae_vq adversarial": lambda: autoencoder(adversarial=True),
     "dae_dit flow": lambda: transformer(),
     "dae_dit epsilon": lambda: transformer("epsilon"),
+    "dae_dit mean_flow": lambda: transformer("mean_flow"),
     "dae_ar llama": lambda: language_model("llama"),
     "dae_gan dae": lambda: gan("dae"),
     "dae_gan dae, penalty": lambda: gan("dae", r1_weight=10.0),

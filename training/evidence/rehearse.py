@@ -68,14 +68,9 @@ def rehearse(asked: Asked) -> dict:
     """Bytes by stage, whether they fit, what the recipe states, and waits by stage.
 
     Raises:
-        ValueError: a script that cannot be sharded, or an objective that cannot be rehearsed.
+        ValueError: a script that cannot be sharded.
     """
     process = process_of(asked)
-    if getattr(asked.args, "objective", None) == "mean_flow":
-        raise ValueError(
-            "--objective mean_flow differentiates forwards, which a fake GPU cannot: rehearse --objective flow, and "
-            "expect twice its time and the memory of one forward pass more."
-        )
     if process.sharded and asked.script not in ("dae_dit", "dae_drift"):
         raise ValueError(f"accelerate's configuration asks for FSDP, and {asked.script} trains whole copies.")
     names = stage_names(asked)
