@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import datasets
 from datasets import ClassLabel, Dataset, Image, IterableDataset
+from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import get_temporary_cache_files_directory
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import snapshot_download
 
@@ -301,9 +304,23 @@ def _scanned_splits(scan: FolderScan, streaming: bool) -> dict:
     for name, rows in scan.splits.items():
         columns = {"image": [path for path, _ in rows], "label": [label for _, label in rows]}
         split = Dataset.from_dict({column: columns[column] for column in features}, features=features)
-        split._fingerprint = _fingerprint_of_files(split._fingerprint, columns["image"])
-        splits[name] = split
+        splits[name] = _mapped(split)
+        splits[name]._fingerprint = _fingerprint_of_files(split._fingerprint, columns["image"])
     return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
+
+
+def _mapped(split: Dataset) -> Dataset:
+    """The same rows in a file: in memory all of them would be sent to every worker."""
+    file = _temporary_file()
+    with ArrowWriter(path=file, features=split.features) as writer:
+        writer.write_table(split.data.table)
+        writer.finalize()
+    return Dataset.from_file(file)
+
+
+def _temporary_file() -> str:
+    """A new file's name; `datasets` deletes it when this process ends."""
+    return str(Path(tempfile.mkdtemp(dir=get_temporary_cache_files_directory())) / "rows.arrow")
 
 
 def _fingerprint_of_files(rows: str, paths: list[str]) -> str:
@@ -363,7 +380,9 @@ def _held_out(name: str, split: Dataset, label_column: str | None) -> tuple[Data
         raise ValueError(f"data set {name!r} holds a single image: nothing is left to train on.")
     labels = split[label_column][:] if label_column else None
     chosen = set(random_rows(len(split), max(1, int(len(split) * _HELD_OUT_SHARE)), labels=labels))
-    return split.select([row for row in range(len(split)) if row not in chosen]), split.select(sorted(chosen))
+    parts = [row for row in range(len(split)) if row not in chosen], sorted(chosen)
+    train, held_out = (split.select(rows, indices_cache_file_name=_temporary_file()) for rows in parts)
+    return train, held_out
 
 
 def _find_image_column(name: str, split, wanted: str | None) -> str:

@@ -1,9 +1,12 @@
 """From `--dataset` to splits, classes and columns, for every kind of source, and the errors of each."""
 
+import pickle
+
 import datasets
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import torch
 from cases import for_each
 from datasets import ClassLabel, Value
 from pictures import encoded, row, write_parquet
@@ -11,6 +14,7 @@ from sklearn.datasets import load_digits
 
 from hf_dpssl.data.decoding import decode_image
 from hf_dpssl.data.image_data import TABLE, load_images
+from hf_dpssl.data.image_table import ImageTable
 
 CAT_DOG = ClassLabel(names=["cat", "dog"])
 
@@ -89,6 +93,23 @@ def test_image_folder_without_class_folders_is_unlabelled(tmp_path):
     data = load_images(str(tmp_path / "set"))
     assert data.class_names is None and data.label_column is None
     assert {identity(r["image"]) for split in (data.train, data.evaluation) for r in split} == set(range(10))
+
+
+def test_a_worker_is_sent_few_bytes_of_a_folder_and_reads_the_same_pictures(tmp_path):
+    for name in ("cat", "dog", "horse", "owl"):
+        write_pictures(tmp_path / "images" / name, 250)
+    for hold_out in (False, True):
+        data = load_images(str(tmp_path / "images"), hold_out=hold_out)
+        table = ImageTable(data, data.train, 4)
+        sent = pickle.dumps(table)
+        assert len(sent) < 10_000
+        received = pickle.loads(sent)
+        rows = [(0, row) for row in range(1000 - 100 * hold_out)]
+        expected, found = table.__getitems__(rows), received.__getitems__(rows)
+        assert len(received) == len(rows) and torch.equal(found["images"], expected["images"])
+        assert torch.equal(found["labels"], expected["labels"]) and len(found["labels"].unique()) == 4
+        if hold_out:
+            assert received.data.evaluation[:] == data.evaluation[:]
 
 
 @for_each("held_out", ["test-00000-of-00001", "set_val", "validation", "test/part"])
