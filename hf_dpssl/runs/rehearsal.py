@@ -4,7 +4,10 @@ Devices and their rules are those of torch's FakeTensorMode. Beside every fake t
 that values which are read are true ones and the code takes the branches it would take.
 
 What a GPU would wait for ("synchronisation"): a value read on the host (`item`, `bool`, `float`, `tolist`, `nonzero`, a
-mask as index, `bincount`), and a copy between host and GPU that is not `non_blocking`.
+mask as index, `bincount`), and a copy between host and GPU that is not `non_blocking`, as of a list as index.
+
+C++ code takes fake tensors of the GPU for those of the meta device, which have no values. What it would do with them
+unseen is done here: lists as indices, arrays, deep copies, `.data`, zeros of forward differentiation.
 """
 
 from __future__ import annotations
