@@ -140,6 +140,8 @@ class MemoryRehearsal(MemoryCounter):
                 return _aten.zeros(*args, **kwargs)
         if packet in _INDEXING:
             args = (args[0], _without_masks(args[1]), *args[2:])
+        if packet is _aten.split_with_sizes:
+            args = (args[0], _that_fit(*args), *args[2:])
         found = self._largest(packet, *args, **(kwargs or {}))
         if found is None:
             return super().__torch_dispatch__(func, types, args, kwargs)
@@ -183,6 +185,12 @@ def _without_masks(indices: list) -> list:
         else:
             found.append(index)
     return found
+
+
+def _that_fit(tensor: Tensor, sizes: list[int], dim: int = 0) -> list[int]:
+    """Sizes of a split; those that were counted, of values that are not there, put everything into one part."""
+    whole = tensor.shape[dim]
+    return sizes if sum(sizes) == whole else [0] * (len(sizes) - 1) + [whole]
 
 
 class _NoMeta(FakeTensorMode):

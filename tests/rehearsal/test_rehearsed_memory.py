@@ -178,11 +178,14 @@ def _values_that_decide():
         x = torch.zeros(8, 4, device="cuda")
         assert x.nonzero().shape == (32, 2) and x[x > 0].shape == (32,) and x[x[:, 0] > 0].shape == (8, 4)
         assert torch.bincount(torch.zeros(8, dtype=torch.int64, device="cuda"), minlength=3).tolist() == [0, 0, 8]
+        parts = x.split((x[:, :1] == torch.arange(3, device="cuda")).sum(0).tolist())
+        assert [len(part) for part in parts] == [0, 0, 8]
+        assert [part.shape[1] for part in x.split([1, 3], dim=1)] == [1, 3]
         assert bool((x > 0).any()) and float(x.sum()) == 1
         filled = torch.zeros((), dtype=torch.int64, device="cuda")
         memory.states(filled, 7)
         assert int(filled) == 7
-        del x, filled
+        del x, parts, filled
         assert memory.held == 0
 
 
