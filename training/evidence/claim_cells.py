@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -257,7 +258,7 @@ def run_step(step: dict, fill: dict, folder: Path, name: str | None = None) -> N
 
 def read_at(folder: Path, where: dict, fill: dict):
     """A value in a cell's JSON file, of which names are filled in; ValueError where it is not there, with what is."""
-    path = folder / where["file"].format_map(fill)
+    path = Path(os.path.normpath(folder / where["file"].format_map(fill)))  # a cell that runs nothing has no folder
     keys = [key.format_map(fill) if isinstance(key, str) else key for key in where["at"]]
     value = json.loads(path.read_text(encoding="utf-8"))
     for key in keys:
