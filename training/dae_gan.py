@@ -55,7 +55,7 @@ from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.measures import Measures
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.results import logged_curve, write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
@@ -260,7 +260,7 @@ def save(
     about = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": metrics}
     model.config.dpssl = about | ({"encoder": bank.encoder} if bank else {})
     about = {"latent": args.latent, "sampled_from": args.density, "densities": densities, "quality": fingerprints}
-    about |= made | taken.results()
+    about |= made | taken.results() | {"curve": logged_curve(history, "adv_d")}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")

@@ -210,7 +210,10 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
     if cell.point is not None:
         return found | {"tuning": finite(read_at(own, study["tuning"], fill), cell.name)}
     metrics = {name: metric for name, metric in study["metrics"].items() if of_arm(metric, cell.arm)}
-    found["metrics"] = {name: read_at(own, metric, fill) for name, metric in metrics.items() if "file" in metric}
+    found["metrics"] = {}
+    for name, metric in metrics.items():
+        if "mean_of" not in metric:
+            found["metrics"][name] = read_at(own, metric["where"][cell.arm] if "where" in metric else metric, fill)
     for name, metric in metrics.items():
         if "mean_of" in metric:
             found["metrics"][name] = mean(found["metrics"][part] for part in metric["mean_of"])
