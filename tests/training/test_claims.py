@@ -162,7 +162,7 @@ def test_whatever_of_a_plan_is_done_is_whole_seeds_and_a_valid_page(tmp_path):
         whole = max(0, done - 12) // 4
         assert [len(comparison["seeds"]) >= whole for comparison in entry["comparisons"]] == [True] * 3
         assert entry["verdict"] == ("supported" if done == len(cells) else "undecided")
-        assert f"| 1 fewer_dimensions | **{entry['verdict']}** |" in claim_page.page([result])
+        assert f"| 1 fewer_dimensions | **{entry['verdict']}** |" in claim_page.table([result])
         assert done == len(cells) or "of 5 seeds" in entry["reason"]
     reproduce.refresh_page(tmp_path)
     assert (tmp_path / "fewer_dimensions.png").stat().st_size > 5000

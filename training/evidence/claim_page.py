@@ -60,16 +60,23 @@ def verdicts(results: list[dict]) -> dict[str, dict]:
     return {name: entries[name] for name in sorted(claims, key=lambda name: claims[name]["number"])}
 
 
-def page(results: list[dict], pictures: str = "") -> str:
-    """The whole page, in Markdown; `pictures` is the folder of the plots, as links name it."""
+def table(results: list[dict]) -> str:
+    """A line for each claim: verdict, seeds, and why; in Markdown."""
     entries = verdicts(results)
     of_claim = {name: result for result in results for name in result["stated"]["claims"]}
-    head = ["| claim | verdict | seeds | |", "|---|---|---|---|"]
+    lines = ["| claim | verdict | seeds | |", "|---|---|---|---|"]
     for name, entry in entries.items():
         seeds = min(len(comparison["seeds"]) for comparison in entry["comparisons"])
         claim = of_claim[name]["stated"]["claims"][name]
-        head.append(f"| {claim['number']} {name} | **{entry['verdict']}** | {seeds} | {summary(entry)} |")
-    return "\n".join(head + [""] + [_section(name, entry, of_claim[name], pictures) for name, entry in entries.items()])
+        lines.append(f"| {claim['number']} {name} | **{entry['verdict']}** | {seeds} | {summary(entry)} |")
+    return "\n".join(lines)
+
+
+def sections(results: list[dict], pictures: str = "") -> str:
+    """A section for each claim, in Markdown; `pictures` is the folder of the plots, as links name it."""
+    entries = verdicts(results)
+    of_claim = {name: result for result in results for name in result["stated"]["claims"]}
+    return "\n".join(_section(name, entry, of_claim[name], pictures) for name, entry in entries.items())
 
 
 def summary(entry: dict) -> str:
@@ -268,5 +275,5 @@ def write_page(results: list[dict], folder: Path) -> dict[str, dict]:
             with atomic_file(folder / f"{study}_dial.png", "wb") as file:
                 draw_dial(result, file)
     with atomic_file(folder / "claims.md") as file:
-        file.write(f"# Claims\n\n{page(results)}")
+        file.write(f"# Claims\n\n{table(results)}\n\n{sections(results)}")
     return entries

@@ -17,7 +17,8 @@ asked, written down before the first run, is the difference from ERM of the same
 | VREx over ERM, oracle, -90 % | 26.5 | 15 |
 | ARM over ERM, training domains, +90 % | 10.3 | 5 |
 
-A killed study goes on with the runs that lack; what is there already is written after each.
+A killed study goes on with the runs that lack; what is there already is written after each. Rows of the results file
+whose runs are not in outputs/ stay, and are not run again while the file is there.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ QUESTIONS = [
 RESULTS = Path(__file__).parent / "results" / "colored_mnist.json"
 
 
-def rows_of(runs: list[dict]) -> list[dict]:
-    """A row for each run and rule: what it has, and what is published."""
+def rows_of(runs: list[dict], known: list[dict]) -> list[dict]:
+    """A row for each run and rule: what it has, and what is published; `known`: rows of runs that are not there."""
     rows = []
     for target in dict.fromkeys(target for _, target in PLAN):
         here = [run for run in runs if run["targets"] == [target]]
@@ -65,7 +66,9 @@ def rows_of(runs: list[dict]) -> list[dict]:
             published = PUBLISHED[rule].get(algorithm, {}).get(target)
             about = {"target": target, "selection": rule, "algorithm": algorithm, "adapts": row["adapts"]}
             rows.append(about | {"accuracy": row["domains"][target], "published": published})
-    return rows
+    ran = {(row["algorithm"], row["target"]) for row in rows}
+    rows += [row for row in known if (row["algorithm"], row["target"]) not in ran]
+    return sorted(rows, key=lambda row: (row["target"], row["selection"], PLAN.index((row["algorithm"], row["target"]))))
 
 
 def answers(rows: list[dict]) -> list[dict]:
@@ -86,17 +89,22 @@ def main() -> int:
     torch.set_num_threads(1)
     tensors = digit_domains("colored_mnist", SEED)
     trainer = Trainer(tensors, "network", STEPS, EVERY, mixed_precision="bf16")
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": [], "protocol": {}}
+    done = {(row["algorithm"], row["target"]) for row in known["rows"]}
     for algorithm, target in PLAN:
+        if (algorithm, target) in done:
+            continue
         cell = Cell(algorithm, (tensors.names.index(target),), 0, SEED)
         path = folder / f"{cell.name}.json"
         with claimed(path) as free:
             if free:
                 write_json(path, trainer.run(cell)[0])
         runs = [json.loads(found.read_text(encoding="utf-8")) for found in sorted(folder.glob("*.json"))]
-        rows = rows_of(runs)
+        rows = rows_of(runs, known["rows"])
         samples = {name: len(labels) for name, labels in zip(tensors.names, tensors.labels, strict=True)}
         protocol = {"draws": 1, "steps": STEPS, "evaluation_steps": EVERY, "convolutions": "bfloat16"}
-        protocol |= {"seconds_of_runs": {f"{run['algorithm']} {run['targets'][0]}": run["seconds"] for run in runs}}
+        seconds = {f"{run['algorithm']} {run['targets'][0]}": run["seconds"] for run in runs}
+        protocol |= {"seconds_of_runs": known["protocol"].get("seconds_of_runs", {}) | seconds}
         metrics = {f"{row['algorithm']}_{row['selection']}_{row['target']}": row["accuracy"] for row in rows}
         about = {"dataset": "colored_mnist", "seed": SEED, "samples": samples, "protocol": protocol}
         write_results(RESULTS, metrics, **about, rows=rows, questions=answers(rows))

@@ -69,7 +69,6 @@ PAGES = {  # which tables stand on which page
     "README.md": ["demo"],
     "training/evidence/README.md": [
         "claims",
-        "one_step",
         "defaults",
         "modes",
         "dimensions",
@@ -78,6 +77,7 @@ PAGES = {  # which tables stand on which page
         "dit",
         "solvers",
     ],
+    "training/evidence/claims.md": ["claim_sections", "one_step"],
     "training/evidence/domains.md": ["pacs", "colored_mnist"],
     "tests/benchmarks/README.md": ["speed"],
 }
@@ -373,7 +373,7 @@ def tables() -> dict[str, str]:
     if found:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
     if CLAIMS.is_dir():
-        blocks["claims"] = claims_page()
+        blocks |= claim_blocks()
     if (CLAIMS / "one_step.json").exists():
         blocks["one_step"] = one_step_table(read(CLAIMS / "one_step.json"))
     if (RESULTS / "pacs_zood.json").exists():
@@ -425,10 +425,11 @@ def take_over_claims(folder: Path) -> None:
         shutil.copyfile(path, CLAIMS / path.name)
 
 
-def claims_page() -> str:
-    """Verdicts of the claims that have results, a table and a section each."""
+def claim_blocks() -> dict[str, str]:
+    """Verdicts of the claims that have results: a table, and a section each."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CLAIMS.glob("*.json"))]
-    return claim_page.page(results, f"{CLAIMS.relative_to(EVIDENCE).as_posix()}/").strip()
+    pictures = f"{CLAIMS.relative_to(EVIDENCE).as_posix()}/"
+    return {"claims": claim_page.table(results), "claim_sections": claim_page.sections(results, pictures).strip()}
 
 
 ONE_STEP = {  # metric: heading, format
