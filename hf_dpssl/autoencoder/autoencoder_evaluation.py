@@ -21,6 +21,7 @@ from .. import evaluation
 from ..embedding.embedder import best_device
 from ..embedding.evaluation_entries import Measured
 from ..embedding.feature_extractors import FeatureExtractor, load_extractor
+from ..evaluation.feature_checks import accelerated
 from ..evaluation.image_measures import metric_key, warn_about_few
 from ..models.modeling_vq import VQAutoencoder
 from ..models.weight_hashes import combined_sha256, tensor_sha256
@@ -53,13 +54,14 @@ def measure_autoencoder_files(folder: Path, args: argparse.Namespace) -> Measure
     side = getattr(model.config, "image_size", None) or model.config.sample_size
     channels = getattr(model.config, "num_channels", None) or model.config.in_channels
     given = {"image_column": args.image_column, "label_column": args.label_column, "revision": args.dataset_revision}
-    model, faithful = model.to(best_device()), evaluation.load("reconstruction")
+    model = model.to(best_device())
     count, totals, clouds, digest = 0, Counter(), ([], []), hashlib.sha256()
     for images in real_images(args, "evaluation", side, channels, **given):
         decoded = reconstructions(model, images, args.batch_size)
         digest.update(images.numpy().tobytes())
         count += len(images)
-        for name, value in faithful.compute(predictions=decoded, references=images).items():
+        faithful = evaluation.psnr(images, decoded, value_range=2.0) | evaluation.ssim(images, decoded, value_range=2.0)
+        for name, value in faithful.items():
             totals[name] += len(images) * value
         for cloud, part in zip(clouds, (images, decoded), strict=True):
             cloud += [extractor.features(part)] if extractor else []
@@ -113,13 +115,11 @@ def frechet(
         warnings.simplefilter("always")
         warn_about_few(least, dimension)
     notes += [str(warning.message) for warning in caught]
-    module = evaluation.load("frechet_distance")
-    module.add_batch(predictions=generated)
     name = metric_key(prefix, "fid", extractor.name)
     resamples = _resamples(len(real), len(generated), dimension)
     interval = evaluation.frechet_interval(real, generated, resamples=resamples)
     metrics = {
-        name: module.compute(real=real)["frechet_distance"],
+        name: evaluation.frechet_distance_of_features(*map(accelerated, (real, generated))),
         f"{name}_low": interval["fid_low"],
         f"{name}_high": interval["fid_high"],
     }

@@ -1,7 +1,7 @@
 """What a decoder makes of latents beside those of images: forecasts of how well a generator will do on the latent.
 
-Sources: Xu et al. 2026 (arXiv 2603.05630, iFID: each latent is interpolated with its nearest neighbour); Qiu et al. 2025
-(arXiv 2503.08354 and 2509.12474, pFID: a share of the codes is replaced by near ones of the codebook).
+Sources: Xu et al. 2026 (arXiv 2603.05630, iFID: each latent is interpolated with its nearest neighbour); Qiu et al.
+2025 (arXiv 2503.08354 and 2509.12474, pFID: a share of the codes is replaced by near ones of the codebook).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What `hf-dpssl evaluate` measures of an image encoder: protocols on frozen features, through `evaluate` modules."""
+"""What `hf-dpssl evaluate` measures of an image encoder: protocols on frozen features."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from datasets import IterableDataset
@@ -16,6 +16,7 @@ from .. import evaluation
 from ..data.image_data import ImageData, load_images
 from ..data.image_table import BadImageError, decode_rows, stack
 from ..data.views import NATURAL, TwoViews
+from ..evaluation.feature_checks import accelerated
 from .embedder import ImageEmbedder
 from .evaluation_entries import Measured
 
@@ -48,41 +49,40 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
     metrics = {}
     notes = []
 
-    def compute(module: str, **given) -> None:
+    def compute(measure: Callable, *given: Tensor, **options) -> None:
         try:
-            metrics.update(evaluation.load(module).compute(**given))
+            metrics.update(measure(*map(accelerated, given), **options))
         except ValueError as error:
-            notes.append(f"{module} was not measured: {error}")
+            notes.append(f"{measure.__name__} was not measured: {error}")
 
     samples = {"evaluation": len(query)}
     if labelled:
         bank_rows = data.random_rows(data.train, args.evaluation_images, seed=args.seed)
         bank, bank_labels = extract_features(embedder, data, data.train, bank_rows, **reading, digest=digest)
         samples["bank"] = len(bank)
-        given = {"predictions": query, "references": labels, "bank": bank, "bank_labels": bank_labels}
-        for name, (module, options) in _protocols(args).items():
+        for name, (measure, options) in _protocols(args).items():
             if name in labelled:
-                compute(module, **given, **options)
+                compute(measure, bank, bank_labels, query, labels, **options)
     if "geometry" in args.protocol:
-        for module in ("uniformity", "effective_rank"):
-            compute(module, predictions=query)
+        compute(evaluation.uniformity, query)
+        compute(evaluation.effective_rank, query)
     if "views" in args.protocol:
         first, second = extract_views(embedder, data, data.evaluation, rows, seed=args.seed, **reading)
-        compute("alignment", predictions=first, references=second)
+        compute(evaluation.alignment, first, second)
     if not metrics:
         raise ValueError(" ".join(notes))
     how = "the encoder's own image processor"
     return Measured(metrics, samples, embedder.fingerprint, digest.hexdigest(), how, notes=notes, splits=data.splits)
 
 
-def _protocols(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
+def _protocols(args: argparse.Namespace) -> dict[str, tuple[Callable, dict]]:
     k = args.knn_k[0] if len(args.knn_k) == 1 else args.knn_k
     weights = {"weighting": args.knn_weighting, "temperature": args.knn_temperature}
     few_shot = {"shots": args.shots, "trials": args.trials, "classifier": args.few_shot_classifier, "seed": args.seed}
     return {
-        "knn": ("knn", {"k": k, "metric": args.knn_metric, **weights}),
-        "linear": ("linear_probe", {"solver": args.linear_solver, "seed": args.seed}),
-        "few_shot": ("few_shot", few_shot),
+        "knn": (evaluation.knn, {"k": k, "metric": args.knn_metric, **weights}),
+        "linear": (evaluation.linear_probe, {"solver": args.linear_solver, "seed": args.seed}),
+        "few_shot": (evaluation.few_shot, few_shot),
     }
 
 

@@ -26,6 +26,17 @@ def check_clouds(*clouds: Tensor) -> None:
             raise ValueError("features must be finite: NaN or infinity was given.")
 
 
+def widened(features: Tensor) -> Tensor:
+    """Detached and in float64, where they lie, or on the CPU if their device has no float64 (Apple's)."""
+    features = features.detach()
+    return (features.cpu() if features.device.type == "mps" else features).double()
+
+
+def accelerated(features: Tensor) -> Tensor:
+    """On the GPU where there is one (CUDA or ROCm), else as they are: measures compute where their features lie."""
+    return features.to("cuda") if torch.cuda.is_available() else features
+
+
 def check_labels(*labels: Tensor) -> None:
     """ValueError unless all are integers of at least 0."""
     for given in labels:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..models.gather import is_distributed
+from .feature_checks import widened
 
 
 class FeatureStatistics:
@@ -36,12 +37,12 @@ class FeatureStatistics:
             raise ValueError(f"features must be {expected}, got {tuple(features.shape)}.")
         if len(features) == 0:
             return self
-        features = features.detach().cpu().double()
+        features = widened(features)
         mean = features.mean(0)
         if not torch.isfinite(mean).all():
             raise ValueError("features must be finite: NaN or infinity was given.")
         deviations = features - mean
-        self._add(len(features), mean, deviations.T @ deviations)
+        self._add(len(features), mean.cpu(), (deviations.T @ deviations).cpu())
         return self
 
     def merge(self, other: FeatureStatistics) -> FeatureStatistics:

@@ -16,7 +16,7 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
-from .feature_checks import check_clouds
+from .feature_checks import check_clouds, widened
 from .feature_statistics import FeatureStatistics
 
 _EPSILON = float(np.finfo(np.float64).eps)
@@ -98,8 +98,8 @@ def _thin_factor(sigma: np.ndarray) -> np.ndarray:
 
 
 def _centred_rows(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and rows X (N, D) with X^T X the covariance, in float64 on the CPU."""
-    features = features.detach().cpu().double()
+    """Mean (D,) and rows X (N, D) with X^T X the covariance, in float64."""
+    features = widened(features)
     mean = features.mean(0)
     return mean, (features - mean) / math.sqrt(len(features) - 1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..models.pixel_checks import check_pixel_values
 from .classifier_scores import inception_score
-from .feature_checks import check_clouds
+from .feature_checks import accelerated, check_clouds
 from .frechet import frechet_distance_of_features
 from .manifold import manifold_overlap
 from .maximum_mean_discrepancy import kernel_distance
@@ -89,7 +89,7 @@ def image_quality(
     given = {"real": real, "generated": generated}
     clouds = [_features(images, extractor, batch_size, which) for which, images in given.items()]
     check_clouds(*clouds)
-    found = {key: value for key, value in _distances(clouds, measures, seed, k, subsets, subset_size).items()}
+    found = _distances([accelerated(cloud) for cloud in clouds], measures, seed, k, subsets, subset_size)
     result = {metric_key(prefix, key, name): value for key, value in found.items()}
     judge = classifier or (None if isinstance(extractor, str) else extractor)
     if "inception_score" in measures and judge is not None and judge.head is not None:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .feature_checks import check_clouds
+from .feature_checks import check_clouds, widened
 
 _CHUNK = 1024
 
 
 def manifold_overlap(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str, float]:
-    """Precision, recall, density and coverage, with Euclidean distances, in chunks of rows.
+    """Precision, recall, density and coverage, with Euclidean distances, in chunks of rows, where the features lie.
 
     Args:
         real, generated: features (N, D) and (M, D).
@@ -37,12 +37,12 @@ def manifold_overlap(real: Tensor, generated: Tensor, *, k: int = 5) -> dict[str
     check_clouds(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
         raise ValueError(f"k must lie in [1, {min(len(real), len(generated)) - 1}] (features - 1), got {k}.")
-    real, generated = (features.detach().cpu().double() for features in (real, generated))
+    real, generated = widened(real), widened(generated)
     # Distances hardly change by a shift, but their rounding does.
     centre = real.mean(0)
     real, generated = real - centre, generated - centre
     real_radii, generated_radii = radii(real, k), radii(generated, k)
-    inside = torch.zeros(len(generated), dtype=torch.int64)  # real balls around each generated feature
+    inside = real.new_zeros(len(generated), dtype=torch.int64)  # real balls around each generated feature
     recalled, covered = [], []
     for first in range(0, len(real), _CHUNK):
         part = slice(first, first + _CHUNK)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .feature_checks import check_clouds
+from .feature_checks import check_clouds, widened
 
 _CHUNK = 1024
 
@@ -21,7 +21,7 @@ def polynomial_mmd(features_1: Tensor, features_2: Tensor, *, degree: int = 3) -
         ValueError: shapes that do not fit, fewer than two features, or values that are not finite.
     """
     check_clouds(features_1, features_2)
-    first, second = (features.detach().cpu().double() for features in (features_1, features_2))
+    first, second = widened(features_1), widened(features_2)
     within = sum(_kernel_sum(x, x, degree, without_diagonal=True) / (len(x) * (len(x) - 1)) for x in (first, second))
     return within - 2 * _kernel_sum(first, second, degree) / (len(first) * len(second))
 
@@ -53,7 +53,7 @@ def kernel_distance(
         raise ValueError(f"subsets must be at least 1 and subset_size at least 2, got {subsets} and {subset_size}.")
     size = min(subset_size, len(real), len(generated))
     generator = generator or torch.Generator().manual_seed(0)
-    real, generated = (features.detach().cpu().double() for features in (real, generated))
+    real, generated = widened(real), widened(generated)
     values = []
     # Where a subset is all there is, one value is enough.
     for _ in range(1 if size == len(real) == len(generated) else subsets):

@@ -86,10 +86,11 @@ def _judged(
         notes.append(f"{judge.name} does not classify: no inception score, no class consistency without --classifier.")
         return {}
     logits = judge.head(features[part])
-    scores = evaluation.load("inception_score").compute(predictions=logits, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    scores = evaluation.inception_score(logits, splits=min(10, len(logits)), generator=random)
     metrics = {metric_key("", name, judge.name): value for name, value in scores.items()}
     if part == "classifier" and class_ids is not None:
-        metrics |= evaluation.load("class_consistency").compute(predictions=logits, references=class_ids)
+        metrics |= evaluation.class_consistency(logits, class_ids)
     elif part == "classifier":
         notes.append("the generator has no classes: no class consistency.")
     return metrics

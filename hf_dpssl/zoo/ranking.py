@@ -26,7 +26,6 @@ from .domain_statistics import DomainStatistics
 from .evidence import log_evidence, log_predictive, maximise_evidence, spectrum_of
 from .tridiagonal import Tridiagonal, tridiagonal_of
 
-
 _SUMS = ("counts", "sums", "moments", "class_counts", "class_sums")
 
 

@@ -147,7 +147,7 @@ def last_quarter(curve: list[list[float]]) -> float | None:
 
 
 def not_converged(cells: Cells) -> list[str]:
-    """Arms of which the mean over the seeds of `last_quarter` is above FLAT_SHARE, or whose curve is too short to tell."""
+    """Arms whose mean over the seeds of `last_quarter` is above FLAT_SHARE, or whose curve is too short to tell."""
     found = []
     for arm, seeds in cells.items():
         if not all("curve" in cell for cell in seeds.values()):

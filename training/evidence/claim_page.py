@@ -139,7 +139,10 @@ def _forecasts(result: dict) -> list[str]:
     """The table of all forecasts: their correlations with each target, with Student's t interval."""
     study = result["stated"]["study"]
     columns = {name: about for name, about in metrics_of(study).items() if name not in study["metrics"]}
-    lines = [f"| forecast | {' | '.join(about['says'] for about in columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        f"| forecast | {' | '.join(about['says'] for about in columns.values())} |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     cells = forecast_cells(cells_of(result), study)
     for name in forecasts(study) if cells else []:
         title = study["metrics"][name]["says"] if name in study["metrics"] else "from all measures"
@@ -158,15 +161,15 @@ def dial_places(result: dict) -> list[str]:
     parts = []
     for name in dial["metrics"]:
         best = max if study["metrics"][name]["better"] == "higher" else min
-        places = [
-            dial["arms"][best(dial["arms"], key=lambda arm: cells[arm][seed]["metrics"][name])] for seed in seeds
-        ]
+        places = [dial["arms"][best(dial["arms"], key=lambda arm: cells[arm][seed]["metrics"][name])] for seed in seeds]
         if len(places) > 1:
             found = student_interval(places)
             interval = f"{found['mean']:.3g} ({found['low']:.2g} to {found['high']:.2g})"
             parts.append(f"{study['metrics'][name]['says']}: best at {interval}")
     values = ", ".join(map(str, dial["arms"].values()))
-    return [f"Place of the best along the dial ({dial['says']}: {values}), mean and 95 % over seeds. {'; '.join(parts)}."]
+    return [
+        f"Place of the best along the dial ({dial['says']}: {values}), mean and 95 % over seeds. {'; '.join(parts)}."
+    ]
 
 
 def draw_dial(result: dict, file) -> None:
@@ -183,7 +186,9 @@ def draw_dial(result: dict, file) -> None:
         for curve in curves:
             panel.plot(values, curve, "o-", color="tab:blue", alpha=0.25, linewidth=0.8, markersize=2)
         if curves:
-            panel.plot(values, [mean(column) for column in zip(*curves, strict=True)], "o-", color="black", markersize=4)
+            panel.plot(
+                values, [mean(column) for column in zip(*curves, strict=True)], "o-", color="black", markersize=4
+            )
         panel.set_title(study["metrics"][name]["says"], fontsize=8)
         panel.set_xlabel(dial["says"], fontsize=7)
         panel.tick_params(labelsize=7)

@@ -101,7 +101,9 @@ def claims_of(study: str, folder: Path = CLAIMS) -> dict[str, dict]:
                     raise ValueError(f"claim {name!r} compares {comparison[key]!r}: {study} has {known}.")
             measured = content["metrics"].get(comparison["metric"], {}).get("arms", arms)
             if not {comparison["first"], comparison["second"]} <= set(measured):
-                raise ValueError(f"claim {name!r} compares {comparison}: {comparison['metric']} is of {measured} alone.")
+                raise ValueError(
+                    f"claim {name!r} compares {comparison}: {comparison['metric']} is of {measured} alone."
+                )
     return found
 
 

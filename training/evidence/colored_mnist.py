@@ -68,7 +68,9 @@ def rows_of(runs: list[dict], known: list[dict]) -> list[dict]:
             rows.append(about | {"accuracy": row["domains"][target], "published": published})
     ran = {(row["algorithm"], row["target"]) for row in rows}
     rows += [row for row in known if (row["algorithm"], row["target"]) not in ran]
-    return sorted(rows, key=lambda row: (row["target"], row["selection"], PLAN.index((row["algorithm"], row["target"]))))
+    return sorted(
+        rows, key=lambda row: (row["target"], row["selection"], PLAN.index((row["algorithm"], row["target"])))
+    )
 
 
 def answers(rows: list[dict]) -> list[dict]:
