@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--unconditional", action="store_true", help="draw without class from a model that has classes")
     add("--seed", type=int, default=0, help="random seed; image i's own follows from it and from i")
     add("--batch_size", type=int, default=64, help="images drawn at once")
-    add("--dtype", default="float32", choices=DTYPES, help="of weights and noise")
+    add("--dtype", choices=DTYPES, help="of weights and noise; default: bfloat16 on a GPU that has it, else float32")
     add("--scheduler", help="diffusers scheduler in place of the pipeline's, with its config")
     add("--scheduler_config", type=json_object, default={}, help="what to change in the scheduler's config, as JSON")
     add("--guidance_scale", type=float, help="1: no guidance; default: the pipeline's, as of what follows")
@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
     call = {name: value for name in OPTIONS if (value := options.pop(name)) is not None}
     if "guidance_interval" in call:
         call["guidance_interval"] = tuple(call["guidance_interval"])
+    if options["dtype"] is None:
+        del options["dtype"]
     check_launch()
     job = SampleJob(folder=options.pop("output_dir"), options=call, **options)
     try:

@@ -313,3 +313,12 @@ def test_bad_input_says_which_value_and_what_is_allowed(folder, token_folder, tm
     with pytest.raises(SystemExit):
         main(["sample", *argv(folder, out, "--scheduler_config", "[1]")])
     assert "invalid JSON object value" in capsys.readouterr().err
+
+
+def test_images_are_drawn_in_bfloat16_by_default_where_a_gpu_computes_in_it(monkeypatch):
+    assert SampleJob("pipeline", "folder").dtype == "float32"
+    for supported, wanted in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=supported: has)
+        assert SampleJob("pipeline", "folder").dtype == wanted
+        assert SampleJob("pipeline", "folder", dtype="float16").dtype == "float16"
