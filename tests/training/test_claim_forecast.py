@@ -107,7 +107,7 @@ def dial_result(best: list[int]) -> dict:
 
 
 def test_the_best_place_of_a_dial_is_found_in_each_seed_with_its_interval(tmp_path):
-    (sentence,) = claim_page.dial_places(dial_result([1, 2, 2, 3, 2]))
+    sentence = claim_page.dial_places(dial_result([1, 2, 2, 3, 2]))
     assert "X: best at 0.2 (0.11 to 0.29)" in sentence  # sd .0707, t of 4 degrees 2.776, root of 5
     with open(tmp_path / "dial.png", "wb") as file:
         claim_page.draw_dial(dial_result([1, 2, 2, 3, 2]), file)

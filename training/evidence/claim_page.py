@@ -104,8 +104,9 @@ def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
             f"{comparison['verdict']}{why} |"
         )
     lines += ["", *_arms(entry, result)]
-    if "dial" in study and any(comparison["second"] in study["dial"]["arms"] for comparison in entry["comparisons"]):
-        lines += ["", *dial_places(result), "", f"![{study['dial']['says']}]({pictures}{claim['study']}_dial.png)"]
+    compared = {comparison[side] for comparison in entry["comparisons"] for side in ("first", "second")}
+    if "dial" in study and compared <= study["dial"]["arms"].keys():
+        lines += ["", dial_places(result), "", f"![{study['dial']['says']}]({pictures}{claim['study']}_dial.png)"]
     lines += ["", f"![Paired differences of {name}]({pictures}{name}.png)", ""]
     return "\n".join([*lines, _paragraph(claim, entry, result, size), ""])
 
@@ -152,8 +153,8 @@ def _forecasts(result: dict) -> list[str]:
     return lines
 
 
-def dial_places(result: dict) -> list[str]:
-    """Sentences on where along a study's dial each metric is best, with Student's t interval over the seeds."""
+def dial_places(result: dict) -> str:
+    """Where along a study's dial each metric is best, with Student's t interval over the seeds."""
     study = result["stated"]["study"]
     dial = study["dial"]
     cells = cells_of(result)
@@ -167,9 +168,8 @@ def dial_places(result: dict) -> list[str]:
             interval = f"{found['mean']:.3g} ({found['low']:.2g} to {found['high']:.2g})"
             parts.append(f"{study['metrics'][name]['says']}: best at {interval}")
     values = ", ".join(map(str, dial["arms"].values()))
-    return [
-        f"Place of the best along the dial ({dial['says']}: {values}), mean and 95 % over seeds. {'; '.join(parts)}."
-    ]
+    found = "; ".join(parts) or f"of {len(seeds)} seeds nothing can be said"
+    return f"Place of the best along the dial ({dial['says']}: {values}), mean and 95 % over seeds: {found}."
 
 
 def draw_dial(result: dict, file) -> None:
