@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -383,3 +384,43 @@ def test_arms_share_a_generator_and_are_measured_with_the_same_noise(tmp_path):
     )
     assert again["frechet_distance"] == pytest.approx(0, abs=1e-4) and again["precision"] == again["recall"] == 1
     assert again["diversity"] == pytest.approx(1) and about["frechet_distance"] > 0.1
+
+
+def test_an_arm_without_a_run_reads_what_others_of_its_seed_have_found(tmp_path):
+    study = {
+        "arms": {
+            "trained": {"flags": "", "with": {"file": "own.json"}},
+            "measure": {"flags": "", "needs": ["trained"], "with": {"key": "score"}},
+        },
+        "steps": [{"run": "no such program", "arms": ["neither"], "flags": ""}],
+        "metrics": {
+            "first": {"arms": ["trained"], "file": "{file}", "at": ["values", 0]},
+            "second": {"arms": ["trained"], "where": {"trained": {"file": "own.json", "at": ["values", 1]}}},
+            "both": {"arms": ["trained"], "mean_of": ["first", "second"]},
+            "tau": {"arms": ["measure"], "file": "{cell}/../trained-s{seed}/own.json", "at": ["{key}"]},
+        },
+        "curve": {"arms": ["trained"], "file": "own.json", "at": ["curve"]},
+        "numbers": {},
+        "data": {},
+    }
+    cells = {arm: claim_cells.Cell(arm, 3) for arm in study["arms"]}
+    assert claim_cells.unfinished(study, cells["measure"], tmp_path) == ["trained-s3"]
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "trained-s3.json").write_text("{}")
+    assert claim_cells.unfinished(study, cells["measure"], tmp_path) == []
+    own = tmp_path / "runs" / "trained-s3"
+    own.mkdir(parents=True)
+    (own / "own.json").write_text(json.dumps({"values": [1.0, 4.0], "score": 0.5, "curve": [[0, 1.0]]}))
+    found = {arm: claim_cells.run_cell(study, cell, -1, {}, tmp_path) for arm, cell in cells.items()}
+    assert found["trained"]["metrics"] == {"first": 1.0, "second": 4.0, "both": 2.5}
+    assert found["trained"]["curve"] == [[0, 1.0]]
+    assert found["measure"]["metrics"] == {"tau": 0.5} and "curve" not in found["measure"]
+    assert not (tmp_path / "runs" / "measure-s3").exists()
+
+
+def test_a_claim_may_not_compare_an_arm_by_a_metric_that_it_has_not(tmp_path):
+    shutil.copytree(EVIDENCE / "claims", tmp_path / "claims")
+    path = tmp_path / "claims" / "transfer.yaml"
+    path.write_text(path.read_text().replace("second: moco,", "second: width,"))
+    with pytest.raises(ValueError, match="transfer is of"):
+        claim_statements.claims_of("encoders", tmp_path / "claims")
