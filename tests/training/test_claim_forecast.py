@@ -46,6 +46,17 @@ def test_a_regression_on_other_arms_joins_what_single_measures_know_in_part():
     assert claim_statements.forecasts(STUDY) == list(found[0]) == ["forecast", "first", "second"]
 
 
+def test_the_worse_half_is_that_of_the_largest_distances():
+    order = [1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0]  # right among the four worst, wrong among the four best
+    distances = [5.0, 6.0, 7.0, 8.0, 1.0, 2.0, 3.0, 4.0]
+    cells = {
+        arm: {seed: {"metrics": {"first": -value, "second": 1.0, "fd": fd}} for seed in range(5)}
+        for arm, value, fd in zip(ARMS, order, distances, strict=True)
+    }
+    found = claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])["first"]
+    assert found["worse_half_dit"] == pytest.approx(1) and found["all_dit"] < 0.9
+
+
 def test_what_only_the_arm_itself_knows_is_not_forecast():
     draw = np.random.default_rng(0)
     found = []
