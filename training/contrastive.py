@@ -101,6 +101,8 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Save
     target = Path(args.output_dir) / args.name
+    for read in (source.training_table, source.evaluation_table):  # by all processes: what is measured there
+        read(together=True)
     if accelerator.is_main_process:
         with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
             save(accelerator.unwrap_model(model).eval(), args, source, loop, target)

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> Path:
     images = None
     if args.align_encoder or args.validation_extractor:
         source = ImageSource.from_arguments(data, args, accelerator, autoencoder.config.image_size)
-        images = source.training_table()
+        images = source.training_table(together=True)
 
     # Model
     transformer = transformer_of(args, autoencoder, len(names))

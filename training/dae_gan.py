@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> Path:
     # Data
     data = load_images_for(args)
     source = ImageSource.from_arguments(data, args, accelerator, args.image_size or data.entry.image_size)
-    training, held_out = source.training_table(), source.evaluation_table()
+    training, held_out = source.training_table(together=True), source.evaluation_table(together=True)
     bank = None
     if args.latent == "simclr":
         bank = FeatureBank(ImageEmbedder(args.encoder, kind=args.features), training, held_out)

@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Save
     target = Path(args.output_dir) / args.name
+    source.training_table(together=True)  # what is measured there is read by all processes
     if accelerator.is_main_process:
         with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
             save(model.eval(), args, source, stages, history, target, accelerator)
@@ -140,7 +141,7 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
 
 def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
     """Fixed held-out images, where the data set has some."""
-    table = source.evaluation_table()
+    table = source.evaluation_table(together=True)
     if table is None:
         say("no held-out images: nothing is validated, the guard is off, and the last decoder is kept")
         return None

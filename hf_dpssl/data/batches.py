@@ -21,7 +21,7 @@ from . import keyed_random
 from .decoding import picture_size
 from .image_data import ImageData, load_images
 from .image_table import BadImageError, ImageTable, decode_row, stack
-from .subsets import reservoir
+from .subsets import sample_of_parts
 from .views import TwoViews
 
 logger = logging.getLogger(__name__)
@@ -245,6 +245,7 @@ class ImageSource:
         self.views = views
         self.stream_reading = stream_reading
         self.skipped: dict[str, str] = {}
+        self._held: dict[str, ImageTable] = {}  # to evaluate and measure
         streamed = isinstance(data.train, IterableDataset)
         self.table = None if streamed else self._table(data.train, "train", views, together=together)
         if self.table is not None and len(self.table) < batch_size * process[1]:
@@ -316,12 +317,15 @@ class ImageSource:
             )  # fmt: skip
         return shards >= readers
 
-    def training_table(self) -> ImageTable:
-        """The training images uncropped, in order, to evaluate and measure; of a stream 10,000 at random."""
-        split = self.data.train
-        if isinstance(split, IterableDataset):
-            return self._table(_sample(split), "train")
-        return self.table if self.views is None else self._table(split, "train")
+    def training_table(self, *, together: bool = False) -> ImageTable:
+        """The training images uncropped, in order, to evaluate and measure; of a stream 10,000 at random.
+
+        `together`: all processes of the launch call this now and read a share each; without, this one reads all, unless
+        it holds the table of an earlier call.
+        """
+        if self.table is not None and self.views is None:
+            return self.table
+        return self._held_table(self.data.train, "train", together)
 
     def whole_training_table(self) -> ImageTable:
         """As `training_table`, but of a stream all of it: a table to be read once, from start to end."""
@@ -332,12 +336,30 @@ class ImageSource:
         table.skipped = self.skipped
         return table
 
-    def evaluation_table(self) -> ImageTable | None:
-        """The held-out images, or None; of a stream 10,000 at random."""
+    def evaluation_table(self, *, together: bool = False) -> ImageTable | None:
+        """The held-out images, or None; of a stream 10,000 at random. `together` as of `training_table`."""
         split = self.data.evaluation
-        if split is None:
-            return None
-        return self._table(_sample(split) if isinstance(split, IterableDataset) else split, "evaluation")
+        return None if split is None else self._held_table(split, "evaluation", together)
+
+    def _held_table(self, split: Dataset | IterableDataset, label: str, together: bool) -> ImageTable:
+        if label not in self._held:
+            rows = self._sample(split, together) if isinstance(split, IterableDataset) else split
+            self._held[label] = self._table(rows, label, together=together)
+        return self._held[label]
+
+    def _sample(self, stream: IterableDataset, together: bool) -> Dataset:
+        """A random subset of a whole stream, whatever the processes: what is first in it may be of a few classes."""
+        index, processes = self.process if together else (0, 1)
+        count = stream.num_shards
+        shards = ((number, stream.shard(count, number)) for number in range(index, count, processes))
+        rows = sample_of_parts(shards, _OF_A_STREAM, **({"gather": _of_all_processes} if processes > 1 else {}))
+        return Dataset.from_list(rows, features=stream.features)
+
+
+def _of_all_processes(own: object) -> list:
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return found
 
 
 def _may_be_larger(data: ImageData, image_size: int) -> bool:
@@ -346,11 +368,6 @@ def _may_be_larger(data: ImageData, image_size: int) -> bool:
         return True
     sizes = (picture_size(value) for value in data.train[data.image_column])
     return any(size is not None and min(size) > image_size for size in sizes)
-
-
-def _sample(stream: IterableDataset) -> Dataset:
-    """A random subset of a whole stream: what is first in it may be of a few classes."""
-    return Dataset.from_list(reservoir(stream, _OF_A_STREAM), features=stream.features)
 
 
 def evaluation_batches(table: ImageTable, batch_size: int, rows: Sequence[int] | None = None) -> Iterator[dict]:

@@ -6,7 +6,10 @@ rows of a set that is sorted by class are of few classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 
 import numpy as np
 from torch import Tensor
@@ -44,17 +47,34 @@ def _by_share(labels: np.ndarray) -> np.ndarray:
     return np.argsort((rank + 0.5) / counts[classes], kind="stable")
 
 
-def reservoir(rows: Iterable[dict], limit: int, *, seed: int = 0) -> list[dict]:
-    """`limit` of the rows of a stream, each as likely as any other, in the stream's order; all where it has no more.
+def sample_of_parts(
+    parts: Iterable[tuple[int, Iterable[dict]]],
+    limit: int,
+    *,
+    seed: int = 0,
+    gather: Callable[[object], list] = lambda own: [own],
+) -> list[dict]:
+    """`limit` of the rows of all parts, each as likely as any other, in the order of parts and rows; all if no more.
 
-    The whole stream is read once, and `limit` rows are held (algorithm R: Vitter, "Random sampling with a reservoir",
-    1985).
+    Each row draws a number by its part and its place there, and those with the smallest are held. So several processes
+    read a part each, exchange numbers and then the rows chosen, and find what one process would that reads everything.
+
+    Args:
+        parts: (number of the part, its rows) of what this process reads: once, `limit` rows in memory.
+        limit: rows wanted.
+        seed: random seed.
+        gather: the objects of all processes, which all call this; by default there is one.
     """
-    random = np.random.default_rng(derive_seed(seed, "reservoir"))
-    kept: list[tuple[int, dict]] = []
-    for number, row in enumerate(rows):
-        if number < limit:
-            kept.append((number, row))
-        elif (place := int(random.integers(number + 1))) < limit:
-            kept[place] = (number, row)
-    return [row for _, row in sorted(kept, key=lambda pair: pair[0])]
+    held = heapq.nsmallest(limit, _drawn(parts, seed), key=itemgetter(0))
+    numbers = heapq.nsmallest(limit, itertools.chain(*gather([where for where, _ in held])))
+    last = numbers[-1] if numbers else ()
+    chosen = itertools.chain(*gather([(where[1:], row) for where, row in held if where <= last]))
+    return [row for _, row in sorted(chosen, key=itemgetter(0))]
+
+
+def _drawn(parts: Iterable[tuple[int, Iterable[dict]]], seed: int) -> Iterator[tuple[tuple[float, int, int], dict]]:
+    """((random number, part, place), row) of each row."""
+    for part, rows in parts:
+        random = np.random.default_rng(derive_seed(seed, "sample", part))
+        for place, row in enumerate(rows):
+            yield (random.random(), part, place), row

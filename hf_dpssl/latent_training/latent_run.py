@@ -139,7 +139,7 @@ def cached_training_images(
         table.flip_seed = args.seed
     if args.unconditional:
         table.forget_labels()
-    if content == "codes" and (images := source.evaluation_table()) is not None:
+    if content == "codes" and (images := source.evaluation_table(together=True)) is not None:
         held_out = build(images, folder / "held-out", "evaluation")
     if whole_batches and len(table) < args.batch_size * accelerator.num_processes:
         raise ValueError(

@@ -16,6 +16,7 @@ from datasets import ClassLabel, IterableDataset
 from pictures import BROKEN, noise, row, write_parquet
 from PIL import Image
 
+from hf_dpssl.data import batches as batches_module
 from hf_dpssl.data.batches import ImageSource, evaluation_batches, ordered_batches
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.image_table import BadImageError, ImageTable
@@ -236,21 +237,26 @@ def images_of_one_of_two(folder: str, on_bad_image: str) -> dict[str, torch.Tens
         source = ImageSource(
             load_images(folder), image_size=8, batch_size=1, seed=0, together=True, on_bad_image=on_bad_image
         )
+        held_out = source.evaluation_table(together=True)
+        assert source.evaluation_table() is held_out
     except BadImageError as error:
         return {"error": torch.tensor(list(str(error).encode()))}
     finally:
         ImageTable._squares = read
     if rank == 0:
-        source.evaluation_table()  # what one process alone may ask for
+        source.training_table()  # what one process alone may ask for
     rows = {"own": torch.tensor(own), "images": source.table.images, "labels": source.table.labels}
+    rows["held out"] = held_out.images
     return rows | {"skipped": torch.tensor([int(name.split()[-1]) for name in source.skipped])}
 
 
 def test_processes_of_a_machine_decode_a_share_each_into_one_memory(make, run_in_two, tmp_path):
     whole = make("preloaded", count=11).table
     first, second = run_in_two(images_of_one_of_two, str(tmp_path / "set-11-0-8"), "error")
-    assert first["own"].tolist() == [*range(5)] and second["own"].tolist() == [*range(5, 11)]
+    assert first["own"].tolist() == [*range(5), *range(2)] and second["own"].tolist() == [*range(5, 11), *range(2, 5)]
+    expected = make("preloaded", count=11).evaluation_table().images
     for found in (first, second):
+        assert torch.equal(found["held out"], expected)
         assert torch.equal(found["images"], whole.images) and torch.equal(found["labels"], whole.labels)
     broken = make("preloaded", count=11, broken=(2, 9), on_bad_image="skip")
     for found in run_in_two(images_of_one_of_two, str(tmp_path / "set-11-2-8"), "skip"):
@@ -259,6 +265,31 @@ def test_processes_of_a_machine_decode_a_share_each_into_one_memory(make, run_in
     for found in run_in_two(images_of_one_of_two, str(tmp_path / "set-11-2-8"), "error"):
         assert "row 2 of data set" in bytes(found["error"].tolist()).decode()  # in both, the first one
     assert not list(Path(tempfile.gettempdir()).glob("hf_dpssl-images-*"))
+
+
+def sample_of_one_of_two(folder: str, shards: int) -> dict[str, torch.Tensor]:
+    """Rows of a sample of the stream whose every row marks the file FOLDER/read."""
+    process = (torch.distributed.get_rank(), 2)
+    stream = counted_stream(Path(folder), shards, 24)
+    data = replace(load_images("digits"), name="counted", train=stream, evaluation=stream)
+    data = replace(data, image_column="image", label_column="label")
+    batches_module._OF_A_STREAM = 30
+    source = ImageSource(data, image_size=8, batch_size=1, seed=0, process=process, together=True)
+    table = source.training_table(together=True)
+    assert source.training_table() is table
+    return {"labels": table.labels}
+
+
+def test_processes_read_a_stream_once_for_the_sample_that_one_process_draws(make, run_in_two, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches_module, "_OF_A_STREAM", 30)
+    for shards in (1, 3):
+        data = replace(make("stream").data, train=counted_stream(tmp_path, shards, 24))
+        alone = ImageSource(data, image_size=8, batch_size=4, seed=0).training_table()
+        (tmp_path / "read").unlink()
+        for found in run_in_two(sample_of_one_of_two, str(tmp_path), shards):
+            assert found["labels"].tolist() == alone.labels.tolist()
+        assert len((tmp_path / "read").read_text()) == shards * 24  # of both together
+        assert len(alone) == min(30, shards * 24)
 
 
 def test_unreadable_picture_is_an_error_that_names_row_set_and_file(make):

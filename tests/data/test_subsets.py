@@ -1,4 +1,4 @@
-"""Random subsets: exact sizes, shares of classes, seeds; reservoirs of streams; no alias with ordered data."""
+"""Random subsets: exact sizes, shares of classes, seeds; samples of streams; no alias with ordered data."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ from datasets import ClassLabel
 from pictures import row, write_parquet
 
 from hf_dpssl.data.image_data import load_images
-from hf_dpssl.data.subsets import random_rows, reservoir
+from hf_dpssl.data.subsets import random_rows, sample_of_parts
 from hf_dpssl.evaluation import knn
 
 
@@ -37,14 +37,16 @@ def test_every_row_is_drawn_equally_often_over_seeds():
     assert (np.abs(drawn / 2000 - 0.2) < 5 * (0.16 / 2000) ** 0.5).all()
 
 
-def test_a_reservoir_holds_every_row_of_a_stream_equally_often_in_the_streams_order():
+def test_a_sample_holds_every_row_of_all_parts_equally_often_in_their_order():
+    parts = [(0, [{"row": i} for i in range(20)]), (1, []), (2, [{"row": i} for i in range(20, 50)])]
     held = np.zeros(50)
     for seed in range(2000):
-        found = [entry["row"] for entry in reservoir(({"row": i} for i in range(50)), 10, seed=seed)]
+        found = [entry["row"] for entry in sample_of_parts(parts, 10, seed=seed)]
         assert len(found) == 10 and found == sorted(found)
         held[found] += 1
     assert (np.abs(held / 2000 - 0.2) < 5 * (0.16 / 2000) ** 0.5).all()
-    assert reservoir(({"row": i} for i in range(3)), 10) == [{"row": i} for i in range(3)]
+    for few in (20, 0):
+        assert sample_of_parts(parts[: few and 2], 30) == [{"row": i} for i in range(few)]
 
 
 def test_ten_interleaved_classes_have_the_neighbours_of_all_rows():
