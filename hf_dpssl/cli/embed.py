@@ -18,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
         "goes on after a kill. Several machines or GPUs: accelerate launch -m hf_dpssl.cli embed ...",
     )
     parser.add_argument("encoder", help="folder or Hub id (id@revision) of an image encoder")
-    parser.add_argument("dataset", help="folder of pictures, digits, cifar10 ..., Hub id or parquet file")
+    parser.add_argument("dataset", help="folder of pictures, digits, cifar10 ..., Hub id, parquet or tar file")
     parser.add_argument("--output_dir", required=True, help="folder of the result")
     parser.add_argument("--features", default="features", choices=KINDS, help="of the backbone, or after the head")
     parser.add_argument("--split", choices=SPLITS, help="one split only; default: all")

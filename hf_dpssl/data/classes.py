@@ -8,6 +8,7 @@
 | a held-out split without the column | images without class |
 | floats, lists, dates, ...; -1 and 1 alone; a held-out class that no training image has | no classes: `NoClasses` |
 
+Labels are looked for by type, else by the names of `LABEL_NAMES` (cls, and json.label, as WebDataset has them).
 Splits are aligned by name: the same text in Unicode form NFC is the same class; case counts. Of a stream only a
 ClassLabel has classes: all of its names, since its rows are not known.
 """
@@ -19,7 +20,7 @@ import unicodedata
 import datasets
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 
-LABEL_NAMES = ("label", "labels", "target", "targets", "class", "category")
+LABEL_NAMES = ("label", "labels", "target", "targets", "class", "category", "cls")
 _SHOWN = 5
 
 
@@ -38,7 +39,9 @@ def label_candidates(features: datasets.Features, image_column: str) -> list[str
     named = [
         column
         for column, feature in features.items()
-        if column.lower() in LABEL_NAMES and column != image_column and not isinstance(feature, Image)
+        if column.lower().removeprefix("json.") in LABEL_NAMES
+        and column != image_column
+        and not isinstance(feature, Image)
     ]
     return typed or named
 

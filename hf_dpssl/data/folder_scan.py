@@ -10,7 +10,8 @@
 
 Images beside class folders are left out and named where they are few (at most one in ten). What could mean two things
 is refused with a way out: synonyms of one split side by side, images beside split folders, class names that differ by
-case or Unicode form only, classes of a held-out split that the training split lacks, parquet files beside images.
+case or Unicode form only, classes of a held-out split that the training split lacks, parquet files beside images or
+tar files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class FolderScan:
         splits: {"train", "validation", "test"}: (path, class id or -1) of each image, sorted by path.
         class_names: by id, sorted; None without classes.
         left_out: {reason: paths relative to the root}, of files that are no image of the data set.
-        parquet: paths of parquet files, of which the folder may consist instead of images.
+        parquet, tars: paths of parquet and tar files, of either of which the folder may consist instead of images.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class FolderScan:
     class_names: list[str] | None = None
     left_out: dict[str, list[str]] = field(default_factory=dict)
     parquet: list[str] = field(default_factory=list)
+    tars: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """{reason: number of files left out}."""
@@ -67,20 +69,27 @@ def scan_folder(root: str | os.PathLike) -> FolderScan:
     """Scan a folder of images by the rules at the top of this file; no image is decoded.
 
     Returns:
-        A scan; `splits` is empty where the folder holds parquet files in place of images.
+        A scan; `splits` is empty where the folder holds parquet or tar files in place of images.
 
     Raises:
         ValueError: nothing to read, or something that could mean two things; the message says what to do.
     """
     scan = FolderScan(Path(root))
     images, empty = _find_files(scan)
+    if scan.tars and (images or scan.parquet):
+        if scan.parquet and not images:
+            raise ValueError(
+                f"the folder {root} holds {len(scan.parquet)} parquet files and {len(scan.tars)} tar files "
+                f"({_shown(scan.tars)}): give the one or the other, or move one away."
+            )
+        scan.left_out[".tar files"], scan.tars = scan.tars, []
     if not images:
-        if scan.parquet:
+        if scan.parquet or scan.tars:
             return scan
         listed = {reason: len(paths) for reason, paths in scan.left_out.items()} or "no file at all"
         raise ValueError(
-            f"the folder {root} holds no image that can be read ({listed}): put images (or parquet files) into it, one "
-            "folder per class."
+            f"the folder {root} holds no image that can be read ({listed}): put images (or parquet or tar files) "
+            "into it, one folder per class."
         )
     if scan.parquet:
         raise ValueError(
@@ -108,8 +117,8 @@ def _find_files(scan: FolderScan) -> tuple[list[tuple[str, ...]], list[str]]:
         filled |= {parts[:depth] for depth in range(1, len(parts))}
         if reason is None and not _is_utf8(parts):
             reason = "whose name is not UTF-8: rename them"
-        if reason is None and suffix == ".parquet":
-            scan.parquet.append(shown)
+        if reason is None and suffix in (".parquet", ".tar"):
+            (scan.parquet if suffix == ".parquet" else scan.tars).append(shown)
             continue
         if reason is None and suffix not in readable and not (suffix == "" and _looks_like_an_image(scan.root, parts)):
             picture = suffix in (".heic", ".heif", ".avif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".nef")

@@ -1,7 +1,7 @@
 """Which images: one table of data sets, and the way from `--dataset` to splits with known columns and classes.
 
 `--dataset` takes a name of the table, a Hub id (`org/name`, `org/name@revision`), a folder of
-images or of parquet files or one written by `save_to_disk`, a parquet file, or a union `a+b`.
+images or of parquet or WebDataset tar files or one written by `save_to_disk`, a parquet or tar file, or a union `a+b`.
 Nothing is decoded here: the image column holds bytes and paths, and `batches.py` decodes them.
 """
 
@@ -30,6 +30,7 @@ from .content import content_digest
 from .digits import load_digits
 from .folder_scan import SPLITS, FolderScan, scan_folder
 from .subsets import random_rows
+from .tars import check_tars, with_json_labels
 
 _GREY = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -205,7 +206,9 @@ def load_images(
     train, evaluation, names, unused = _choose_splits(name, splits, entry, evaluation_split)
     image_column = _find_image_column(name, train, image_column or entry.image_column)
     train, evaluation = (_undecoded(name, split, image_column) for split in (train, evaluation))
-    labels = _classes(name, train, evaluation, image_column, label_column or entry.label_column)
+    wanted = label_column or entry.label_column
+    train, evaluation = (None if split is None else with_json_labels(split, wanted) for split in (train, evaluation))
+    labels = _classes(name, train, evaluation, image_column, wanted)
     train, evaluation, label_column, class_names, problem = labels
     if evaluation is None and hold_out and not isinstance(train, IterableDataset):
         train, evaluation = _held_out(name, train, label_column)
@@ -267,19 +270,25 @@ def _local_files(stem: str) -> dict[str, str]:
 
 
 def _load_path(path: Path, streaming: bool) -> tuple[dict, FolderScan | None]:
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"{path} is one {path.suffix or 'unnamed'} file: give a folder of images or parquet files.")
+    if path.is_file() and path.suffix not in (".parquet", ".tar"):
+        raise ValueError(
+            f"{path} is one {path.suffix or 'unnamed'} file: give a folder of images, or parquet or tar files."
+        )
     if (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and any(path.glob("*.arrow"))):
         return _saved_to_disk(path, streaming), None
     scan = scan_folder(path) if path.is_dir() else None
     if scan and scan.splits:
         return _scanned_splits(scan, streaming), scan
     files: dict[str, list[str]] = {}
-    for file in [path] if scan is None else sorted(path / name for name in scan.parquet):
+    found = [path] if scan is None else sorted(path / name for name in scan.parquet or scan.tars)
+    tars = found[0].suffix.lower() == ".tar"
+    if tars:
+        check_tars(found, whole=not streaming)
+    for file in found:
         words = file.stem.lower().replace("_", "-").split("-") + [file.parent.name.lower()]
         split = next((s for s in _EVALUATION_SPLITS if s in words), "train")
         files.setdefault(split, []).append(str(file))
-    return _load("parquet", data_files=files, streaming=streaming), scan
+    return _load("webdataset" if tars else "parquet", data_files=files, streaming=streaming), scan
 
 
 def _saved_to_disk(path: Path, streaming: bool) -> dict:

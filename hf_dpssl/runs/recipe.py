@@ -42,7 +42,7 @@ class RunArguments:
     """What all training scripts share."""
 
     dataset: str = option(
-        "digits", "digits, mnist, cifar10 ..., Hub id, folder, parquet file, or a union a+b", group="data"
+        "digits", "digits, mnist, cifar10 ..., Hub id, folder, parquet or tar file, or a union a+b", group="data"
     )
     dataset_revision: str | None = option(None, "branch, tag or commit of a Hub data set")
     image_column: str | None = option(None, "column of pictures; found by its type when not given")

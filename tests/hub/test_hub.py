@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +40,22 @@ def save_pictures(folder: Path, train: int, test: int) -> None:
             row["image"].save(file)
 
 
+def save_tars(folder: Path, train: int, test: int) -> None:
+    """A data set repository of the first digits as WebDataset, with two training shards and a test shard."""
+    folder.mkdir()
+    for split, count, shards in (("train", train, 2), ("test", test, 1)):
+        rows = load_digits()[split].select(range(count))
+        for shard in range(shards):
+            with tarfile.open(folder / f"{split}-{shard:05d}.tar", "w") as tar:
+                for i, row in enumerate(rows.shard(shards, shard)):
+                    picture = io.BytesIO()
+                    row["image"].save(picture, "PNG")
+                    for suffix, content in (("png", picture.getvalue()), ("cls", str(row["label"]).encode())):
+                        member = tarfile.TarInfo(f"{i:05d}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+
+
 def save_models(folder: Path) -> None:
     """Tiny encoder with its pretraining model, autoencoder and pipeline, as the training scripts save them."""
     torch.manual_seed(0)
@@ -67,18 +85,20 @@ def save_models(folder: Path) -> None:
 def hub(tmp_path_factory):
     """A server, the folders it serves, a client's cache and some commits.
 
-    Data sets org/pictures (branches main, small and try/slash), org/folders and org/private; three models.
+    Data sets org/pictures (branches main, small and try/slash), org/folders, org/tars and org/private; three models.
     """
     folder = tmp_path_factory.mktemp("hub")
     save_parquet(folder / "pictures", 60, 20)
     save_parquet(folder / "small", 40, 10)
     save_pictures(folder / "folders", 40, 10)
+    save_tars(folder / "tars", 40, 10)
     save_models(folder)
     with HubServer() as server:
         server.add_repo("dataset", "org/pictures", folder / "pictures")
         sha = {"small": server.add_repo("dataset", "org/pictures", folder / "small", revision="small")}
         server.add_repo("dataset", "org/pictures", folder / "small", revision="try/slash")
         server.add_repo("dataset", "org/folders", folder / "folders")
+        server.add_repo("dataset", "org/tars", folder / "tars")
         server.add_repo("dataset", "org/private", folder / "small", private_token=TOKEN)
         for name in ("encoder", "autoencoder", "pipeline"):
             sha[name] = server.add_repo("model", f"org/{name}", folder / name)
@@ -95,7 +115,8 @@ DATA = """
         raw = all(isinstance(row[data.image_column], dict) for row in data.train)
         def images(split):
             decoded = [decode_row(data, row, "a row") for row in split]
-            return sorted([data.class_names[i], hashlib.sha256(image.tobytes()).hexdigest()] for image, i in decoded)
+            names = data.class_names or {-1: "none"}
+            return sorted([names[i], hashlib.sha256(image.tobytes()).hexdigest()] for image, i in decoded)
         return {"train": images(data.train), "evaluation": images(data.evaluation), "raw": raw}
 """
 LOADED = """
@@ -108,6 +129,8 @@ STREAMED_AND_REFUSED = """
     report["slash"] = attempt(lambda: load("org/pictures@try/slash"))
     report["commit"] = load("org/pictures@" + os.environ["COMMIT"])
     report["streamed"] = load("org/pictures@small", streaming=True)
+    report["tars"] = load("org/tars")
+    report["streamed tars"] = load("org/tars", streaming=True)
     report["streamed folders"] = load("org/folders", streaming=True)
     report["unknown"] = attempt(lambda: load("org/no-such-set"))
     report["unknown revision"] = attempt(lambda: load("org/pictures@no-such-branch"))
@@ -188,9 +211,17 @@ def test_streamed_datasets_by_id_give_the_same_pictures(data_report):
         assert data_report[name] | {"raw": True} == digits(40, 10), name
 
 
+def test_tar_files_by_id_give_the_same_pictures_and_streamed_ones_no_classes(data_report):
+    assert data_report["tars"] == digits(40, 10)
+    for split, rows in digits(40, 10).items():
+        if split != "raw":
+            assert data_report["streamed tars"][split] == sorted(["none", digest] for _, digest in rows)
+
+
 def test_streamed_rows_are_not_decoded_before_they_are_dealt_out(data_report):
     assert data_report["streamed"]["raw"]
     assert data_report["streamed folders"]["raw"]
+    assert data_report["streamed tars"]["raw"]
 
 
 def test_unknown_and_private_datasets_are_refused_with_their_id_and_the_endpoint(hub, data_report):
