@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +59,7 @@ class DriftSets(torch.utils.data.Dataset):
         self.args = args
         self.null_class = max(1, num_classes)
         self.dropout = args.class_dropout if num_classes else 1.0
-        everything = torch.arange(len(table))
-        self.rows = [everything[table.labels == label] for label in range(num_classes)] or [everything]
-        self.everything = everything
+        self.num_classes = num_classes
         few = {label: len(rows) for label, rows in enumerate(self.rows) if len(rows) < args.real_per_set}
         if few:
             label, count = min(few.items(), key=lambda item: item[1])
@@ -70,6 +70,24 @@ class DriftSets(torch.utils.data.Dataset):
             )
         of_class = max(len(table) // args.real_per_set, least)
         self.length = len(self.rows) * -(-of_class // len(self.rows))
+
+    @cached_property
+    def everything(self) -> Tensor:
+        """All rows of the table (N,)."""
+        return torch.arange(len(self.table))
+
+    @cached_property
+    def rows(self) -> Sequence[Tensor]:
+        """The rows of each class, ascending; all of them without classes."""
+        if not self.num_classes:
+            return [self.everything]
+        labels = self.table.labels
+        counts = (labels + 1).bincount(minlength=self.num_classes + 1)  # those without class are first
+        return labels.argsort(stable=True).split(counts.tolist())[1 : self.num_classes + 1]
+
+    def __getstate__(self) -> dict:
+        # A loader worker finds the rows itself: sent, they take 16 bytes per image.
+        return {name: value for name, value in self.__dict__.items() if name not in ("everything", "rows")}
 
     def __len__(self) -> int:
         return self.length

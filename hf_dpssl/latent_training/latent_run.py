@@ -60,8 +60,9 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
         say(f"the autoencoder in {folder} is used; --overwrite trains a new one")
         return folder
     argv = ["--recipe", args.autoencoder_recipe] if args.autoencoder_recipe else []
+    # The recipe knows how many workers decode its images; the run's own read a cache.
     for name in _SHARED:
-        if getattr(args, name) is not None:
+        if getattr(args, name) is not None and not (name == "num_workers" and args.autoencoder_recipe):
             argv += [f"--{name}", str(getattr(args, name))]
     return train(argv + shlex.split(args.autoencoder_args))
 

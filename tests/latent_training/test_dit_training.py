@@ -14,7 +14,7 @@ from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
 from hf_dpssl.latent_training.dit_arguments import DiTArguments
-from hf_dpssl.latent_training.latent_run import classes_of_run
+from hf_dpssl.latent_training.latent_run import autoencoder_of_run, classes_of_run
 from hf_dpssl.latent_training.token_alignment import TokenAlignedTransformer
 
 OBJECTIVES = {
@@ -91,6 +91,14 @@ def assert_same(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_an_autoencoder_of_a_recipe_is_trained_with_the_loader_workers_of_that_recipe(tmp_path):
+    """Those of the generator read a cache."""
+    for recipe, own in ((None, False), ("vq-dae-f8-imagenet", True)):
+        args = DiTArguments(output_dir=str(tmp_path), autoencoder_recipe=recipe, num_workers=3)
+        argv = autoencoder_of_run(args, list)
+        assert ("--num_workers" not in argv) is own and "--seed" in argv
 
 
 @for_each("name", OBJECTIVES)

@@ -1,6 +1,7 @@
 """Training of a one-step generator: its sets, guidance, a plain loop, feature spaces, progress, and bad input."""
 
 import logging
+import pickle
 
 import dae_drift
 import numpy as np
@@ -76,6 +77,18 @@ def test_sets_are_of_one_class_distinct_and_a_function_of_seed_epoch_and_set(tmp
     assert not torch.equal(sets.__getitems__([(3, 7)])["latents"], batch["latents"][[7]])
     alone = DriftSets(table, 0, DriftArguments(batch_size=8, images_per_set=4, real_per_set=6))
     assert alone.__getitems__([(0, 0), (0, 1)])["labels"].tolist() == [1, 1]
+
+
+def test_sets_are_sent_to_a_worker_in_few_bytes_and_are_the_same_there(tmp_path):
+    args = DriftArguments(batch_size=8, images_per_set=4, real_per_set=6)
+    sets = DriftSets(make_table(tmp_path, (4000, 1000, 5000)), 3, args)
+    items = [(1, number) for number in range(40)]
+    expected = sets.__getitems__(items)["latents"]
+    for number, rows in enumerate(sets.rows):
+        assert rows.tolist() == (sets.table.labels == number).nonzero()[:, 0].tolist()
+    sent = pickle.dumps(sets)
+    assert len(sent) < 10_000
+    assert torch.equal(pickle.loads(sent).__getitems__(items)["latents"], expected)
 
 
 def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path):
