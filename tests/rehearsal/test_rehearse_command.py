@@ -62,7 +62,31 @@ def _as_closed_forms():
     assert parts["total"] == sum(value for name, value in parts.items() if name != "total")
     shared = memory(*flags, "--accelerate_config", "fsdp_8_bf16")[""]["bytes"]
     assert shared["parameters"] == shared["averages"] == -(-4 * number // 8) and shared["buckets"] == 0
+    _times_as_closed_forms(flags, figures)
     assert memory(*flags, *EIGHT)[""]["bytes"]["buckets"] == 4 * number
+
+
+def _times_as_closed_forms(flags, figures):
+    import rehearse
+    from run_times import times_of
+
+    from hf_dpssl.latent_training.dit_sizes import DiTSize, multiplications
+
+    shape = dict(latent_size=8, in_channels=4, out_channels=4)
+    passes = multiplications(DiTSize(3, 64, 2, 2), **shape, embedders=4)
+    batch = rehearse.parsed(flags).args.batch_size
+    assert figures["operations"] == pytest.approx(6 * passes * batch, rel=0.03)
+    times = times_of(rehearse.parsed(flags), 4, {"": figures})
+    assert times["step"][""]["A100"]["0.2"] == pytest.approx(figures["operations"] / (312e12 * 0.2))
+    steps = rehearse.parsed(flags).args.max_train_steps
+    assert times["run"]["H100"]["0.4"] == pytest.approx(steps * figures["operations"] / (989e12 * 0.4))
+    assert times["start"]["images"] == 1437 and times["start"]["bytes"] == 1437 * 4 * 8 * 8 * 4
+    alone = times_of(rehearse.parsed(flags), 1, {"": figures})["start"]["seconds"]["A100"]["0.2"]
+    assert times["start"]["seconds"]["A100"]["0.2"] == pytest.approx(alone / 4)
+    more = times_of(rehearse.parsed([*flags, "--flip_cache", "true"]), 4, {"": figures})["start"]
+    assert more["bytes"] == 2 * times["start"]["bytes"] and more["images"] == 2874
+    codes = times_of(rehearse.parsed(["dae_ar", *ELSEWHERE]), 1, {"": figures})
+    assert codes["start"]["bytes"] == 1437 * 2 * 8 * 8 and "end" not in codes
 
 
 def _of_mean_flow():
@@ -140,6 +164,8 @@ def _printed():
         assert found["total"] == max(stage["bytes"]["total"] for stage in found["stages"].values())
         assert set(found["waits"]) == set(found["stages"])
         said = rehearse.text_of(found)
+        assert re.search(r"(stage-1|generator|a step) +[\d.]+ ms \([\d.]+ ms\)", said), said
+        assert ("GB on disk" in said) == (script in ("dae_ar", "dae_dit", "dae_drift"))
         assert "fits into 80 GiB" in said and "waits for the GPU in a step" in said, script
 
 

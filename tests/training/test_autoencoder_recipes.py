@@ -59,6 +59,7 @@ def test_recipes_say_what_they_cost_and_that_this_is_computed(costs):
     results = json.loads((costs.EVIDENCE / "results" / "recipe_costs.json").read_text(encoding="utf-8"))["metrics"]
     for name in (*FACES, "vq-dae-f8-imagenet"):
         lines = [line for line in find_recipe(name).read_text(encoding="utf-8").splitlines() if costs.COMMENT in line]
+        assert costs.comment_of_times(results[name]) in find_recipe(name).read_text(encoding="utf-8").splitlines()
         assert lines == [costs.comment(results[name])], "run python training/evidence/recipe_costs.py --write_recipes"
 
 

@@ -52,6 +52,7 @@ def test_recipe_has_the_size_of_its_name_and_says_what_it_costs(name, size, cost
     assert {key: getattr(args, key) for key in asdict(known)} == asdict(known)
     figures = json.loads((costs.EVIDENCE / "results/recipe_costs.json").read_text(encoding="utf-8"))["metrics"][name]
     lines = [line for line in find_recipe(name).read_text(encoding="utf-8").splitlines() if costs.COMMENT in line]
+    assert costs.comment_of_times(figures) in find_recipe(name).read_text(encoding="utf-8").splitlines()
     assert lines == [costs.comment(figures)], "run python training/evidence/recipe_costs.py --write_recipes"
     # A forward and a backward pass are three; the last embedder and the patches need no gradient of their input.
     shape = dict(latent_size=32, in_channels=4, out_channels=8 if args.learned_variance else 4)
@@ -60,6 +61,11 @@ def test_recipe_has_the_size_of_its_name_and_says_what_it_costs(name, size, cost
     images = args.max_train_steps * args.batch_size * 8
     expected = 6 * forward * images / (8 * 312e12 * 0.2) / 3600
     assert figures["hours"]["A100"]["0.2"] == pytest.approx(expected, rel=0.02)
+    # Before: 32 x 32 x 4 float32 of each image, and of its mirror image. After: ten pictures of ten classes, with and
+    # without guidance; TF32 has half the peak.
+    assert figures["start"]["bytes"] == 1_281_167 * (1 + args.flip_cache) * 4 * 32 * 32 * 4
+    drawn = 100 * args.sampling_steps * (2 + 1) * 2 * forward / (156e12 * 0.2)
+    assert figures["end"]["seconds"]["A100"]["0.2"] == pytest.approx(drawn, rel=0.02)
 
 
 @pytest.mark.slow

@@ -111,6 +111,7 @@ def test_recipes_say_what_they_cost_and_that_this_is_computed(costs, results):
     for name in PUBLISHED:
         args, figures = arguments(name), results["metrics"][name]
         lines = [line for line in find_recipe(name).read_text(encoding="utf-8").splitlines() if costs.COMMENT in line]
+        assert costs.comment_of_times(figures) in find_recipe(name).read_text(encoding="utf-8").splitlines()
         assert lines == [costs.comment(figures)], "run python training/evidence/recipe_costs.py --write_recipes"
         kind = (args.architecture, args.model_args, args.stem)
         counted[kind] = counted.get(kind) or forward_operations(args)

@@ -12,7 +12,8 @@ Memory: as `hf-dpssl rehearse` (rehearse.py): a step at full size on a GPU that 
 libraries and the allocator's gaps come on top.
 Autoencoders: operations and hours of encoder and decoder in all stages, each with its own decoder; perceptual network,
 discriminator and what gradient checkpointing computes again come on top. Memory: all of the largest stage.
-Latent DiTs and token models: the transformer's steps alone, on cached latents or codes.
+Latent DiTs and token models: the transformer's steps on cached latents or codes; beside them the cache that is made
+before, and the grids that one GPU draws after them (run_times.py).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import dae_ar  # noqa: E402
 import dae_vq  # noqa: E402
 import rehearse  # noqa: E402
 from contrastive import ContrastiveArguments, make_model  # noqa: E402
+from run_times import PEAK_TERAFLOPS, SHARES_OF_PEAK, TRAINING_IMAGES, cache_of, grids_of, seconds_of, span  # noqa: E402
 
 from hf_dpssl.autoencoder.training import step_flops  # noqa: E402
 from hf_dpssl.data.image_data import TABLE  # noqa: E402
@@ -57,12 +59,10 @@ RECIPES = (
 AUTOENCODERS = {"vq-gan-f16-faceshq": 8, "vq-dae-f16-faceshq": 8, "vq-dae-f8-imagenet": 8}  # GPUs they are meant for
 TRANSFORMERS = {"dit-b2-imagenet": 8, "dit-xl2-imagenet": 8}
 TOKEN_MODELS = {"ar-faceshq": 8}
-TRAINING_IMAGES = {"cifar10": 50_000, "imagenet-1k": 1_281_167}
-PEAK_TERAFLOPS = {"A100": 312, "H100": 989}  # dense bf16 by the data sheets (SXM)
-SHARES_OF_PEAK = (0.2, 0.4)  # assumed; convolutions of 32 to 224 px images stay far below matrix products
 # README of facebookresearch/moco: 200 epochs of MoCo-v2 on 8 V100, whose fp32 peak is 15.7 TFLOPS.
 PUBLISHED = {"recipe": "moco-v2-resnet50-imagenet", "gpus": 8, "peak_teraflops": 15.7, "hours": 53}
 COMMENT = "# Computed, not measured:"
+TIMES = "# There a step takes"
 BATCH = 2  # whose operations are counted
 
 
@@ -161,9 +161,12 @@ def _figures(script: str, name: str, per_image: int, args: DiTArguments | ARArgu
     """Those of a transformer, of its operations for an image."""
     images = args.max_train_steps * args.batch_size * gpus
     hours = hours_of(images * per_image, gpus)
+    asked = rehearse.parsed([script, "--recipe", name])
     return {
         "operations_per_image": per_image,
         "operations": images * per_image,
+        "start": cache_of(asked, gpus),
+        **({"end": grids_of(asked, per_image / 3)} if script == "dae_dit" else {}),
         "steps": args.max_train_steps,
         "images": images,
         "gpus": gpus,
@@ -241,11 +244,34 @@ def comment(costs: dict) -> str:
     )
 
 
+def comment_of_times(costs: dict) -> str:
+    """The line after it: time of a step, and what comes before and after all of them."""
+    low, high = (f"{share:g}" for share in SHARES_OF_PEAK)
+
+    def spans(seconds: dict) -> str:
+        return f"{span(seconds[low])} ({span(seconds[high])})"
+
+    stages = costs["steps"] if isinstance(costs["steps"], dict) else {"": costs["steps"]}
+    steps = []
+    for stage, number in stages.items():
+        operations = costs["operations_per_image"][stage] * costs["images"][stage] if stage else costs["operations"]
+        of_stage = f" in {stage}" if stage else ""
+        steps.append(spans(seconds_of(operations / number, costs["gpus"])["A100"]) + of_stage)
+    said = f"{TIMES} {' and '.join(steps)}"
+    if "start" in costs:
+        start = costs["start"]
+        said += f"; before, a cache of {start['bytes'] / 1e9:.2g} GB takes {spans(start['seconds']['A100'])}"
+    if "end" in costs:
+        said += f", after, {costs['end']['images']} pictures {spans(costs['end']['seconds']['A100'])}"
+    return f"{said}."
+
+
 def write_comment(path: Path, costs: dict) -> None:
-    """Replace the comment line of a recipe."""
-    text = path.read_text(encoding="utf-8")
+    """Replace the comment lines of a recipe."""
+    text = re.sub(f"^{TIMES}.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    lines = f"{comment(costs)}\n{comment_of_times(costs)}"
     with atomic_file(path) as file:
-        file.write(re.sub(f"^{COMMENT}.*$", comment(costs), text, count=1, flags=re.MULTILINE))
+        file.write(re.sub(f"^{COMMENT}.*$", lines, text, count=1, flags=re.MULTILINE))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from accelerate.utils import convert_outputs_to_fp32  # noqa: E402
 from rehearsed_steps import STEPS, Step, reduced  # noqa: E402
+from run_times import SHARES_OF_PEAK, OperationCounter, span, times_of  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from hf_dpssl.runs.rehearsal import rehearsal  # noqa: E402
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def rehearse(asked: Asked) -> dict:
-    """Bytes by stage, whether they fit, what the recipe states, and waits by stage.
+    """Bytes by stage, whether they fit, what the recipe states, times and waits by stage.
 
     Raises:
         ValueError: a script that cannot be sharded.
@@ -88,6 +89,7 @@ def rehearse(asked: Asked) -> dict:
         "total": largest["bytes"]["total"],
         "stated_by_recipe": stated_bytes(asked.recipe),
         "stages": stages,
+        "times": times_of(asked, process.count, stages),
         "waits": {name: waits_of(asked, number) for number, name in enumerate(names)},
     }
 
@@ -106,7 +108,7 @@ def stage_names(asked: Asked) -> list[str]:
 
 
 def memory_of(asked: Asked, number: int, process: Process) -> dict:
-    """{"parameters": how many learn, "bytes": {part: bytes}} of the second step of a stage."""
+    """Of a stage: {"parameters": that learn, "operations": of a step, "bytes": {part: bytes} of its second step}."""
     _, step = next(islice(STEPS[asked.script](asked.args, "meta"), number, None))
     with memory_rehearsal() as memory:
         move(step, memory.fake_module_, lambda tensor: tensor.to("cuda"))
@@ -121,7 +123,8 @@ def memory_of(asked: Asked, number: int, process: Process) -> dict:
         if started.averages is not None:
             parts["averages"] = memory.outside(started.averages.shadow_params)
         batch = {key: on_gpu(value) for key, value in step.batch().items()}
-        started.run(batch)
+        with OperationCounter() as counter:
+            started.run(batch)
         states = [state for optimizer in started.optimizers for state in optimizer.state.values()]
         parts["optimizer"] = memory.outside(v for state in states for v in state.values() if on_a_gpu(v))
         memory.clear()
@@ -133,7 +136,7 @@ def memory_of(asked: Asked, number: int, process: Process) -> dict:
     elif process.count > 1:
         parts["buckets"] = memory.gradients
     count = sum(parameter.numel() for parameter in dict.fromkeys(learned))
-    return {"parameters": count, "bytes": parts | {"total": sum(parts.values())}}
+    return {"parameters": count, "operations": counter.total, "bytes": parts | {"total": sum(parts.values())}}
 
 
 def move(step: Step, module_, tensor) -> None:
@@ -211,11 +214,34 @@ def text_of(found: dict) -> str:
         lines.append("Nor what processes exchange, but for the buckets of gradients.")
     if found["sharded"]:
         lines.append("Sharded: a quotient; gathered blocks come on top, activations are those of the whole model.")
+    lines += lines_of_times(found["times"])
     for name, waits in found["waits"].items():
         where = f"{name}: " if name else ""
         lines.append(f"{where}{len(waits)} waits for the GPU in a step (of the run made small), beside log entries")
         lines += [f"  {line}{f' ({count} times)' if count > 1 else ''}" for line, count in Counter(waits).items()]
     return "\n".join(lines)
+
+
+def lines_of_times(times: dict) -> list[str]:
+    """What a run takes before, in and after its steps."""
+    low, high = (f"{share:g}" for share in SHARES_OF_PEAK)
+
+    def spans(seconds: dict) -> str:
+        return f"{span(seconds['A100'][low])} ({span(seconds['A100'][high])})"
+
+    lines = [f"By formula, on A100 at {low} ({high}) of their peak (small models take longer: launches):"]
+    lines += [f"  {name or 'a step':<22}{spans(seconds)}" for name, seconds in times["step"].items()]
+    if "run" in times:
+        lines.append(f"  {'all steps':<22}{spans(times['run'])}")
+    if "start" in times:
+        start = times["start"]
+        what = f"{start['images']:,} images are encoded into {start['bytes'] / 1e9:.2g} GB on disk"
+        lines.append(f"  {'before them':<22}{spans(start['seconds'])}: {what}")
+    if "end" in times:
+        lines.append(
+            f"  {'after them':<22}{spans(times['end']['seconds'])}: {times['end']['images']} pictures are drawn"
+        )
+    return lines
 
 
 if __name__ == "__main__":
