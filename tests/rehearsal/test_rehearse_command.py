@@ -248,6 +248,19 @@ def _listed_waits():
     assert [line.split(":")[0] for line in waits] == ["hf_dpssl/models/quantizer.py"]
 
 
+def test_moco_waits_as_often_as_with_the_full_queue_that_it_has_for_most_of_a_run(rehearse):
+    rehearse(_waits_of_moco)
+
+
+def _waits_of_moco():
+    sys.path.insert(0, str(EVIDENCE))
+    import rehearse
+
+    for kernel, expected in ((["--kernel", "cosine", "--temperature", "0.2"], 0), ([], 1)):
+        asked = rehearse.parsed(["contrastive", "--negatives", "queue", *kernel, *ELSEWHERE])
+        assert len(rehearse.waits_of(asked, 0)) == expected, kernel
+
+
 def test_a_gan_waits_for_nothing_on_any_latent(rehearse):
     rehearse(_waits_of_gans)
 

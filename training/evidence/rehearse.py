@@ -177,6 +177,8 @@ def cast_(module: nn.Module, precision: str) -> None:
 def waits_of(asked: Asked, number: int) -> list[str]:
     """What the host waits for in the second step of a stage of the run made small."""
     _, step = next(islice(STEPS[asked.script](reduced(asked.script, asked.args), "cpu"), number, None))
+    for name, value in step.read.items():  # a full queue is known to be so without asking the GPU
+        getattr(step.learning[0], name).fill_(value)
     with rehearsal() as rehearsed:
         move(step, rehearsed.fake_module_, rehearsed.fake_of)
         started = step.start()
