@@ -98,7 +98,7 @@ def drift_field(
     with torch.autocast(generated.device.type, enabled=False):
         samples = generated.flatten(0, -3) if leading else generated[None]  # (B, N, D)
         targets = torch.cat([real, negatives, generated], -2).view(len(samples), -1, samples.shape[-1])  # (B, T, D)
-        log_weights = _log_weights(weights, real, negatives, samples)  # (B, T)
+        log_weights, fine = _log_weights(weights, real, negatives, samples)  # (B, T)
         per_set = samples.shape[1] * targets.shape[1]
         step = max(1, _TILE // per_set)
         parts = [
@@ -107,7 +107,7 @@ def drift_field(
             for i in range(0, len(samples), step)
         ]  # fmt: skip
     joined = [torch.cat(values) for values in zip(*parts, strict=True)]
-    _check_values({"generated": generated, "real": real, "negatives": negatives}, joined[1])
+    _check_values({"generated": generated, "real": real, "negatives": negatives}, joined[1], fine)
     return Drift(*(value.view((*leading, *value.shape[1:])) for value in joined))
 
 
@@ -184,13 +184,18 @@ def _check_shapes(generated: Tensor, real: Tensor, negatives: Tensor) -> None:
         raise ValueError("one generated sample alone has nothing that repels it: give at least two, or negatives.")
 
 
-def _check_values(parts: dict[str, Tensor], unit: Tensor) -> None:
-    """ValueError for features that are not finite, or sets whose mean distance, `unit` (B,), is 0; one read of them."""
-    fine = torch.stack([*(part.isfinite().all() for part in parts.values()), (unit > 0).all()])
-    if bool(fine.all()):
+def _check_values(parts: dict[str, Tensor], unit: Tensor, weights: dict[str, Tensor]) -> None:
+    """ValueError for features that are not finite, sets whose mean distance, `unit` (B,), is 0, or weights of which
+    not everything is true that `_log_weights` gives; one read of them all."""
+    finite = {name: part.isfinite().all() for name, part in parts.items()}
+    rightly = [true.all() for true in weights.values()]
+    if bool(torch.stack([*rightly, *finite.values(), (unit > 0).all()]).all()):
         return
-    for (name, part), finite in zip(parts.items(), fine[:-1].tolist(), strict=True):
-        if not finite:
+    for message, true in weights.items():
+        if not bool(true.all()):
+            raise ValueError(message.format(set=int((~true).nonzero()[0, 0])))
+    for name, part in parts.items():
+        if not bool(finite[name]):
             raise ValueError(f"features must be finite, but {int((~part.isfinite()).sum())} values of {name} are not.")
     raise ValueError(
         f"all features of set {int((unit <= 0).nonzero()[0])} coincide: the feature space has collapsed, or the images "
@@ -198,24 +203,26 @@ def _check_values(parts: dict[str, Tensor], unit: Tensor) -> None:
     )
 
 
-def _log_weights(weights: Tensor | None, real: Tensor, negatives: Tensor, samples: Tensor) -> Tensor:
-    """(B, K + M + N): logarithms of the targets' weights, 0 of the generated ones."""
+def _log_weights(
+    weights: Tensor | None, real: Tensor, negatives: Tensor, samples: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(B, K + M + N): logarithms of the targets' weights, 0 of the generated ones; and {what is wrong: where it is not}
+    of given ones, bool (B, ...), for `_check_values`."""
     shape = (*real.shape[:-2], real.shape[-2] + negatives.shape[-2])
     if weights is None:  # a set of one sample has negatives, as `_check_shapes` saw to
-        return samples.new_zeros(len(samples), shape[-1] + samples.shape[1])
+        return samples.new_zeros(len(samples), shape[-1] + samples.shape[1]), {}
     if tuple(weights.shape) != shape:
         raise ValueError(f"weights of real samples and negatives must be {shape}, got {tuple(weights.shape)}.")
     weights = weights.to(samples).reshape(len(samples), -1)
     attracting, repelling = weights.split([real.shape[-2], negatives.shape[-2]], 1)
-    fine = [((weights >= 0) & weights.isfinite()).all(), (attracting.sum(1) > 0).all(), (repelling.sum(1) > 0).all()]
-    allowed, attracts, repels = torch.stack(fine).tolist()
-    if not allowed:
-        raise ValueError("weights must be finite and not negative (0 leaves a sample out).")
-    if not attracts:
-        raise ValueError(f"set {int((attracting.sum(1) <= 0).nonzero()[0])} has no real sample of positive weight.")
-    if samples.shape[1] == 1 and not repels:
-        raise ValueError("a set of one generated sample needs a negative of positive weight: nothing repels it.")
-    return torch.cat([weights, weights.new_ones(samples.shape[:2])], 1).log()
+    fine = {
+        "weights must be finite and not negative (0 leaves a sample out).": (weights >= 0) & weights.isfinite(),
+        "set {set} has no real sample of positive weight.": attracting.sum(1, keepdim=True) > 0,
+    }
+    if samples.shape[1] == 1:
+        what = "a set of one generated sample needs a negative of positive weight: nothing repels it."
+        fine[what] = repelling.sum(1, keepdim=True) > 0
+    return torch.cat([weights, weights.new_ones(samples.shape[:2])], 1).log(), fine
 
 
 def _field(

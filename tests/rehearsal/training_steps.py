@@ -3,23 +3,34 @@
 from types import SimpleNamespace
 
 import dae_dit
+import dae_drift
 import dae_gan
 import dae_vq
 import torch
 
 from hf_dpssl.autoencoder.adversarial_term import AdversarialTerm, Adversary, ReconstructionGuard
+from hf_dpssl.autoencoder.perceptual import PerceptualDistance
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.data.views import NATURAL, TwoViews
 from hf_dpssl.generation.pipeline_vq_token import code_nats, make_language_model
 from hf_dpssl.latent_training.diffusion import dropped_labels, make_scheduler, make_transformer
+from hf_dpssl.latent_training.drift_arguments import DriftArguments
+from hf_dpssl.latent_training.drift_training import DecodedFeatures
+from hf_dpssl.latent_training.token_alignment import SpatialFeatures, TokenAlignedTransformer
 from hf_dpssl.models.configuration_vq import VQConfig
-from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
+from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.models.modeling_vaegan import VAEGAN, VAEGANConfig
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 
 SIDE = 16
 COUNT = 8
+WIDTHS = {
+    "image_size": SIDE,
+    "num_codes": 16,
+    "encoder_block_out_channels": [8, 8],
+    "decoder_block_out_channels": [8, 8],
+}
 
 
 def batch():
@@ -50,17 +61,18 @@ def contrastive(**options):
     return [model], lambda: None, step
 
 
-def autoencoder(adversarial: bool = False, **options):
-    """Of training/dae_vq.py; with an adversarial term both its halves."""
-    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
-    config = VQConfig(**{"image_size": SIDE, "num_codes": 16} | widths | options)
+def autoencoder(adversarial: bool = False, perceptual: bool = False, **options):
+    """Of training/dae_vq.py; with an adversarial term both its halves, perceptual by an encoder's features."""
+    config = VQConfig(**WIDTHS | options)
     torch.manual_seed(0)
     model = VQAutoencoder(config).train()
     if model.quantizer is not None:
         model.quantizer.defer_update = True
     args = SimpleNamespace(seed=0, num_channels=3)
     adversary = adversary_of(AdversarialTerm()) if adversarial else None
-    modules = [model, *([adversary.bare] if adversary else [])]
+    distance = PerceptualDistance(encoder().timm_model, [0.5] * 3, [0.2] * 3) if perceptual else None
+    args.perceptual_weight = 1.0
+    modules = [model, *([adversary.bare] if adversary else []), *([distance] if perceptual else [])]
 
     def prepare():
         if adversary:
@@ -69,7 +81,7 @@ def autoencoder(adversarial: bool = False, **options):
     def step(given):
         images = dae_vq.pixels(given | {"epoch": 0}, args, 0.5)
         output = model(images)
-        loss, _ = dae_vq.total_loss(args, model, output, images, None, adversary, 0)
+        loss, _ = dae_vq.total_loss(args, model, output, images, distance, adversary, 0)
         loss.backward()
         if adversary:
             adversary.step(SimpleNamespace(backward=torch.Tensor.backward), images, output.pixel_values)
@@ -84,8 +96,12 @@ def adversary_of(term):
     return Adversary(term, bare, bare, None, None, ReconstructionGuard())
 
 
-def transformer(objective="flow", **options):
-    """Of training/dae_dit.py."""
+def encoder() -> ContrastiveEncoder:
+    return ContrastiveEncoder(ContrastiveConfig(architecture="test_resnet.r160_in1k"))
+
+
+def transformer(objective="flow", aligned: bool = False, **options):
+    """Of training/dae_dit.py; aligned with an encoder's features of the images."""
     model = make_transformer(
         num_layers=1, width=16, num_heads=2, patch_size=2, latent_channels=4, latent_size=8, num_classes=3,
         learned_variance=options.get("learned_variance", False), mean_flow=objective == "mean_flow",
@@ -94,11 +110,35 @@ def transformer(objective="flow", **options):
     args = SimpleNamespace(seed=0, objective=objective, logit_normal=None, class_dropout=0.1, min_snr_gamma=None)
     vars(args).update({name: value for name, value in options.items() if name != "learned_variance"})
     scheduler = make_scheduler(objective, options.get("learned_variance", False))
+    features = SpatialFeatures(encoder(), 4) if aligned else None
+    if aligned:
+        model = TokenAlignedTransformer(model, block=1, features=features.dimension, width=16).train()
 
     def step(given):
-        dae_dit.step_losses(model, given | {"epoch": 0}, codec, scheduler, args, 3)["loss"].backward()
+        if aligned:  # no module: nobody else moves what it holds
+            features.mean, features.std = (x.to(given["images"].device) for x in (features.mean, features.std))
+        dae_dit.step_losses(model, given | {"epoch": 0}, codec, scheduler, args, 3, features)["loss"].backward()
 
-    return [model], lambda: None, step
+    return [model, *([features.encoder] if aligned else [])], lambda: None, step
+
+
+def one_step_generator(decoded: bool = False):
+    """Of training/dae_drift.py, guided; in the features of decoded pictures, or in the latent."""
+    args = DriftArguments(batch_size=COUNT, images_per_set=4, real_per_set=4, guidance_scale=2.0, negatives_per_set=2)
+    vae = VQAutoencoder(VQConfig(**WIDTHS, latent_mean=[0.0] * 4, latent_std=[1.0] * 4)).eval()
+    space = DecodedFeatures(encoder().eval(), vae) if decoded else torch.nn.Identity()
+    model = transformer()[0][0]
+
+    def step(given):
+        if decoded:  # no module: nobody else moves what it holds
+            space.mean, space.std = (x.to(given["latents"].device) for x in (space.mean, space.std))
+        latents = given["latents"].view(2, 4, 4, 8, 8)
+        weights = latents.new_ones(2, 4 + 2)
+        sets = {"latents": latents, "negatives": latents[:, :2], "weights": weights, "epoch": 0}
+        sets |= {key: given[key][:2] for key in ("labels", "sample_ids")}
+        dae_drift.step_loss(model, sets, vae, [space], args)[0].backward()
+
+    return [model, vae, *([space.encoder] if decoded else [])], lambda: None, step
 
 
 def language_model(architecture):
@@ -145,13 +185,22 @@ CASES = {
     "contrastive t-MoCo auto": lambda: contrastive(negatives="queue", kernel="student_t", temperature="auto"),
     "dae_vq": lambda: autoencoder(),
     "dae_vq kl": lambda: autoencoder(quantizer="kl"),
+    "dae_vq gradient": lambda: autoencoder(codebook_update="gradient"),
+    "dae_vq cosine": lambda: autoencoder(code_distance="cosine"),
+    "dae_vq perceptual": lambda: autoencoder(perceptual=True),
     "dae_vq adversarial": lambda: autoencoder(adversarial=True),
     "dae_dit flow": lambda: transformer(),
     "dae_dit epsilon": lambda: transformer("epsilon"),
+    "dae_dit learned variance": lambda: transformer("epsilon", learned_variance=True),
+    "dae_dit aligned": lambda: transformer(aligned=True),
     "dae_dit mean_flow": lambda: transformer("mean_flow"),
+    "dae_drift": lambda: one_step_generator(),
+    "dae_drift decoded": lambda: one_step_generator(decoded=True),
+    "dae_ar gpt2": lambda: language_model("gpt2"),
     "dae_ar llama": lambda: language_model("llama"),
     "dae_gan dae": lambda: gan("dae"),
     "dae_gan dae, penalty": lambda: gan("dae", r1_weight=10.0),
     "dae_gan noise": lambda: gan("noise"),
+    "dae_gan vae": lambda: gan("vae"),
     "dae_gan simclr": lambda: gan("simclr"),
 }
