@@ -54,7 +54,9 @@ class RunArguments:
     on_bad_image: str = option("error", "what to do with an unreadable picture", choices=["error", "skip"])
     image_size: int | None = option(None, "side of the square images in pixels; default: the data set's")
     preload_gb: float = option(1.0, "decode the images into memory once when they fit into this many GiB")
-    num_workers: int = option(0, "loader processes for images that are not preloaded; cached latents and codes need none")
+    num_workers: int = option(
+        0, "loader processes for images that are not preloaded; cached latents and codes need none"
+    )
 
     batch_size: int = option(64, "images per process and step", group="optimiser")
     gradient_accumulation_steps: int = option(1, "batches per optimiser step")

@@ -26,6 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .rehearsed_autocast import casting
+
 _PACKAGE = Path(__file__).parents[1]
 _ROOT = _PACKAGE.parent  # of a checkout
 _aten = torch.ops.aten
@@ -240,9 +242,9 @@ def without_driver() -> Iterator[None]:
 def rehearsal() -> Iterator[Rehearsal]:
     """Inside, device "cuda" exists, without driver; tensors of two devices in one operation raise RuntimeError.
 
-    Models are moved with `fake_module_`, tensors with `fake_of`. Not rehearsed: autocast, which looks for tensors that
-    the driver knows; fused attention, whose kernels no CPU computes (it takes its plain form); speed and memory (the
-    latter: rehearsed_memory.py); waits inside of one operation's kernel.
+    Models are moved with `fake_module_`, tensors with `fake_of`; torch.autocast("cuda") casts as on a GPU. Not
+    rehearsed: fused attention, whose kernels no CPU computes (it takes its plain form); speed and memory (the latter:
+    rehearsed_memory.py); waits inside of one operation's kernel.
     """
     mode = FakeTensorMode()
     rehearsed = Rehearsal()
@@ -255,6 +257,7 @@ def rehearsal() -> Iterator[Rehearsal]:
 
     with (
         without_driver(),
+        casting(),
         mock.patch.object(FakeTensor, "tolist", tolist),
         mock.patch.multiple(FakeTensor, create=True, __getitem__=_get, __setitem__=_set),
         mock.patch.object(FakeTensor, "numpy", _numpy),

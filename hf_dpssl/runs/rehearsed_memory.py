@@ -18,29 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .rehearsal import is_of_number, not_meta, without_driver
+from .rehearsed_autocast import casting
 
 _aten = torch.ops.aten
 _attention = F.scaled_dot_product_attention  # also while it is replaced
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index, _aten._index_put_impl_}
-# By autocast on CUDA in the lower precision, and in float32: torch's documentation, "CUDA Ops that can autocast".
-_LOWER = set(
-    "__matmul__ __rmatmul__ addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d einsum linear matmul mm multi_dot mv prelu scaled_dot_product_attention".split()
-)
-_FLOAT32 = set(
-    "__pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cdist cosh "
-    "cosine_embedding_loss cosine_similarity cross_entropy cumprod cumsum dist erfinv exp expm1 group_norm "
-    "hinge_embedding_loss huber_loss kl_div l1_loss layer_norm log log10 log1p log2 log_softmax logsumexp "
-    "margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss nll_loss norm normalize pdist "
-    "poisson_nll_loss pow prod reciprocal renorm rms_norm rsqrt sinh smooth_l1_loss soft_margin_loss softmax softmin "
-    "softplus sum tan triplet_margin_loss".split()
-)
 
 
 class MemoryCounter(TorchDispatchMode):
@@ -200,46 +187,6 @@ class _NoMeta(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, tree_map(not_meta, kwargs or {}))
 
 
-class _Casts(TorchFunctionMode):
-    """What autocast on CUDA does to operands; torch's own passes over tensors that the driver does not know.
-
-    Weights in float32 are cast once until autocast ends, as there.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if torch.is_autocast_enabled("cuda"):
-            if name in _LOWER:
-                args, kwargs = tree_map(self._lower, (args, kwargs))
-            elif name in _FLOAT32:
-                args, kwargs = tree_map(_in_float32, (args, kwargs))
-        return func(*args, **kwargs)
-
-    def _lower(self, value):
-        kind = torch.get_autocast_dtype("cuda")
-        if not _is_cast(value) or value.dtype == kind:
-            return value
-        if not (value.is_leaf and value.requires_grad and torch.is_autocast_cache_enabled()):
-            return value.to(kind)
-        if id(value) not in self.weights:
-            self.weights[id(value)] = (value, value.to(kind))
-        return self.weights[id(value)][1]
-
-
-def _is_cast(value) -> bool:
-    floats = (torch.float32, torch.bfloat16, torch.float16)
-    return isinstance(value, Tensor) and value.device.type == "cuda" and value.dtype in floats
-
-
-def _in_float32(value):
-    return value.float() if _is_cast(value) else value
-
-
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """Attention by the kernel that a GPU takes, which keeps no weights (B, heads, T, T), unless fused ones are off."""
     if not torch.backends.cuda.mem_efficient_sdp_enabled():
@@ -256,30 +203,6 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 @contextmanager
-def _casting() -> Iterator[None]:
-    """Inside, torch.autocast("cuda") casts, although there is no GPU."""
-    casts = _Casts()
-    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
-
-    def entered(context):
-        casts.__enter__()
-        return enter(context)
-
-    def left(context, *error):
-        casts.__exit__(*error)
-        return leave(context, *error)
-
-    with (
-        mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
-        mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True),
-        mock.patch.object(torch, "clear_autocast_cache", casts.weights.clear),
-        mock.patch.object(torch.autocast, "__enter__", entered),  # also where the backward pass computes again
-        mock.patch.object(torch.autocast, "__exit__", left),
-    ):
-        yield
-
-
-@contextmanager
 def memory_rehearsal() -> Iterator[MemoryRehearsal]:
     """Inside, device "cuda" exists, without driver; what is made on it is counted.
 
@@ -290,7 +213,7 @@ def memory_rehearsal() -> Iterator[MemoryRehearsal]:
     mode = _NoMeta(allow_non_fake_inputs=True)
     with (
         without_driver(),
-        _casting(),
+        casting(),
         mock.patch.object(F, "scaled_dot_product_attention", _fused_attention),
         mock.patch.object(FakeTensor, "tolist", lambda tensor: memory.listed(tensor)),
         mode,

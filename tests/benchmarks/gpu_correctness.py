@@ -19,7 +19,7 @@ from torch import Tensor
 from training_steps import CASES, batch
 
 from hf_dpssl import VAEGAN, LatentMLP, PatchDiscriminator, PatchDiscriminatorConfig, VAEGANConfig
-from hf_dpssl.contrastive import losses
+from hf_dpssl.contrastive import losses, matching
 from hf_dpssl.contrastive.drifting import drift_loss
 from hf_dpssl.contrastive.similarities import gaussian_similarities
 from hf_dpssl.data.views import MODES, PRESETS, TwoViews
@@ -92,6 +92,11 @@ def loss_cases() -> Iterator[Case]:
     labels = torch.arange(48) % 6
     # P is of fixed points: it is no part of what is differentiated.
     p = {name: gaussian_similarities(normal(48, 16), 8.0, normalization=name) for name in ("anchor", "joint")}
+
+    def of_student(points: Tensor, normalization: str) -> Tensor:
+        options = {"kernel": "student_t", "temperature": 4.0, "dof": 3.0}
+        return matching.q_similarities(points, normalization=normalization, **options)
+
     found: dict[str, Callable[..., Tensor]] = {
         "info_nce": lambda x, y: losses.info_nce(x, y, temperature=0.5),
         "info_nce, weights": lambda x, y: losses.info_nce(x, y, temperature=0.5, weights=(labels + 1).to(x.device)),
@@ -107,6 +112,10 @@ def loss_cases() -> Iterator[Case]:
         "t_sne": lambda x, y: losses.t_sne(p["joint"], y),
         "alignment": lambda x, y: losses.alignment(x, y),
         "uniformity": lambda x, y: losses.uniformity(y),
+        "matching joint": lambda x, y: matching.match(p["joint"].to(y.device), of_student(y, "joint")),
+        "matching anchor": lambda x, y: matching.match(
+            p["anchor"].to(y.device), of_student(y, "anchor"), "jensen_shannon", smoothing=0.1
+        ),
         "drift_loss": lambda x, y: drift_loss(x.view(4, 12, 16), y.detach().view(4, 12, 16)).loss,
     }
     return (Case(name, "loss", loss_check(loss)) for name, loss in found.items())
@@ -176,6 +185,7 @@ def model_cases() -> Iterator[Case]:
     makers["VAEGAN"] = partial(VAEGAN, small), vaegan
     makers["PatchDiscriminator"] = partial(PatchDiscriminator, patches), logits
     makers["DiT"] = make_transformer, transformer
+    makers["DiT learned variance"] = partial(make_transformer, objective="epsilon", learned_variance=True), transformer
     makers["LatentMLP"] = partial(LatentMLP, **dense), transformer
     for name in ("gpt2", "llama"):
         makers[f"language model {name}"] = partial(tiny_pipelines.make_token_model, architecture=name), language_model
@@ -189,9 +199,9 @@ def make_encoder(backbone: str) -> ContrastiveEncoder:
     return ContrastiveEncoder(tiny_encoders.config(backbone))
 
 
-def make_transformer() -> torch.nn.Module:
+def make_transformer(**options) -> torch.nn.Module:
     """A tiny DiT."""
-    return tiny_pipelines.make_dit().transformer
+    return tiny_pipelines.make_dit(**options).transformer
 
 
 def step_cases() -> Iterator[Case]:

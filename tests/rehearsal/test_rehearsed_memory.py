@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from training_steps import CASES
 
 from hf_dpssl.latent_training.mean_flow import mean_flow_target
-from hf_dpssl.runs.rehearsed_memory import _FLOAT32, _LOWER, MemoryCounter, memory_rehearsal
+from hf_dpssl.runs.rehearsed_autocast import _FLOAT32, _LOWER
+from hf_dpssl.runs.rehearsed_memory import MemoryCounter, memory_rehearsal
 
 BATCH, WIDTH, HIDDEN = 64, 256, 512
 
