@@ -13,7 +13,7 @@ from hf_dpssl.cli.commands import command_module
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "training/README.md", "training/evidence/README.md", "tests/benchmarks/README.md"]
-PAGES += ["spaces/README.md", "CONTRIBUTING.md"]
+PAGES += ["spaces/README.md", "CONTRIBUTING.md", "training/evidence/claims.md", "training/evidence/domains.md"]
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ PAGES = {  # which tables stand on which page
         "dit",
         "solvers",
     ],
-    "training/evidence/claims.md": ["claim_sections", "one_step"],
+    "training/evidence/claims.md": ["claim_sections", "encoders", "one_step"],
     "training/evidence/domains.md": ["pacs", "colored_mnist"],
     "tests/benchmarks/README.md": ["speed"],
 }
@@ -376,6 +376,8 @@ def tables() -> dict[str, str]:
         blocks |= claim_blocks()
     if (CLAIMS / "one_step.json").exists():
         blocks["one_step"] = one_step_table(read(CLAIMS / "one_step.json"))
+    if (CLAIMS / "encoders.json").exists():
+        blocks["encoders"] = encoders_tables(read(CLAIMS / "encoders.json"))
     if (RESULTS / "pacs_zood.json").exists():
         blocks["pacs"] = pacs_tables()
     if DEFAULTS.exists():
@@ -460,6 +462,25 @@ def one_step_table(report: dict) -> str:
     about = f"Means over {len(cells['dit_25']['seeds'])} seeds (standard deviation); parameters {counts[0]:,} (dense "
     about += f"layers) and {counts[-1]:,} (DiT). CPU seconds: of training, where there was any, drawing and measuring."
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
+
+
+def encoders_tables(report: dict) -> str:
+    """All arms of the study of claims 2, 3, 11 and 12: means over the seeds (standard deviation), a table a kind."""
+    study, cells = report["stated"]["study"], report["metrics"]["cells"]
+    tables = []
+    for names in dict.fromkeys(tuple(name for name in study["metrics"] if name in row) for row in cells.values()):
+        lines = [
+            f"| | {' | '.join(study['metrics'][name]['says'] for name in names)} |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        for arm, row in cells.items():
+            if tuple(name for name in study["metrics"] if name in row) == names:
+                values = [f"{mean(row[name]):.3g} ({stdev(row[name]):.2g})" for name in names]
+                lines.append(f"| {study['arms'][arm]['says']} | {' | '.join(values)} |")
+        tables.append("\n".join(lines))
+    seeds = len(cells["simclr"]["seeds"])
+    about = f"Means over {seeds} seeds (standard deviation); a seed is a zoo of its own. {circumstances(report)}"
+    return "\n\n".join([*tables, about])
 
 
 def pacs_tables() -> str:
