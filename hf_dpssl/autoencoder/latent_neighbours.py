@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models.matrix_products import full_float32
 from ..models.modeling_vq import VQAutoencoder
 
 CODE_SHARE = 0.4  # of an image's codes that are replaced
@@ -22,7 +23,8 @@ def interpolated_latents(latents: Tensor, bank: Tensor, share: float = 0.5) -> T
     """
     if len(bank) == 0 or bank.shape[1:] != latents.shape[1:]:
         raise ValueError(f"the bank must be (M, {', '.join(map(str, latents.shape[1:]))}), got {tuple(bank.shape)}.")
-    nearest = [torch.cdist(part.flatten(1), bank.flatten(1)).argmin(1) for part in latents.split(256)]
+    with full_float32():
+        nearest = [torch.cdist(part.flatten(1), bank.flatten(1)).argmin(1) for part in latents.split(256)]
     return torch.lerp(latents, bank[torch.cat(nearest)], share)
 
 

@@ -240,6 +240,10 @@ def _measure(checkpoint: _Checkpoint, given: dict) -> dict:
 
 def _measured(checkpoint: _Checkpoint, folder: Path, args: argparse.Namespace) -> Measured:
     """By the room that knows this kind of checkpoint."""
+    from ..embedding.embedder import best_device
+    from ..models.matrix_products import allow_tf32
+
+    allow_tf32(best_device())
     if checkpoint.kind == "encoder":
         from ..embedding.encoder_evaluation import measure_encoder
 

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.matrix_products import differentiable_product
+
 Minibatches = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -367,7 +369,7 @@ def _discrepancy(first: Tensor, second: Tensor) -> Tensor:
     """Squared maximum mean discrepancy of (n, F) and (m, F), for the sum of exp(-g |a - b|^2) over widths g."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        squares = a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T
+        squares = a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * differentiable_product(a, b)
         squares = squares.clamp_min(1e-30)  # below it there is no gradient, as of a point from itself
         return torch.stack([torch.exp(-width * squares) for width in _WIDTHS]).sum(0).mean()
 

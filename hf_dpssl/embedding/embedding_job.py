@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data.image_data import ImageData
 from ..data.image_table import BadImageError, decode_row
+from ..models.matrix_products import allow_tf32
 from ..runs.atomic_files import write_json
 from ..runs.local_processes import divide_work, stop_without_parent
 from ..runs.results import command_line, environment
@@ -105,8 +106,9 @@ def _embed_share(job: EmbedJob, rank: int, world: int, start_others: Callable[[]
     data, splits = load_splits(asdict(job))
     if not splits:
         raise ValueError(f"data set {job.dataset!r} has no evaluation split: leave --split out.")
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    embedder = ImageEmbedder(job.encoder, kind=job.features, device=best_device(local_rank))
+    device = best_device(int(os.environ.get("LOCAL_RANK", rank)))
+    allow_tf32(device)
+    embedder = ImageEmbedder(job.encoder, kind=job.features, device=device)
     plan = _plan(job, data, splits, embedder)
     _claim(Path(job.folder), plan)
     shards = list(_shards(job.folder, plan))

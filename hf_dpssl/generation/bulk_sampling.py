@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..data.keyed_random import derive_seed
 from ..embedding.embedder import best_device
+from ..models.matrix_products import allow_tf32
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from ..runs.lineage import read_json, well_formed
 from ..runs.local_processes import divide_work, stop_without_parent
@@ -207,7 +208,9 @@ def draw_images(
 
 def _sample_share(job: SampleJob, rank: int, world: int, start_others: Callable[[], None]) -> None:
     """Draw every `world`-th batch from number `rank` on, as far as its images lack."""
-    pipeline = load_pipeline(job, best_device(int(os.environ.get("LOCAL_RANK", rank))))
+    device = best_device(int(os.environ.get("LOCAL_RANK", rank)))
+    allow_tf32(device)
+    pipeline = load_pipeline(job, device)
     plan = _plan(job, pipeline)
     folder = Path(job.folder)
     claimed = False

@@ -57,6 +57,16 @@ def _set_precision(values: list[str]) -> None:
         torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = values
 
 
+def allow_tf32(device: torch.device) -> None:
+    """Let a GPU round what float32 products read to 10 bits (TF32), but for those in `full_float32`; nothing elsewhere.
+
+    Convolutions of cuDNN do so by default. torch.set_float32_matmul_precision would round a CPU's products, too.
+    """
+    if device.type == "cuda":
+        # By this name, after which torch's old and new questions about the setting are answered alike.
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are fast and summed in float32: CPUs with AMX or AVX512-BF16."""
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

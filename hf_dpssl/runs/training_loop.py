@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..data import keyed_random
+from ..models.matrix_products import allow_tf32
 from .atomic_files import write_json
 from .console import is_quiet, say
 from .continuation import Processes, check_same_run, record_of_data
@@ -84,6 +85,7 @@ def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Ac
         step_scheduler_with_optimizer=False,
     )
     _check_processes(asked_for, accelerator.num_processes)
+    allow_tf32(accelerator.device)
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Of processes without GPUs accelerate would copy the whole model, without a word; torch spreads theirs too.
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()

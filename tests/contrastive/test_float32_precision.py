@@ -7,10 +7,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_dpssl.cli import evaluate
 from hf_dpssl.contrastive import losses, matching
+from hf_dpssl.domains.algorithms import _discrepancy
+from hf_dpssl.embedding import embedding_job
+from hf_dpssl.embedding.embedding_job import EmbedJob
 from hf_dpssl.evaluation.neighbours import nearest_neighbours
+from hf_dpssl.generation import bulk_sampling
+from hf_dpssl.models import matrix_products
 from hf_dpssl.models.codebook_search import nearest_codes
-from hf_dpssl.models.matrix_products import full_float32
+from hf_dpssl.models.matrix_products import allow_tf32, full_float32
+from hf_dpssl.runs import training_loop
+from hf_dpssl.runs.recipe import RunArguments
 
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "mkldnn._linear_pointwise")
 
@@ -98,9 +106,55 @@ def test_nearest_codes_and_neighbours_are_those_of_full_precision_where_products
     torch.testing.assert_close(-found.double(), distances.topk(3, largest=False).values, rtol=1e-5, atol=1e-5)
 
 
+def test_discrepancy_of_domains_is_that_of_full_precision_where_products_may_be_rounded(medium):
+    near = CENTRES[:12], CENTRES[12:]
+    found = _discrepancy(*(points.float() for points in near))
+    torch.testing.assert_close(found.double(), _discrepancy(*near), rtol=1e-3, atol=1e-6)
+
+
 def test_full_precision_is_restored_once_after_nested_and_failed_contexts(medium):
     with full_float32():
         with pytest.raises(ZeroDivisionError), full_float32():
             math.floor(1 / 0)
         assert not products_are_rounded()
     assert products_are_rounded() and torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.fixture
+def settings():
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv)
+    yield lambda: [place.fp32_precision for place in places]
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_tf32_is_for_products_of_gpus_alone_and_full_precision_ends_and_restores_it(settings):
+    _, cpu, convolutions = before = settings()
+    allow_tf32(torch.device("cpu"))
+    assert settings() == before
+    allow_tf32(torch.device("cuda", 0))
+    assert settings() == ["tf32", cpu, convolutions]
+    with full_float32():
+        assert settings()[0] == "ieee"
+    assert settings() == ["tf32", cpu, convolutions]
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32  # nor do they raise
+
+
+class _Asked(Exception):
+    pass
+
+
+def test_trainers_and_commands_allow_tf32_on_their_device_before_they_use_weights(monkeypatch, tmp_path):
+    def asked(device):
+        raise _Asked(device.type)
+
+    jobs = {
+        training_loop: lambda: training_loop.start_accelerator(RunArguments(output_dir=str(tmp_path))),
+        bulk_sampling: lambda: bulk_sampling.sample_images(bulk_sampling.SampleJob("missing", str(tmp_path))),
+        embedding_job: lambda: embedding_job.embed_images(EmbedJob("missing", "digits", str(tmp_path))),
+        matrix_products: lambda: evaluate._measured(None, tmp_path, None),
+    }
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    for module, job in jobs.items():
+        monkeypatch.setattr(module, "allow_tf32", asked)
+        with pytest.raises(_Asked, match=here):
+            job()
