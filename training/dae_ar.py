@@ -43,7 +43,12 @@ from hf_dpssl.generation.pipeline_vq_token import VQTokenPipeline, code_nats, ma
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.latent_training.diffusion import dropped_labels
 from hf_dpssl.latent_training.latent_cache import CodeTable
-from hf_dpssl.latent_training.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
+from hf_dpssl.latent_training.latent_run import (
+    autoencoder_of_run,
+    cached_training_images,
+    classes_of_run,
+    weight_averages,
+)
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
@@ -73,7 +78,7 @@ def main(argv: list[str] | None = None) -> Path:
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_train_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
     model, optimizer = accelerator.prepare(language_model, optimizer)
-    ema = EMAModel(language_model.parameters(), decay=args.ema_decay)
+    ema = weight_averages(language_model.parameters(), args.ema_decay)
     process = (accelerator.process_index, accelerator.num_processes)
 
     def make_loader(start):

@@ -29,7 +29,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiTTransformer2DModel, SchedulerMixin
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
@@ -49,6 +48,7 @@ from hf_dpssl.latent_training.latent_run import (
     cached_training_images,
     classes_of_run,
     new_transformer,
+    weight_averages,
 )
 from hf_dpssl.latent_training.mean_flow import mean_flow_example, mean_flow_loss, mean_flow_target
 from hf_dpssl.latent_training.token_alignment import (
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> Path:
     sharded = is_sharded(accelerator)
     sampled = DiTTransformer2DModel.from_config(transformer.config) if sharded else transformer
     model, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
+    ema = weight_averages(transformer.parameters(), args.ema_decay)
     noise_scheduler, sampler = (make_scheduler(args.objective, args.learned_variance) for _ in range(2))
     pipeline = VQDiTPipeline(sampled, autoencoder, sampler, names, autoencoder.fingerprint())
     null_class = transformer.config.num_embeds_ada_norm

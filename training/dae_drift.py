@@ -30,7 +30,6 @@ import dae_vq
 import torch
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from hf_dpssl.contrastive import drift_loss
@@ -47,7 +46,12 @@ from hf_dpssl.latent_training.drift_training import (
     initial_transformer,
 )
 from hf_dpssl.latent_training.generation_monitor import GenerationMonitor, sample_grid
-from hf_dpssl.latent_training.latent_run import autoencoder_of_run, cached_training_images, classes_of_run
+from hf_dpssl.latent_training.latent_run import (
+    autoencoder_of_run,
+    cached_training_images,
+    classes_of_run,
+    weight_averages,
+)
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
@@ -88,7 +92,7 @@ def main(argv: list[str] | None = None) -> Path:
     sharded = is_sharded(accelerator)
     sampled = type(transformer).from_config(transformer.config) if sharded else transformer
     model, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay)
+    ema = weight_averages(transformer.parameters(), args.ema_decay)
     pipeline = VQDriftPipeline(sampled, autoencoder, names, autoencoder.fingerprint())
     process = (accelerator.process_index, accelerator.num_processes)
 

@@ -29,7 +29,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
 from hf_dpssl.autoencoder.adversarial_term import Adversary, ReconstructionGuard
 from hf_dpssl.data import keyed_random
@@ -48,6 +47,7 @@ from hf_dpssl.latent_training.gan_training import (
     fit_density_,
     pictures,
 )  # fmt: skip
+from hf_dpssl.latent_training.latent_run import weight_averages
 from hf_dpssl.models.latent_density import LatentDensity
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.models.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
@@ -141,7 +141,7 @@ def train(
     )  # fmt: skip
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     adversary = make_adversary(args, stage, steps, source, accelerator)
-    ema = EMAModel(model.generator.parameters(), decay=args.ema_decay)
+    ema = weight_averages(model.generator.parameters(), args.ema_decay)
     loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, ema=ema, **adversary.kept())
     ema.to(accelerator.device)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel
+from diffusers.training_utils import EMAModel
+from torch import nn
 
 from ..data.batches import ImageSource
 from ..data.image_data import ImageData
@@ -81,6 +83,11 @@ def new_transformer(
         num_classes=num_classes,
         **options,
     )
+
+
+def weight_averages(parameters: Iterable[nn.Parameter], decay: float) -> EMAModel:
+    """Running means of a generator's weights, updated all at once: two kernels a step instead of three a tensor."""
+    return EMAModel(parameters, decay=decay, foreach=True)
 
 
 def classes_of_run(args: LatentRunArguments, data: ImageData) -> list[str]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from diffusers.training_utils import EMAModel
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_dpssl.latent_training.diffusion import make_transformer
+from hf_dpssl.latent_training.latent_run import weight_averages
 from hf_dpssl.runs.sharding import PartsOnDisk, common_part, copy_whole_, load_, own_part
 
 RECIPE = Path(__file__).parents[2] / "training/accelerate/fsdp_8_bf16.yaml"
@@ -55,7 +55,7 @@ class Run:
             shard(self.model, names)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, eps=1e-4)
         self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 0.5, 1, STEPS)
-        self.ema = EMAModel(self.model.parameters(), decay=0.5)
+        self.ema = weight_averages(self.model.parameters(), 0.5)
         self.found: dict[str, torch.Tensor] = {}
 
     def train(self, first: int, last: int, share: slice) -> None:

@@ -8,13 +8,14 @@ import torch.distributed as dist
 from cases import for_each
 from pictures import row, write_parquet
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
 from hf_dpssl.latent_training.dit_arguments import DiTArguments
-from hf_dpssl.latent_training.latent_run import autoencoder_of_run, classes_of_run
+from hf_dpssl.latent_training.latent_run import autoencoder_of_run, classes_of_run, weight_averages
 from hf_dpssl.latent_training.token_alignment import TokenAlignedTransformer
 
 OBJECTIVES = {
@@ -161,3 +162,30 @@ def test_labels_that_cannot_be_classes_are_refused_unless_the_run_is_uncondition
     assert classes_of_run(DiTArguments(unconditional=True), data) == []
     assert classes_of_run(DiTArguments(unconditional=True), load_images("digits")) == []
     assert classes_of_run(DiTArguments(), load_images("digits")) == [str(digit) for digit in range(10)]
+
+
+class Operations(TorchDispatchMode):
+    """Names of what is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_weights_are_averaged_by_two_operations_however_many_they_are():
+    model = make_model(DiTArguments())
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    averages = weight_averages(model.parameters(), 0.75)
+    averages.optimization_step = 100  # past the warm-up
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    with Operations() as called:
+        averages.step(model.parameters())
+    assert called.names == ["_foreach_sub", "_foreach_sub_"]
+    for average, before in zip(averages.shadow_params, start, strict=True):
+        torch.testing.assert_close(average, before + 0.25)

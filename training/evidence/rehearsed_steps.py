@@ -43,7 +43,7 @@ from hf_dpssl.latent_training.drift_arguments import DriftArguments  # noqa: E40
 from hf_dpssl.latent_training.drift_training import feature_spaces, initial_transformer  # noqa: E402
 from hf_dpssl.latent_training.gan_arguments import GANArguments  # noqa: E402
 from hf_dpssl.latent_training.latent_arguments import LatentRunArguments  # noqa: E402
-from hf_dpssl.latent_training.latent_run import autoencoder_of_run, classes_of_run  # noqa: E402
+from hf_dpssl.latent_training.latent_run import autoencoder_of_run, classes_of_run, weight_averages  # noqa: E402
 from hf_dpssl.latent_training.token_arguments import ARArguments  # noqa: E402
 from hf_dpssl.models.configuration_vq import VQConfig  # noqa: E402
 from hf_dpssl.models.modeling_vaegan import VAEGAN  # noqa: E402
@@ -184,7 +184,7 @@ def transformer_steps(args: DiTArguments, device: str) -> Iterator[tuple[str, St
 
     def start() -> Started:
         optimizer = dae_dit.make_optimizer(args, model)
-        averages = EMAModel(transformer.parameters(), decay=args.ema_decay)
+        averages = weight_averages(transformer.parameters(), args.ema_decay)
 
         def run(batch: dict) -> None:
             losses = dae_dit.step_losses(model, batch, autoencoder, noise_scheduler, args, null_class, features)
@@ -211,7 +211,7 @@ def token_steps(args: ARArguments, device: str) -> Iterator[tuple[str, Step]]:
 
     def start() -> Started:
         optimizer = dae_ar.make_optimizer(args, model)
-        averages = EMAModel(model.parameters(), decay=args.ema_decay)
+        averages = weight_averages(model.parameters(), args.ema_decay)
 
         def run(batch: dict) -> None:
             dae_ar.step_nats(model, batch, args, num_codes, num_classes).mean().backward()
@@ -240,7 +240,7 @@ def drift_steps(args: DriftArguments, device: str) -> Iterator[tuple[str, Step]]
 
     def start() -> Started:
         optimizer = dae_drift.make_optimizer(args, model)
-        averages = EMAModel(model.parameters(), decay=args.ema_decay)
+        averages = weight_averages(model.parameters(), args.ema_decay)
 
         def run(batch: dict) -> None:
             loss, *_ = dae_drift.step_loss(model, batch, autoencoder, spaces, args)
@@ -288,7 +288,7 @@ def gan_steps(args: GANArguments, device: str) -> Iterator[tuple[str, Step]]:
             optimizer, _ = dae_gan.make_optimizer(learned, args.max_train_steps, args)
             made = dae_gan.make_optimizer(list(bare.parameters()), args.max_train_steps, args)
             adversary = Adversary(args.term(), bare, bare, *made, ReconstructionGuard(0))
-            averages = EMAModel(model.generator.parameters(), decay=args.ema_decay)
+            averages = weight_averages(model.generator.parameters(), args.ema_decay)
 
             def run(batch: dict) -> None:
                 key = {"seed": args.seed, "flip": flip}
