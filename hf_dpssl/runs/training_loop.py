@@ -79,7 +79,7 @@ def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Ac
         # Buffers are equal by construction (queue, codebook) or each process's own (batch norm).
         # While one process draws pictures and measures, the others wait, longer than NCCL's 10 minutes.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         ],
         step_scheduler_with_optimizer=False,

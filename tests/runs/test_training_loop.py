@@ -1,6 +1,7 @@
 """What the loop of all scripts notes, and what it refuses: losses and weights that are not finite, other settings."""
 
 import json
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -97,3 +98,22 @@ def test_argument_that_came_after_a_checkpoint_counts_as_its_default(tmp_path):
     assert torch.equal(resumed.weight, whole.weight)
     with pytest.raises(ValueError, match=r"power: 2\.0 -> 3\.0"):
         train(arguments(tmp_path, LaterArguments, power=3.0, resume_from_checkpoint="latest"), 6, bad=-1)
+
+
+def _gradients_of_two_weights(folder: str) -> dict[str, torch.Tensor]:
+    rank = str(torch.distributed.get_rank())
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ.update(place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"})  # as a launcher; both have met
+    accelerator = start_accelerator(arguments(folder))
+    model = accelerator.prepare(torch.nn.Linear(3, 2))
+    for _ in range(2):  # the first step orders the buckets anew
+        model.zero_grad()
+        accelerator.backward(model(torch.ones(1, 3)).sum() * (1 + accelerator.process_index))
+    storages = {parameter.grad.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return {"storages": torch.tensor(len(storages)), "gradient": model.module.bias.grad.clone()}
+
+
+def test_gradients_of_processes_are_views_of_what_they_exchange(run_in_two, tmp_path):
+    for found in run_in_two(_gradients_of_two_weights, str(tmp_path)):
+        assert found["storages"] == 1
+        assert found["gradient"].tolist() == [1.5, 1.5]

@@ -39,7 +39,6 @@ _NAMES = {
     "gradients": "gradients",
     "optimizer": "optimiser",
     "averages": "averaged weights",
-    "buckets": "buckets of gradients",
     "others": "frozen, buffers",
     "activations": "activations, peak",
     "total": "sum per GPU",
@@ -117,7 +116,7 @@ def memory_of(asked: Asked, number: int, process: Process) -> dict:
         for module in step.learning:
             cast_(module, process.precision)
         learned = [p for module in step.learning for p in module.parameters() if p.requires_grad]
-        parts = {"parameters": memory.outside(learned), "gradients": 0, "optimizer": 0, "averages": 0, "buckets": 0}
+        parts = {"parameters": memory.outside(learned), "gradients": 0, "optimizer": 0, "averages": 0}
         parts["others"] = memory.outside(tensors_of(step))
         started = step.start()
         if started.averages is not None:
@@ -133,8 +132,6 @@ def memory_of(asked: Asked, number: int, process: Process) -> dict:
     if process.sharded:
         for name in ("parameters", "gradients", "optimizer", "averages"):
             parts[name] = -(-parts[name] // process.count)
-    elif process.count > 1:
-        parts["buckets"] = memory.gradients
     count = sum(parameter.numel() for parameter in dict.fromkeys(learned))
     return {"parameters": count, "operations": counter.total, "bytes": parts | {"total": sum(parts.values())}}
 
@@ -213,7 +210,7 @@ def text_of(found: dict) -> str:
         lines.append(f"The recipe states {found['stated_by_recipe'] / 1e9:.1f} GB per GPU.")
     lines.append("Not in it: the driver's context, workspaces of libraries, gaps between blocks (a few GB).")
     if found["processes"] > 1:
-        lines.append("Nor what processes exchange, but for the buckets of gradients.")
+        lines.append("Nor what processes exchange, but for gradients, which are views of what is sent.")
     if found["sharded"]:
         lines.append("Sharded: a quotient; gathered blocks come on top, activations are those of the whole model.")
     lines += lines_of_times(found["times"])
