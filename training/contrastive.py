@@ -242,9 +242,7 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[Me
 
 
 def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingLoop, target: Path) -> None:
-    """Evaluate, and write the complete checkpoint folder."""
-    taken, samples = evaluate(model, args, source)
-    metrics = taken.metrics
+    """Write weights, config and recipe, evaluate, and write the complete checkpoint folder."""
     data = source.data
     kernel = model.calibration.numbers()
     model.config.dpssl = {
@@ -253,13 +251,22 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         "licence_of_data": data.entry.licence,
         "steps": loop.step,
         "kernel": kernel,
-        "metrics": metrics,
+        "metrics": {},
     }
-    with atomic_folder(target) as folder:
+
+    def write_weights(folder: Path) -> None:
         model.encoder.save_pretrained(folder)
         model.save_pretrained(folder / "pretraining")
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=method_name(args))
+
+    with atomic_folder(target) as folder:
+        write_weights(folder)
+    # The weights are safe before they are measured, which takes long and may fail.
+    taken, samples = evaluate(model, args, source)
+    metrics = model.config.dpssl["metrics"] = taken.metrics
+    with atomic_folder(target) as folder:
+        write_weights(folder)
         settings = {"k": args.knn_k, "metric": args.knn_metric}
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
         started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}

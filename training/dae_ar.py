@@ -117,17 +117,9 @@ def main(argv: list[str] | None = None) -> Path:
     if accelerator.is_main_process:
         language_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
         ema.copy_to(language_model.parameters())
-        taken = Measures()
-        for name, table in (("nats_per_image", held_out), ("nats_per_image_train", codes)):
-            if table is not None:
-                taken.metrics[name] = nats_per_image(language_model, table, null_class, num_codes, args, accelerator)
-        samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
         pipeline = VQTokenPipeline(language_model, autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
-        if args.extractors and held_out is not None:
-            taken.take("quality of generated images", judged, pipeline, args)
-            samples["generated"] = args.num_generated
         about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
-        save(pipeline, args, data, taken.metrics, loop, target, about | taken.results() | {"samples": samples})
+        save(pipeline, args, data, codes, held_out, loop, target, about)
     finish(accelerator, args, skipped)
     return target
 
@@ -247,20 +239,32 @@ def save(
     pipeline: VQTokenPipeline,
     args: ARArguments,
     data: ImageData,
-    metrics: dict[str, float],
+    codes: CodeTable,
+    held_out: CodeTable | None,
     loop: TrainingLoop,
     target: Path,
     about: dict,
 ) -> None:
-    """Write the complete pipeline folder with sample grids; `about` goes into results.json."""
-    metrics = metrics | {"nats_per_image_uniform": pipeline.num_tokens * math.log(pipeline.vae.config.num_codes)}
+    """Write the pipeline folder, measure, and complete it with sample grids; `about` goes into results.json."""
     with atomic_folder(target) as folder:
         pipeline.save_pretrained(folder)
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=f"token model, {args.architecture}")
-        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
-        write_card(folder)
-    # The weights are safe before pictures are drawn.
+    # The weights are safe before they are measured and pictures are drawn, which takes long and may fail.
+    num_codes, null_class = pipeline.vae.config.num_codes, len(pipeline.class_names)
+    taken = Measures()
+    for name, table in (("nats_per_image", held_out), ("nats_per_image_train", codes)):
+        if table is not None:
+            nats = nats_per_image(pipeline.language_model, table, null_class, num_codes, args, loop.accelerator)
+            taken.metrics[name] = nats
+    samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
+    if args.extractors and held_out is not None:
+        taken.take("quality of generated images", judged, pipeline, args)
+        samples["generated"] = args.num_generated
+    metrics = taken.metrics | {"nats_per_image_uniform": pipeline.num_tokens * math.log(num_codes)}
+    about |= taken.results() | {"samples": samples}
+    write_results(target / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
+    write_card(target)
     grids = {"samples-guided.png": args.guidance_scale} if pipeline.class_names else {}
     for name, scale in (grids | {"samples.png": 1.0}).items():
         save_grid(sample_grid(pipeline, args, scale), target / name, columns=args.samples_per_class, min_side=64)

@@ -235,9 +235,20 @@ def save(
     model: VAEGAN, args: GANArguments, source: ImageSource, bank: FeatureBank | None, history: list[dict],
     target: Path, made: dict, extractors: list[Extractor],
 ) -> None:  # fmt: skip
-    """Fit densities, generate, judge, and write the complete checkpoint folder; `made` goes into results.json."""
+    """Write weights, config and recipe, judge images, and write the complete folder; `made` goes into results.json."""
     data, training, held_out = source.data, source.training_table(), source.evaluation_table()
     fit_density_(model.density, model, args, bank, training, held_out)
+    about = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": {}}
+    model.config.dpssl = about | ({"encoder": bank.encoder} if bank else {})
+
+    def write_weights(folder: Path) -> None:
+        model.save_pretrained(folder)
+        save_recipe(args, folder / "recipe.yaml")
+        plot_curves(history, folder / "curves.png", title=f"GAN, latent: {args.latent}")
+
+    with atomic_folder(target) as folder:
+        write_weights(folder)
+    # The weights are safe before images are drawn and judged, which takes long and may fail.
     generated = model.generate(args.num_generated, torch.Generator().manual_seed(args.seed)).float().cpu()
     taken, fingerprints, densities = Measures(), {}, {}
     samples = {"train": len(training), "evaluation": 0, "generated": len(generated)}
@@ -256,15 +267,11 @@ def save(
             other.take(f"quality with latents of {kind}", judge, images)
             densities[kind] = other.metrics
             taken.left_out |= other.left_out
-    metrics = taken.metrics
-    about = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": metrics}
-    model.config.dpssl = about | ({"encoder": bank.encoder} if bank else {})
+    metrics = model.config.dpssl["metrics"] = taken.metrics
     about = {"latent": args.latent, "sampled_from": args.density, "densities": densities, "quality": fingerprints}
     about |= made | taken.results() | {"curve": logged_curve(history, "adv_d")}
     with atomic_folder(target) as folder:
-        model.save_pretrained(folder)
-        save_recipe(args, folder / "recipe.yaml")
-        plot_curves(history, folder / "curves.png", title=f"GAN, latent: {args.latent}")
+        write_weights(folder)
         save_grid(generated[:100], folder / "samples.png", columns=10, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)

@@ -292,16 +292,26 @@ def save(
     model: VQAutoencoder, args: VQArguments, source: ImageSource, stages: list[Stage], history: list[dict],
     target: Path, accelerator: Accelerator,
 ) -> None:  # fmt: skip
-    """Measure, evaluate, and write the complete checkpoint folder."""
+    """Write weights, config and recipe, evaluate, and write the complete checkpoint folder."""
     data, training_table = source.data, source.training_table()
     held_out = source.evaluation_table() or training_table
     train_rows, held_out_rows = (t.random_rows(args.evaluation_images) for t in (training_table, held_out))
     measure_latents(model, training_table, train_rows, args.latent_normalization)
+    about = {"scheme": args.scheme, "arm": args.label, "class_names": data.class_names, "metrics": {}}
+    model.config.dpssl |= about | {"dataset": data.name, "licence_of_data": data.entry.licence}
+
+    def write_weights(folder: Path) -> None:
+        model.save_pretrained(folder)
+        save_recipe(args, folder / "recipe.yaml")
+        plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.label}")
+
+    with atomic_folder(target) as folder:
+        write_weights(folder)
+    # The weights are safe before they are measured, which takes long and may fail.
     metrics, pictures = evaluate(model, held_out, held_out_rows)
+    model.config.dpssl["metrics"] = metrics
     if "code_usage" in metrics:
         warn_of_low_usage(metrics, f"{len(held_out_rows)} images at the end")
-    about = {"scheme": args.scheme, "arm": args.label, "class_names": data.class_names, "metrics": metrics}
-    model.config.dpssl |= about | {"dataset": data.name, "licence_of_data": data.entry.licence}
     about = {"quantizer": model.config.quantizer, "codes": model.config.num_codes}
     about |= args.summary(stages, processes=source.process[1]) | curve_summary(history, stages)
     others = {"encoder and codebook": args.init_from}
@@ -309,9 +319,7 @@ def save(
     about |= lineage_of_run(accelerator, data, [stage.seconds for stage in stages], others)
     samples = {"train": len(training_table), "latent_statistics": len(train_rows), "evaluation": len(held_out_rows)}
     with atomic_folder(target) as folder:
-        model.save_pretrained(folder)
-        save_recipe(args, folder / "recipe.yaml")
-        plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.label}")
+        write_weights(folder)
         save_grid(pictures, folder / "reconstructions.png", columns=8, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)

@@ -58,7 +58,7 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
     folder = Path(args.output_dir) / "autoencoder"
     if args.autoencoder:
         return args.autoencoder
-    if (folder / "config.json").exists() and not args.overwrite:
+    if (folder / "config.json").exists() and not args.overwrite and not _is_unfinished(args, folder):
         say(f"the autoencoder in {folder} is used; --overwrite trains a new one")
         return folder
     argv = ["--recipe", args.autoencoder_recipe] if args.autoencoder_recipe else []
@@ -67,6 +67,12 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
         if getattr(args, name) is not None and not (name == "num_workers" and args.autoencoder_recipe):
             argv += [f"--{name}", str(getattr(args, name))]
     return train(argv + shlex.split(args.autoencoder_args))
+
+
+def _is_unfinished(args: LatentRunArguments, folder: Path) -> bool:
+    """Whether a run that goes on was ended after its autoencoder's weights were written, before their measures."""
+    checkpoints = Path(args.output_dir) / "checkpoints" / "autoencoder"
+    return bool(args.resume_from_checkpoint) and checkpoints.exists() and not (folder / "results.json").exists()
 
 
 def new_transformer(

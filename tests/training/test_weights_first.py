@@ -1,0 +1,77 @@
+"""Weights of a finished training are in its folder before they are measured; the run goes on with the measures."""
+
+import importlib
+import json
+
+import pytest
+from cases import for_each
+from kills import weights
+
+from hf_dpssl import VAEGAN, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline
+
+SHORT = ["--batch_size", 16, "--evaluation_images", 32]
+ENCODER = ["--model_args", '{"channels": [8, 8, 16, 16]}', "--max_train_steps", 1]
+VQ = [word for part in ("encoder", "decoder", "auxiliary") for word in (f"--{part}_channels", 8, 8)]
+VQ += ["--norm_num_groups", 4, "--num_codes", 16, "--stage_1_steps", 1, "--stage_2_steps", 1]
+GAN = ["--width", 8, "--max_train_steps", 1, "--num_generated", 8]
+TOKENS = ["--width", 16, "--num_layers", 1, "--num_heads", 2, "--max_train_steps", 1, "--samples_per_class", 1]
+RUNS = {  # folder, flags, what measures and the number of its call at the end, how the folder is loaded
+    "contrastive": ("encoder", ENCODER, "evaluate", 1, ContrastiveEncoder),
+    "dae_vq": ("autoencoder", VQ, "evaluate", 1, VQAutoencoder),
+    "dae_gan": ("gan", GAN, "Judge", 1, VAEGAN),
+    "dae_ar": ("ar", TOKENS, "nats_per_image", 2, VQTokenPipeline),
+}
+
+
+class Killed(BaseException):
+    """Seen by no handler of errors."""
+
+
+def killed_at(call: int, measure):
+    """`measure`, in whose call of that number the run ends."""
+    calls = []
+
+    def measured(*given, **options):
+        calls.append(given)
+        if len(calls) == call:
+            raise Killed
+        return measure(*given, **options)
+
+    return measured
+
+
+def run_with_kill(run_script, monkeypatch, script: str, flags: list, measure: str, call: int) -> None:
+    module = importlib.import_module(script)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(module, measure, killed_at(call, getattr(module, measure)))
+        run_script(script, flags)
+
+
+@for_each("script", RUNS)
+def test_a_run_that_ends_while_it_measures_leaves_its_weights_and_goes_on(script, run_script, monkeypatch, tmp_path):
+    name, flags, measure, call, kind = RUNS[script]
+    flags = [*SHORT, *flags, "--output_dir", tmp_path]
+    if script == "dae_ar":
+        shape = dict(image_size=16, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
+        VQAutoencoder(VQConfig(**shape, norm_num_groups=4, num_codes=16)).save_pretrained(tmp_path / "given")
+        flags += ["--autoencoder", tmp_path / "given"]
+    run_with_kill(run_script, monkeypatch, script, flags, measure, call)
+    folder = tmp_path / name
+    kind.from_pretrained(folder)
+    assert (folder / "recipe.yaml").exists() and not (folder / "results.json").exists()
+    before = weights(folder)
+    assert "resumed at step 1" in run_script(script, [*flags, "--resume_from_checkpoint", "latest"])
+    assert json.loads((folder / "results.json").read_text())["metrics"] and (folder / "README.md").exists()
+    after = weights(folder)
+    assert after.keys() == before.keys() and all(after[key].equal(value) for key, value in before.items())
+
+
+def test_a_generator_that_goes_on_completes_an_autoencoder_that_was_not_measured(run_script, monkeypatch, tmp_path):
+    short = " ".join(map(str, [*VQ, *SHORT]))
+    flags = ["--autoencoder_args", short, *SHORT, "--output_dir", tmp_path, "--sampling_steps", 1]
+    flags += [*TOKENS[:-2], "--grid_images_per_class", 1]
+    run_with_kill(run_script, monkeypatch, "dae_vq", [*VQ, *SHORT, "--output_dir", tmp_path], "evaluate", 1)
+    results = tmp_path / "autoencoder" / "results.json"
+    assert not results.exists()
+    run_script("dae_dit", [*flags, "--resume_from_checkpoint", "latest"])
+    assert json.loads(results.read_text())["metrics"]["psnr"] > 0
