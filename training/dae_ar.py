@@ -39,6 +39,7 @@ from hf_dpssl.data.batches import load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.data.subsets import random_rows
 from hf_dpssl.embedding.feature_extractors import load_extractor
+from hf_dpssl.generation.bulk_sampling import draw_images
 from hf_dpssl.generation.pipeline_vq_token import VQTokenPipeline, code_nats, make_language_model
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.latent_training.diffusion import dropped_labels
@@ -49,6 +50,7 @@ from hf_dpssl.latent_training.latent_run import (
     classes_of_run,
     weight_averages,
 )
+from hf_dpssl.models.gather import gather_shares
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> Path:
         if accelerator.sync_gradients:
             scheduler.step()
             ema.step(language_model.parameters())
-            if held_out is not None and accelerator.is_main_process and args.measures_at(loop.step + 1):
+            if held_out is not None and args.measures_at(loop.step + 1):
                 with averaged(language_model, ema):
                     validation = nats_per_image(language_model, held_out, null_class, num_codes, args, accelerator)
         train = nats.detach().sum(1).mean()
@@ -114,12 +116,11 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Save
     target = Path(args.output_dir) / args.name
-    if accelerator.is_main_process:
-        language_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-        ema.copy_to(language_model.parameters())
-        pipeline = VQTokenPipeline(language_model, autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
-        about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
-        save(pipeline, args, data, codes, held_out, loop, target, about)
+    language_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
+    ema.copy_to(language_model.parameters())
+    pipeline = VQTokenPipeline(language_model, autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
+    about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
+    save(pipeline, args, data, codes, held_out, loop, target, about)
     finish(accelerator, args, skipped)
     return target
 
@@ -188,32 +189,48 @@ def nats_per_image(
     args: ARArguments,
     accelerator: Accelerator,
 ) -> float:
-    """Mean negative log-likelihood of an image's codes given its class, over at most `evaluation_images` of a table."""
-    total, count = 0.0, 0
+    """Mean negative log-likelihood of an image's codes given its class, over at most `evaluation_images` of a table.
+
+    The processes share them: all call this.
+    """
+    total = torch.zeros(1, dtype=torch.float64, device=accelerator.device)
     rows = torch.tensor(random_rows(len(table), args.evaluation_images, labels=table.labels))
-    for part in rows.split(max(1, 2**14 // table.shards[0][0].size)):
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    for part in mine.split(max(1, 2**14 // table.shards[0][0].size)) if len(mine) else ():
         labels = table.labels[part]
         labels = torch.where((labels < 0) | (labels >= null_class), null_class, labels)
         with accelerator.autocast():
             nats = code_nats(model, table.codes(part).to(accelerator.device), labels.to(accelerator.device), num_codes)
-        total, count = total + float(nats.double().sum()), count + len(part)
-    return total / count
+        total += nats.double().sum()
+    return float(accelerator.reduce(total)) / len(rows)
 
 
-def judged(pipeline: VQTokenPipeline, args: ARArguments) -> dict[str, float]:
-    """Quality of `num_generated` images without guidance beside held-out ones, and those of each part of a union."""
-    classes = len(pipeline.class_names)
-    generator, images = torch.Generator().manual_seed(args.seed), []
-    for first in range(0, args.num_generated, args.batch_size):
-        numbers = range(first, min(first + args.batch_size, args.num_generated))
-        request = {"class_labels": [i % classes for i in numbers]} if classes else {"num_images": len(numbers)}
-        drawn = pipeline(**request, guidance_scale=1.0, generator=generator, output_type="pt").images
-        images.append(drawn.float().cpu() * 2 - 1)
+def drawn_images(pipeline: VQTokenPipeline, args: ARArguments, accelerator: Accelerator) -> torch.Tensor | None:
+    """`num_generated` images without guidance in [-1, 1], those of hf-dpssl sample; None but on the first process.
+
+    The processes share them: all call this.
+    """
+    classes = list(range(len(pipeline.class_names))) or None
+    together, images = args.batch_size * accelerator.num_processes, []
+    for first in range(0, args.num_generated, together):
+        numbers = range(first, min(first + together, args.num_generated))
+        mine, drawn = numbers[accelerator.process_index :: accelerator.num_processes], None
+        if mine:
+            with accelerator.autocast():
+                drawn = draw_images(pipeline, list(mine), classes, seed=args.seed, options={"guidance_scale": 1.0})
+        everyones = gather_shares(drawn, len(numbers))
+        if accelerator.is_main_process:
+            images.append(everyones * 2 - 1)
+    return torch.cat(images) if images else None
+
+
+def judged(images: torch.Tensor, args: ARArguments) -> dict[str, float]:
+    """Quality of generated images beside held-out ones, and beside those of each part of a union."""
     columns = {"image_column": args.image_column, "label_column": args.label_column}
     common = dict(limit=args.evaluation_images, seed=args.seed, **columns)
     metrics = {}
     for name in args.extractors:
-        metrics |= generation_quality(torch.cat(images), args.dataset, load_extractor(name), **common)
+        metrics |= generation_quality(images, args.dataset, load_extractor(name), **common)
     return metrics
 
 
@@ -245,11 +262,15 @@ def save(
     target: Path,
     about: dict,
 ) -> None:
-    """Write the pipeline folder, measure, and complete it with sample grids; `about` goes into results.json."""
-    with atomic_folder(target) as folder:
-        pipeline.save_pretrained(folder)
-        save_recipe(args, folder / "recipe.yaml")
-        plot_curves(loop.history, folder / "curves.png", title=f"token model, {args.architecture}")
+    """Write the pipeline folder, measure, and complete it with sample grids; `about` goes into results.json.
+
+    All processes call this: the first one writes, they measure together.
+    """
+    if loop.accelerator.is_main_process:
+        with atomic_folder(target) as folder:
+            pipeline.save_pretrained(folder)
+            save_recipe(args, folder / "recipe.yaml")
+            plot_curves(loop.history, folder / "curves.png", title=f"token model, {args.architecture}")
     # The weights are safe before they are measured and pictures are drawn, which takes long and may fail.
     num_codes, null_class = pipeline.vae.config.num_codes, len(pipeline.class_names)
     taken = Measures()
@@ -258,8 +279,12 @@ def save(
             nats = nats_per_image(pipeline.language_model, table, null_class, num_codes, args, loop.accelerator)
             taken.metrics[name] = nats
     samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
-    if args.extractors and held_out is not None:
-        taken.take("quality of generated images", judged, pipeline, args)
+    is_judged = args.extractors and held_out is not None
+    images = drawn_images(pipeline, args, loop.accelerator) if is_judged else None
+    if not loop.accelerator.is_main_process:
+        return
+    if is_judged:
+        taken.take("quality of generated images", judged, images, args)
         samples["generated"] = args.num_generated
     metrics = taken.metrics | {"nats_per_image_uniform": pipeline.num_tokens * math.log(num_codes)}
     about |= taken.results() | {"samples": samples}
@@ -267,7 +292,9 @@ def save(
     write_card(target)
     grids = {"samples-guided.png": args.guidance_scale} if pipeline.class_names else {}
     for name, scale in (grids | {"samples.png": 1.0}).items():
-        save_grid(sample_grid(pipeline, args, scale), target / name, columns=args.samples_per_class, min_side=64)
+        with loop.accelerator.autocast():
+            grid = sample_grid(pipeline, args, scale)
+        save_grid(grid, target / name, columns=args.samples_per_class, min_side=64)
     write_card(target)  # now with the pictures
     say(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 

@@ -238,7 +238,7 @@ def save(
         write_card(folder)
     # The weights are safe before pictures are drawn, which takes minutes for a large model.
     for name, options in (("samples.png", args.grid), ("samples-unguided.png", args.sampling)):
-        grid = sample_grid(pipeline, args, options)
+        grid = sample_grid(pipeline, args, options, loop.accelerator)
         save_grid(grid, target / name, columns=args.grid_images_per_class, min_side=64)
     write_card(target)  # now with the pictures
     say(f"{target}: pipeline and sample grids written")

@@ -193,7 +193,7 @@ def save(
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
     # The weights are safe before pictures are drawn.
-    grid = sample_grid(pipeline, args, args.grid)
+    grid = sample_grid(pipeline, args, args.grid, loop.accelerator)
     save_grid(grid, target / "samples.png", columns=args.grid_images_per_class, min_side=64)
     write_card(target)  # now with the pictures
     say(f"{target}: pipeline and sample grid written")

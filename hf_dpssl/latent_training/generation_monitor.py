@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
@@ -27,6 +26,7 @@ from ..evaluation.generated_images import class_consistency
 from ..evaluation.image_measures import image_quality
 from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_drift import VQDriftPipeline
+from ..models.gather import gather_shares
 from ..runs.atomic_files import atomic_folder
 from ..runs.console import say
 from ..runs.plots import save_grid
@@ -146,26 +146,21 @@ class GenerationMonitor:
         if self.extractor is None and self.classifier is None:
             return None, torch.empty(0, dtype=torch.int64), None
         mine = range(index, args.validation_images, count)
+        class_count = len(self.pipeline.class_names)
         features = []
         logits = []
-        classes = []
         for first in range(0, len(mine), args.batch_size):
             ids = list(mine[first : first + args.batch_size])
-            labels = [i % len(self.pipeline.class_names) for i in ids] if self.pipeline.class_names else None
-            images = self._sample(ids, labels)
-            classes += labels or []
+            images = self._sample(ids, [i % class_count for i in ids] if class_count else None)
             if self.extractor is not None:
                 features.append(self.extractor.features(images))
             if self.classifier is not None:
                 logits.append(self.classifier.logits(images))
-        parts = gather_object([(features, classes, logits)])
-        features = [value for part in parts for value in part[0]]
-        classes = [value for part in parts for value in part[1]]
-        logits = [value for part in parts for value in part[2]]
+        classes = torch.arange(args.validation_images if class_count else 0) % max(1, class_count)
         return (
-            torch.cat(features) if features else None,
-            torch.tensor(classes, dtype=torch.int64),
-            torch.cat(logits) if logits else None,
+            None if self.extractor is None else _gathered(features, args.validation_images),
+            classes,
+            None if self.classifier is None else _gathered(logits, args.validation_images),
         )
 
     def _sample(self, ids: list[int], labels: list[int] | None) -> Tensor:
@@ -184,10 +179,11 @@ class GenerationMonitor:
     def _real_features(self, images: ImageTable) -> Tensor:
         index = self.accelerator.process_index
         count = self.accelerator.num_processes
-        rows = images.random_rows(self.args.evaluation_images)[index::count]
-        batches = evaluation_batches(images, self.args.batch_size, rows)
+        rows = images.random_rows(self.args.evaluation_images)
+        mine = rows[index::count]
+        batches = evaluation_batches(images, self.args.batch_size, mine) if mine else ()
         features = [self.extractor.features(batch["images"].float() / 127.5 - 1) for batch in batches]
-        return torch.cat([value for part in gather_object([features]) for value in part])
+        return _gathered(features, len(rows))
 
     def _measure(self, generated: Tensor | None, labels: Tensor, logits: Tensor | None) -> dict[str, float]:
         metrics = {}
@@ -219,7 +215,7 @@ class GenerationMonitor:
     def _write_grid(self, step: int) -> None:
         """The fixed-noise grid of this step, as a file and in the trackers that take pictures."""
         name = f"{self.args.name}-progress/step-{step:08d}.png"
-        images = sample_grid(self.pipeline, self.args, self.args.grid)
+        images = sample_grid(self.pipeline, self.args, self.args.grid, self.accelerator)
         path = Path(self.args.output_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
@@ -232,18 +228,26 @@ class GenerationMonitor:
                 tracker.log_images({f"{self.args.name}/samples": pixels}, step=step, **options)
 
 
-def sample_grid(pipeline: LatentPipeline, args: TransformerRunArguments, options: dict) -> Tensor:
+def _gathered(parts: list[Tensor], total: int) -> Tensor:
+    """Rows of all processes, of which this one has made these parts."""
+    return gather_shares(torch.cat(parts) if parts else None, total)
+
+
+def sample_grid(
+    pipeline: LatentPipeline, args: TransformerRunArguments, options: dict, accelerator: Accelerator
+) -> Tensor:
     """The first samples of seed `args.seed`, in [-1, 1]: one row per class (of at most 10), or one grid without.
 
-    `options` are of the pipeline's call.
+    `options` are of the pipeline's call, the precision is that of the run.
     """
     per_class = args.grid_images_per_class
     class_ids = [class_id for class_id in range(len(pipeline.class_names))[:10] for _ in range(per_class)]
-    images = pipeline(
-        class_ids or None,
-        num_images=None if class_ids else per_class**2,
-        **options,
-        generator=torch.Generator().manual_seed(args.seed),
-        output_type="pt",
-    ).images
+    with accelerator.autocast():
+        images = pipeline(
+            class_ids or None,
+            num_images=None if class_ids else per_class**2,
+            **options,
+            generator=torch.Generator().manual_seed(args.seed),
+            output_type="pt",
+        ).images
     return images.float().cpu() * 2 - 1

@@ -51,6 +51,29 @@ def gather_without_gradient(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def gather_shares(own: Tensor | None, total: int) -> Tensor:
+    """All `total` >= 1 rows in their order, of which process r of n has every n-th from number r on.
+
+    Args:
+        own: this process's rows (B, ...); None where it has none.
+
+    Returns:
+        (total, ...) on the CPU, the same on every process.
+    """
+    if not is_distributed():
+        return own.detach().cpu()
+    kind = [None if own is None else (own.shape[1:], own.dtype)]
+    dist.broadcast_object_list(kind)  # of the first process, which has a row
+    shape, dtype = kind[0]
+    most = -(-total // dist.get_world_size())
+    on_gpu = torch.cuda.is_available() and dist.get_backend() != "gloo"
+    rows = torch.zeros(most, *shape, dtype=dtype, device="cuda" if on_gpu else "cpu")
+    if own is not None:
+        rows[: len(own)] = own
+    return in_turns(gather_without_gradient(rows).cpu(), dist.get_world_size())[:total]
+
+
 def own_rows(gathered: Tensor) -> Tensor:
     """This process's rows (B, ...) of a gathered tensor (world_size * B, ...)."""
     return gathered.chunk(dist.get_world_size())[dist.get_rank()] if is_distributed() else gathered

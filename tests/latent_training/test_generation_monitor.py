@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from hf_dpssl.embedding.feature_extractors import CifarResNet, load_extractor
 from hf_dpssl.evaluation.frechet import frechet_distance
 from hf_dpssl.latent_training.diffusion import make_scheduler, make_transformer
 from hf_dpssl.latent_training.dit_arguments import DiTArguments
-from hf_dpssl.latent_training.generation_monitor import GenerationMonitor
+from hf_dpssl.latent_training.generation_monitor import GenerationMonitor, sample_grid
 
 SHAPE = dict(image_size=16, latent_channels=2, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
 NUM_IMAGES = 25
@@ -121,6 +123,48 @@ def test_best_is_replaced_by_a_better_one_alone_also_after_a_resume(tmp_path, en
     monitors[1].validate(8, averaged(pipeline, worst + 1))
     assert (monitors[1].best, monitors[1].best_step) == (values[best], 2 * best + 2)
     assert [step for step in range(1, 6) if monitors[0].is_due(step)] == [2, 4, 5]
+
+
+class Process:
+    """One of the processes that have met, as accelerate shows it."""
+
+    def __init__(self, index: int = 0, count: int = 1, autocast=nullcontext):
+        self.process_index, self.num_processes, self.autocast = index, count, autocast
+        self.device = torch.device("cpu")
+
+
+def _validation_of_a_process(folder: str, encoder: str, images: int) -> dict[str, torch.Tensor]:
+    args = arguments(folder, validation_extractor=encoder, evaluation_images=101, validation_images=images)
+    table = ImageSource(load_images("digits"), image_size=16, batch_size=8, seed=0).training_table()
+    met = torch.distributed.is_initialized()
+    place = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if met else ()
+    monitor = GenerationMonitor(args, Process(*place), make_pipeline(), table)
+    generated, labels, _ = monitor._generate()
+    return {"real": monitor.real, "generated": generated, "labels": labels}
+
+
+def test_two_processes_share_a_validation_and_have_its_features_in_the_order_of_one(tmp_path, encoder, run_in_two):
+    for count in (5, 1):
+        alone = _validation_of_a_process(str(tmp_path), encoder, count)
+        for found in run_in_two(_validation_of_a_process, str(tmp_path), encoder, count):
+            torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_grids_are_drawn_in_the_precision_of_the_run(tmp_path, monkeypatch):
+    pipeline, seen = make_pipeline(), []
+    forward = pipeline.transformer.forward
+
+    def watched(*given, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(*given, **options)
+
+    monkeypatch.setattr(pipeline.transformer, "forward", watched)
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    args = arguments(tmp_path)
+    rounded = sample_grid(pipeline, args, args.grid, Process(autocast=autocast))
+    exact = sample_grid(pipeline, args, args.grid, Process())
+    assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2) and seen
+    assert rounded.dtype == torch.float32 and 0 < float((rounded - exact).abs().max()) < 0.5
 
 
 def test_without_extractor_the_grid_alone_is_drawn_also_without_classes(tmp_path):

@@ -6,7 +6,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_dpssl import VectorQuantizer, info_nce, t_simclr
-from hf_dpssl.models.gather import broadcast_, gather_with_gradient, gather_without_gradient, is_distributed
+from hf_dpssl.models.gather import (
+    broadcast_,
+    gather_shares,
+    gather_with_gradient,
+    gather_without_gradient,
+    is_distributed,
+)
 
 WORLD_SIZE = 2
 PAIRS = 4  # per process
@@ -115,6 +121,8 @@ def gather_case() -> dict:
         "integers": gather_without_gradient(torch.tensor([rank])),
         "columns": gather_with_gradient(torch.full((3, 2), float(rank)).T),  # not contiguous
         "broadcast": broadcast_(torch.tensor([float(rank)])),
+        "five dealt": gather_shares(torch.arange(10).view(5, 2)[rank::2], 5),
+        "one dealt": gather_shares(torch.ones(1, 2) if rank == 0 else None, 1),
     }
 
 
@@ -122,6 +130,13 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_rows_that_are_dealt_in_turn_come_back_in_their_order_also_where_a_process_has_none(two_processes):
+    for result in two_processes["gather"]:
+        assert torch.equal(result["five dealt"], torch.arange(10).view(5, 2))
+        assert torch.equal(result["one dealt"], torch.ones(1, 2))
+    assert torch.equal(gather_shares(torch.arange(3), 3), torch.arange(3))
 
 
 def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(two_processes):

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.image_table import ImageTable
+from hf_dpssl.generation.bulk_sampling import draw_images
+from hf_dpssl.latent_training.token_arguments import ARArguments
+from hf_dpssl.runs.recipe import parse
 
 CODES, STEPS = 16, 6
 SMALL = ["--width", 16, "--num_layers", 1, "--num_heads", 2, "--batch_size", 32, "--checkpointing_steps", 2]
@@ -124,6 +127,23 @@ def test_classes_can_be_ignored_and_images_are_judged(autoencoder, run_script, t
     assert not (tmp_path / "ar" / "samples-guided.png").exists()
     nats = read(tmp_path / "ar" / "results.json")["metrics"]["nats_per_image"]
     assert nats == pytest.approx(nats_by_hand(tmp_path / "ar", "evaluation", unconditional=True), rel=1e-4)
+
+
+def test_two_processes_share_measures_and_drawn_images_and_find_those_of_one(autoencoder, launch, tmp_path):
+    judge = tmp_path / "judge"
+    seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
+    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24]}, seen)).save_pretrained(judge)
+    flags = [*SMALL, "--batch_size", 8, "--autoencoder", autoencoder, "--extractor", judge, "--num_generated", 35]
+    launch("dae_ar", [*flags, "--output_dir", tmp_path], 2).wait()
+    metrics = read(tmp_path / "ar" / "results.json")["metrics"]
+    assert metrics["nats_per_image"] == pytest.approx(nats_by_hand(tmp_path / "ar", "evaluation"), rel=1e-4)
+    history = read(tmp_path / "checkpoints" / "ar" / f"step-{STEPS:08d}" / "meta.json")["history"]
+    assert history[-1]["nats_per_image"] == pytest.approx(metrics["nats_per_image"], rel=1e-5)
+    pipeline = VQTokenPipeline.from_pretrained(tmp_path / "ar")
+    images = draw_images(pipeline, list(range(35)), list(range(10)), seed=0, options={"guidance_scale": 1.0}) * 2 - 1
+    given = ["--output_dir", str(tmp_path), "--autoencoder", str(autoencoder), "--extractor", str(judge)]
+    expected = dae_ar.judged(images, parse(ARArguments, given, ""))
+    assert metrics["gfid_judge"] == pytest.approx(expected["gfid_judge"], rel=1e-3)
 
 
 def test_pictures_without_labels_train_in_bfloat16_and_broken_ones_are_skipped(autoencoder, run_script, tmp_path):
