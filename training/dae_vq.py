@@ -145,7 +145,7 @@ def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
     if table is None:
         say("no held-out images: nothing is validated, the guard is off, and the last decoder is kept")
         return None
-    return Validation(table, table.random_rows(args.validation_images), args.num_channels)
+    return Validation(table, table.random_rows(args.validation_images), args.num_channels, source.process)
 
 
 @torch.no_grad()

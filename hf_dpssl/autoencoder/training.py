@@ -96,15 +96,22 @@ class Validation:
         table: held-out images.
         rows: of the table that are used.
         num_channels: of the model.
+        process: (number of this process, how many share the images).
     """
 
-    def __init__(self, table: ImageTable, rows: Sequence[int], num_channels: int):
-        loader = evaluation_batches(table, _EVALUATION_BATCH, rows)
+    def __init__(self, table: ImageTable, rows: Sequence[int], num_channels: int, process: tuple[int, int] = (0, 1)):
+        index, count = process
+        mine = rows[index::count]
+        loader = evaluation_batches(table, _EVALUATION_BATCH, mine) if mine else ()
         self.batches = [unit_pixels(batch["images"], num_channels) for batch in loader]
+        self.is_shared = count > 1
 
     @torch.no_grad()
     def psnr(self, model: VQAutoencoder) -> float:
-        """Mean PSNR, dB, in eval mode (the model is left in its own); NaN where a reconstruction is not finite."""
+        """Mean PSNR, dB, in eval mode (the model is left in its own); NaN where a reconstruction is not finite.
+
+        Processes that share the images all call this, and find the same.
+        """
         was_training = model.training
         model.eval()
         total = 0
@@ -119,6 +126,10 @@ class Validation:
             total += len(batch) * psnr(pixel_values, reconstructions, value_range=2.0)["psnr"]
             count += len(batch)
         model.train(was_training)
+        if self.is_shared:
+            sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
+            torch.distributed.all_reduce(sums)
+            total, count = sums.tolist()
         return total / max(1, count)
 
 
