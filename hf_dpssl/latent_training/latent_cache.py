@@ -32,6 +32,7 @@ from ..data.image_table import ImageTable
 from ..models.modeling_vq import VQAutoencoder
 from ..models.weight_hashes import combined_sha256
 from ..runs.atomic_files import atomic_file, write_json
+from ..runs.shared_storage import unseen
 
 logger = logging.getLogger(__name__)
 _BLOCK = 4096  # bytes that a shard's check sum reads at a time
@@ -218,6 +219,8 @@ def build_latent_cache(
         wait()
         if index == 0:
             paths = sorted(folder.glob(f"{content}-*.npy"))  # in the order of the images
+            if not stream:
+                paths = [folder / f"{content}-{number:05d}.npy" for number in range(-(-len(table) // size))]
             _finish(folder, paths, {"fingerprint": fingerprint, "sources": sources, "content": content})
         wait()
     table.skipped |= _read(folder / "index.json")["skipped"]
@@ -354,7 +357,12 @@ def _write_shard(
 
 
 def _finish(folder: Path, paths: list[Path], index: dict) -> None:
-    """Write labels and index of a cache whose shards are there."""
+    """Write labels and index of a cache; FileNotFoundError where shards of other processes are not seen here."""
+    if missing := unseen([path.with_suffix(".json") for path in paths]):
+        raise FileNotFoundError(
+            f"{folder} lacks {len(missing)} of {len(paths)} shards ({missing[0].stem}, ...), which other processes "
+            "have written elsewhere: all machines need the same --output_dir on shared storage."
+        )
     records = [_read(path.with_suffix(".json")) for path in paths]
     labels = np.concatenate([np.array(record["labels"], np.int64) for record in records] or [np.empty(0, np.int64)])
     with atomic_file(folder / "labels.npy", "wb") as file:

@@ -41,6 +41,7 @@ from .console import is_quiet, say
 from .continuation import Processes, check_same_run, record_of_data
 from .recipe import RunArguments
 from .sharding import PartsOnDisk, common_part, load_, own_part
+from .shared_storage import check_shared
 from .trackers import check_trackers, start_trackers
 from .training_checkpoints import CheckpointFolder
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from ..data.image_data import ImageData
 
 logger = logging.getLogger(__name__)
+_PATIENCE = timedelta(hours=2)  # of processes with one that measures alone
 
 
 def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Accelerator:
@@ -80,7 +82,7 @@ def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Ac
         # While one process draws pictures and measures, the others wait, longer than NCCL's 10 minutes.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
         ],
         step_scheduler_with_optimizer=False,
     )
@@ -174,6 +176,7 @@ def check_start(
 
     Raises:
         FileExistsError: checkpoints of an earlier run, and neither --resume_from_checkpoint nor --overwrite.
+        FileNotFoundError: a machine does not see OUTPUT_DIR of the first process.
         ValueError: the checkpoint is of another run, as `check_same_run`.
     """
     checkpoints = _checkpoints(args, name)
@@ -183,12 +186,14 @@ def check_start(
                 f"{checkpoints.path} holds checkpoints of an earlier run: go on with --resume_from_checkpoint latest, "
                 "start afresh with --overwrite, or choose another --output_dir."
             )
+        check_shared(Path(args.output_dir))
         return
     which = same_checkpoint(args.resume_from_checkpoint, checkpoints)
     if which is not None:
         meta = checkpoints.read_meta(which)
         processes = Processes(accelerator.num_processes, is_sharded(accelerator), bound_to_processes)
         check_same_run(meta, args, processes, data, sources, str(checkpoints.path))
+    check_shared(Path(args.output_dir))
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -273,7 +278,11 @@ class TrainingLoop:
         self._readers: dict[int, dict] = {}  # by worker: where it stands in its shards of a stream
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
-        self._disk = PartsOnDisk(torch.distributed.new_group(backend="gloo")) if is_sharded(accelerator) else None
+        self._disk = (
+            PartsOnDisk(torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
+            if is_sharded(accelerator)
+            else None
+        )
         self._unfinished: tuple[int, dict, dict] | None = None  # a checkpoint whose parts are being written
         self.sources = sources or {}
         check_start(args, accelerator, name, data, self.sources, bound_to_processes)

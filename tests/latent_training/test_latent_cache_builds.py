@@ -20,6 +20,7 @@ from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ordered_batches
 from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.latent_training.latent_cache import CodeTable, LatentTable, _parts_of_stream, build_latent_cache
+from hf_dpssl.runs import shared_storage
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +147,13 @@ def test_two_processes_share_the_shards_and_the_main_one_writes_the_index(run_in
     missing = {owner: int(name[8:-4].replace("-", "")) for name, owner in some.items()}
     assert [process["mine"].tolist() for process in finished] == [[missing[0]], [missing[1]]]
     assert_holds(LatentTable(tmp_path / "cache"), autoencoder, range(COUNT))
+
+
+def test_shards_that_another_process_wrote_elsewhere_are_missed(autoencoder, table, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_storage, "_PATIENCE", 0.0)
+    with pytest.raises(FileNotFoundError, match=r"lacks 4 of 8 shards \(latents-00001, .*shared storage"):
+        build(autoencoder, table, tmp_path / "cache", rows_per_shard=3, process=(0, 2))
+    assert not (tmp_path / "cache" / "index.json").exists()
 
 
 def test_processes_share_the_parts_of_a_stream_that_has_fewer_shards_than_they_are(tmp_path):

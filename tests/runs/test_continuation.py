@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import evaluate
 import numpy as np
@@ -14,9 +15,10 @@ from PIL import Image
 from hf_dpssl.autoencoder.arguments import VQArguments
 from hf_dpssl.data import load_images
 from hf_dpssl.latent_training.dit_arguments import DiTArguments
+from hf_dpssl.runs import shared_storage
 from hf_dpssl.runs.continuation import Processes, check_same_run
 from hf_dpssl.runs.training_checkpoints import CheckpointFolder
-from hf_dpssl.runs.training_loop import same_checkpoint
+from hf_dpssl.runs.training_loop import check_start, same_checkpoint
 
 ENCODER = ["--batch_size", 4, "--image_size", 16, "--checkpointing_steps", 1, "--logging_steps", 1]
 
@@ -180,3 +182,30 @@ def test_all_processes_go_on_from_the_checkpoint_of_the_first_or_say_who_does_no
         text = bytes(result["named"].tolist()).decode()
         assert "shared/step-00000002" in text and "both/step-00000003" in text
         assert "[1] of 2 do not see" in text and "step-00000007" in text and "shared storage" in text
+
+
+def _fresh_start(folder: str) -> dict:
+    """What a process is told at the start of a run, in a folder that both see and in one that each has itself."""
+    rank, said = torch.distributed.get_rank(), []
+    shared_storage._PATIENCE = 0.5
+    shared_storage.socket.gethostname = lambda: f"machine-{rank}"
+    accelerator = SimpleNamespace(is_main_process=rank == 0)
+    os.chdir(f"{folder}/{rank}")
+    for name in (f"{folder}/shared", "own"):
+        try:
+            check_start(DiTArguments(output_dir=name), accelerator, "dit", None, {})
+            said.append("starts")
+        except FileNotFoundError as error:
+            said.append(str(error))
+    return {"said": torch.tensor(list("; ".join(said).encode()))}
+
+
+def test_a_fresh_start_names_the_machines_that_do_not_see_the_folder_of_the_first(run_in_two, tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    for result in run_in_two(_fresh_start, str(tmp_path)):
+        text = bytes(result["said"].tolist()).decode()
+        assert text.startswith("starts; machine-1: own is not the folder into which machine-0 writes") and (
+            "shared storage" in text
+        )
+    assert not list((tmp_path / "shared").iterdir()) and not (tmp_path / "1" / "own").exists()

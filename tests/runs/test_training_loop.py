@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from hf_dpssl.runs import training_loop
 from hf_dpssl.runs.recipe import RunArguments, option
 from hf_dpssl.runs.training_loop import TrainingLoop, start_accelerator
 
@@ -117,3 +118,13 @@ def test_gradients_of_processes_are_views_of_what_they_exchange(run_in_two, tmp_
     for found in run_in_two(_gradients_of_two_weights, str(tmp_path)):
         assert found["storages"] == 1
         assert found["gradient"].tolist() == [1.5, 1.5]
+
+
+def test_processes_of_a_sharded_model_wait_for_each_other_as_long_as_all_others(monkeypatch, tmp_path):
+    asked = []
+    accelerator = start_accelerator(arguments(tmp_path))
+    monkeypatch.setattr(training_loop, "is_sharded", lambda accelerator: True)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: asked.append(options))
+    TrainingLoop(arguments(tmp_path), accelerator, "line", 1, numbers, {})
+    assert asked == [{"backend": "gloo", "timeout": accelerator.init_handler.timeout}]
+    assert accelerator.init_handler.timeout.total_seconds() >= 3600
