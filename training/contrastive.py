@@ -170,7 +170,7 @@ def make_optimizer(args: ContrastiveArguments, model) -> torch.optim.Optimizer:
     )
     parameters = [{"params": decayed}, *([{"params": kernel, "weight_decay": 0.0}] if kernel else [])]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=args.learning_rate, momentum=0.9, weight_decay=args.weight_decay)
+        return torch.optim.SGD(parameters, args.learning_rate, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     return torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
 
 

@@ -62,7 +62,7 @@ class ERM(nn.Module):
         super().__init__()
         self.featurizer = featurizer
         self.classifier = classifier
-        self.rates = {"lr": learning_rate, "weight_decay": weight_decay}
+        self.adam = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
         self.seed = seed
         self.steps = 0
         self.forget_moments()
@@ -70,7 +70,7 @@ class ERM(nn.Module):
     def forget_moments(self) -> None:
         """Begin Adam anew, from the weights as they are."""
         learning = [*self.featurizer.parameters(), *self.classifier.parameters()]
-        self.optimizer = torch.optim.Adam(learning, **self.rates)
+        self.optimizer = torch.optim.Adam(learning, **self.adam)
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits (n, classes) of images (n, C, H, W)."""
@@ -220,10 +220,10 @@ class SagNet(ERM):
         self.adversary = adversary
         self.style_classifier = copy.deepcopy(classifier)
         self.style_classifier.reset_parameters()
-        self.style_optimizer = torch.optim.Adam(self.style_classifier.parameters(), **self.rates)
+        self.style_optimizer = torch.optim.Adam(self.style_classifier.parameters(), **self.adam)
         # The featurizer's Adam takes two steps an update, the classifier's one.
-        self.feature_optimizer = torch.optim.Adam(self.featurizer.parameters(), **self.rates)
-        self.optimizer = torch.optim.Adam(self.classifier.parameters(), **self.rates)
+        self.feature_optimizer = torch.optim.Adam(self.featurizer.parameters(), **self.adam)
+        self.optimizer = torch.optim.Adam(self.classifier.parameters(), **self.adam)
 
     def loss(self, minibatches: Minibatches) -> Tensor:
         """The first of its three: cross-entropy of content under other styles."""

@@ -73,6 +73,7 @@ def fine_tune(
     embedder.model.train().requires_grad_(True)
     parameters = [*embedder.model.parameters(), *head.parameters()]
     options = {"lr": setting.learning_rate, "momentum": 0.9, "nesterov": True, "weight_decay": setting.weight_decay}
+    options["fused"] = True
     optimizer = torch.optim.SGD(parameters, **options)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     views = TwoViews(_CROP, mean, std, seed, crop=False)

@@ -101,7 +101,7 @@ def _transformer_nats(train: Tensor, test: Tensor, num_codes: int, seed: int, st
         parameters = list(model.parameters())
         decays = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
         groups = [{"params": decays[0], "weight_decay": WEIGHT_DECAY}, {"params": decays[1], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05, cycle_momentum=False
         )

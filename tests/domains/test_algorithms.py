@@ -424,3 +424,11 @@ def test_an_update_refuses_what_is_no_minibatch_of_each_domain():
 def test_cross_entropy_of_the_transcription_is_torchs():
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     assert float(entropy(logits, labels)) == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
+
+
+def test_every_optimiser_updates_all_weights_at_once():
+    for name, method in ALGORITHMS.items():
+        context = {"context": torch.nn.Linear(4, 4), "support": 2} if name == "arm" else {}
+        algorithm = method(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2), **context)
+        found = [value for value in vars(algorithm).values() if isinstance(value, torch.optim.Optimizer)]
+        assert found and all(group["fused"] for optimizer in found for group in optimizer.param_groups), name

@@ -2,6 +2,7 @@
 
 import json
 
+import contrastive
 import pytest
 import torch
 import yaml
@@ -11,6 +12,7 @@ from transformers import AutoModel
 from hf_dpssl import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.cli.commands import main
 from hf_dpssl.contrastive.momentum import momentum_at
+from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
 
 TINY = ["--model_args", '{"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}', "--projection_dim", 8]
 COMMON = [*TINY, "--max_train_steps", 3, "--logging_steps", 1, "--evaluation_images", 64]
@@ -116,3 +118,11 @@ def test_memory_format_changes_rounding_only_and_is_not_saved(run_script, tmp_pa
     for name, tensor in plain.items():
         assert last[name].is_contiguous()
         torch.testing.assert_close(last[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_either_optimiser_updates_all_weights_at_once():
+    model = torch.nn.Linear(2, 2)
+    model.trainable_parameters, model.undecayed_parameters = lambda: [model.weight], lambda: [model.bias]
+    for name, kind in {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}.items():
+        optimizer = contrastive.make_optimizer(ContrastiveArguments(optimizer=name), model)
+        assert isinstance(optimizer, kind) and all(group["fused"] for group in optimizer.param_groups)
