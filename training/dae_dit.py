@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> Path:
         sources={"autoencoder": pipeline.config.vae_fingerprint},
     )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
-    kept = {"monitor": monitor} if monitor else {}
-    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **kept)
+    best = {"monitor": monitor} if monitor else {}
+    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **best)
     ema.to(accelerator.device)
     sampled.to(accelerator.device)
 
@@ -138,16 +138,17 @@ def main(argv: list[str] | None = None) -> Path:
             ema.step(transformer.parameters())
             if monitor and monitor.is_due(loop.step + 1):
                 monitor.record(loop, ema)
+    if monitor:
+        monitor.finish(loop, ema)
 
     # Save
-    target_folder = Path(args.output_dir) / args.name
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     copy_whole_(sampled.parameters(), ema.shadow_params)
     if accelerator.is_main_process:
         sampled.eval()
-        save(pipeline, args, data, len(latents), loop, monitor, target_folder, autoencoder_folder)
+        save(pipeline, args, data, len(latents), loop, monitor, autoencoder_folder)
     finish(accelerator, args, skipped)
-    return target_folder
+    return Path(args.output_dir) / args.name
 
 
 def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, num_classes: int) -> DiTTransformer2DModel:
@@ -219,10 +220,10 @@ def save(
     num_latents: int,
     loop: TrainingLoop,
     monitor: GenerationMonitor | None,
-    target: Path,
     autoencoder_folder: str | Path,
 ) -> None:
     """Write the complete pipeline folder with sample grids."""
+    target = Path(args.output_dir) / args.name
     ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
     metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
     if monitor and monitor.metrics:

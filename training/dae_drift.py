@@ -104,8 +104,8 @@ def main(argv: list[str] | None = None) -> Path:
         sources={"autoencoder": pipeline.config.vae_fingerprint},
     )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
-    kept = {"monitor": monitor} if monitor else {}
-    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **kept)
+    best = {"monitor": monitor} if monitor else {}
+    loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **best)
     ema.to(accelerator.device)
     sampled.to(accelerator.device)
 
@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> Path:
             ema.step(transformer.parameters())
             if monitor and monitor.is_due(loop.step + 1):
                 monitor.record(loop, ema)
+    if monitor:
+        monitor.finish(loop, ema)
 
     # Save
     target_folder = Path(args.output_dir) / args.name

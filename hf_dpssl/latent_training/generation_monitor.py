@@ -108,9 +108,9 @@ class GenerationMonitor:
         self.metrics = state["metrics"]
 
     def is_due(self, step: int) -> bool:
-        """Whether the weights after that many steps are validated: every `validation_steps`, and the last."""
+        """Whether the weights after that many steps are validated in the loop; `finish` validates the last."""
         every = self.args.validation_steps
-        return bool(every) and (step % every == 0 or step == self.args.max_train_steps)
+        return bool(every) and step % every == 0 and step < self.args.max_train_steps
 
     def validate(self, step: int, ema: EMAModel) -> dict[str, float]:
         """Measure the averaged weights after `step` steps; all processes call it. {} where nothing measures."""
@@ -125,7 +125,19 @@ class GenerationMonitor:
 
     def record(self, loop: TrainingLoop, ema: EMAModel) -> None:
         """Measure the averaged weights after this step, and write the figures into curves and trackers."""
-        step = loop.step + 1
+        self._record(loop, ema, loop.step + 1)
+
+    def finish(self, loop: TrainingLoop, ema: EMAModel) -> None:
+        """Measure the last weights when their checkpoint is there, and write it again with the figures.
+
+        A run that goes on from that one measures no more.
+        """
+        if any(entry["step"] == loop.step and self.metrics == _without_step(entry) for entry in loop.history):
+            return
+        self._record(loop, ema, loop.step)
+        loop.save(wait=True)
+
+    def _record(self, loop: TrainingLoop, ema: EMAModel, step: int) -> None:
         if metrics := self.validate(step, ema):
             loop.history.append({"step": step, **metrics})
             loop.accelerator.log({f"{loop.name}/{name}": value for name, value in metrics.items()}, step=step)
@@ -226,6 +238,10 @@ class GenerationMonitor:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({f"{self.args.name}/samples": pixels}, step=step, **options)
+
+
+def _without_step(entry: dict) -> dict:
+    return {name: value for name, value in entry.items() if name != "step"}
 
 
 def _gathered(parts: list[Tensor], total: int) -> Tensor:

@@ -445,11 +445,11 @@ class TrainingLoop:
         bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
         self.accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=self.step)
 
-    def save(self) -> None:
+    def save(self, *, wait: bool = False) -> None:
         """Write a checkpoint now (all processes call it); FloatingPointError instead of one with weights of NaN.
 
         Parts of a sharded model are copied now and written while training goes on: the checkpoint appears at the first
-        log entry after that, at the latest with the next one's beginning or at the end of the loop.
+        log entry after that, at the latest with the next one's beginning or at the end of the loop; `wait`: now.
         """
         self._finish_checkpoint()
         main = self.accelerator.is_main_process
@@ -480,6 +480,8 @@ class TrainingLoop:
         elif main:
             self.checkpoints.save(self.step, state, meta)
         self.accelerator.wait_for_everyone()
+        if wait:
+            self._finish_checkpoint()
 
     def _finish_checkpoint(self) -> None:
         """Complete the checkpoint whose parts are being written, if one is."""

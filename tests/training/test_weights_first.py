@@ -4,10 +4,12 @@ import importlib
 import json
 
 import pytest
+import torch
 from cases import for_each
 from kills import weights
 
-from hf_dpssl import VAEGAN, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline
+from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline
+from hf_dpssl.latent_training.generation_monitor import GenerationMonitor
 
 SHORT = ["--batch_size", 16, "--evaluation_images", 32]
 ENCODER = ["--model_args", '{"channels": [8, 8, 16, 16]}', "--max_train_steps", 1]
@@ -75,3 +77,29 @@ def test_a_generator_that_goes_on_completes_an_autoencoder_that_was_not_measured
     assert not results.exists()
     run_script("dae_dit", [*flags, "--resume_from_checkpoint", "latest"])
     assert json.loads(results.read_text())["metrics"]["psnr"] > 0
+
+
+def test_the_last_checkpoint_is_there_before_its_validation_which_a_run_that_goes_on_takes_once(
+    run_script, monkeypatch, tmp_path
+):
+    torch.manual_seed(0)
+    seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
+    config = ContrastiveConfig("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}, seen)
+    ContrastiveEncoder(config).save_pretrained(tmp_path / "judge")
+    shape = dict(image_size=16, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
+    statistics = dict(latent_mean=[0.0] * 4, latent_std=[1.0] * 4)
+    VQAutoencoder(VQConfig(**shape, **statistics, norm_num_groups=4)).save_pretrained(tmp_path / "given")
+    flags = [*SHORT, *TOKENS[:-4], "--max_train_steps", 3, "--autoencoder", tmp_path / "given", "--sampling_steps", 1]
+    flags += ["--grid_images_per_class", 1, "--validation_steps", 2, "--validation_images", 20]
+    flags += ["--validation_extractor", tmp_path / "judge", "--output_dir", tmp_path]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(GenerationMonitor, "validate", killed_at(2, GenerationMonitor.validate))
+        run_script("dae_dit", flags)
+    assert (tmp_path / "checkpoints/dit/step-00000003/state.pt").exists() and not (tmp_path / "dit").exists()
+    found = []
+    for _ in range(2):
+        assert "resumed at step 3" in run_script("dae_dit", [*flags, "--resume_from_checkpoint", "latest"])
+        found.append(json.loads((tmp_path / "dit/results.json").read_text()))
+    assert [entry["step"] for entry in found[0]["validations"]] == [2, 3]
+    assert found[1]["validations"] == found[0]["validations"] and found[1]["best"] == found[0]["best"]
+    assert found[0]["metrics"] == {"fid_judge": found[0]["validations"][1]["fid_judge"]}
