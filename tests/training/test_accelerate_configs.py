@@ -43,7 +43,7 @@ def variables(config: str, *overrides) -> dict[str, str]:
 def test_sharded_configuration_shards_on_cpus_too_and_trains_what_one_process_trains(
     launch, run_script, autoencoder, tmp_path
 ):
-    flags = [*DIT, *autoencoder, "--checkpointing_steps", 2]
+    flags = [*DIT, *autoencoder, "--checkpointing_steps", 2, "--validation_steps", 2]
     environment = variables("fsdp_8_bf16.yaml", "--num_processes", 2, "--mixed_precision", "no")
     two = launch("dae_dit", [*flags, "--output_dir", tmp_path / "two"], 2, **environment)
     run_script("dae_dit", [*flags, "--batch_size", 16, "--output_dir", tmp_path / "one"])
