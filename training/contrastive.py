@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
@@ -34,6 +35,7 @@ from hf_dpssl.contrastive.momentum import choose_queue_size, momentum_at
 from hf_dpssl.contrastive.warm_start import freeze_all_but_last_layer_, start_from_encoder_, start_from_pretraining_
 from hf_dpssl.data.batches import ImageSource, evaluation_batches, load_images_for
 from hf_dpssl.data.views import PRESETS, TwoViews, normalize
+from hf_dpssl.evaluation.feature_checks import accelerated
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.runs.atomic_files import atomic_folder
@@ -221,23 +223,23 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[Me
     mean, std = source.data.entry.statistics
     bank, query = embed(model, train, bank_rows, mean, std), embed(model, held_out, query_rows, mean, std)
 
-    def take(name: str, suffix: str, **arguments) -> None:
-        def measure():
-            return {key + suffix: value for key, value in evaluation.load(name).compute(**arguments).items()}
+    def take(measure: Callable, suffix: str, *given: torch.Tensor, **options) -> None:
+        def measured():
+            found = measure(*map(accelerated, given), **options)
+            return {key + suffix: value for key, value in found.items()}
 
-        taken.take(name + suffix, measure)
+        taken.take(measure.__name__ + suffix, measured)
 
     for kind, suffix in (("features", ""), ("embeddings", "_embeddings")):
         if source.data.class_names is not None:
-            options = {"k": args.knn_k, "metric": args.knn_metric}
-            given = {"bank": bank[kind], "bank_labels": bank["labels"], "references": query["labels"]}
-            take("knn", suffix, predictions=query[kind], **given, **options)
-        take("uniformity", suffix, predictions=query[kind])
-        take("effective_rank", suffix, predictions=query[kind])
+            given = (bank[kind], bank["labels"], query[kind], query["labels"])
+            take(evaluation.knn, suffix, *given, k=args.knn_k, metric=args.knn_metric)
+        take(evaluation.uniformity, suffix, query[kind])
+        take(evaluation.effective_rank, suffix, query[kind])
     augmentation = PRESETS[args.augmentation or source.data.entry.augmentation]
     views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     first, second = embed_views(model, held_out, query_rows, views)
-    take("alignment", "_embeddings", predictions=first, references=second)
+    take(evaluation.alignment, "_embeddings", first, second)
     return taken, samples
 
 
