@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from claim_decision import FLAT_SHARE, decide, margin_of, not_converged
-from claim_forecast import forecast_cells
+from claim_forecast import correlations, forecast_cells
 from claim_statements import forecasts, metrics_of
 from matplotlib.figure import Figure
 
@@ -145,12 +145,21 @@ def _forecasts(result: dict) -> list[str]:
         "|---" * (len(columns) + 1) + "|",
     ]
     cells = forecast_cells(cells_of(result), study)
-    for name in forecasts(study) if cells else []:
+    if not cells:
+        return lines
+    whole = correlations(cells_of(result), study, list(cells["forecast"]))
+    for name in forecasts(study):
         title = study["metrics"][name]["says"] if name in study["metrics"] else "from all measures"
         parts = [student_interval([cell["metrics"][column] for cell in cells[name].values()]) for column in columns]
-        values = [f"{part['mean']:.2f} ({part['low']:.2f} to {part['high']:.2f})" for part in parts]
+        values = [
+            f"{whole[name][column]:.2f} ({part['low']:.2f} to {part['high']:.2f})"
+            for column, part in zip(columns, parts, strict=True)
+        ]
         lines.append(f"| {title} | {' | '.join(values)} |")
-    return lines
+    about = (
+        "Correlations of all seeds together, and Student's t interval of the jackknife over seeds, which corrects bias "
+    )
+    return [*lines, "", f"{about}and may leave [-1, 1] where seeds differ much."]
 
 
 def dial_places(result: dict) -> str:
