@@ -95,6 +95,10 @@ def _of_mean_flow():
     import rehearse
 
     flags = ["dae_dit", "--mixed_precision", "bf16", "--gradient_checkpointing", "true", *ELSEWHERE]
+    flags += [
+        "--batch_size",
+        "256",
+    ]  # at which the network's activations outweigh what the optimiser needs for a moment
     flow, mean_flow = (memory(*flags, "--objective", name)[""] for name in ("flow", "mean_flow"))
     args = rehearse.parsed(flags).args
     assert mean_flow["parameters"] - flow["parameters"] == args.width * args.patch_size**2  # of the interval's channel
