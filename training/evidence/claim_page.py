@@ -201,7 +201,7 @@ def draw_dial(result: dict, file) -> None:
         panel.set_title(study["metrics"][name]["says"], fontsize=8)
         panel.set_xlabel(dial["says"], fontsize=7)
         panel.tick_params(labelsize=7)
-    figure.savefig(file, dpi=100, format="png")
+    figure.savefig(file, dpi=75, format="png")
 
 
 def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
