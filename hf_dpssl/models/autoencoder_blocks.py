@@ -58,7 +58,7 @@ def weaken_(decoder: nn.Module, rate: float, kind: str = "element") -> None:
     values are divided by 1 - rate, so that the expectation is that of eval mode.
     """
     if rate and kind in ("noise", "mask"):
-        decoder.register_forward_pre_hook(InputNoise(rate) if kind == "noise" else InputMask(rate))
+        decoder.register_forward_pre_hook(WeakInput(rate, kind))
         return
     for block in decoder.modules():
         if isinstance(block, ResnetBlock2D) and rate:
@@ -82,30 +82,23 @@ class StochasticDepth:
         return output * kept.view(-1, *[1] * (output.ndim - 1))
 
 
-class InputNoise:
-    """Forward hook before a decoder: of its input and normal noise of the same spread, `rate` parts are noise."""
+class WeakInput:
+    """Forward hook before a decoder: of its input `rate` parts become noise, or `rate` of the positions are masked."""
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, kind: str):
         self.rate = rate
+        self.kind = kind
 
     def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
-        """((1 - rate) input + rate noise) / (1 - rate), in training mode; spread is of each image's input (C, h, w)."""
-        latents, *others = inputs
+        """In training mode, of input (B, C, h, w), divided by 1 - rate as dropout does:
+
+        noise: (1 - rate) input + rate times normal noise of the spread of each image's input;
+        mask: the input, with a random share of the positions at 0 in all channels.
+        """
         if not module.training:
             return inputs
+        latents, *others = inputs
+        if self.kind == "mask":
+            return latents * F.dropout(torch.ones_like(latents[:, :1]), self.rate), *others
         spread = latents.detach().std((1, 2, 3), keepdim=True)  # no gain from latents of a larger scale
         return latents + self.rate / (1 - self.rate) * spread * torch.randn_like(latents), *others
-
-
-class InputMask:
-    """Forward hook before a decoder: a random share of the positions of its input is 0 in all channels."""
-
-    def __init__(self, rate: float):
-        self.rate = rate
-
-    def __call__(self, module: nn.Module, inputs: tuple) -> tuple:
-        """Input (B, C, h, w) with whole positions at 0 and the others divided by 1 - rate, in training mode."""
-        latents, *others = inputs
-        if not module.training:
-            return inputs
-        return latents * F.dropout(torch.ones_like(latents[:, :1]), self.rate), *others

@@ -22,6 +22,8 @@ from hf_dpssl.cli import reproduce as reproduce_command
 from hf_dpssl.cli.commands import command_module
 from hf_dpssl.cli.errors import BAD_INPUT, reported
 from hf_dpssl.cli.train import SCRIPTS
+from hf_dpssl.data.image_data import TABLE
+from hf_dpssl.domains.known_sets import KNOWN_SETS
 from hf_dpssl.runs.recipe import parse
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
@@ -289,6 +291,16 @@ def test_every_step_of_every_scale_is_a_command_that_its_program_understands(tmp
     assert reproduce.main(["--list"]) == 0
     printed = capsys.readouterr().out
     assert all(f" {name} (5 seeds; study " in printed for name in claim_statements.claim_names())
+
+
+def test_every_local_data_set_of_a_scale_is_looked_for_before_its_first_cell():
+    for name in sorted(path.stem for path in (EVIDENCE / "claims" / "studies").glob("*.yaml")):
+        for scale in reproduce_command.SCALES:
+            study = claim_statements.read_study(name, scale)
+            named = {value for value in study["numbers"].values() if isinstance(value, str)}
+            local = {value for value in named if value in TABLE and TABLE[value].hub_id is None}
+            assert local <= {study["data"]["name"], *study["data"].get("also", [])}, (name, scale)
+            assert not named & set(KNOWN_SETS), (name, scale)  # which domains.py alone knows by these names
 
 
 def reproduce_tiny(claims: str, output: str) -> None:
