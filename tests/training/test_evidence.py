@@ -10,6 +10,7 @@ from launches import REPOSITORY
 from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
+import colored_mnist
 import paired_seeds
 import readme
 
@@ -81,3 +82,31 @@ def test_the_pages_words_on_a_difference_follow_its_seeds():
     text = readme._intervals([entry, entry | {"interval": (-1.0, 3.0)}])
     assert "1 of 2 contain 0" in text and "Fewer than 5 seeds: no verdict" in text
     assert "no verdict" not in readme._intervals([entry | {"seeds": 5}])
+
+
+def test_rows_of_runs_that_are_not_there_stay_and_those_of_new_runs_take_their_place():
+    known = results("colored_mnist")["rows"]
+    assert colored_mnist.rows_of([], known) == known
+    records = [
+        {"step": step, "loss": 0.0, "held_out": {"+90%": 60.0 + step, "+80%": 60.0 + step},
+         "targets": {"-90%": {"accuracy": 70.0 + step, "fifth": 70.0 + step}}}
+        for step in (0, 1)
+    ]  # fmt: skip
+    run = {"algorithm": "irm", "targets": ["-90%"], "draw": 0, "seed": 0, "adapts": False, "hyperparameters": {}}
+    rows = colored_mnist.rows_of([run | {"diverged": False, "seconds": 1.0, "records": records}], known)
+    assert [row for row in rows if row["algorithm"] != "irm"] == [row for row in known if row["algorithm"] != "irm"]
+    assert [row["accuracy"] for row in rows if row["algorithm"] == "irm"] == [71.0, 71.0]
+
+
+def test_a_network_that_gives_one_class_for_all_answers_no_question():
+    def rows(accuracy: float) -> list[dict]:
+        found = {"erm": 25.0, "irm": accuracy}
+        return [
+            {"target": "-90%", "selection": "oracle", "algorithm": name, "accuracy": value}
+            for name, value in found.items()
+        ]
+
+    for accuracy, met in ((49.6, False), (50.4, False), (51.0, True), (39.0, False)):
+        (found,) = colored_mnist.answers(rows(accuracy), {"-90%": 50.4})
+        assert found["met"] == met and found["difference"] == accuracy - 25
+    assert not any(question["met"] for question in results("colored_mnist")["questions"])
