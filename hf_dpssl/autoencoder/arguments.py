@@ -6,7 +6,7 @@ import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from ..models.vq_options import CHOICES, PRESETS
+from ..models.choices import VQ_CHOICES, VQ_PRESETS
 from ..runs.flags import option
 from ..runs.recipe import RunArguments
 from .adversarial_settings import AdversarialSettings
@@ -43,7 +43,7 @@ class VQArguments(RunArguments):
 
     num_channels: int = option(3, "1: images are made grey", group="data")
 
-    preset: str | None = option(None, "published layout instead of widths", choices=PRESETS, group="model")
+    preset: str | None = option(None, "published layout instead of widths", choices=VQ_PRESETS, group="model")
     encoder_channels: list[int] = option([16, 32], "width of each encoder level; n levels downsample by 2^(n-1)")
     decoder_channels: list[int] = option([24, 48], "width of each decoder level")
     layers_per_block: int = option(1, "residual blocks per level")
@@ -55,7 +55,7 @@ class VQArguments(RunArguments):
     auxiliary_dropout_kind: str = option(
         "element",
         "what that is: activations, channels or residual branches; or its input becomes noise, or masked positions",
-        choices=CHOICES["decoder_dropout_kind"],
+        choices=VQ_CHOICES["decoder_dropout_kind"],
     )
     latent_channels: int = option(4, "channels of latents and codes")
     latent_normalization: str = option(
@@ -63,13 +63,13 @@ class VQArguments(RunArguments):
         "scale of the latents that generators see: each channel's own, or one for all, as diffusers' classes need it",
         choices=LATENT_NORMALIZATIONS,
     )
-    quantizer: str = option("vq", "codebook, Gaussian latents, or neither", choices=CHOICES["quantizer"])
+    quantizer: str = option("vq", "codebook, Gaussian latents, or neither", choices=VQ_CHOICES["quantizer"])
     num_codes: int = option(256, "size of the codebook")
     codebook_decay: float = option(0.99, "share kept of the codebook's statistics at each step")
     revival_threshold: float = option(0.03, "codes used below this share of the mean restart; 0: never")
-    code_distance: str = option("l2", "of latents and codes", choices=CHOICES["code_distance"])
-    codebook_update: str = option("ema", "running means, or the optimiser", choices=CHOICES["codebook_update"])
-    quantizer_gradient: str = option("straight_through", "past the quantiser", choices=CHOICES["quantizer_gradient"])
+    code_distance: str = option("l2", "of latents and codes", choices=VQ_CHOICES["code_distance"])
+    codebook_update: str = option("ema", "running means, or the optimiser", choices=VQ_CHOICES["codebook_update"])
+    quantizer_gradient: str = option("straight_through", "past the quantiser", choices=VQ_CHOICES["quantizer_gradient"])
     discriminator_width: int = option(64, "channels of the discriminator's first layer")
     discriminator_layers: int | None = option(None, "halvings of the discriminator; default: by the image size")
     init_from: str | None = option(None, "autoencoder or encoder to take over and freeze; only its decoder is trained")
@@ -92,7 +92,7 @@ class VQArguments(RunArguments):
     stage_1_steps: int = option(400, "optimiser steps of stage 1")
     stage_2_steps: int = option(400, "optimiser steps of stage 2")
     train_codebook_in_stage_2: bool = option(False, "the codebook goes on learning beside the frozen encoder")
-    reconstruction_loss: str = option("l2", "pixel loss", choices=CHOICES["reconstruction_loss"])
+    reconstruction_loss: str = option("l2", "pixel loss", choices=VQ_CHOICES["reconstruction_loss"])
     commitment_weight: float = option(0.25, "weight of the commitment term")
     entropy_weight: float = option(0.0, "weight of the entropy term, which spreads the use of the codes")
     kl_weight: float = option(1e-6, "weight of the KL term of --quantizer kl")
@@ -139,7 +139,7 @@ class VQArguments(RunArguments):
         if self.num_channels not in (1, 3):
             raise ValueError(f"--num_channels must be 1 or 3, got {self.num_channels}.")
         if self.preset:
-            layout = copy.deepcopy(PRESETS[self.preset])
+            layout = copy.deepcopy(VQ_PRESETS[self.preset])
             self.encoder_channels = layout["encoder_block_out_channels"]
             self.layers_per_block = layout["encoder_layers_per_block"]
             for name in ("norm_num_groups", "mid_block_attention", "attention_levels", "latent_channels", "num_codes"):

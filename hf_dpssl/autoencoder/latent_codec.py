@@ -13,8 +13,8 @@ from diffusers import ModelMixin, VQModel
 from PIL import Image
 from torch import Tensor, nn
 
+from ..models.call_arguments import check_pixel_values
 from ..models.modeling_vq import VQAutoencoder
-from ..models.pixel_checks import check_pixel_values
 from ..models.weight_hashes import combined_sha256, rounded_sha256, value_sha256
 
 Autoencoder = VQAutoencoder | ModelMixin  # with encode and decode of images: AutoencoderKL, VQModel, AutoencoderTiny

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..models.contrastive_options import STEMS
+from ..models.choices import STEMS
 from ..runs.console import say
 from .parsing import command_parser, parse_command
 

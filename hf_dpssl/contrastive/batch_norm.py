@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from ..models.contrastive_options import check_batch_norm
+from ..models.choices import check_batch_norm
 from ..models.gather import batch_norm_over_processes, is_distributed
 
 

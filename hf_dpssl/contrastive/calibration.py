@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..models.contrastive_options import DOF_RANGE, check_learnable_dof, check_share
+from ..models.choices import DOF_RANGE, check_learnable_dof, check_share
 from ..models.float32_module import Float32Module
 from ..models.gather import broadcast_, gather_without_gradient
 from .kernels import Kernel, log_similarities, make_kernel, squared_distances

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..models.contrastive_options import FIELD_KERNELS, FIELD_SCALES
+from ..models.choices import FIELD_KERNELS, FIELD_SCALES
 from ..models.matrix_products import full_float32
 from .kernels import check_positive, in_float32, make_kernel
 

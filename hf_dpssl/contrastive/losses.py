@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.contrastive_options import KERNELS, NORMALIZATIONS
+from ..models.choices import KERNELS, NORMALIZATIONS
 from .kernels import Kernel, check_positive, in_float32, make_kernel
 from .tiles import log_bank_partition, log_cross_partition, log_partition
 

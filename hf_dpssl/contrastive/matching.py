@@ -33,7 +33,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..models.contrastive_options import NORMALIZATIONS
+from ..models.choices import NORMALIZATIONS
 from .kernels import KERNELS, log_similarities
 from .similarities import (
     box_iou,

@@ -17,7 +17,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..models.blocks import ProjectionHead, guard_one_pixel_convolutions_
-from ..models.complete_loading import load_complete
+from ..models.call_arguments import ignore_labels
+from ..models.complete_weights import draw_after_meta_, load_complete
 from ..models.gather import (
     deal_out,
     gather_dealt,
@@ -27,10 +28,8 @@ from ..models.gather import (
     is_distributed,
     own_rows,
 )
-from ..models.meta_weights import draw_after_meta_
 from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..models.registration import push_to_hub
-from ..models.trainer_labels import ignore_labels
 from .batch_norm import batch_norms, keep_statistics_in_recomputation_, set_batch_norm_
 from .calibration import KernelCalibration
 from .losses import info_nce, moco, t_simclr

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..models.contrastive_options import MOMENTUM_SCHEDULES
+from ..models.choices import MOMENTUM_SCHEDULES
 
 _LARGEST_QUEUE = 65536  # He et al. 2020, on ImageNet: 5 % of its images
 

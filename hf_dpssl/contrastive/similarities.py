@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..models.contrastive_options import NORMALIZATIONS
+from ..models.choices import NORMALIZATIONS
 from .kernels import check_positive
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..models.pixel_checks import check_pixel_values
+from ..models.call_arguments import check_pixel_values
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from .embedder import ImageEmbedder, best_device, timm_model
 

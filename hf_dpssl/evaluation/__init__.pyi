@@ -5,8 +5,8 @@ from .codes import codebook_usage as codebook_usage
 from .feature_statistics import FeatureStatistics as FeatureStatistics
 from .frechet import frechet_distance as frechet_distance
 from .frechet import frechet_distance_of_features as frechet_distance_of_features
-from .frechet_uncertainty import frechet_extrapolation as frechet_extrapolation
-from .frechet_uncertainty import frechet_interval as frechet_interval
+from .frechet import frechet_extrapolation as frechet_extrapolation
+from .frechet import frechet_interval as frechet_interval
 from .generated_images import class_consistency as class_consistency
 from .generated_images import copies as copies
 from .generated_images import diversity as diversity

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..models.pixel_checks import check_pixel_values
+from ..models.call_arguments import check_pixel_values
 from .classifier_scores import inception_score
 from .feature_checks import accelerated, check_clouds
 from .frechet import frechet_distance_of_features

@@ -8,7 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..models.generators import Generators, read_generator
+from ..models.call_arguments import Generators, read_generator
 
 
 @dataclass

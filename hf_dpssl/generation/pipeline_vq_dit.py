@@ -21,7 +21,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from ..autoencoder import latent_codec
-from ..models.generators import Generators, read_generator
+from ..models.call_arguments import Generators, read_generator
 from ..models.modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline is loaded with the modules that are imported
 from . import stock_dit
 from .dit_modulation import Predictor

@@ -16,7 +16,7 @@ from diffusers import DiTTransformer2DModel, ImagePipelineOutput
 from torch import Tensor
 
 from ..autoencoder import latent_codec
-from ..models.generators import Generators, read_generator
+from ..models.call_arguments import Generators, read_generator
 from ..models.modeling_vq import VQAutoencoder  # noqa: F401  a saved pipeline is loaded with the modules that are imported
 from .dit_modulation import Predictor
 from .latent_mlp import LatentMLP

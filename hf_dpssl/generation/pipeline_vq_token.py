@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ..models.generators import Generators, read_generator
+from ..models.call_arguments import Generators, read_generator
 from ..models.modeling_vq import VQAutoencoder
 from .choices import ARCHITECTURES
 from .pipeline_classes import ClassConditionalPipeline

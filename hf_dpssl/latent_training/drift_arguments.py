@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..models.contrastive_options import FIELD_KERNELS, FIELD_SCALES
+from ..models.choices import FIELD_KERNELS, FIELD_SCALES
 from ..runs.flags import option
 from .transformer_arguments import TransformerRunArguments
 

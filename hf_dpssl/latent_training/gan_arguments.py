@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..autoencoder.adversarial_settings import AdversarialSettings
 from ..autoencoder.choices import ADVERSARIAL_NAMES
 from ..embedding.choices import KINDS
-from ..models.gan_options import DENSITIES, LATENTS, NORMS
+from ..models.choices import DISCRIMINATOR_NORMS, GAN_DENSITIES, GAN_LATENTS
 from ..runs.flags import option
 from ..runs.recipe import RunArguments
 
@@ -25,7 +25,7 @@ class GANArguments(RunArguments):
         "dae",
         "what the generator starts from: noise (DCGAN), features of a frozen encoder (simclr), an encoder trained "
         "jointly (vae: VAEGAN), or one trained against a weak generator and frozen (dae: DAE-VAEGAN)",
-        choices=LATENTS,
+        choices=GAN_LATENTS,
         group="model",
     )
     encoder: str | None = option(None, "of --latent simclr: folder or Hub id of an encoder")
@@ -33,7 +33,7 @@ class GANArguments(RunArguments):
     sample_from: str | None = option(
         None,
         "density of the latents of samples; default: prior, and full with --latent simclr",
-        choices=DENSITIES,
+        choices=GAN_DENSITIES,
     )
     components: int = option(10, "of --sample_from mixture")
     width: int = option(16, "channels of the generator's last hidden layer")
@@ -53,7 +53,7 @@ class GANArguments(RunArguments):
     r1_weight: float = option(10.0, "of the gradient penalty at real images; without it the discriminator wins")
     r1_interval: int = option(4, "steps from one gradient penalty to the next, weighted so many times more")
     discriminator_width: int = option(16, "channels of the discriminator's first layer")
-    discriminator_norm: str = option("group", "after its inner convolutions", choices=NORMS)
+    discriminator_norm: str = option("group", "after its inner convolutions", choices=DISCRIMINATOR_NORMS)
     learning_rate: float = option(2e-3, "of both sides")
     lr_scheduler: str = option("constant", "learning-rate schedule of diffusers.optimization.get_scheduler")
     ema_decay: float = option(0.99, "share of the old averaged generator kept at each step")
@@ -90,7 +90,7 @@ class GANArguments(RunArguments):
         if not self.compare_densities or self.latent == "noise":
             return []
         unfit = {self.density} | ({"prior"} if self.latent == "simclr" else set())
-        return [kind for kind in DENSITIES if kind not in unfit]
+        return [kind for kind in GAN_DENSITIES if kind not in unfit]
 
     def term(self) -> AdversarialTerm:
         """The adversarial term; it is the generator's own loss, so it has weight 1 from the first step on."""

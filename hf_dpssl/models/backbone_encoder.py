@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import use_small_image_stem_
-from .contrastive_options import SMALL_IMAGE_STEMS
+from .choices import SMALL_IMAGE_STEMS
 
 _NEEDED = ("architecture",)
 _OPTIONAL = {"model_args": None, "stem": "timm", "level": -1, "mean": None, "std": None}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contrastive_options import SMALL_IMAGE_STEMS
+from .choices import SMALL_IMAGE_STEMS
 
 
 class ProjectionHead(nn.Sequential):

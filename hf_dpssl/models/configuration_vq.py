@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from .vq_options import CHOICES, PRESETS
+from .choices import VQ_CHOICES, VQ_PRESETS
 
 _COUNTS = [
     "image_size",
@@ -156,9 +156,9 @@ class VQConfig(PretrainedConfig):
 
         `image_size=32` makes a small-image model of the same layout, `quantizer="kl"` one with Gaussian latents.
         """
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}.")
-        return cls(**(PRESETS[name] | overrides))
+        if name not in VQ_PRESETS:
+            raise ValueError(f"preset must be one of {sorted(VQ_PRESETS)}, got {name!r}.")
+        return cls(**(VQ_PRESETS[name] | overrides))
 
     def _check_backbone(self) -> None:
         lacking = [name for name in ("architecture", "channels", "reduction") if not self.backbone.get(name)]
@@ -187,7 +187,7 @@ class VQConfig(PretrainedConfig):
                 raise ValueError(f"{name} must hold {self.latent_channels} numbers, one a channel, got {values}.")
 
     def _check(self) -> None:
-        for name, allowed in CHOICES.items():
+        for name, allowed in VQ_CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
         self._check_numbers()

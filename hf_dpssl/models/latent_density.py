@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .gan_options import DENSITIES
+from .choices import GAN_DENSITIES
 
 _JITTER = 1e-6  # share of the mean variance added to a fitted covariance
 
@@ -18,7 +18,7 @@ class LatentDensity(nn.Module):
     """A density of latents (N, dim), or a bank of them; all values are buffers, kept by checkpoints.
 
     Args:
-        kind: one of DENSITIES. Until fitted, "prior" is the standard normal and the others are too.
+        kind: one of GAN_DENSITIES. Until fitted, "prior" is the standard normal and the others are too.
         dim: of the latents.
         components: of "mixture".
         bank_size: rows of "held_out".
@@ -26,8 +26,8 @@ class LatentDensity(nn.Module):
 
     def __init__(self, kind: str, dim: int, *, components: int = 1, bank_size: int = 0):
         super().__init__()
-        if kind not in DENSITIES:
-            raise ValueError(f"the density of the latents must be one of {DENSITIES}, got {kind!r}.")
+        if kind not in GAN_DENSITIES:
+            raise ValueError(f"the density of the latents must be one of {GAN_DENSITIES}, got {kind!r}.")
         if dim < 1 or components < 1 or (kind == "held_out") != (bank_size > 0):
             raise ValueError(
                 f"dim and components must be at least 1, and only 'held_out' has a bank: got kind={kind!r}, dim={dim}, "

@@ -20,8 +20,7 @@ from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrap
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
 from .blocks import use_small_image_stem_
-from .complete_loading import load_complete
-from .contrastive_options import (
+from .choices import (
     FEATURE_NORMS,
     KERNELS,
     NORMALIZATIONS,
@@ -31,7 +30,7 @@ from .contrastive_options import (
     check_share,
     check_temperature,
 )
-from .meta_weights import draw_after_meta_
+from .complete_weights import draw_after_meta_, load_complete
 
 _METHOD_FIELDS = [
     "stem",
@@ -61,7 +60,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         model_args: keyword arguments of `timm.create_model`.
         pretrained_cfg: timm's preprocessing entry: input_size, mean, std, interpolation, crop_pct.
         stem: "timm", or "small_image" for a ResNet on images of about 32 px, which stock timm cannot express
-            (two variants of it, for encoders of other libraries, stand in contrastive_options.py).
+            (two variants of it, for encoders of other libraries, stand in choices.py).
         kernel: "cosine" or "student_t".
         normalization: "anchor" (one denominator per anchor) or "joint" (t-SimCLR; no queue).
         feature_norm: of embeddings: "l2", "batch" (batch norm without affine, t-MoCo-v2) or "none".

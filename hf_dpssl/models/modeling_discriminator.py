@@ -15,9 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .complete_loading import load_complete
-from .gan_options import NORMS
-from .meta_weights import draw_after_meta_
+from .choices import DISCRIMINATOR_NORMS
+from .complete_weights import draw_after_meta_, load_complete
 
 
 class PatchDiscriminatorConfig(PretrainedConfig):
@@ -45,8 +44,8 @@ class PatchDiscriminatorConfig(PretrainedConfig):
         spectral_norm: bool = False,
         **kwargs,
     ):
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {NORMS}, got {norm!r}.")
+        if norm not in DISCRIMINATOR_NORMS:
+            raise ValueError(f"norm must be one of {DISCRIMINATOR_NORMS}, got {norm!r}.")
         self.num_channels = num_channels
         self.width = width
         self.image_size = image_size

@@ -16,12 +16,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .complete_loading import load_complete
-from .gan_options import DENSITIES, LATENTS
-from .generators import Generators, read_generator
+from .call_arguments import Generators, check_pixel_values, read_generator
+from .choices import GAN_DENSITIES, GAN_LATENTS
+from .complete_weights import draw_after_meta_, load_complete
 from .latent_density import LatentDensity
-from .meta_weights import draw_after_meta_
-from .pixel_checks import check_pixel_values
 
 
 class VAEGANConfig(PretrainedConfig):
@@ -56,7 +54,7 @@ class VAEGANConfig(PretrainedConfig):
         dpssl: dict | None = None,
         **kwargs,
     ):
-        for name, value, allowed in (("latent", latent, LATENTS), ("density", density, DENSITIES)):
+        for name, value, allowed in (("latent", latent, GAN_LATENTS), ("density", density, GAN_DENSITIES)):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
         if image_size < 8 or image_size & (image_size - 1):

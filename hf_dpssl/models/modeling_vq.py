@@ -21,18 +21,15 @@ from transformers.utils.generic import can_return_tuple
 from .autoencoder_blocks import build_decoder, build_encoder
 from .backbone_encoder import BackboneEncoder  # noqa: F401  transformers < 5.13 copies only the direct siblings ...
 from .blocks import use_small_image_stem_  # noqa: F401  ... of this file, so that it names theirs too
+from .call_arguments import check_pixel_values, ignore_labels
+from .choices import VQ_CHOICES  # noqa: F401
 from .codebook_search import nearest_codes  # noqa: F401
-from .complete_loading import load_complete
+from .complete_weights import draw_after_meta_, load_complete
 from .configuration_vq import VQConfig
-from .contrastive_options import SMALL_IMAGE_STEMS  # noqa: F401
 from .float32_module import Float32Module  # noqa: F401
 from .gather import is_distributed  # noqa: F401
 from .matrix_products import product  # noqa: F401
-from .meta_weights import draw_after_meta_
-from .pixel_checks import check_pixel_values
 from .quantizer import QuantizerOutput, VectorQuantizer
-from .trainer_labels import ignore_labels
-from .vq_options import CHOICES  # noqa: F401
 from .weight_hashes import combined_sha256, rounded_sha256, value_sha256
 
 FROZEN_MODULES = ("encoder", "quant_conv", "quantizer")

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from ..data.choices import AUGMENTATIONS, MODES
-from ..models.contrastive_options import BATCH_NORMS, FEATURE_NORMS, KERNELS, MOMENTUM_SCHEDULES, NORMALIZATIONS, STEMS
+from ..models.choices import BATCH_NORMS, FEATURE_NORMS, KERNELS, MOMENTUM_SCHEDULES, NORMALIZATIONS, STEMS
 from .flags import option
 from .recipe import RunArguments
 

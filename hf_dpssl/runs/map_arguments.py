@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..models.contrastive_options import FEATURE_NORMS, NORMALIZATIONS
+from ..models.choices import FEATURE_NORMS, NORMALIZATIONS
 from .contrastive_arguments import ContrastiveArguments
 from .flags import option
 

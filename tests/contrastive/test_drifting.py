@@ -9,7 +9,7 @@ from loops import points, similarity, squared_distance
 
 from hf_dpssl.contrastive import drift_field, drift_loss, drifting
 from hf_dpssl.contrastive.matching import q_similarities
-from hf_dpssl.models.contrastive_options import FIELD_KERNELS
+from hf_dpssl.models.choices import FIELD_KERNELS
 from hf_dpssl.models.gather import gather_with_gradient, is_distributed
 
 OPTIONS = [{"kernel": kernel, "symmetric": symmetric} for kernel in FIELD_KERNELS for symmetric in (True, False)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_dpssl.evaluation import frechet_uncertainty
+from hf_dpssl.evaluation import frechet_interval
 
 
 def distance(real: np.ndarray, generated: np.ndarray) -> float:
@@ -25,6 +25,6 @@ def test_interval_lies_between_the_quantiles_of_centred_resamples(level):
     whole, values = distance(real.numpy(), generated.numpy()), np.array(values)
     low, high = whole + np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2])
     draws = torch.Generator().manual_seed(7)
-    found = frechet_uncertainty.frechet_interval(real, generated, resamples=200, level=level, generator=draws)
+    found = frechet_interval(real, generated, resamples=200, level=level, generator=draws)
     expected = {"fid": whole, "fid_low": low, "fid_high": high, "fid_std": values.std(ddof=1)}
     assert found == pytest.approx(expected, rel=1e-6)

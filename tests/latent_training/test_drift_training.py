@@ -24,7 +24,7 @@ from hf_dpssl.latent_training.drift_training import (
     progress,
 )
 from hf_dpssl.latent_training.latent_cache import LatentTable
-from hf_dpssl.models.contrastive_options import FIELD_KERNELS
+from hf_dpssl.models.choices import FIELD_KERNELS
 from hf_dpssl.runs.atomic_files import write_json
 
 SMALL = ["--width", 32, "--num_layers", 1, "--num_heads", 2, "--grid_images_per_class", 1, "--logging_steps", 1]

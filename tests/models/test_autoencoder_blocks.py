@@ -10,7 +10,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.models.autoencoder_blocks import build_decoder, build_encoder, weaken_
-from hf_dpssl.models.configuration_vq import PRESETS
+from hf_dpssl.models.choices import VQ_PRESETS
 
 SMALL = {
     "image_size": 16,
@@ -148,7 +148,7 @@ def test_presets_have_as_many_parameters_as_the_published_first_stages():
 
 def test_presets_take_images_of_16_to_256_pixels():
     for size in [16, 256]:
-        for preset in PRESETS:
+        for preset in VQ_PRESETS:
             config = VQConfig.preset(preset, image_size=size, quantizer="kl")
             with torch.device("meta"):
                 encoder, decoder = build_encoder(config), build_decoder(config)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_dpssl.models.latent_density import DENSITIES, LatentDensity
+from hf_dpssl.models.choices import GAN_DENSITIES
+from hf_dpssl.models.latent_density import LatentDensity
 
 
 def cloud(number: int = 400, dim: int = 3, seed: int = 0) -> torch.Tensor:
@@ -87,4 +88,4 @@ def test_bad_input_is_refused_by_name():
             density.fit_(latents)
     with pytest.raises(ValueError, match="at least 1"):
         density.sample(0)
-    assert set(DENSITIES) == {"prior", "diagonal", "full", "mixture", "held_out"}
+    assert set(GAN_DENSITIES) == {"prior", "diagonal", "full", "mixture", "held_out"}

@@ -269,7 +269,7 @@ def test_config_json_has_timms_layout_and_the_method(checkpoint):
     assert written["dpssl"]["method"].items() >= {"temperature": 3.5, "dof": 7.0, "queue_size": 10}.items()
     for auto_class, name in (("AutoModel", "ContrastiveEncoder"), ("AutoConfig", "ContrastiveConfig")):
         assert written["auto_map"][auto_class] == f"modeling_contrastive.{name}"
-    assert {"modeling_contrastive.py", "blocks.py", "contrastive_options.py"} <= {p.name for p in folder.iterdir()}
+    assert {"modeling_contrastive.py", "blocks.py", "choices.py"} <= {p.name for p in folder.iterdir()}
     assert not any(key.startswith("timm_model") for key in load_file(folder / "model.safetensors"))
 
 

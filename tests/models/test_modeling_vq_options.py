@@ -197,4 +197,4 @@ def test_model_files_name_every_sibling_that_their_siblings_need():
 
     for module in ("modeling_vq", "modeling_contrastive", "modeling_vaegan", "modeling_discriminator"):
         direct = named(module)
-        assert "complete_loading" in direct and set().union(*map(named, direct)) <= direct, module
+        assert "complete_weights" in direct and set().union(*map(named, direct)) <= direct, module
