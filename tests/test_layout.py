@@ -58,6 +58,12 @@ def test_rooms_import_lower_rooms_only(room):
     assert not wrong
 
 
+@for_each("room", [room for room in ROOMS if room != "cli"])  # which has a file for each subcommand
+def test_a_room_has_at_most_twenty_files(room):
+    names = sorted({path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"})
+    assert len(names) <= 20, names
+
+
 @for_each("room", ROOMS)
 def test_no_module_bears_a_public_name_of_its_room(room):
     """An import of the module would hide the name, as public names are imported when they are first used."""

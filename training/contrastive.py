@@ -40,9 +40,8 @@ from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
-from hf_dpssl.runs.measures import Measures
 from hf_dpssl.runs.plots import plot_curves
-from hf_dpssl.runs.results import logged_curve, write_results
+from hf_dpssl.runs.results import Measures, logged_curve, write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 

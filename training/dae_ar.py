@@ -54,9 +54,8 @@ from hf_dpssl.models.gather import gather_shares
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
-from hf_dpssl.runs.measures import Measures
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.results import write_results
+from hf_dpssl.runs.results import Measures, write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 

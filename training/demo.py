@@ -20,8 +20,7 @@ from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
 from hf_dpssl.runs.console import say
-from hf_dpssl.runs.demo_arguments import demo_parser, parse_demo
-from hf_dpssl.runs.recipe import find_recipe
+from hf_dpssl.runs.recipe import demo_parser, find_recipe, parse_demo
 
 if __name__ == "__main__":
     parse_demo(demo_parser(__doc__))  # help and wrong flags end here, before the libraries are imported

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
 from hf_dpssl.runs.console import say
-from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
-from hf_dpssl.runs.map_arguments import MapArguments
+from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments, MapArguments
 from hf_dpssl.runs.recipe import announce, parse, save_recipe
 
 if __name__ == "__main__":

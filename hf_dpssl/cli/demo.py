@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..runs.demo_arguments import demo_parser, parse_demo
+from ..runs.recipe import demo_parser, parse_demo
 from .commands import COMMANDS
 from .train import run_script, script_description
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..runs.map_arguments import MapArguments
+from ..runs.contrastive_arguments import MapArguments
 from ..runs.recipe import make_parser, parse
 from .commands import COMMANDS
 from .train import run_script, script_description

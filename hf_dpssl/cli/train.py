@@ -14,9 +14,8 @@ from ..latent_training.dit_arguments import DiTArguments
 from ..latent_training.drift_arguments import DriftArguments
 from ..latent_training.gan_arguments import GANArguments
 from ..latent_training.token_arguments import ARArguments
-from ..runs.contrastive_arguments import ContrastiveArguments
+from ..runs.contrastive_arguments import ContrastiveArguments, MapArguments
 from ..runs.flags import FlagParser
-from ..runs.map_arguments import MapArguments
 from ..runs.recipe import make_parser, parse
 from ..runs.shipped_folders import shipped_folder
 from .errors import BAD_INPUT

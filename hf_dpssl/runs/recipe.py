@@ -1,6 +1,7 @@
 """Command-line arguments and YAML recipes: the file gives defaults, flags override, unknown keys are errors.
 
-Every script has its own dataclass that extends `RunArguments`; `parse` makes the parser from it.
+Every script has its own dataclass that extends `RunArguments`; `parse` makes the parser from it. The demo is no
+training script: its recipe holds numbers of steps, and it has a parser of its own.
 """
 
 from __future__ import annotations
@@ -154,6 +155,26 @@ def announce(arguments_class: type[Arguments], description: str) -> None:
     """What a script does first when it is started: help and wrong flags end here, before libraries are imported."""
     args = parse(arguments_class, None, description)
     say(f"{Path(sys.argv[0]).name}: {args.dataset}, seed {args.seed}, into {args.output_dir}")
+
+
+def demo_parser(description: str, **settings) -> FlagParser:
+    """The parser of training/demo.py."""
+    parser = FlagParser(description=description, **settings)
+    parser.add_argument("--output_dir", default="outputs/demo", help="folder of the results; an older demo is replaced")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument(
+        "--recipe", default="demo", help="YAML file, or name of a shipped recipe, with numbers of steps"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no lines of progress")
+    return parser
+
+
+def parse_demo(parser: FlagParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """output_dir, seed and recipe of the demo; `--quiet` takes effect at once."""
+    args = parser.parse_args(argv)
+    if args.quiet:
+        be_quiet()
+    return args
 
 
 def find_recipe(name: str) -> Path:

@@ -7,7 +7,8 @@ What a GPU would wait for ("synchronisation"): a value read on the host (`item`,
 mask as index, `bincount`), and a copy between host and GPU that is not `non_blocking`, as of a list as index.
 
 C++ code takes fake tensors of the GPU for those of the meta device, which have no values. What it would do with them
-unseen is done here: lists as indices, arrays, deep copies, `.data`, zeros of forward differentiation.
+unseen is done here: lists as indices, arrays, deep copies, `.data`, zeros of forward differentiation. So
+are the casts of torch.autocast("cuda"), which asks a driver that does not know fake tensors.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from numpy import ndarray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
-
-from .rehearsed_autocast import casting
 
 _PACKAGE = Path(__file__).parents[1]
 _ROOT = _PACKAGE.parent  # of a checkout
@@ -46,6 +46,19 @@ _READS = {
 }
 _COPIES = {_aten._to_copy, _aten.copy_}
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index, _aten._index_put_impl_}
+# By autocast on CUDA in the lower precision, and in float32: torch's documentation, "CUDA Ops that can autocast".
+_LOWER = set(
+    "__matmul__ __rmatmul__ addbmm addmm addmv addr baddbmm bmm chain_matmul conv1d conv2d conv3d conv_transpose1d "
+    "conv_transpose2d conv_transpose3d einsum linear matmul mm multi_dot mv prelu scaled_dot_product_attention".split()
+)
+_FLOAT32 = set(
+    "__pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cdist cosh "
+    "cosine_embedding_loss cosine_similarity cross_entropy cumprod cumsum dist erfinv exp expm1 group_norm "
+    "hinge_embedding_loss huber_loss kl_div l1_loss layer_norm log log10 log1p log2 log_softmax logsumexp "
+    "margin_ranking_loss mse_loss multi_margin_loss multilabel_margin_loss nll_loss norm normalize pdist "
+    "poisson_nll_loss pow prod reciprocal renorm rms_norm rsqrt sinh smooth_l1_loss soft_margin_loss softmax softmin "
+    "softplus sum tan triplet_margin_loss".split()
+)
 
 
 class Rehearsal(TorchDispatchMode):
@@ -218,6 +231,71 @@ def _deepcopy(tensor: Tensor, memo: dict) -> Tensor:
 def _set_data(tensor: Tensor, value: Tensor) -> None:
     Tensor.data.__set__(tensor, value)
     tensor.rehearsed, tensor.fake_device = value.rehearsed, value.fake_device
+
+
+class _Casts(TorchFunctionMode):
+    """What autocast on CUDA does to operands; torch's own passes over tensors that the driver does not know.
+
+    Weights in float32 are cast once until autocast ends, as there, and again where no gradient is kept.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if torch.is_autocast_enabled("cuda"):
+            if name in _LOWER:
+                args, kwargs = tree_map(self._lower, (args, kwargs))
+            elif name in _FLOAT32:
+                args, kwargs = tree_map(_in_float32, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _lower(self, value):
+        kind = torch.get_autocast_dtype("cuda")
+        if not _is_cast(value) or value.dtype == kind:
+            return value
+        learned = value.is_leaf and value.requires_grad and torch.is_grad_enabled()  # else its cast has no gradient
+        if not (learned and torch.is_autocast_cache_enabled()):
+            return value.to(kind)
+        if id(value) not in self.weights:
+            self.weights[id(value)] = (value, value.to(kind))
+        return self.weights[id(value)][1]
+
+
+def _is_cast(value) -> bool:
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return isinstance(value, Tensor) and value.device.type == "cuda" and value.dtype in floats
+
+
+def _in_float32(value):
+    return value.float() if _is_cast(value) else value
+
+
+@contextmanager
+def casting() -> Iterator[None]:
+    """Inside, torch.autocast("cuda") casts, although there is no GPU."""
+    casts = _Casts()
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+
+    def entered(context):
+        casts.__enter__()
+        return enter(context)
+
+    def left(context, *error):
+        casts.__exit__(*error)
+        return leave(context, *error)
+
+    with (
+        mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        mock.patch.object(torch.cuda, "is_bf16_supported", lambda: True),
+        mock.patch.object(torch, "clear_autocast_cache", casts.weights.clear),
+        mock.patch.object(torch.autocast, "__enter__", entered),  # also where the backward pass computes again
+        mock.patch.object(torch.autocast, "__exit__", left),
+    ):
+        yield
 
 
 @contextmanager

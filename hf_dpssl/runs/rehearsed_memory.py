@@ -22,8 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .rehearsal import is_of_number, not_meta, without_driver
-from .rehearsed_autocast import casting
+from .rehearsal import casting, is_of_number, not_meta, without_driver
 
 _aten = torch.ops.aten
 _attention = F.scaled_dot_product_attention  # also while it is replaced

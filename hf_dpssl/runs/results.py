@@ -1,4 +1,7 @@
-"""Numbers with their circumstances: every results file says how, on what and where it was made."""
+"""The numbers of a finished run: measures that are taken one after another, and the file that states them.
+
+Every results file says how, on what and where it was made.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,14 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from .atomic_files import write_json
+from .console import say
 from .redaction import command_text
 
 _LIBRARIES = [
@@ -30,6 +35,31 @@ _LIBRARIES = [
     "numpy",
     "pillow",
 ]
+
+
+class Measures:
+    """Metrics that are taken one after another; one that cannot be is left out and named, and the run is kept.
+
+    Attributes:
+        metrics: {name: value} of those that could be taken.
+        left_out: {measure: why} of those that could not.
+    """
+
+    def __init__(self):
+        self.metrics: dict[str, float] = {}
+        self.left_out: dict[str, str] = {}
+
+    def take(self, name: str, measure: Callable[..., dict[str, float]], *arguments) -> None:
+        """Add the metrics that `measure(*arguments)` returns, or note that there are none and why."""
+        try:
+            self.metrics |= measure(*arguments)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            self.left_out[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            say(f"{name} is not measured: {error}")
+
+    def results(self) -> dict:
+        """What goes into results.json beside the metrics."""
+        return {"not_measured": self.left_out} if self.left_out else {}
 
 
 def logged_curve(history: list[dict], name: str) -> list[list[float]]:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from training_steps import CASES
 
 from hf_dpssl.latent_training.mean_flow import mean_flow_target
-from hf_dpssl.runs.rehearsed_autocast import _FLOAT32, _LOWER
+from hf_dpssl.runs.rehearsal import _FLOAT32, _LOWER
 from hf_dpssl.runs.rehearsed_memory import MemoryCounter, memory_rehearsal
 
 BATCH, WIDTH, HIDDEN = 64, 256, 512

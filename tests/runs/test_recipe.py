@@ -6,9 +6,8 @@ import pytest
 import yaml
 
 from hf_dpssl.cli.train import SCRIPTS
-from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
+from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments, MapArguments
 from hf_dpssl.runs.flags import option
-from hf_dpssl.runs.map_arguments import MapArguments
 from hf_dpssl.runs.recipe import RunArguments, find_recipe, parse, save_recipe
 from hf_dpssl.runs.shipped_folders import shipped_folder
 

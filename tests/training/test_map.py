@@ -26,7 +26,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from hf_dpssl import SimCLRForPreTraining
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.pages.map_page import write_map_page
-from hf_dpssl.runs.map_arguments import MapArguments
+from hf_dpssl.runs.contrastive_arguments import MapArguments
 
 TINY = ["--image_size", 8, "--batch_size", 16, "--model_args", '{"channels": [8, 8, 8, 8]}', "--warmup_epochs", 1]
 TINY += ["--stage_1_epochs", 2, "--stage_2_epochs", 2, "--stage_3_epochs", 2, "--projection_hidden_dim", 16]
