@@ -57,6 +57,9 @@ def _counted_and_mixed():
         torch.ones(3).to("cuda")
         torch.ones(3).to("cuda", non_blocking=True)
         assert len(rehearsed.syncs) == 2
+        with torch.autocast("cuda", torch.bfloat16):
+            float(x.sum())
+        assert "test_rehearsal.py" in rehearsed.syncs[-1]
         with pytest.raises(RuntimeError, match="same device"):
             x + torch.ones(6)
 
