@@ -24,6 +24,7 @@ if __name__ == "__main__":
     announce(ContrastiveArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
@@ -37,6 +38,7 @@ from hf_dpssl.data.batches import ImageSource, evaluation_batches, load_images_f
 from hf_dpssl.data.views import PRESETS, TwoViews, normalize
 from hf_dpssl.evaluation.feature_checks import accelerated
 from hf_dpssl.hub.model_card import write_card
+from hf_dpssl.models.gather import broadcast_, gather_rows, own_share
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
@@ -104,9 +106,8 @@ def main(argv: list[str] | None = None) -> Path:
     target = Path(args.output_dir) / args.name
     for read in (source.training_table, source.evaluation_table):  # by all processes: what is measured there
         read(together=True)
-    if accelerator.is_main_process:
-        with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
-            save(accelerator.unwrap_model(model).eval(), args, source, loop, target)
+    with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
+        save(accelerator.unwrap_model(model).eval(), args, source, loop, target)
     finish(accelerator, args, source.skipped)
     return target
 
@@ -188,31 +189,42 @@ def step_output(
 
 
 @torch.no_grad()
-def embed(model, table, rows, mean, std) -> dict[str, torch.Tensor]:
-    """features (N, F), embeddings (N, D) and labels (N,) of rows of a table, unaugmented."""
+def embed(model, table, rows, mean, std, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """features (N, F), embeddings (N, D) and labels (N,) of rows of a table, unaugmented.
+
+    The processes share them, in the precision of the run: all call this and get all.
+    """
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     parts: dict[str, list] = {"features": [], "embeddings": [], "labels": []}
-    for batch in evaluation_batches(table, 512, rows):
-        output = model(normalize(batch["images"].to(model.device).float() / 255, mean, std))
+    numbers = []
+    for batch in evaluation_batches(table, 512, own_share(rows)):
+        with accelerator.autocast():
+            output = model(normalize(batch["images"].to(model.device).float() / 255, mean, std))
         parts["features"].append(output.features.float().cpu())
         parts["embeddings"].append(output.embeddings.float().cpu())
         parts["labels"].append(batch["labels"])
-    return {name: torch.cat(values) for name, values in parts.items()}
+        numbers += batch["sample_ids"].tolist()
+    return {name: gather_rows(torch.cat(values) if values else None, numbers) for name, values in parts.items()}
 
 
 @torch.no_grad()
-def embed_views(model, table, rows, views: TwoViews) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings (N, D), (N, D) of two views of rows of a table."""
-    found = ([], [])
-    for batch in evaluation_batches(table, 512, rows):
+def embed_views(model, table, rows, views: TwoViews, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (N, D), (N, D) of two views of rows of a table, which the processes share as in `embed`."""
+    found, numbers = ([], []), []
+    for batch in evaluation_batches(table, 512, own_share(rows)):
         for embeddings, view in zip(found, views(batch["images"], batch["sample_ids"], 0), strict=True):
-            embeddings.append(model(view.to(model.device)).embeddings.float().cpu())
-    return torch.cat(found[0]), torch.cat(found[1])
+            with accelerator.autocast():
+                embeddings.append(model(view.to(model.device)).embeddings.float().cpu())
+        numbers += batch["sample_ids"].tolist()
+    return tuple(gather_rows(torch.cat(parts) if parts else None, numbers) for parts in found)
 
 
-def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[Measures, dict]:
+def evaluate(model, args: ContrastiveArguments, source: ImageSource, accelerator: Accelerator) -> tuple[Measures, dict]:
     """Measures of features and (key ending in _embeddings) embeddings of held-out images: kNN accuracy where there
-    are labels, uniformity, effective rank; of embeddings alignment too. None without held-out images. And counts."""
+    are labels, uniformity, effective rank; of embeddings alignment too. None without held-out images. And counts.
+
+    All processes call this: they embed together, and the first one measures.
+    """
     train, held_out = source.training_table(), source.evaluation_table()
     taken = Measures()
     if held_out is None:
@@ -220,7 +232,15 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[Me
     bank_rows, query_rows = (table.random_rows(args.evaluation_images) for table in (train, held_out))
     samples = {"train": len(train), "bank": len(bank_rows), "evaluation": len(query_rows)}
     mean, std = source.data.entry.statistics
-    bank, query = embed(model, train, bank_rows, mean, std), embed(model, held_out, query_rows, mean, std)
+    augmentation = PRESETS[args.augmentation or source.data.entry.augmentation]
+    views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
+    for buffer in model.buffers():
+        broadcast_(buffer)  # batch norms of --batch_norm local have each process's own; the first one's are written
+    bank = embed(model, train, bank_rows, mean, std, accelerator)
+    query = embed(model, held_out, query_rows, mean, std, accelerator)
+    first, second = embed_views(model, held_out, query_rows, views, accelerator)
+    if not accelerator.is_main_process:
+        return taken, samples
 
     def take(measure: Callable, suffix: str, *given: torch.Tensor, **options) -> None:
         def measured():
@@ -235,16 +255,16 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource) -> tuple[Me
             take(evaluation.knn, suffix, *given, k=args.knn_k, metric=args.knn_metric)
         take(evaluation.uniformity, suffix, query[kind])
         take(evaluation.effective_rank, suffix, query[kind])
-    augmentation = PRESETS[args.augmentation or source.data.entry.augmentation]
-    views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
-    first, second = embed_views(model, held_out, query_rows, views)
     take(evaluation.alignment, "_embeddings", first, second)
     return taken, samples
 
 
 def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingLoop, target: Path) -> None:
-    """Write weights, config and recipe, evaluate, and write the complete checkpoint folder."""
-    data = source.data
+    """Write weights, config and recipe, evaluate, and write the complete checkpoint folder.
+
+    All processes call this: the first one writes, they evaluate together.
+    """
+    data, accelerator = source.data, loop.accelerator
     kernel = model.calibration.numbers()
     model.config.dpssl = {
         "method_name": method_name(args),
@@ -261,17 +281,20 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(loop.history, folder / "curves.png", title=method_name(args))
 
-    with atomic_folder(target) as folder:
-        write_weights(folder)
+    if accelerator.is_main_process:
+        with atomic_folder(target) as folder:
+            write_weights(folder)
     # The weights are safe before they are measured, which takes long and may fail.
-    taken, samples = evaluate(model, args, source)
+    taken, samples = evaluate(model, args, source, accelerator)
+    if not accelerator.is_main_process:
+        return
     metrics = model.config.dpssl["metrics"] = taken.metrics
     with atomic_folder(target) as folder:
         write_weights(folder)
         settings = {"k": args.knn_k, "metric": args.knn_metric}
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
         started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}
-        about |= lineage_of_run(loop.accelerator, data, [loop.seconds], started)
+        about |= lineage_of_run(accelerator, data, [loop.seconds], started)
         about |= {"loss_curve": logged_curve(loop.history, "loss")}
         write_results(folder / "results.json", metrics, **about, **taken.results(), knn=settings, kernel=kernel)
         write_card(folder)

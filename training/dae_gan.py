@@ -44,10 +44,12 @@ from hf_dpssl.latent_training.gan_training import (
     FeatureBank,
     Judge,
     density_settings,
+    drawn_share,
     fit_density_,
     pictures,
 )  # fmt: skip
 from hf_dpssl.latent_training.latent_run import weight_averages
+from hf_dpssl.models.gather import gather_shares, own_share
 from hf_dpssl.models.latent_density import LatentDensity
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.models.modeling_vaegan import VAEGAN, Generator, VAEGANConfig
@@ -61,8 +63,8 @@ from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished model."""
     args = parse(GANArguments, argv, __doc__)
-    extractors = [load_extractor(name) for name in args.extractor]
     accelerator = start_accelerator(args)
+    extractors = [load_extractor(name, device=accelerator.device) for name in args.extractor]
     set_seed(args.seed)
 
     # Data
@@ -71,7 +73,9 @@ def main(argv: list[str] | None = None) -> Path:
     training, held_out = source.training_table(together=True), source.evaluation_table(together=True)
     bank = None
     if args.latent == "simclr":
-        bank = FeatureBank(ImageEmbedder(args.encoder, kind=args.features), training, held_out)
+        bank = FeatureBank(
+            ImageEmbedder(args.encoder, kind=args.features, device=accelerator.device), training, held_out
+        )
 
     # Model
     config = model_config(args, source.image_size, None if bank is None else bank.training.shape[1], held_out)
@@ -92,10 +96,9 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Save
     target = Path(args.output_dir) / args.name
-    if accelerator.is_main_process:
-        ancestors = {"encoder of the latents": args.encoder if bank else None}
-        about = lineage_of_run(accelerator, data, seconds.values(), ancestors)
-        save(model.eval(), args, source, bank, history, target, about, extractors)
+    ancestors = {"encoder of the latents": args.encoder if bank else None}
+    about = lineage_of_run(accelerator, data, seconds.values(), ancestors) if accelerator.is_main_process else {}
+    save(model.eval(), args, source, bank, history, target, about, extractors, accelerator)
     finish(accelerator, args, source.skipped)
     return target
 
@@ -232,9 +235,12 @@ def make_adversary(
 
 def save(
     model: VAEGAN, args: GANArguments, source: ImageSource, bank: FeatureBank | None, history: list[dict],
-    target: Path, made: dict, extractors: list[Extractor],
+    target: Path, made: dict, extractors: list[Extractor], accelerator: Accelerator,
 ) -> None:  # fmt: skip
-    """Write weights, config and recipe, judge images, and write the complete folder; `made` goes into results.json."""
+    """Write weights, config and recipe, judge images, and write the complete folder; `made` goes into results.json.
+
+    All processes call this: the first one writes, they draw and embed images together.
+    """
     data, training, held_out = source.data, source.training_table(), source.evaluation_table()
     fit_density_(model.density, model, args, bank, training, held_out)
     about = {"dataset": data.name, "licence_of_data": data.entry.licence, "metrics": {}}
@@ -245,33 +251,39 @@ def save(
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(history, folder / "curves.png", title=f"GAN, latent: {args.latent}")
 
-    with atomic_folder(target) as folder:
-        write_weights(folder)
+    if accelerator.is_main_process:
+        with atomic_folder(target) as folder:
+            write_weights(folder)
     # The weights are safe before images are drawn and judged, which takes long and may fail.
-    generated = model.generate(args.num_generated, torch.Generator().manual_seed(args.seed)).float().cpu()
+    number = args.num_generated
+    generated = drawn_share(model, model.density, args, accelerator)
     taken, fingerprints, densities = Measures(), {}, {}
-    samples = {"train": len(training), "evaluation": 0, "generated": len(generated)}
+    samples = {"train": len(training), "evaluation": 0, "generated": number}
     if held_out is not None:
         references = (pictures(training, args.evaluation_images), pictures(held_out, args.evaluation_images))
         judge = Judge(*references, extractors, args.seed)
         samples["evaluation"] = len(judge.held_out)
-        taken.take("quality", lambda: judge(generated) | judge.ceiling(len(generated)))
-        fingerprints = judge.fingerprints(len(generated))
+        taken.take("quality", judge, generated, number)
+        taken.take("quality of training images", judge.ceiling, number)
+        fingerprints = judge.fingerprints(number)
         for kind in args.other_densities:
             density = LatentDensity(kind, model.config.latent_dim, **density_settings(kind, args, held_out))
             fit_density_(density, model, args, bank, training, held_out)
-            latents = density.sample(args.num_generated, torch.Generator().manual_seed(args.seed))
             other = Measures()
-            images = model.generate(latents=latents).float().cpu()
-            other.take(f"quality with latents of {kind}", judge, images)
+            images = drawn_share(model, density, args, accelerator)
+            other.take(f"quality with latents of {kind}", judge, images, number)
             densities[kind] = other.metrics
             taken.left_out |= other.left_out
+    shown = min(100, number)
+    shown = gather_shares(None if generated is None else generated[: len(own_share(range(shown)))], shown)
+    if not accelerator.is_main_process:
+        return
     metrics = model.config.dpssl["metrics"] = taken.metrics
     about = {"latent": args.latent, "sampled_from": args.density, "densities": densities, "quality": fingerprints}
     about |= made | taken.results() | {"curve": logged_curve(history, "adv_d")}
     with atomic_folder(target) as folder:
         write_weights(folder)
-        save_grid(generated[:100], folder / "samples.png", columns=10, min_side=64)
+        save_grid(shown, folder / "samples.png", columns=10, min_side=64)
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
     say(f"{target}: " + ", ".join(f"{name} {value:.3g}" for name, value in metrics.items()))

@@ -102,9 +102,8 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     target = Path(args.output_dir) / args.name
     source.training_table(together=True)  # what is measured there is read by all processes
-    if accelerator.is_main_process:
-        with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
-            save(model.eval(), args, source, stages, history, target, accelerator)
+    with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
+        save(model.eval(), args, source, stages, history, target, accelerator)
     finish(accelerator, args, source.skipped)
     return target
 
@@ -292,7 +291,10 @@ def save(
     model: VQAutoencoder, args: VQArguments, source: ImageSource, stages: list[Stage], history: list[dict],
     target: Path, accelerator: Accelerator,
 ) -> None:  # fmt: skip
-    """Write weights, config and recipe, evaluate, and write the complete checkpoint folder."""
+    """Write weights, config and recipe, evaluate, and write the complete checkpoint folder.
+
+    All processes call this: the first one writes, they measure together.
+    """
     data, training_table = source.data, source.training_table()
     held_out = source.evaluation_table() or training_table
     train_rows, held_out_rows = (t.random_rows(args.evaluation_images) for t in (training_table, held_out))
@@ -305,10 +307,13 @@ def save(
         save_recipe(args, folder / "recipe.yaml")
         plot_curves(history, folder / "curves.png", title=f"autoencoder, {args.label}")
 
-    with atomic_folder(target) as folder:
-        write_weights(folder)
+    if accelerator.is_main_process:
+        with atomic_folder(target) as folder:
+            write_weights(folder)
     # The weights are safe before they are measured, which takes long and may fail.
-    metrics, pictures = evaluate(model, held_out, held_out_rows)
+    metrics, pictures = evaluate(model, held_out, held_out_rows, accelerator)
+    if not accelerator.is_main_process:
+        return
     model.config.dpssl["metrics"] = metrics
     if "code_usage" in metrics:
         warn_of_low_usage(metrics, f"{len(held_out_rows)} images at the end")

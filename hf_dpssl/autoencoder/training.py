@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +22,7 @@ from ..data.batches import evaluation_batches, unit_pixels
 from ..data.image_table import ImageTable
 from ..evaluation import codebook_usage, psnr, ssim
 from ..models.configuration_vq import VQConfig
+from ..models.gather import gather_objects, gather_rows, own_share
 from ..models.modeling_vq import VQAutoencoder
 from ..runs.console import say
 from .choices import ARMS
@@ -243,20 +245,17 @@ def measure_latents(
 ) -> None:
     """Store mean and standard deviation of each latent channel over training images in the config.
 
+    The processes share the images: all call this. Latents are those of float32, as caches hold them.
+
     normalization: "channel", or "scalar": one deviation for all channels, the root of their mean variance.
     """
-    count = 0
-    total = 0.0
-    squares = 0.0
-    for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
-        latents = (
-            model.encode(unit_pixels(batch["images"], model.config.num_channels).to(model.device))
-            .latents.double()
-            .cpu()
-        )
-        count += latents.numel() // latents.shape[1]
-        total = total + latents.sum((0, 2, 3))
-        squares = squares + latents.pow(2).sum((0, 2, 3))
+    sums = torch.zeros(3, model.config.latent_channels, dtype=torch.float64)  # of ones, latents and their squares
+    for batch in evaluation_batches(table, _EVALUATION_BATCH, own_share(rows)):
+        pixel_values = unit_pixels(batch["images"], model.config.num_channels).to(model.device)
+        latents = model.encode(pixel_values).latents.double().cpu()
+        parts = (torch.ones_like(latents), latents, latents.pow(2))
+        sums += torch.stack([part.sum((0, 2, 3)) for part in parts])
+    count, total, squares = sum(gather_objects(sums))
     mean = total / count
     variance = (squares / count - mean.pow(2)).clamp_min(1e-12)
     if normalization == "scalar":
@@ -266,26 +265,38 @@ def measure_latents(
 
 
 @torch.no_grad()
-def evaluate(model: VQAutoencoder, table: ImageTable, rows: Sequence[int]) -> tuple[dict[str, float], Tensor]:
+def evaluate(
+    model: VQAutoencoder, table: ImageTable, rows: Sequence[int], accelerator: Accelerator
+) -> tuple[dict[str, float], Tensor]:
     """PSNR, SSIM and code statistics on rows of held-out images; eight of the table at random, and as decoded: (16, C,
-    H, W)."""
-    count = 0
+    H, W).
+
+    The processes share the images, in the precision of the run: all call this, and find the same.
+    """
+
+    def decoded(images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Pixels, their reconstructions and codes."""
+        pixel_values = unit_pixels(images, model.config.num_channels).to(model.device)
+        with accelerator.autocast():
+            output = model(pixel_values)
+        return pixel_values, output.pixel_values.clamp(-1, 1).float(), output.codes
+
     totals = {"psnr": 0.0, "ssim": 0.0}
     codes = []
-    for batch in evaluation_batches(table, _EVALUATION_BATCH, rows):
-        pixel_values = unit_pixels(batch["images"], model.config.num_channels).to(model.device)
-        output = model(pixel_values)
-        reconstructions = output.pixel_values.clamp(-1, 1).float()
-        count += len(pixel_values)
+    numbers = []
+    for batch in evaluation_batches(table, _EVALUATION_BATCH, own_share(rows)):
+        pixel_values, reconstructions, found = decoded(batch["images"])
         for measure in (psnr, ssim):
             for name, value in measure(pixel_values, reconstructions, value_range=2.0).items():
                 totals[name] += len(pixel_values) * value
-        if output.codes is not None:
-            codes.append(output.codes.cpu())
-    metrics = {name: total / count for name, total in totals.items()}
-    if codes:
-        metrics |= codebook_usage(torch.cat(codes), model.config.num_codes)
+        numbers += batch["sample_ids"].tolist()
+        if found is not None:
+            codes.append(found.cpu())
+    everyones = gather_objects((len(numbers), totals))
+    count = sum(seen for seen, _ in everyones)
+    metrics = {name: sum(part[name] for _, part in everyones) / count for name in totals}
+    if model.quantizer is not None:
+        codes = gather_rows(torch.cat(codes) if codes else None, numbers)
+        metrics |= codebook_usage(codes, model.config.num_codes)
     (shown,) = evaluation_batches(table, 8, table.random_rows(8))
-    pixel_values = unit_pixels(shown["images"], model.config.num_channels).to(model.device)
-    pictures = torch.cat([pixel_values, model(pixel_values).pixel_values.clamp(-1, 1).float()]).cpu()
-    return metrics, pictures
+    return metrics, torch.cat(decoded(shown["images"])[:2]).cpu()

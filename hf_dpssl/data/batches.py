@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
+from ..models.gather import gather_objects
 from . import keyed_random
 from .decoding import picture_size
 from .image_data import ImageData, load_images
@@ -352,14 +353,8 @@ class ImageSource:
         index, processes = self.process if together else (0, 1)
         count = stream.num_shards
         shards = ((number, stream.shard(count, number)) for number in range(index, count, processes))
-        rows = sample_of_parts(shards, _OF_A_STREAM, **({"gather": _of_all_processes} if processes > 1 else {}))
+        rows = sample_of_parts(shards, _OF_A_STREAM, **({"gather": gather_objects} if processes > 1 else {}))
         return Dataset.from_list(rows, features=stream.features)
-
-
-def _of_all_processes(own: object) -> list:
-    found: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    return found
 
 
 def _may_be_larger(data: ImageData, image_size: int) -> bool:

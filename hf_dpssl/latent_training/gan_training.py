@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from ..data.subsets import random_rows
 from ..embedding.embedder import ImageEmbedder
 from ..embedding.feature_extractors import features_of
 from ..evaluation.image_measures import Extractor
+from ..models.gather import all_succeed, broadcast_, gather_objects, gather_rows, gather_shares, is_first, own_share
 from ..models.latent_density import LatentDensity
 from ..models.modeling_vaegan import VAEGAN
 from .gan_arguments import GANArguments
@@ -50,14 +51,16 @@ class FeatureBank:
 
 
 def _features(embedder: ImageEmbedder, table: ImageTable) -> Tensor:
+    """Features of all rows of a table; the processes share them."""
+    mine = own_share(range(len(table)))
     parts = []
-    decoded = decode_rows(table.data, ((table.split[row], f"row {row}") for row in range(len(table))))
-    for first in range(0, len(table), _EMBEDDED_AT_ONCE):
+    decoded = decode_rows(table.data, ((table.split[row], f"row {row}") for row in mine))
+    for first in range(0, len(mine), _EMBEDDED_AT_ONCE):
         pictures = []
-        for row, found in enumerate(islice(decoded, _EMBEDDED_AT_ONCE), first):
+        for row, found in zip(mine[first : first + _EMBEDDED_AT_ONCE], decoded, strict=False):
             pictures.append(_picture(table, row) if isinstance(found, BadImageError) else found[0])
         parts.append(embedder.embed_pictures(pictures))
-    return torch.cat(parts)
+    return gather_rows(torch.cat(parts) if parts else None, mine)
 
 
 def _picture(table: ImageTable, row: int) -> Image.Image:
@@ -73,13 +76,15 @@ def _picture(table: ImageTable, row: int) -> Image.Image:
 
 @torch.no_grad()
 def posterior_samples(model: VAEGAN, table: ImageTable, rows: Sequence[int], seed: int) -> Tensor:
-    """Latents (N, latent_dim) drawn for images of a table, one each."""
+    """Latents (N, latent_dim) drawn for images of a table, one each; the processes share them, and all get all."""
     latents = []
-    for batch in evaluation_batches(table, _EMBEDDED_AT_ONCE, rows):
+    numbers = []
+    for batch in evaluation_batches(table, _EMBEDDED_AT_ONCE, own_share(rows)):
         mean, log_variance = model.encode(batch["images"].to(model.device, torch.float32) / 127.5 - 1)
         noise = keyed_random.normal(batch["sample_ids"], (mean.shape[1],), seed=seed, stream="posterior")
         latents.append((mean + (log_variance / 2).exp() * noise.to(mean.device)).float().cpu())
-    return torch.cat(latents)
+        numbers += batch["sample_ids"].tolist()
+    return gather_rows(torch.cat(latents) if latents else None, numbers)
 
 
 def fit_density_(
@@ -90,15 +95,19 @@ def fit_density_(
     training: ImageTable,
     held_out: ImageTable | None,
 ) -> LatentDensity:
-    """Fit a density to the model's latents of training images, or keep those of held-out ones."""
+    """Fit a density to the model's latents of training images, or keep those of held-out ones; all processes do it."""
     if density.kind == "prior":
         return density
     table = held_out if density.kind == "held_out" else training
     rows = table.random_rows(args.evaluation_images)
     if bank is None:
-        return density.fit_(posterior_samples(model, table, rows, args.seed), seed=args.seed)
-    features = bank.held_out if density.kind == "held_out" else bank.training
-    return density.fit_(features[list(rows)], seed=args.seed)
+        density.fit_(posterior_samples(model, table, rows, args.seed), seed=args.seed)
+    else:
+        features = bank.held_out if density.kind == "held_out" else bank.training
+        density.fit_(features[list(rows)], seed=args.seed)
+    for buffer in density.buffers():
+        broadcast_(buffer)  # those of another machine may be rounded in another way
+    return density
 
 
 def density_settings(kind: str, args: GANArguments, held_out: ImageTable | None) -> dict:
@@ -110,16 +119,32 @@ def density_settings(kind: str, args: GANArguments, held_out: ImageTable | None)
 
 
 def pictures(table: ImageTable, limit: int) -> Tensor:
-    """At most `limit` images of a table (N, C, S, S) in [-1, 1], drawn at random."""
-    batches = evaluation_batches(table, _EMBEDDED_AT_ONCE, table.random_rows(limit))
-    return torch.cat([batch["images"] for batch in batches]).float() / 127.5 - 1
+    """At most `limit` images of a table, uint8 (N, C, S, S), drawn at random; the processes read a share each."""
+    batches = list(evaluation_batches(table, _EMBEDDED_AT_ONCE, own_share(table.random_rows(limit))))
+    numbers = [number for batch in batches for number in batch["sample_ids"].tolist()]
+    return gather_rows(torch.cat([batch["images"] for batch in batches]) if batches else None, numbers)
+
+
+@torch.no_grad()
+def drawn_share(model: VAEGAN, density: LatentDensity, args: GANArguments, accelerator: Accelerator) -> Tensor | None:
+    """This process's share of `num_generated` images (N, C, S, S) in [-1, 1], None where it is empty.
+
+    Their latents are drawn from the density with the seed of the run; they are decoded in the precision of the run.
+    """
+    latents = density.sample(args.num_generated, torch.Generator().manual_seed(args.seed))
+    mine = own_share(latents)
+    with accelerator.autocast():
+        return model.generate(latents=mine).float().cpu() if len(mine) else None
 
 
 class Judge:
     """Quality of images against held-out ones, whose features are taken once.
 
+    All processes make one and call its methods: they share the images, and the first one measures. Features are those
+    of float32, whatever the precision of the run, as the distances are defined and as published figures were taken.
+
     Args:
-        training, held_out: images (N, C, S, S), (M, C, S, S) in [-1, 1].
+        training, held_out: uint8 images (N, C, S, S), (M, C, S, S), the same in all processes.
         extractors: of the features that are compared.
         seed: of subsets and splits.
     """
@@ -129,25 +154,52 @@ class Judge:
         self.held_out = held_out
         self.seed = seed
         self.extractors = extractors
-        self._real = [features_of(extractor, held_out) for extractor in self.extractors]
+        self._real = self._features(_in_model_range(own_share(held_out)), len(held_out))
 
-    def __call__(self, generated: Tensor) -> dict[str, float]:
-        """Copies of training images among generated ones, and their quality in each extractor."""
-        metrics = evaluation.copies(generated, self.training, self.held_out)
-        for extractor, real in zip(self.extractors, self._real, strict=True):
-            metrics |= evaluation.image_quality(real, features_of(extractor, generated), extractor, seed=self.seed)
+    def _features(self, own: Tensor | None, number: int) -> list[Tensor]:
+        """By extractor: features of `number` images in [-1, 1], of which this process has its own."""
+        has_some = own is not None and len(own) > 0
+        parts = all_succeed(lambda: [features_of(each, own) if has_some else None for each in self.extractors])
+        return [gather_shares(part, number) for part in parts]
+
+    def _quality(self, features: list[Tensor], prefix: str = "") -> dict[str, float]:
+        metrics = {}
+        for extractor, real, found in zip(self.extractors, self._real, features, strict=True):
+            metrics |= evaluation.image_quality(real, found, extractor, prefix=prefix, seed=self.seed)
         return metrics
+
+    def __call__(self, own: Tensor | None, number: int) -> dict[str, float]:
+        """Copies of training images among `number` generated ones in [-1, 1], and their quality in each extractor.
+
+        Args:
+            own: this process's share of the images.
+            number: of the images of all processes.
+
+        Returns:
+            Metrics in the first process, {} in the others.
+        """
+        copied = all_succeed(lambda: None if own is None else self._copies(own))
+        copied = [found for found in gather_objects(copied) if found is not None]
+        features = self._features(own, number)
+        if not is_first():
+            return {}
+        metrics = {key: sum(count * found[key] for count, found in copied) / number for key in copied[0][1]}
+        return metrics | self._quality(features)
+
+    def _copies(self, own: Tensor) -> tuple[int, dict[str, float]]:
+        """How many images these are, and what is measured of them."""
+        training, held_out = map(_in_model_range, (self.training, self.held_out))
+        return len(own), evaluation.copies(own, training, held_out)
 
     def ceiling(self, number: int) -> dict[str, float]:
-        """The quality of so many real training images, drawn at random, as if they were generated: "ceiling_..."."""
+        """The quality of so many real training images, drawn at random, as if they were generated: "ceiling_...".
+
+        {} but in the first process.
+        """
         rows = random_rows(len(self.training), number, seed=self.seed)
-        metrics = {}
-        for extractor, real in zip(self.extractors, self._real, strict=True):
-            options = {"prefix": "ceiling_", "seed": self.seed}
-            metrics |= evaluation.image_quality(
-                real, features_of(extractor, self.training[list(rows)]), extractor, **options
-            )
-        return metrics
+        images = _in_model_range(self.training[list(own_share(rows))])
+        features = self._features(images, len(rows))
+        return self._quality(features, "ceiling_") if is_first() else {}
 
     def fingerprints(self, number: int) -> dict[str, dict]:
         """What each extractor is and what was compared, by its name."""
@@ -156,3 +208,7 @@ class Judge:
             extractor.name: evaluation.quality_fingerprint(extractor, reference="held-out images", **counts)
             for extractor in self.extractors
         }
+
+
+def _in_model_range(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1

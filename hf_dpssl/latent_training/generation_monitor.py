@@ -26,7 +26,7 @@ from ..evaluation.generated_images import class_consistency
 from ..evaluation.image_measures import image_quality
 from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_drift import VQDriftPipeline
-from ..models.gather import gather_shares
+from ..models.gather import gather_rows, gather_shares, own_share
 from ..runs.atomic_files import atomic_folder
 from ..runs.console import say
 from ..runs.plots import save_grid
@@ -189,13 +189,13 @@ class GenerationMonitor:
         return images.float() * 2 - 1
 
     def _real_features(self, images: ImageTable) -> Tensor:
-        index = self.accelerator.process_index
-        count = self.accelerator.num_processes
-        rows = images.random_rows(self.args.evaluation_images)
-        mine = rows[index::count]
-        batches = evaluation_batches(images, self.args.batch_size, mine) if mine else ()
-        features = [self.extractor.features(batch["images"].float() / 127.5 - 1) for batch in batches]
-        return _gathered(features, len(rows))
+        mine = own_share(images.random_rows(self.args.evaluation_images))
+        features = []
+        numbers = []
+        for batch in evaluation_batches(images, self.args.batch_size, mine):
+            features.append(self.extractor.features(batch["images"].float() / 127.5 - 1))
+            numbers += batch["sample_ids"].tolist()  # unreadable ones may be missing
+        return gather_rows(torch.cat(features) if features else None, numbers)
 
     def _measure(self, generated: Tensor | None, labels: Tensor, logits: Tensor | None) -> dict[str, float]:
         metrics = {}

@@ -5,16 +5,26 @@ All functions are the identity (or a plain copy) in a single process, so models 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_Found = TypeVar("_Found")
+
 
 def is_distributed() -> bool:
     """True when a process group of more than one process is up."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the one of rank 0."""
+    return not is_distributed() or dist.get_rank() == 0
 
 
 class _Gather(torch.autograd.Function):
@@ -52,26 +62,82 @@ def gather_without_gradient(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gather_shares(own: Tensor | None, total: int) -> Tensor:
-    """All `total` >= 1 rows in their order, of which process r of n has every n-th from number r on.
+def gather_rows(own: Tensor | None, numbers: Sequence[int]) -> Tensor:
+    """The rows of all processes in the order of their numbers.
 
     Args:
         own: this process's rows (B, ...); None where it has none.
+        numbers: of them, in the same order; no two processes have the same.
 
     Returns:
-        (total, ...) on the CPU, the same on every process.
+        (N, ...) on the CPU, the same on every process.
+
+    Raises:
+        ValueError: no process has a row.
     """
-    if not is_distributed():
-        return own.detach().cpu()
-    kind = [None if own is None else (own.shape[1:], own.dtype)]
-    dist.broadcast_object_list(kind)  # of the first process, which has a row
-    shape, dtype = kind[0]
-    most = -(-total // dist.get_world_size())
+    numbers = torch.tensor(numbers, dtype=torch.int64)
+    held = gather_objects((len(numbers), None if own is None else (own.shape[1:], own.dtype)))
+    kinds = [kind for _, kind in held if kind is not None]
+    if not kinds:
+        raise ValueError("there are no rows to gather: no process has one.")
+    if len(held) == 1:
+        return own.detach().cpu()[numbers.argsort()]
+    shape, dtype = kinds[0]
+    most = max(count for count, _ in held)
     on_gpu = torch.cuda.is_available() and dist.get_backend() != "gloo"
     rows = torch.zeros(most, *shape, dtype=dtype, device="cuda" if on_gpu else "cpu")
     if own is not None:
         rows[: len(own)] = own
-    return in_turns(gather_without_gradient(rows).cpu(), dist.get_world_size())[:total]
+    places = torch.zeros(most, dtype=torch.int64, device=rows.device)
+    places[: len(numbers)] = numbers
+    filled = torch.cat([torch.arange(most) < count for count, _ in held])
+    order = gather_without_gradient(places).cpu()[filled].argsort()
+    return gather_without_gradient(rows).cpu()[filled][order]
+
+
+def gather_shares(own: Tensor | None, total: int) -> Tensor:
+    """All `total` >= 1 rows in their order, of which each process has its `own_share`, None where that is empty.
+
+    Returns:
+        (total, ...) on the CPU, the same on every process.
+    """
+    return gather_rows(own, own_share(range(total)))
+
+
+def own_share(rows: Sequence) -> Sequence:
+    """Of rows (N) that all processes have, those that this one works on: every n-th of n processes."""
+    return rows[dist.get_rank() :: dist.get_world_size()] if is_distributed() else rows
+
+
+def gather_objects(own: object) -> list:
+    """The small objects of all processes, pickled, in rank order."""
+    if not is_distributed():
+        return [own]
+    found: list = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def all_succeed(part: Callable[[], _Found]) -> _Found:
+    """What `part()` returns, this process's share of common work, in which nothing is exchanged.
+
+    Raises:
+        Exception: of `part`. RuntimeError: it failed in another process. So nobody waits for what never comes.
+    """
+    if not is_distributed():
+        return part()
+    found = failure = None
+    try:
+        found = part()
+    except Exception as error:
+        failure = error
+    failures = gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, reason in enumerate(failures):
+        if reason is not None:
+            raise RuntimeError(f"process {rank} failed: {reason}")
+    return found
 
 
 def own_rows(gathered: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_dpssl import VectorQuantizer, info_nce, t_simclr
 from hf_dpssl.models.gather import (
+    all_succeed,
     broadcast_,
+    gather_rows,
     gather_shares,
     gather_with_gradient,
     gather_without_gradient,
@@ -123,7 +125,22 @@ def gather_case() -> dict:
         "broadcast": broadcast_(torch.tensor([float(rank)])),
         "five dealt": gather_shares(torch.arange(10).view(5, 2)[rank::2], 5),
         "one dealt": gather_shares(torch.ones(1, 2) if rank == 0 else None, 1),
+        "some lack": gather_rows(torch.tensor([[9, 3], [7, 1]][rank][:1]), [[5, 2], [4, 1]][rank][:1]),
+        "second has some": gather_rows(torch.arange(2) if rank == 1 else None, [3, 2] if rank == 1 else []),
+        "who fails": failure_of_a_part(),
     }
+
+
+def failure_of_a_part() -> torch.Tensor:
+    """1 where this process failed in its part, 2 where it heard of another's failure; then both go on together."""
+    try:
+        all_succeed(lambda: 1 // dist.get_rank())
+    except ZeroDivisionError:
+        found = 1
+    except RuntimeError as error:
+        assert "process 0 failed: ZeroDivisionError" in str(error)
+        found = 2
+    return torch.tensor([found, all_succeed(dist.get_rank)])
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance) -> None:
@@ -136,7 +153,18 @@ def test_rows_that_are_dealt_in_turn_come_back_in_their_order_also_where_a_proce
     for result in two_processes["gather"]:
         assert torch.equal(result["five dealt"], torch.arange(10).view(5, 2))
         assert torch.equal(result["one dealt"], torch.ones(1, 2))
+        assert result["some lack"].tolist() == [7, 9] and result["second has some"].tolist() == [1, 0]
     assert torch.equal(gather_shares(torch.arange(3), 3), torch.arange(3))
+
+
+def test_a_part_that_fails_in_one_process_fails_in_all(two_processes):
+    assert [result["who fails"].tolist() for result in two_processes["gather"]] == [[1, 0], [2, 1]]
+    assert all_succeed(lambda: 5) == 5
+
+
+def test_rows_that_nobody_has_are_refused():
+    with pytest.raises(ValueError, match="no process has one"):
+        gather_rows(None, [])
 
 
 def test_gather_concatenates_in_rank_order_and_returns_the_summed_gradient(two_processes):
