@@ -112,6 +112,13 @@ def main(argv: list[str] | None = None) -> Path:
         train = nats.detach().sum(1).mean()
         rate = scheduler.get_last_lr()[0]
         loop.log(nats_per_image_train=train, nats_per_image=validation, learning_rate=rate)
+    # The last weights are in their checkpoint before they are measured, which may fail; it is written again with that.
+    if held_out is not None and "nats_per_image" not in loop.history[-1]:
+        with averaged(language_model, ema):
+            validation = nats_per_image(language_model, held_out, null_class, num_codes, args, accelerator)
+        loop.history[-1]["nats_per_image"] = validation
+        accelerator.log({f"{loop.name}/nats_per_image": validation}, step=loop.step)
+        loop.save(wait=True)
 
     # Save
     target = Path(args.output_dir) / args.name

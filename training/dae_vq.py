@@ -214,8 +214,13 @@ def train_stage(
                 adversary.scheduler.step()
             if quantizer is not None:
                 quantizer.update_codebook_()
-            if validation and ((loop.step + 1) % args.validation_steps == 0 or loop.step + 1 == stage.steps):
-                validate(model, validation, loop, adversary, best)
+            step = loop.step + 1
+            if validation and step % args.validation_steps == 0 and step < stage.steps:
+                validate(model, validation, loop, step, adversary, best)
+    # The last weights are in their checkpoint before they are validated, which may fail; it is written again with that.
+    if validation and not any(e["step"] == loop.step and "validation_psnr" in e for e in loop.history):
+        validate(model, validation, loop, loop.step, adversary, best)
+        loop.save(wait=True)
 
     stage.seconds = loop.seconds
     model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
@@ -272,13 +277,13 @@ def make_adversary(args: VQArguments, stage: Stage, source: ImageSource, acceler
 
 
 def validate(
-    model: VQAutoencoder, validation: Validation, loop: TrainingLoop, adversary: Adversary | None,
+    model: VQAutoencoder, validation: Validation, loop: TrainingLoop, step: int, adversary: Adversary | None,
     best: BestDecoder | None,
 ) -> None:  # fmt: skip
-    """Validation PSNR into the log, the guard and, for a taken-over autoencoder, the best decoder."""
-    step, decibels = loop.step + 1, validation.psnr(model)
+    """PSNR after `step` steps into the log, the guard and, for a taken-over autoencoder, the best decoder."""
+    decibels = validation.psnr(model)
     entry = {"step": step, "validation_psnr": decibels}
-    if adversary and adversary.guard.check(10 ** (-decibels / 10), step, adversary.reaches_generator(loop.step)):
+    if adversary and adversary.guard.check(10 ** (-decibels / 10), step, adversary.reaches_generator(step - 1)):
         entry["guard"] = adversary.guard.scale
     loop.history.append(entry)
     if best:

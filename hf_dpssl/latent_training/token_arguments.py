@@ -56,6 +56,6 @@ class ARArguments(LatentRunArguments):
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
     def measures_at(self, step: int) -> bool:
-        """Whether held-out codes are measured after so many steps."""
+        """Whether held-out codes are measured in the loop after so many steps; those after the last come after it."""
         every = self.logging_steps * -(-self.validation_steps // self.logging_steps)
-        return step % every == 0 or step == self.max_train_steps
+        return step % every == 0 and step < self.max_train_steps

@@ -103,3 +103,30 @@ def test_the_last_checkpoint_is_there_before_its_validation_which_a_run_that_goe
     assert [entry["step"] for entry in found[0]["validations"]] == [2, 3]
     assert found[1]["validations"] == found[0]["validations"] and found[1]["best"] == found[0]["best"]
     assert found[0]["metrics"] == {"fid_judge": found[0]["validations"][1]["fid_judge"]}
+
+
+LAST_VALIDATIONS = [  # script, what validates, loop, key of the figure
+    ("dae_vq", "validate", "autoencoder/stage-2", "validation_psnr"),
+    ("dae_ar", "nats_per_image", "ar", "nats_per_image"),
+]
+
+
+@for_each("script, measure, loop, key", LAST_VALIDATIONS)
+def test_a_stage_that_ends_in_its_last_validation_has_its_checkpoint_and_takes_the_validation_once(
+    script, measure, loop, key, run_script, monkeypatch, tmp_path
+):
+    flags = [*SHORT, *RUNS[script][1], "--output_dir", tmp_path]
+    if script == "dae_ar":
+        shape = dict(image_size=16, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
+        VQAutoencoder(VQConfig(**shape, norm_num_groups=4, num_codes=16)).save_pretrained(tmp_path / "given")
+        flags += ["--autoencoder", tmp_path / "given"]
+    run_with_kill(run_script, monkeypatch, script, flags, measure, 2 if script == "dae_vq" else 1)
+    checkpoint = tmp_path / f"checkpoints/{loop}/step-00000001"
+    assert (checkpoint / "state.pt").exists() and f'"{key}"' not in (checkpoint / "meta.json").read_text()
+    assert not (tmp_path / RUNS[script][0]).exists()
+    found = []
+    for _ in range(2):
+        assert "resumed at step 1" in run_script(script, [*flags, "--resume_from_checkpoint", "latest"])
+        history = json.loads((checkpoint / "meta.json").read_text())["history"]
+        found.append([entry[key] for entry in history if key in entry])
+    assert len(found[0]) == 1 and found[1] == found[0]
