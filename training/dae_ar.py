@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Model
     language_model = make_model(args, autoencoder, null_class)
+    if args.compile:
+        language_model.compile()
     optimizer = make_optimizer(args, language_model)
     steps = dict(num_warmup_steps=args.warmup_steps, num_training_steps=args.max_train_steps)
     scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
@@ -126,7 +128,8 @@ def main(argv: list[str] | None = None) -> Path:
     ema.copy_to(language_model.parameters())
     pipeline = VQTokenPipeline(language_model, autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
     about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
-    save(pipeline, args, data, codes, held_out, loop, target, about)
+    with torch.compiler.set_stance("force_eager"):
+        save(pipeline, args, data, codes, held_out, loop, target, about)
     finish(accelerator, args, skipped)
     return target
 
@@ -174,13 +177,14 @@ def parameter_groups(model: torch.nn.Module, args: ARArguments) -> list[dict]:
 
 @contextmanager
 def averaged(model: torch.nn.Module, ema: EMAModel):
-    """The averaged weights in place of the model's, without dropout; afterwards all is as before."""
+    """The averaged weights in place of the model's, without dropout and eager; afterwards all is as before."""
     parameters = list(model.parameters())
     ema.store(parameters)
     ema.copy_to(parameters)
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # what is compiled is compiled for training
+            yield
     finally:
         ema.restore(parameters)
         model.train()

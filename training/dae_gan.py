@@ -141,6 +141,8 @@ def train(
         source.data,
         bound_to_processes=own_statistics if args.discriminator_norm == "batch" else None,
     )  # fmt: skip
+    if args.compile:
+        model.compile()  # not the discriminator: its gradient penalty is differentiated twice, which cannot be compiled
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     adversary = make_adversary(args, stage, steps, source, accelerator)
     ema = weight_averages(model.generator.parameters(), args.ema_decay)

@@ -38,6 +38,7 @@ class GANArguments(RunArguments):
     components: int = option(10, "of --sample_from mixture")
     width: int = option(16, "channels of the generator's last hidden layer")
     latent_dim: int = option(32, "dimension of the latents; with --latent simclr the features'")
+    compile: bool = option(False, "compile generator and encoder with torch.compile")
     max_train_steps: int = option(500, "steps of the generator, in every variant", group="optimiser")
     stage_1_steps: int = option(150, "of --latent dae: steps of the encoder against the weak generator, before")
     stage_1_dropout: float = option(0.1, "of --latent dae: channel dropout of the weak generator")

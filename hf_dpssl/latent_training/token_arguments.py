@@ -20,6 +20,7 @@ class ARArguments(LatentRunArguments):
     num_heads: int = option(4, "attention heads")
     dropout: float = option(0.1, "dropout; of the attention weights alone with --architecture llama")
     gradient_checkpointing: bool = option(False, "compute activations twice instead of storing them")
+    compile: bool = option(False, "compile the language model with torch.compile")
     ema_decay: float = option(0.995, "share of the old averaged weights kept at each step", group="optimiser")
     max_train_steps: int = option(800, "optimiser steps")
     learning_rate: float = option(2e-3, "peak learning rate")

@@ -96,6 +96,32 @@ def test_an_autoencoder_is_one_graph_in_training_and_in_evaluation_with_the_resu
     assert torch.equal(outputs[1].codes, outputs[0].codes)
 
 
+COMPILED = ["dae_dit flow", "dae_dit mean_flow", "dae_drift", "dae_drift mlp", "dae_ar gpt2", "dae_ar llama"]
+COMPILED += ["dae_gan dae", "dae_gan dae, penalty", "dae_gan noise", "dae_gan vae", "dae_gan simclr"]
+
+
+@for_each("name", COMPILED)
+def test_a_generators_training_step_is_one_graph_with_the_gradients_of_eager_mode(name):
+    """What --compile compiles: of a GAN not the discriminator, whose penalty is differentiated twice."""
+    graphs, made = Graphs(), []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        modules, prepare, step = CASES[name]()
+        if name.startswith("dae_dit") or name == "dae_drift":
+            for parameter in modules[0].parameters():  # whose blocks begin as the identity
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        if compiled:
+            modules[0].compile(backend=graphs)
+        prepare()
+        for seed in range(2):
+            modules[0].zero_grad()
+            torch.manual_seed(seed)  # of the dropout
+            step(batch())
+        made.append(modules[0])
+    check_same(*made)
+    assert graphs.count == 1
+
+
 def test_products_and_searches_within_a_graph_ask_for_all_bits_when_it_runs(monkeypatch):
     """A graph that was traced under one setting runs under another."""
     seen = []

@@ -33,6 +33,7 @@ BUDGETS = {
     "dae_dit aligned": 0,
     "dae_dit mean_flow": 0,
     "dae_drift": 1,
+    "dae_drift mlp": 1,
     "dae_drift decoded": 1,
     "dae_ar gpt2": 0,
     "dae_ar llama": 0,

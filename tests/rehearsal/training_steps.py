@@ -12,6 +12,7 @@ from hf_dpssl.autoencoder.adversarial_term import AdversarialTerm, Adversary, Re
 from hf_dpssl.autoencoder.perceptual import PerceptualDistance
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.data.views import NATURAL, TwoViews
+from hf_dpssl.generation.latent_mlp import LatentMLP
 from hf_dpssl.generation.pipeline_vq_token import code_nats, make_language_model
 from hf_dpssl.latent_training.diffusion import dropped_labels, make_scheduler, make_transformer
 from hf_dpssl.latent_training.drift_arguments import DriftArguments
@@ -122,12 +123,13 @@ def transformer(objective="flow", aligned: bool = False, **options):
     return [model, *([features.encoder] if aligned else [])], lambda: None, step
 
 
-def one_step_generator(decoded: bool = False):
-    """Of training/dae_drift.py, guided; in the features of decoded pictures, or in the latent."""
+def one_step_generator(decoded: bool = False, dense: bool = False):
+    """Of training/dae_drift.py, guided; in the features of decoded pictures, or in the latent; `dense`: no DiT."""
     args = DriftArguments(batch_size=COUNT, images_per_set=4, real_per_set=4, guidance_scale=2.0, negatives_per_set=2)
     vae = VQAutoencoder(VQConfig(**WIDTHS, latent_mean=[0.0] * 4, latent_std=[1.0] * 4)).eval()
     space = DecodedFeatures(encoder().eval(), vae) if decoded else torch.nn.Identity()
-    model = transformer()[0][0]
+    layers = {"in_channels": 4, "sample_size": 8, "num_layers": 1, "width": 16, "num_embeds_ada_norm": 3}
+    model = LatentMLP(**layers).train() if dense else transformer()[0][0]
 
     def step(given):
         if decoded:  # no module: nobody else moves what it holds
@@ -195,6 +197,7 @@ CASES = {
     "dae_dit aligned": lambda: transformer(aligned=True),
     "dae_dit mean_flow": lambda: transformer("mean_flow"),
     "dae_drift": lambda: one_step_generator(),
+    "dae_drift mlp": lambda: one_step_generator(dense=True),
     "dae_drift decoded": lambda: one_step_generator(decoded=True),
     "dae_ar gpt2": lambda: language_model("gpt2"),
     "dae_ar llama": lambda: language_model("llama"),

@@ -1,6 +1,5 @@
 """Flags that no recipe sets arrive where they act."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import contrastive
@@ -10,6 +9,7 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+from cases import for_each
 from tiny_checkpoints import save_checkpoints
 
 from hf_dpssl.autoencoder.arguments import CONFIG_FLAGS, VQArguments
@@ -79,7 +79,15 @@ def test_loss_of_the_gan_weighs_reconstruction_and_kl_by_their_flags():
     torch.testing.assert_close(loss, adversarial + 3 * 2 + 0.5 * 7)
 
 
-def test_a_compiled_transformer_trains_to_a_checkpoint(run_script, tmp_path: Path, monkeypatch):
+COMPILED = [  # script, flags, what is compiled, file that is written
+    ("dae_dit", "--sampling_steps 1 --grid_images_per_class 1", "DiTTransformer2DModel", "transformer/config.json"),
+    ("dae_ar", "--samples_per_class 1", "GPT2LMHeadModel", "language_model/config.json"),
+    ("dae_gan", "--latent noise --num_generated 4", "VAEGAN", "config.json"),
+]
+
+
+@for_each("script, flags, model, file", COMPILED)
+def test_a_compiled_generator_trains_to_a_checkpoint(script, flags, model, file, run_script, tmp_path, monkeypatch):
     compiled, compile_module = [], torch.nn.Module.compile
 
     def eager(module, **options):  # a backend without a compiler: the same code, in seconds
@@ -87,9 +95,11 @@ def test_a_compiled_transformer_trains_to_a_checkpoint(run_script, tmp_path: Pat
         compile_module(module, backend="eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", eager)
-    autoencoder = save_checkpoints(tmp_path, ("autoencoder",))["autoencoder"]
-    flags = "--max_train_steps 1 --batch_size 4 --num_layers 1 --width 8 --num_heads 2 --sampling_steps 1".split()
-    flags += ["--grid_images_per_class", "1", "--autoencoder", autoencoder, "--output_dir", tmp_path / "run"]
-    run_script("dae_dit", [*flags, "--compile"])
-    assert compiled == ["DiTTransformer2DModel"]
-    assert (tmp_path / "run/dit/transformer/config.json").is_file()
+    flags = [*flags.split(), "--max_train_steps", 1, "--batch_size", 4, "--width", 8, "--output_dir", tmp_path / "run"]
+    flags += ["--name", "made", "--evaluation_images", 20, "--compile"]
+    if script != "dae_gan":
+        flags += ["--num_layers", 1, "--num_heads", 2]
+        flags += ["--autoencoder", save_checkpoints(tmp_path, ("autoencoder",))["autoencoder"]]
+    run_script(script, flags)
+    assert compiled == [model]
+    assert (tmp_path / "run/made" / file).is_file()
