@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test mutants mutants-sample test-slow test-lowest test-browser test-mixins check bench bench-gpu claims clean
+.PHONY: demo test mutants mutants-sample test-slow test-sample test-lowest test-browser test-mixins check bench bench-gpu claims clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -27,7 +27,11 @@ test: $(PEERS)
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 test-slow: $(PEERS)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow or extended" --numprocesses 2 --dist loadfile
+
+# Of those that take seconds another sample after every commit.
+test-sample: $(PEERS)
+	$(BIN)/python -m pytest -q -m extended --numprocesses 2 --sample 16 --sample_seed $$(git rev-list --count HEAD || echo 0)
 
 # Planted defects, each of which the tests named for it must notice; the sample is another one after every commit.
 mutants: $(PEERS)

@@ -8,6 +8,7 @@ import gc
 import importlib
 import multiprocessing.forkserver
 import os
+import random
 import signal
 import sys
 import traceback
@@ -25,6 +26,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads are 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, help="run so many of the tests that are selected")
+    parser.addoption("--sample_seed", type=int, default=0, help="which of them")
+
+
+@pytest.hookimpl(trylast=True)  # after those are left out that marks and words leave out
+def pytest_collection_modifyitems(config, items):
+    """Leave all but a sample out, where one is asked for."""
+    size = config.getoption("sample")
+    if size is not None and size < len(items):
+        chosen = set(random.Random(config.getoption("sample_seed")).sample(range(len(items)), size))
+        config.hook.pytest_deselected(items=[item for number, item in enumerate(items) if number not in chosen])
+        items[:] = [item for number, item in enumerate(items) if number in chosen]
 
 
 def pytest_collection_finish():

@@ -161,6 +161,7 @@ def penalised_batch() -> torch.Tensor:
     return torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(3)).double() * 2 - 1
 
 
+@pytest.mark.extended
 def test_penalty_over_two_processes_has_the_gradients_of_one(run_in_two):
     bare = make_discriminator().double()
     AdversarialTerm("non_saturating", r1_weight=1.0).discriminator_loss(bare, *penalised_batch()).backward()

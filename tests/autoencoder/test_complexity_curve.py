@@ -33,6 +33,7 @@ def noise(count: int, random: torch.Generator) -> torch.Tensor:
     return torch.randn(count, 4, generator=random)
 
 
+@pytest.mark.extended
 @for_each("mean, sd", [(0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (0.0, 3.0), (9.0, 1.0)])
 def test_gap_is_the_jensen_shannon_divergence_from_below(mean, sd):
     random, draw = torch.Generator().manual_seed(0), normal(0.0)
@@ -53,6 +54,7 @@ def test_gap_is_read_on_held_out_samples_not_on_those_learned():
     assert seen > 0.3 and unseen < 0  # the critic takes what it has not learned for real
 
 
+@pytest.mark.extended
 def test_whitened_data_need_a_smaller_generator_than_noise(data):
     train, test = (part[:, :2] for part in data)
     axes = torch.linalg.svd(train - train.mean(0), full_matrices=False).Vh
@@ -91,6 +93,7 @@ def test_order_of_latents_and_monotone_curves(data):
     assert found["pca"]["complexity"] < found["noise"]["complexity"] - 0.02
 
 
+@pytest.mark.extended
 def test_a_seed_decides_everything_and_the_global_generator_is_left_alone(data):
     options = dict(widths=(3, 5), critics=2, budget=Budget(generator_steps=20, critic_steps=20))
     torch.manual_seed(5)

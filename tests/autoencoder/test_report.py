@@ -67,6 +67,7 @@ def test_report_of_two_autoencoders_writes_every_part_and_a_page(folders, tmp_pa
     assert "codes" in capsys.readouterr().out
 
 
+@pytest.mark.extended
 def test_same_report_twice_is_the_same_and_printed_as_json(folders, tmp_path, capsys):
     flags = ["--images", "60", "--lipschitz_images", "4", "--parts", "reconstruction", "lipschitz", "collapse"]
     for run in ("a", "b"):
@@ -172,6 +173,7 @@ def test_generated_images_are_judged_by_each_source_of_a_union(tmp_path):
     assert found["gfid_colours_dark"] < 1e-6 < found["gfid_colours"] < found["gfid_colours_bright"]
 
 
+@pytest.mark.extended
 def test_capacity_of_generators_is_that_of_standardised_latents_and_small_pictures():
     random = torch.Generator().manual_seed(0)
     train, test = (torch.randn(200, 1, 32, 32, generator=random).clamp(-1, 1) for _ in range(2))

@@ -1,5 +1,6 @@
 """Validation while an autoencoder trains: a mean over images, in eval mode, whatever the batches."""
 
+import pytest
 import torch
 
 from hf_dpssl import VQAutoencoder, VQConfig
@@ -26,6 +27,7 @@ def _shared_psnr(rows: range) -> dict[str, torch.Tensor]:
     return {"images": torch.tensor(seen), "found": torch.tensor([v.psnr(model) for v in (validation, alone)])}
 
 
+@pytest.mark.extended
 def test_processes_share_the_images_and_find_the_psnr_of_all(run_in_two):
     for rows, seen in ((range(0, 1200, 4)[:299], [150, 149]), (range(1), [1, 0])):
         both = run_in_two(_shared_psnr, rows)

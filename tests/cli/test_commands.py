@@ -200,6 +200,7 @@ def test_map_takes_a_data_set_before_its_flags(monkeypatch, capsys):
     assert "--stage_1_epochs must be at least 1, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.extended
 def test_shipped_cpu_config_really_starts_two_processes(tmp_path):
     argv = ["train", "contrastive", "--accelerate_config", "cpu_2_processes", "--num_processes", 2]
     run(*argv, *SHORT, tmp_path / "two", cwd=tmp_path, start=run_fresh)

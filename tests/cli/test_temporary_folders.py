@@ -76,6 +76,7 @@ def wait_for(condition, process) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.extended
 @for_each("command", ["push", "pull"])
 def test_push_and_pull_leave_no_temporary_folder_however_they_end(hub, start, checkpoint, tmp_path, command):
     push(checkpoint, "org/there")

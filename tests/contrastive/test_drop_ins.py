@@ -139,6 +139,7 @@ def trained_sentence_model(start, make_loss, folder, count: int = 24):
     return model
 
 
+@pytest.mark.extended
 def test_sentence_transformers_loop_gives_the_same_with_our_loss(sentence_model, tmp_path):
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 

@@ -147,6 +147,7 @@ def trained_on_shares(folder: str, batch_size: int) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.extended
 def test_trainer_on_two_processes_takes_the_steps_of_one_and_returns_the_best_model(run_in_two, tmp_path):
     for name, make in MODELS.items():
         model = make().double()

@@ -72,7 +72,8 @@ def test_frozen_model_has_one_trainable_layer_and_no_statistics_that_move(model_
 QUEUE = ["--negatives", "queue", "--normalization", "anchor", "--queue_size", 64]
 
 
-@pytest.mark.parametrize("negatives", [[], pytest.param(QUEUE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("negatives", [[], QUEUE])
 def test_a_run_of_the_last_layer_alone_leaves_all_other_weights_bit_equal(negatives, run_script, tmp_path):
     kernel = ["--feature_norm", "none", "--temperature", 2]  # nothing follows the batches
     flags = [*SHORT, *negatives, *kernel, "--output_dir", tmp_path]

@@ -133,6 +133,7 @@ def run_onnx(file, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(names, map(torch.from_numpy, session.run(names, given)), strict=True))
 
 
+@pytest.mark.extended
 def test_onnx_encoder_gives_timms_features_for_any_batch(folders, tmp_path):
     pytest.importorskip("onnxscript")
     report = export(folders["encoder"], tmp_path / "out", "onnx")
@@ -149,6 +150,7 @@ def test_onnx_encoder_gives_timms_features_for_any_batch(folders, tmp_path):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.extended
 def test_onnx_halves_of_an_autoencoder_give_our_latents_codes_and_images(folders, tmp_path):
     pytest.importorskip("onnxscript")
     report = export(folders["vq"], tmp_path / "out", "onnx")
@@ -208,6 +210,7 @@ def test_onnx_of_other_latents_agrees_with_torch(tmp_path, change):
     assert max(export(tmp_path / "ours", tmp_path / "out", "onnx").differences.values()) < 1e-5
 
 
+@pytest.mark.extended
 def test_an_onnx_file_that_computes_something_else_leaves_nothing_behind(folders, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     write = torch.onnx.export

@@ -68,6 +68,7 @@ def from_lightly(splits: int) -> nn.Sequential:
     return nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
 
 
+@pytest.mark.extended
 @for_each(
     "method, make_backbone, stem",
     [

@@ -24,6 +24,7 @@ def runtime(tmp_path, monkeypatch):
     monkeypatch.setenv(browser_runtime.VARIABLE, str(runtime_package(tmp_path / "package")))
 
 
+@pytest.mark.extended
 def test_generator_page_holds_the_pipeline_and_names_nothing_elsewhere(runtime, tmp_path, capsys):
     pytest.importorskip("onnxscript")
     onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))

@@ -250,6 +250,7 @@ def images_of_one_of_two(folder: str, on_bad_image: str) -> dict[str, torch.Tens
     return rows | {"skipped": torch.tensor([int(name.split()[-1]) for name in source.skipped])}
 
 
+@pytest.mark.extended
 def test_processes_of_a_machine_decode_a_share_each_into_one_memory(make, run_in_two, tmp_path):
     whole = make("preloaded", count=11).table
     first, second = run_in_two(images_of_one_of_two, str(tmp_path / "set-11-0-8"), "error")

@@ -26,6 +26,7 @@ def same(first: dict, second: dict) -> bool:
     return {**first, "seconds": 0} == {**second, "seconds": 0}
 
 
+@pytest.mark.extended
 @for_each("algorithm", ALGORITHMS)
 def test_a_run_learns_and_is_a_function_of_its_arguments(algorithm):
     found, _ = trainer().run(Cell(algorithm, (2,), 0, 1))
@@ -48,6 +49,7 @@ def test_pictures_are_learned_from_by_the_small_network(algorithm):
     assert set(found["records"][-1]["targets"]) == {"a"} and not found["diverged"]
 
 
+@pytest.mark.extended
 @for_each("algorithm", ["erm", "irm", "arm"])
 def test_networks_run_in_bfloat16_and_losses_in_float32(algorithm, monkeypatch):
     random = torch.Generator().manual_seed(0)

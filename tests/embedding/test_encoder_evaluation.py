@@ -68,6 +68,7 @@ def test_numbers_are_those_of_the_functions(encoder, tmp_path, capsys):
     assert not (encoder / "results.json").exists()
 
 
+@pytest.mark.extended
 def test_views_of_a_picture_are_nearer_to_each_other_than_to_those_of_others(encoder, capsys):
     data, embedder = load_images("digits"), ImageEmbedder(str(encoder))
     rows = random_rows(360, 45, labels=data.evaluation["label"][:])
@@ -84,6 +85,7 @@ def test_views_of_a_picture_are_nearer_to_each_other_than_to_those_of_others(enc
     assert json.loads(capsys.readouterr().out)["metrics"] == pytest.approx(pairs, rel=1e-4)
 
 
+@pytest.mark.extended
 def test_all_images_are_used_and_a_cap_stands_in_the_arguments_of_the_metric(encoder, capsys):
     cases = [([], {"evaluation": 360, "bank": 1437}, None), (FEW, {"evaluation": 100, "bank": 100}, 100)]
     for flags, samples, cap in cases:
@@ -97,6 +99,7 @@ def test_all_images_are_used_and_a_cap_stands_in_the_arguments_of_the_metric(enc
                 assert how.items() <= result.metric_args.items()
 
 
+@pytest.mark.extended
 def test_the_same_command_gives_the_same_fingerprint_and_numbers_and_one_entry(encoder, tmp_path, capsys):
     folder = shutil.copytree(encoder, tmp_path / "encoder")
     (folder / "results.json").write_text(json.dumps({"metrics": {"knn_top1": 1.0}, "seed": 3}))
@@ -117,6 +120,7 @@ def test_the_same_command_gives_the_same_fingerprint_and_numbers_and_one_entry(e
     assert str(tmp_path) not in json.dumps(content)
 
 
+@pytest.mark.extended
 def test_encoders_of_timm_and_transformers_are_measured(tmp_path, capsys):
     torch.manual_seed(0)
     channels = {"channels": [8, 8, 16, 16]}

@@ -71,6 +71,7 @@ def test_cifar_resnet_is_the_network_of_the_paper(cifar_folder):
     assert sum(p.numel() for p in CifarResNet(56).parameters()) == 853_018  # 0.85 M in the paper's table 6
 
 
+@pytest.mark.extended
 def test_published_resnet56_reaches_its_accuracy_on_jpeg_images(data_folder):
     try:
         extractor = load_extractor("resnet56-cifar10", device="cpu")
@@ -158,6 +159,7 @@ def test_our_encoders_see_what_the_embedder_sees(tmp_path, stem):
     assert set(found) == {"kid_t-simclr-tiny", "kid_std_t-simclr-tiny"}
 
 
+@pytest.mark.extended
 def test_inception_is_torch_fidelitys_with_plain_keys(tmp_path, monkeypatch):
     library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 

@@ -35,6 +35,7 @@ def test_independent_codes_cost_their_entropy():
     assert found["prior_nats_uniform"] == pytest.approx(LENGTH * math.log(CODES))
 
 
+@pytest.mark.extended
 def test_constant_codes_cost_nothing():
     codes = torch.full((IMAGES, 3, 3), 5)
     found = code_prior(codes, codes[:100], CODES, steps=60)
@@ -42,6 +43,7 @@ def test_constant_codes_cost_nothing():
     assert found["prior_nats_unigram"] == pytest.approx(-LENGTH * math.log1p(-7 / (IMAGES * LENGTH + 8)))
 
 
+@pytest.mark.extended
 def test_markov_chain_costs_its_entropy_rate_and_counts_alone_do_not_see_it():
     first, following = torch.full((CODES,), 1 / CODES, dtype=torch.double), distributions(CODES, 2.0)
     draws = generator()

@@ -65,6 +65,7 @@ def real(limit: int = 90, seed: int = 0) -> torch.Tensor:
     return load_pictures("digits", 16, limit, seed=seed)["evaluation"].pixel_values
 
 
+@pytest.mark.extended
 def test_numbers_of_our_autoencoder_are_those_of_the_report(folders, capsys):
     found = evaluate(capsys, folders["autoencoder"], "--extractor", folders["judge"], *FEW)
     model, pictures = VQAutoencoder.from_pretrained(folders["autoencoder"]).eval(), load_pictures("digits", 16, 90)
@@ -133,6 +134,7 @@ def test_numbers_of_a_pipeline_are_those_of_the_images_that_sample_draws(folders
     assert found["fingerprint"]["classifier"]["name"] == "timm-two"
 
 
+@pytest.mark.extended
 def test_drawn_images_are_kept_and_gone_on_with_by_two_processes(folders, capsys, forked_shares, tmp_path):
     flags = ["--extractor", folders["judge"], "--num_images", "18", "--num_inference_steps", "1", *FEW]
     alone = evaluate(capsys, folders["dit"], *flags, "--reference", "train", "--batch_size", "4")
@@ -144,6 +146,7 @@ def test_drawn_images_are_kept_and_gone_on_with_by_two_processes(folders, capsys
     assert held_out["metrics"] != shared["metrics"] and held_out["fingerprint"] != shared["fingerprint"]
 
 
+@pytest.mark.extended
 def test_numbers_of_a_gan_are_those_of_its_generate(folders, capsys):
     found = evaluate(capsys, folders["gan"], "--extractor", folders["judge"], "--num_images", "20", *FEW)
     model = VAEGAN.from_pretrained(folders["gan"]).eval()

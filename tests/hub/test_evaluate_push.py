@@ -60,6 +60,7 @@ def test_a_pushed_evaluation_is_one_commit_into_results_and_card(hub, folders, c
     assert len(card_results(hub, "org/tiny")) == len(found) + 2
 
 
+@pytest.mark.extended
 def test_a_pull_request_leaves_the_branch_and_figures_on_a_data_set_of_the_hub_have_a_file(
     hub, folders, capsys, monkeypatch, tmp_path
 ):
@@ -114,6 +115,7 @@ def test_a_repository_without_card_gets_one_and_a_branch_its_own(hub, folders, t
     assert card.data.model_name == "bare" and {r.metric_type for r in card.data.eval_results} == {"psnr", "ssim"}
 
 
+@pytest.mark.extended
 def test_a_pipeline_by_id_gives_the_numbers_of_its_folder_and_writes_nothing_there(hub, folders, tmp_path, capsys):
     push(folders["dit"], "org/dit")
     files = hub.files("org/dit")
@@ -128,6 +130,7 @@ def test_a_pipeline_by_id_gives_the_numbers_of_its_folder_and_writes_nothing_the
     assert len(json.loads((tmp_path / "out.json").read_text())["evaluations"]) == 1 and hub.files("org/dit") == files
 
 
+@pytest.mark.extended
 def test_a_hub_that_cannot_be_read_or_written_is_said_in_one_line(hub, folders, capsys, monkeypatch):
     push(folders["encoder"], "org/tiny")
     assert main(["evaluate", "org/tiny", *FEW]) == 0

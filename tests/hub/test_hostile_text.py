@@ -47,6 +47,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.extended
 def test_malformed_configs_are_answered_in_one_line_by_info_and_card(finished, tmp_path, capsys):
     folder, answered = shutil.copytree(finished, tmp_path / "dit"), []
     for file, key, wrong in [(file, key, wrong) for (file, key), values in WRONG.items() for wrong in values]:

@@ -232,6 +232,7 @@ def test_unknown_and_private_datasets_are_refused_with_their_id_and_the_endpoint
     assert "log in" in data_report["private"]
 
 
+@pytest.mark.extended
 def test_private_dataset_loads_with_the_token_of_its_owner(model_report):
     assert model_report["private"] == digits(40, 10)
 
@@ -255,6 +256,7 @@ def test_pipeline_by_id_draws_the_images_that_its_folder_draws(model_report):
     assert model_report["drawn ours"] == model_report["drawn folder"]
 
 
+@pytest.mark.extended
 def test_what_was_loaded_once_loads_offline_without_a_request(hub, data_report, model_report):
     offline = run_client(MODELS + DATA + LOADED, hub.server, hub.home, FOLDER=str(hub.folder), HF_HUB_OFFLINE="1")
     assert offline["requests"] == []

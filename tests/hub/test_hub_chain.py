@@ -157,6 +157,7 @@ def features_of(hub, kind: str, pixels: list) -> np.ndarray:
         return timm.create_model(f"local-dir:{hub.folder / kind}", pretrained=True).eval()(torch.tensor(pixels)).numpy()
 
 
+@pytest.mark.extended
 def test_the_command_publishes_each_checkpoint_pulls_it_back_and_replays_its_pair(hub):
     for kind in (*NAMES, "revision", "private"):
         status, sent = hub.pushed[kind].values()
@@ -184,6 +185,7 @@ def test_a_revision_gives_its_own_weights_in_automodel_and_timm(hub, stock):
     np.testing.assert_allclose(stock["stock"]["timm v2"], expected, atol=1e-6)
 
 
+@pytest.mark.extended
 def test_a_private_repository_opens_with_its_owners_token_only(hub, stock, ours):
     assert "OSError: org/private is not a local folder and is not a valid model identifier" in stock["private"]
     assert "RepositoryNotFoundError" in stock["private timm"]

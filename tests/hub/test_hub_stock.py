@@ -50,6 +50,7 @@ def files(pushed, name: str, revision: str = "main") -> dict[str, bytes]:
     return {path: content for path, content in found.items() if path not in ("README.md", replay.FILE_NAME)}
 
 
+@pytest.mark.extended
 def test_an_encoder_and_a_pipeline_have_the_files_of_the_stock_methods_and_a_replayed_pair(pushed):
     assert files(pushed, "encoder") == files(pushed, "stock-encoder")
     ours, stock = files(pushed, "dit", "v1"), files(pushed, "stock-dit")

@@ -26,6 +26,7 @@ def folders(tmp_path_factory):
     return folder
 
 
+@pytest.mark.extended
 @for_each("first, second", [("gan", "other-gan"), ("codes", "no-codes"), ("codes", "gan")])
 def test_a_pair_of_another_model_is_refused_and_replaced(folders, tmp_path, first, second):
     path = tmp_path / replay.FILE_NAME

@@ -33,6 +33,7 @@ def encoded_codes(autoencoder, rows):
     return torch.cdist(latents.double(), autoencoder.quantizer.codebook.double()).argmin(-1)
 
 
+@pytest.mark.extended
 @for_each("num_codes, dtype", [(16, np.int16), (2**15, np.int16), (2**15 + 1, np.int32)])
 def test_cached_codes_are_those_of_the_images_in_the_smallest_type_that_holds_them(table, tmp_path, num_codes, dtype):
     autoencoder = make_autoencoder(num_codes=num_codes)

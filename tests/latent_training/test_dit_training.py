@@ -102,6 +102,7 @@ def test_an_autoencoder_of_a_recipe_is_trained_with_the_loader_workers_of_that_r
         assert ("--num_workers" not in argv) is own and "--seed" in argv
 
 
+@pytest.mark.extended
 @for_each("name", OBJECTIVES)
 def test_accumulation_leaves_the_trajectory_unchanged_over_epochs(name):
     whole = train(name, 16)  # three epochs; 8 images of each are left over, which batches of 8 must not show either

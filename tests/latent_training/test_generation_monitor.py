@@ -143,6 +143,7 @@ def _validation_of_a_process(folder: str, encoder: str, images: int) -> dict[str
     return {"real": monitor.real, "generated": generated, "labels": labels}
 
 
+@pytest.mark.extended
 def test_two_processes_share_a_validation_and_have_its_features_in_the_order_of_one(tmp_path, encoder, run_in_two):
     for count in (5, 1):
         alone = _validation_of_a_process(str(tmp_path), encoder, count)
@@ -189,6 +190,7 @@ def tensors(folder) -> dict[str, torch.Tensor]:
     return {f"{file.relative_to(folder)} {k}": v for file in files for k, v in load_file(file).items()}
 
 
+@pytest.mark.extended
 def test_validated_and_aligned_run_resumes_bit_identically_with_its_best(launch, tmp_path, encoder):
     make_pipeline().vae.save_pretrained(tmp_path / "autoencoder")
     flags = ["--autoencoder", tmp_path / "autoencoder", "--width", 16, "--num_heads", 2, "--num_layers", 2]

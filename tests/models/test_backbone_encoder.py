@@ -25,6 +25,7 @@ def images(size: int = 32, channels: int = 3) -> torch.Tensor:
     return torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
+@pytest.mark.extended
 @for_each(
     "architecture, model_args, stem, reduction",
     [
@@ -108,6 +109,7 @@ def test_gradients_reach_the_images_and_no_weight(tmp_path):
     assert x.grad.abs().max() > 0 and all(p.grad is None for p in model.encoder.parameters())
 
 
+@pytest.mark.extended
 def test_features_that_cannot_be_latents_are_refused(tmp_path):
     def refused(message: str, size: int = 32, channels: int = 3, **entry) -> None:
         with pytest.raises(ValueError, match=message):

@@ -98,6 +98,7 @@ class Job:
             import pytest
 
             options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={tree}"]
+            options += ["-m", "not browser and not mixins"]  # slow ones, too
             options += ["-x"] if self.mutant is not None else []
             code = int(pytest.main([*options, *self.tests], plugins=[Outcomes(self.outcomes)]))
         finally:

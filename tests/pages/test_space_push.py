@@ -92,6 +92,7 @@ def test_requirements_name_where_the_package_was_installed_from(monkeypatch, tmp
             assert str(Requirement(requirement())) == str(Requirement(expected))
 
 
+@pytest.mark.extended
 def test_pushed_space_starts_as_its_front_matter_says_and_leaves_no_temporary_folder_however_it_ends(hub, tmp_path):
     pytest.importorskip("gradio", minversion="6.0")
     push_space("matching_lab", "org/page", package="hf_dpssl[demo]")

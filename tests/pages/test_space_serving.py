@@ -45,6 +45,7 @@ def test_an_example_is_computed_once_and_then_comes_from_the_cache(url, calls):
     assert len(calls) == 1 and all("reconstruction" in text for text in shown)
 
 
+@pytest.mark.extended
 def test_bad_uploads_are_refused_by_the_server_whatever_the_browser_lets_through(url, calls, tmp_path):
     user = client.Client(url, verbose=False)
     for name, (content, said) in BAD_UPLOADS.items():

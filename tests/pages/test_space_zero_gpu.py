@@ -91,12 +91,13 @@ CODE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, granted, shown, said",
     [
         ("image_generator", 1, "2 pictures in", "Give a number of pictures and a seed"),
-        pytest.param("latent_lab", 3, "reconstruction", "no picture of a known type", marks=pytest.mark.slow),
-        pytest.param("encoder_explorer", 1, "nearest neighbours", "no picture of a known type", marks=pytest.mark.slow),
+        ("latent_lab", 3, "reconstruction", "no picture of a known type"),
+        ("encoder_explorer", 1, "nearest neighbours", "no picture of a known type"),
     ],
 )
 def test_space_works_behind_the_decorator_and_its_errors_stay_readable(tmp_path, name, granted, shown, said):

@@ -165,6 +165,7 @@ def test_unknown_space_or_port_ends_with_usage_and_status_2(argv, capsys):
     assert ended.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.extended
 def test_a_space_without_its_models_ends_with_one_line_and_status_2(tmp_path):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("DPSSL_")}
     variables |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(tmp_path)}

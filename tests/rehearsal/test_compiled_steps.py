@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from cases import for_each
 from training_steps import CASES, autoencoder, batch
 
 from hf_dpssl.data.views import NATURAL, TwoViews
@@ -12,10 +11,15 @@ from hf_dpssl.models import matrix_products
 from hf_dpssl.models.codebook_search import nearest_codes
 from hf_dpssl.models.matrix_products import differentiable_product
 
+METHODS = ["t-MoCo"] + [
+    pytest.param(method, marks=pytest.mark.extended) for method in ("SimCLR", "t-SimCLR", "t-SimCLR auto", "MoCo")
+]
 CODEBOOKS = [
     {},
-    {"num_codes": 2500},  # from 2,048 codes on candidates are searched for
-    {"codebook_update": "gradient", "code_distance": "cosine", "entropy_weight": 0.1},
+    pytest.param({"num_codes": 2500}, marks=pytest.mark.extended),  # from 2,048 codes on candidates are searched for
+    pytest.param(
+        {"codebook_update": "gradient", "code_distance": "cosine", "entropy_weight": 0.1}, marks=pytest.mark.extended
+    ),
 ]
 
 
@@ -53,7 +57,7 @@ def check_same(model, other):
         torch.testing.assert_close(its, value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@for_each("method", ["SimCLR", "t-SimCLR", "t-SimCLR auto", "MoCo", "t-MoCo"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_contrastive_training_step_is_two_graphs_at_most_with_the_results_of_eager_mode(method):
     model = CASES[f"contrastive {method}"]()[0][0]
     graphs = Graphs()
@@ -72,7 +76,7 @@ def test_a_contrastive_training_step_is_two_graphs_at_most_with_the_results_of_e
         assert graphs.count <= 2, f"{graphs.count} graphs after {epoch + 1} steps"
 
 
-@for_each("options", CODEBOOKS)
+@pytest.mark.parametrize("options", CODEBOOKS)
 def test_an_autoencoder_is_one_graph_in_training_and_in_evaluation_with_the_results_of_eager_mode(options):
     model = autoencoder(**options)[0][0]
     model.quantizer.defer_update = False  # so that the codebook moves within the graph

@@ -71,6 +71,7 @@ def test_every_part_runs_at_a_thousandth_of_its_size_and_leaves_its_figures(gpu,
         assert figures["dit"][size]["images_per_second"] > 0 and figures["dit"][size]["share_of_matrix_rate"] > 0
 
 
+@pytest.mark.extended
 def test_correctness_fails_where_a_device_rounds_its_products(gpu, monkeypatch):
     @contextlib.contextmanager
     def as_tf32(device):

@@ -82,5 +82,6 @@ def test_measures_mix_no_devices_and_have_the_values_of_a_cpu(rehearse):
     rehearse(_measures)
 
 
+@pytest.mark.extended
 def test_pipelines_mix_no_devices_and_draw_the_images_of_a_cpu(rehearse):
     rehearse(_pipelines)

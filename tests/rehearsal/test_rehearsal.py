@@ -1,6 +1,7 @@
 """What a GPU would meet, without one: tensors of two devices, and values that the host waits for."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ BUDGETS = {
     "dae_gan vae": 0,
     "dae_gan simclr": 0,
 }
+OF_EVERY_SCRIPT = ["contrastive t-MoCo", "dae_vq", "dae_dit flow", "dae_drift", "dae_ar gpt2", "dae_gan dae"]
 
 
 def _counted_and_mixed():
@@ -172,9 +174,9 @@ def _losses():
         torch.testing.assert_close(on_gpu[0].grad.rehearsed, on_cpu[0].grad, rtol=1e-4, atol=1e-6)
 
 
-def _exact_views():
+def _exact_views(names):
     images, ids = batch()["images"], batch()["sample_ids"]
-    for name, augmentation in PRESETS.items():
+    for name, augmentation in ((name, PRESETS[name]) for name in names):
         most = int(augmentation.jitter > 0)  # how many views have each order of the jitter is read once
         for crop, given in ((True, images), (False, torch.stack([images, images.flip(-1)], 1))):
             views = TwoViews(augmentation, [0.5] * 3, [0.2] * 3, 0, crop=crop, mode="exact")
@@ -187,9 +189,9 @@ def _exact_views():
                 torch.testing.assert_close(view.rehearsed, on_cpu, rtol=1e-5, atol=1e-5)
 
 
-def _training_steps():
-    """Of every script that is over its budget: what waits."""
-    over = {name: lines for name in CASES if len(lines := _waits_of(name)) > BUDGETS[name]}
+def _training_steps(names):
+    """Of every step that is over its budget: what waits."""
+    over = {name: lines for name in names if len(lines := _waits_of(name)) > BUDGETS[name]}
     assert not over, "\n".join(f"{name}: {line}" for name, lines in over.items() for line in lines)
 
 
@@ -240,8 +242,19 @@ def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never(rehearse):
 
 
 def test_exact_views_wait_once_for_jitter_and_never_for_blur_with_the_pixels_of_a_cpu(rehearse):
-    rehearse(_exact_views)
+    rehearse(functools.partial(_exact_views, ["natural"]))
 
 
-def test_a_training_step_mixes_no_devices_and_waits_no_more_than_its_budget(rehearse):
-    rehearse(_training_steps)
+@pytest.mark.extended
+def test_exact_views_of_all_augmentations_wait_once_for_jitter_with_the_pixels_of_a_cpu(rehearse):
+    rehearse(functools.partial(_exact_views, [name for name in PRESETS if name != "natural"]))
+
+
+def test_a_training_step_of_every_script_mixes_no_devices_and_waits_no_more_than_its_budget(rehearse):
+    rehearse(functools.partial(_training_steps, OF_EVERY_SCRIPT))
+
+
+@pytest.mark.extended
+def test_training_steps_of_all_options_mix_no_devices_and_wait_no_more_than_their_budgets(rehearse):
+    assert BUDGETS.keys() == CASES.keys()
+    rehearse(functools.partial(_training_steps, [name for name in CASES if name not in OF_EVERY_SCRIPT]))

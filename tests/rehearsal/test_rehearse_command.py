@@ -185,6 +185,7 @@ def test_parameters_optimiser_and_averages_of_a_transformer_equal_closed_forms(r
     rehearse(_as_closed_forms)
 
 
+@pytest.mark.extended
 def test_mean_flow_takes_the_memory_of_its_forward_derivatives_and_waits_for_nothing(rehearse):
     rehearse(_of_mean_flow)
 
@@ -197,10 +198,12 @@ def test_both_sides_and_averages_of_a_gan_equal_closed_forms_in_each_stage(rehea
     rehearse(_of_a_gan)
 
 
+@pytest.mark.extended
 def test_activations_of_scripts_grow_with_the_batch_and_shrink_with_checkpoints(rehearse):
     rehearse(_batches_and_checkpoints)
 
 
+@pytest.mark.extended
 def test_every_script_is_rehearsed_at_its_defaults(rehearse):
     rehearse(_printed)
 
@@ -221,8 +224,9 @@ def test_every_recipe_of_a_rehearsed_script_is_rehearsed():
 
 
 def test_the_command_prints_and_a_run_that_does_not_fit_is_told(capfd):
-    assert main(["rehearse", "dae_dit", *ELSEWHERE, "--memory", "0.01"]) == 0
-    assert "does NOT fit into 0.01 GiB" in capfd.readouterr().out
+    small = ["--num_layers", "1", "--batch_size", "4"]
+    assert main(["rehearse", "dae_dit", *small, *ELSEWHERE, "--memory", "0.001"]) == 0
+    assert "does NOT fit into 0.001 GiB" in capfd.readouterr().out
 
 
 def test_what_cannot_be_rehearsed_is_one_line(capfd):
@@ -253,6 +257,7 @@ def _listed_waits():
     assert [line.split(":")[0] for line in waits] == ["hf_dpssl/models/quantizer.py"]
 
 
+@pytest.mark.extended
 def test_moco_waits_as_often_as_with_the_full_queue_that_it_has_for_most_of_a_run(rehearse):
     rehearse(_waits_of_moco)
 
@@ -266,6 +271,7 @@ def _waits_of_moco():
         assert len(rehearse.waits_of(asked, 0)) == expected, kernel
 
 
+@pytest.mark.extended
 def test_a_gan_waits_for_nothing_on_any_latent(rehearse):
     rehearse(_waits_of_gans)
 

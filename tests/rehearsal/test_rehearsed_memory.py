@@ -3,6 +3,7 @@
 import sys
 from unittest import mock
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -232,10 +233,12 @@ def test_what_is_kept_equals_the_count_by_hand(rehearse):
     rehearse(_kept_by_hand)
 
 
+@pytest.mark.extended
 def test_the_peak_is_that_of_a_step_that_runs(rehearse):
     rehearse(_as_a_step_that_runs)
 
 
+@pytest.mark.extended
 def test_the_peak_of_forward_derivatives_is_that_of_those_that_run(rehearse):
     rehearse(_forward_derivatives_as_those_that_run)
 

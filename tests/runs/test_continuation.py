@@ -54,6 +54,7 @@ def test_content_is_that_of_the_images_and_not_of_their_place(pictures, tmp_path
     assert len({before, changed, renamed}) == 3
 
 
+@pytest.mark.extended
 def test_moved_images_go_on_and_other_classes_are_refused_with_both_lists(pictures, tmp_path, run_script, refusal):
     constant = ["--lr_scheduler", "constant"]
     run_script("contrastive", flags(pictures, tmp_path / "whole", 3, *constant))
@@ -101,6 +102,7 @@ def test_length_changes_only_under_a_schedule_without_end_and_never_below_what_i
     assert "step 2" in refusal("contrastive", flags(pictures, tmp_path / "constant", 1, *constant, *resume))
 
 
+@pytest.mark.extended
 def test_refused_generator_leaves_the_latents_of_the_good_run(pictures, tmp_path, run_script, refusal):
     tiny = ["--dataset", pictures, "--image_size", 16, "--batch_size", 2, "--output_dir", tmp_path / "run"]
     short = [

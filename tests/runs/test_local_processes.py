@@ -63,6 +63,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_others_die_with_the_process_that_started_them_though_interrupts_are_ignored(tmp_path):
     program = (

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from PIL import Image
 from repeated_work import Unrendered, keep_counted_operations
@@ -32,6 +33,7 @@ def test_digits_are_those_of_their_split_rows_and_size_whether_preloaded_or_read
                 batch["images"].zero_()
 
 
+@pytest.mark.extended
 def test_operations_are_counted_anew_for_another_configuration_size_or_frozen_encoder():
     small = dict(image_size=8, encoder_block_out_channels=[4, 4], norm_num_groups=2, num_codes=8)
     models = [VQAutoencoder(VQConfig(**small)), VQAutoencoder(VQConfig(**small | {"norm_num_groups": 4}))]

@@ -16,6 +16,7 @@ def train(run_script, folder, tracker: str, steps: int, *more) -> str:
     return json.loads((folder / "logs/name-of-encoder.json").read_text())["name"]
 
 
+@pytest.mark.extended
 def test_resumed_run_goes_on_in_its_place_of_the_one_project_and_a_fresh_one_begins_another(run_script, tmp_path):
     resume = ["--resume_from_checkpoint", "latest"]
     first = train(run_script, tmp_path, "tensorboard", 1)

@@ -40,6 +40,7 @@ def variables(config: str, *overrides) -> dict[str, str]:
     return {name: value for name, value in given.items() if os.environ.get(name) != value}
 
 
+@pytest.mark.extended
 def test_sharded_configuration_shards_on_cpus_too_and_trains_what_one_process_trains(
     launch, run_script, autoencoder, tmp_path
 ):

@@ -77,6 +77,7 @@ def test_script_writes_a_complete_folder_with_the_nats_of_its_weights(architectu
     assert model.config.model_type == architecture and model.config.vocab_size == CODES + 10 + 1
 
 
+@pytest.mark.extended
 def test_measuring_held_out_codes_leaves_training_alone(autoencoder, run_script, tmp_path):
     for name, every in (("often", 1), ("once", 1000)):
         more = ["--validation_steps", every, "--logging_steps", 1, "--output_dir", tmp_path / name]
@@ -129,6 +130,7 @@ def test_classes_can_be_ignored_and_images_are_judged(autoencoder, run_script, t
     assert nats == pytest.approx(nats_by_hand(tmp_path / "ar", "evaluation", unconditional=True), rel=1e-4)
 
 
+@pytest.mark.extended
 def test_two_processes_share_measures_and_drawn_images_and_find_those_of_one(autoencoder, launch, tmp_path):
     judge = tmp_path / "judge"
     seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}

@@ -63,6 +63,7 @@ def test_recipes_say_what_they_cost_and_that_this_is_computed(costs):
         assert lines == [costs.comment(results[name])], "run python training/evidence/recipe_costs.py --write_recipes"
 
 
+@pytest.mark.extended
 def test_hours_are_those_of_real_steps_at_full_width(costs):
     """Of both stages of the faces' recipe: an eighth of the side, a 64th of the pixels; attention is a trifle."""
     args = parse(VQArguments, ["--recipe", "vq-dae-f16-faceshq"], "")

@@ -338,6 +338,7 @@ def test_a_run_killed_in_mid_cell_goes_on_to_the_results_of_an_uninterrupted_one
     assert "fewer_dimensions: " in capsys.readouterr().out
 
 
+@pytest.mark.extended
 def test_arms_share_a_generator_and_are_measured_with_the_same_noise(tmp_path):
     folder = tmp_path / "claims"
     (folder / "studies").mkdir(parents=True)

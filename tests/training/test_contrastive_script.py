@@ -67,6 +67,7 @@ def test_queue_size_is_chosen_printed_saved_and_key_encoder_follows_the_momentum
             assert not torch.allclose(new[f"key_{name}"], 0.5 * old[f"key_{name}"] + 0.5 * old[name], atol=1e-6)
 
 
+@pytest.mark.extended
 def test_neighbours_mean_the_same_in_training_and_in_evaluate(run_script, tmp_path, capsys):
     run_script("contrastive", [*TINY, "--max_train_steps", 3, "--output_dir", tmp_path])
     folder = tmp_path / "encoder"

@@ -38,6 +38,7 @@ def read(folder):
     return json.loads((folder / "results.json").read_text()), cells
 
 
+@pytest.mark.extended
 def test_a_killed_search_goes_on_with_the_runs_that_lack(pictures, encoder, tmp_path, run_script):
     frozen = [*TINY, "--dataset", pictures, "--encoder", encoder, "--frozen", "--output_dir", tmp_path]
     frozen += ["--algorithms", "erm", "arm", "swad", "uniform_soup", "greedy_soup", "--draws", 2, "--seeds", 2]
@@ -134,6 +135,7 @@ def test_domains_of_too_few_pictures_are_refused(pictures, tmp_path, refusal):
     assert "no folders of domains" in refusal("domains", ["--dataset", single])
 
 
+@pytest.mark.extended
 def test_evaluate_suite_dg_is_the_frozen_protocol_of_all_algorithms(pictures, encoder, tmp_path, monkeypatch, capsys):
     """In this process, where the command starts one of its own."""
 

@@ -86,6 +86,7 @@ COMPILED = [  # script, flags, what is compiled, file that is written
 ]
 
 
+@pytest.mark.extended
 @for_each("script, flags, model, file", COMPILED)
 def test_a_compiled_generator_trains_to_a_checkpoint(script, flags, model, file, run_script, tmp_path, monkeypatch):
     compiled, compile_module = [], torch.nn.Module.compile

@@ -33,6 +33,7 @@ def encoder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.extended
 def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encoder, run_script, tmp_path):
     flags = ["--latent", "simclr", "--encoder", encoder, "--sample_from", "mixture", "--components", 2]
     flags += ["--compare_densities", "--max_train_steps", 1]
@@ -96,6 +97,7 @@ def test_every_latent_leaves_a_folder_that_generates_and_starts_from_the_same_di
         assert shape == shapes[0]
 
 
+@pytest.mark.extended
 def test_run_in_bfloat16_leaves_a_float32_model(run_script, tmp_path):
     flags = ["--latent", "dae", "--mixed_precision", "bf16", "--r1_weight", 0.1, "--reconstruction", "discriminator"]
     run_script("dae_gan", [*COMMON, *flags, "--output_dir", tmp_path])
@@ -104,6 +106,7 @@ def test_run_in_bfloat16_leaves_a_float32_model(run_script, tmp_path):
     assert bool(torch.isfinite(model.generate(2, torch.Generator().manual_seed(0))).all())
 
 
+@pytest.mark.extended
 def test_checkpoint_generates_where_neither_this_package_nor_scikit_learn_is_installed(tmp_path):
     torch.manual_seed(0)
     model = VAEGAN(VAEGANConfig(image_size=16, width=8, latent_dim=6, latent="dae", density="mixture", components=2))

@@ -27,6 +27,7 @@ def test_data_and_mixture_have_five_modes_of_equal_weight():
         assert bool((spread - width).abs().max() < 0.03)
 
 
+@pytest.mark.extended
 def test_encoder_keeps_the_modes_apart_and_is_the_same_in_every_process():
     given, again = latents_2d.sources(0), latents_2d.sources(0)
     random = torch.Generator().manual_seed(0)

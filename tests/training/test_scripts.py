@@ -52,6 +52,7 @@ def test_contrastive_script_writes_a_complete_folder(run_script, drawn, tmp_path
     assert curves.width > 300 and curves.convert("L").getextrema()[0] < 128  # on the fixture `drawn`: with ink
 
 
+@pytest.mark.extended
 def test_run_starts_from_a_given_encoder_and_refuses_another_architecture(run_script, refusal, tmp_path):
     flags = [*SMALL_ENCODER, "--max_train_steps", 1, "--batch_size", 16, "--output_dir", tmp_path]
     run_script("contrastive", [*flags, "--name", "first"])
@@ -85,7 +86,7 @@ def test_bf16_on_the_cpu_trains_an_encoder(run_script, tmp_path):
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("script", ["dae_dit", "dae_vq"])
+@pytest.mark.parametrize("script", ["dae_dit", pytest.param("dae_vq", marks=pytest.mark.extended)])
 def test_accumulation_leaves_the_trajectory_unchanged(script, run_script, starts, tmp_path):
     """Batch 32 and twice 16 see the same images, noise, timesteps and dropped labels."""
     if script == "dae_dit":

@@ -35,7 +35,9 @@ def export(source, format: str, target):
     return target
 
 
-@pytest.mark.parametrize(("quantizer", "stock_class"), [("vq", VQModel), ("kl", AutoencoderKL)])
+@pytest.mark.parametrize(
+    ("quantizer", "stock_class"), [("vq", VQModel), pytest.param("kl", AutoencoderKL, marks=pytest.mark.extended)]
+)
 def test_a_trained_autoencoder_and_its_dit_load_in_diffusers_and_give_the_same_pictures(
     run_script, tmp_path, quantizer, stock_class
 ):
@@ -61,6 +63,7 @@ def test_a_trained_autoencoder_and_its_dit_load_in_diffusers_and_give_the_same_p
     assert expected.std() > 0.005 and abs(found - expected).max() < 1e-4
 
 
+@pytest.mark.extended
 def test_a_dit_of_mean_flow_is_saved_to_draw_in_one_step_and_is_no_dit_pipeline_of_diffusers(run_script, tmp_path):
     run_script("dae_vq", [*AUTOENCODER, "--latent_normalization", "scalar", "--output_dir", tmp_path])
     flags = [*DIT[: DIT.index("--objective")], "--objective", "mean_flow", "--grid_images_per_class", 1]
@@ -80,6 +83,7 @@ def test_a_dit_of_mean_flow_is_saved_to_draw_in_one_step_and_is_no_dit_pipeline_
     assert status != 0 and not (tmp_path / "no").exists()
 
 
+@pytest.mark.extended
 def test_scalar_normalisation_gives_all_channels_together_unit_variance(run_script, tmp_path):
     stds = {}
     for name in ("channel", "scalar"):

@@ -23,6 +23,7 @@ def run(run_script, folder, *flags):
     return json.loads((target / "results.json").read_text()), load_file(target / "model.safetensors"), output
 
 
+@pytest.mark.extended
 def test_arms_of_one_seed_start_from_the_same_encoder_and_record_their_stages(run_script, tmp_path):
     flags = ["--learning_rate", 0, "--codebook_decay", 0.999999]
     found = {}
@@ -34,6 +35,7 @@ def test_arms_of_one_seed_start_from_the_same_encoder_and_record_their_stages(ru
     assert all(torch.equal(found["joint"][name], found["weak_width"][name]) for name in found["joint"])
 
 
+@pytest.mark.extended
 def test_vqgan_on_grey_images_logs_its_terms_and_its_plateau(run_script, tmp_path):
     terms = ["--adversarial", "hinge", "--adversarial_start", 1, "--discriminator_width", 8, "--logging_steps", 1]
     flags = ["--arm", "joint", "--budget", "flops", "--num_channels", 1, "--code_distance", "cosine"]
@@ -55,6 +57,7 @@ def test_gaussian_latents_train_decoupled_and_stay_frozen(run_script, tmp_path):
     model.check_encoder_unchanged()
 
 
+@pytest.mark.extended
 def test_decoder_of_a_taken_over_autoencoder_never_ends_below_its_start(run_script, tmp_path):
     first, _, _ = run(run_script, tmp_path / "first", "--arm", "joint")
     source = tmp_path / "first" / "autoencoder"
@@ -71,6 +74,7 @@ def test_decoder_of_a_taken_over_autoencoder_never_ends_below_its_start(run_scri
     assert torch.equal(weights["quantizer.codebook"], before["quantizer.codebook"])
 
 
+@pytest.mark.extended
 def test_diffusers_model_is_taken_over_by_its_folder(run_script, tmp_path):
     from diffusers import VQModel
 
@@ -125,6 +129,7 @@ def test_flags_that_do_not_fit_are_refused(refusal, tmp_path):
         assert message in refusal("dae_vq", [*COMMON, *flags, "--output_dir", tmp_path, "--overwrite"]), flags
 
 
+@pytest.mark.extended
 def test_resolved_recipe_runs_again_and_a_codebook_that_goes_on_learning_is_named_in_the_config(run_script, tmp_path):
     flags = ["--arm", "weak_width", "--attention_levels", 1, "--train_codebook_in_stage_2", "True"]
     run(run_script, tmp_path / "a", *flags)

@@ -49,7 +49,9 @@ def run_with_kill(run_script, monkeypatch, script: str, flags: list, measure: st
         run_script(script, flags)
 
 
-@for_each("script", RUNS)
+@pytest.mark.parametrize(
+    "script", ["contrastive", *(pytest.param(s, marks=pytest.mark.extended) for s in list(RUNS)[1:])]
+)
 def test_a_run_that_ends_while_it_measures_leaves_its_weights_and_goes_on(script, run_script, monkeypatch, tmp_path):
     name, flags, measure, call, kind = RUNS[script]
     flags = [*SHORT, *flags, "--output_dir", tmp_path]
@@ -68,6 +70,7 @@ def test_a_run_that_ends_while_it_measures_leaves_its_weights_and_goes_on(script
     assert after.keys() == before.keys() and all(after[key].equal(value) for key, value in before.items())
 
 
+@pytest.mark.extended
 def test_a_generator_that_goes_on_completes_an_autoencoder_that_was_not_measured(run_script, monkeypatch, tmp_path):
     short = " ".join(map(str, [*VQ, *SHORT]))
     flags = ["--autoencoder_args", short, *SHORT, "--output_dir", tmp_path, "--sampling_steps", 1]
@@ -111,6 +114,7 @@ LAST_VALIDATIONS = [  # script, what validates, loop, key of the figure
 ]
 
 
+@pytest.mark.extended
 @for_each("script, measure, loop, key", LAST_VALIDATIONS)
 def test_a_stage_that_ends_in_its_last_validation_has_its_checkpoint_and_takes_the_validation_once(
     script, measure, loop, key, run_script, monkeypatch, tmp_path

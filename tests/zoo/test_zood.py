@@ -34,6 +34,7 @@ def planted_zoo(seed=0):
     return zoo, labels, domains
 
 
+@pytest.mark.extended
 def test_ensemble_and_selection_put_together_what_single_encoders_know():
     zoo, labels, domains = planted_zoo()
     found = zood_of_features(zoo, labels, domains, DOMAINS, draws=1, trained=[n for n in zoo if "nothing" not in n])
@@ -75,6 +76,7 @@ def test_the_target_is_not_seen_and_the_figures_are_those_of_score_probe_and_sci
     assert again["encoders"]["noisy"]["score"] == before["encoders"]["noisy"]["score"]
 
 
+@pytest.mark.extended
 def test_set_ups_take_classes_that_every_domain_has():
     random = np.random.default_rng(0)
     domains = torch.arange(4).repeat_interleave(40)
