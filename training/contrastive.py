@@ -3,6 +3,7 @@
     python training/contrastive.py                                     # t-SimCLR on digits, CPU, minutes
     python training/contrastive.py --dataset path/to/images --image_size 64
     accelerate launch training/contrastive.py --recipe t-moco-v2-resnet50-imagenet
+    python training/contrastive.py --autoencoder outputs/run/autoencoder    # of latents, for dae_drift.py --features
 
 Writes OUTPUT_DIR/NAME (encoder in timm's layout, `pretraining/` with head and queue, results.json,
 recipe.yaml, curves.png, model card) and checkpoints that `--resume_from_checkpoint latest` continues.
@@ -40,6 +41,7 @@ from hf_dpssl.evaluation.feature_checks import accelerated
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.models.gather import broadcast_, gather_rows, own_share
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves
@@ -55,14 +57,20 @@ def main(argv: list[str] | None = None) -> Path:
         raise ValueError(f"--batch_size {args.batch_size} leaves one pair, which has no negatives: give at least 2.")
     set_seed(args.seed)
     model_args = json.loads(args.model_args) if args.model_args else None
-    check_backbone(args.architecture, model_args, args.stem, args.image_size)
+    autoencoder = load_autoencoder(args, accelerator.device) if args.autoencoder else None
+    if autoencoder is None:
+        check_backbone(args.architecture, model_args, args.stem, args.image_size)
+    else:  # the encoder learns latents
+        latents = autoencoder.config
+        args.image_size = latents.image_size
+        check_backbone(args.architecture, model_args, args.stem, latents.latent_size, latents.latent_channels)
 
     # Data
     data = load_images_for(args)
     image_size = args.image_size or data.entry.image_size
     if args.image_size is None:
         check_backbone(args.architecture, model_args, args.stem, image_size)
-    mean, std = data.entry.statistics
+    mean, std = statistics_of(data.entry, autoencoder)
     augmentation = PRESETS[args.augmentation or data.entry.augmentation]
     views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     source = ImageSource.from_arguments(data, args, accelerator, image_size, views)
@@ -71,7 +79,7 @@ def main(argv: list[str] | None = None) -> Path:
     # Model
     if args.negatives == "queue":
         set_queue_size(args, source, accelerator)
-    model = make_model(args, image_size, mean, std)
+    model = make_model(args, image_size, mean, std, autoencoder)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if args.compile:
@@ -84,6 +92,7 @@ def main(argv: list[str] | None = None) -> Path:
         args, accelerator, args.name, total_steps, source.loader, source.skipped, data,
         bound_to_processes=f"its batch norms are those of --batch_norm {args.batch_norm}, whose statistics are each "
         "process's own" if own_statistics else None,
+        sources={"autoencoder": model.config.vae_fingerprint} if autoencoder else None,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
@@ -93,7 +102,7 @@ def main(argv: list[str] | None = None) -> Path:
     if args.freeze == "all_but_last_layer":
         freeze_all_but_last_layer_(accelerator.unwrap_model(model))
     for batch in loop:
-        output = step_output(model, views, batch, args, loop.step, total_steps)
+        output = step_output(model, views, batch, args, loop.step, total_steps, autoencoder)
         accelerator.backward(output.loss)
         if args.max_grad_norm:
             accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -107,9 +116,36 @@ def main(argv: list[str] | None = None) -> Path:
     for read in (source.training_table, source.evaluation_table):  # by all processes: what is measured there
         read(together=True)
     with torch.compiler.set_stance("force_eager"):  # a graph of another batch size would be compiled for one use
-        save(accelerator.unwrap_model(model).eval(), args, source, loop, target)
+        save(accelerator.unwrap_model(model).eval(), args, source, loop, target, autoencoder)
     finish(accelerator, args, source.skipped)
     return target
+
+
+def load_autoencoder(args: ContrastiveArguments, device: torch.device) -> VQAutoencoder:
+    """The frozen --autoencoder of whose latents the encoder learns; ValueError for an --image_size that is not its."""
+    autoencoder = VQAutoencoder.from_pretrained(args.autoencoder).eval().requires_grad_(False).to(device)
+    size = autoencoder.config.image_size
+    if args.image_size not in (None, size):
+        raise ValueError(
+            f"--autoencoder {args.autoencoder} is of pictures of {size} px, --image_size is {args.image_size}: leave "
+            "it out."
+        )
+    return autoencoder
+
+
+def statistics_of(entry, autoencoder: VQAutoencoder | None) -> tuple[list[float], list[float]]:
+    """Mean and deviation by which pictures of a data set are normalised: to [-1, 1] where they are to be encoded."""
+    return entry.statistics if autoencoder is None else ([0.5] * 3, [0.5] * 3)
+
+
+@torch.no_grad()
+def encoded(pictures: torch.Tensor, autoencoder: VQAutoencoder | None) -> torch.Tensor:
+    """What the encoder takes of normalised pictures (B, 3, S, S): themselves, or their normalised latents."""
+    if autoencoder is None:
+        return pictures
+    if autoencoder.config.num_channels == 1:
+        pictures = pictures.mean(1, keepdim=True)
+    return autoencoder.normalize_latents(autoencoder.encode_latents(pictures).float())
 
 
 def set_queue_size(args: ContrastiveArguments, source: ImageSource, accelerator) -> None:
@@ -130,20 +166,28 @@ def set_queue_size(args: ContrastiveArguments, source: ImageSource, accelerator)
     say(f"queue of {args.queue_size:,} keys{' (chosen)' if chosen else ''}{age}")
 
 
-def make_model(args: ContrastiveArguments, image_size: int, mean, std) -> SimCLRForPreTraining | MoCoForPreTraining:
-    """The pretraining model that the arguments describe."""
+def make_model(
+    args: ContrastiveArguments, image_size: int, mean, std, autoencoder: VQAutoencoder | None = None
+) -> SimCLRForPreTraining | MoCoForPreTraining:
+    """The pretraining model that the arguments describe, of pictures or of an autoencoder's latents."""
     model_args = json.loads(args.model_args) if args.model_args else None
+    channels = 3
+    if autoencoder is not None:
+        channels, image_size = autoencoder.config.latent_channels, autoencoder.config.latent_size
+        mean, std = [0.0] * channels, [1.0] * channels  # they are normalised
+        model_args = (model_args or {}) | {"in_chans": channels}
     config = ContrastiveConfig(
         architecture=args.architecture,
         model_args=fitting_model_args(args.architecture, model_args, image_size),
         pretrained_cfg={
-            "input_size": [3, image_size, image_size],
+            "input_size": [channels, image_size, image_size],
             "mean": list(mean),
             "std": list(std),
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "crop_mode": "center",
         },
+        vae_fingerprint=None if autoencoder is None else autoencoder.fingerprint(),
         **{
             name: getattr(args, name)
             for name in "stem kernel normalization feature_norm temperature perplexity dof learnable_dof momentum "
@@ -177,10 +221,18 @@ def make_optimizer(args: ContrastiveArguments, model) -> torch.optim.Optimizer:
 
 
 def step_output(
-    model, views: TwoViews, batch: dict, args: ContrastiveArguments, step: int, total_steps: int
+    model,
+    views: TwoViews,
+    batch: dict,
+    args: ContrastiveArguments,
+    step: int,
+    total_steps: int,
+    autoencoder: VQAutoencoder | None = None,
 ) -> ContrastiveOutput:
     """Output, with the loss, for two views of a batch's images at a step, counted from 0."""
     view_1, view_2 = views(batch["images"], batch["sample_ids"], batch["epoch"])
+    if autoencoder is not None:
+        view_1, view_2 = encoded(torch.cat([view_1, view_2]), autoencoder).chunk(2)
     options = {}
     if args.negatives == "queue":
         schedule = {"momentum": args.momentum, "schedule": args.momentum_schedule}
@@ -189,7 +241,9 @@ def step_output(
 
 
 @torch.no_grad()
-def embed(model, table, rows, mean, std, accelerator: Accelerator) -> dict[str, torch.Tensor]:
+def embed(
+    model, table, rows, mean, std, accelerator: Accelerator, autoencoder: VQAutoencoder | None
+) -> dict[str, torch.Tensor]:
     """features (N, F), embeddings (N, D) and labels (N,) of rows of a table, unaugmented.
 
     The processes share them, in the precision of the run: all call this and get all.
@@ -198,8 +252,10 @@ def embed(model, table, rows, mean, std, accelerator: Accelerator) -> dict[str, 
     parts: dict[str, list] = {"features": [], "embeddings": [], "labels": []}
     numbers = []
     for batch in evaluation_batches(table, 512, own_share(rows)):
+        pictures = normalize(batch["images"].to(model.device).float() / 255, mean, std)
+        inputs = encoded(pictures, autoencoder)
         with accelerator.autocast():
-            output = model(normalize(batch["images"].to(model.device).float() / 255, mean, std))
+            output = model(inputs)
         parts["features"].append(output.features.float().cpu())
         parts["embeddings"].append(output.embeddings.float().cpu())
         parts["labels"].append(batch["labels"])
@@ -208,18 +264,27 @@ def embed(model, table, rows, mean, std, accelerator: Accelerator) -> dict[str, 
 
 
 @torch.no_grad()
-def embed_views(model, table, rows, views: TwoViews, accelerator: Accelerator) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_views(
+    model, table, rows, views: TwoViews, accelerator: Accelerator, autoencoder: VQAutoencoder | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (N, D), (N, D) of two views of rows of a table, which the processes share as in `embed`."""
     found, numbers = ([], []), []
     for batch in evaluation_batches(table, 512, own_share(rows)):
         for embeddings, view in zip(found, views(batch["images"], batch["sample_ids"], 0), strict=True):
+            inputs = encoded(view.to(model.device), autoencoder)
             with accelerator.autocast():
-                embeddings.append(model(view.to(model.device)).embeddings.float().cpu())
+                embeddings.append(model(inputs).embeddings.float().cpu())
         numbers += batch["sample_ids"].tolist()
     return tuple(gather_rows(torch.cat(parts) if parts else None, numbers) for parts in found)
 
 
-def evaluate(model, args: ContrastiveArguments, source: ImageSource, accelerator: Accelerator) -> tuple[Measures, dict]:
+def evaluate(
+    model,
+    args: ContrastiveArguments,
+    source: ImageSource,
+    accelerator: Accelerator,
+    autoencoder: VQAutoencoder | None,
+) -> tuple[Measures, dict]:
     """Measures of features and (key ending in _embeddings) embeddings of held-out images: kNN accuracy where there
     are labels, uniformity, effective rank; of embeddings alignment too. None without held-out images. And counts.
 
@@ -231,14 +296,14 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource, accelerator
         return taken, {"train": len(train), "evaluation": 0}
     bank_rows, query_rows = (table.random_rows(args.evaluation_images) for table in (train, held_out))
     samples = {"train": len(train), "bank": len(bank_rows), "evaluation": len(query_rows)}
-    mean, std = source.data.entry.statistics
+    mean, std = statistics_of(source.data.entry, autoencoder)
     augmentation = PRESETS[args.augmentation or source.data.entry.augmentation]
     views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     for buffer in model.buffers():
         broadcast_(buffer)  # batch norms of --batch_norm local have each process's own; the first one's are written
-    bank = embed(model, train, bank_rows, mean, std, accelerator)
-    query = embed(model, held_out, query_rows, mean, std, accelerator)
-    first, second = embed_views(model, held_out, query_rows, views, accelerator)
+    bank = embed(model, train, bank_rows, mean, std, accelerator, autoencoder)
+    query = embed(model, held_out, query_rows, mean, std, accelerator, autoencoder)
+    first, second = embed_views(model, held_out, query_rows, views, accelerator, autoencoder)
     if not accelerator.is_main_process:
         return taken, samples
 
@@ -259,7 +324,14 @@ def evaluate(model, args: ContrastiveArguments, source: ImageSource, accelerator
     return taken, samples
 
 
-def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingLoop, target: Path) -> None:
+def save(
+    model,
+    args: ContrastiveArguments,
+    source: ImageSource,
+    loop: TrainingLoop,
+    target: Path,
+    autoencoder: VQAutoencoder | None,
+) -> None:
     """Write weights, config and recipe, evaluate, and write the complete checkpoint folder.
 
     All processes call this: the first one writes, they evaluate together.
@@ -285,7 +357,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         with atomic_folder(target) as folder:
             write_weights(folder)
     # The weights are safe before they are measured, which takes long and may fail.
-    taken, samples = evaluate(model, args, source, accelerator)
+    taken, samples = evaluate(model, args, source, accelerator, autoencoder)
     if not accelerator.is_main_process:
         return
     metrics = model.config.dpssl["metrics"] = taken.metrics
@@ -294,6 +366,7 @@ def save(model, args: ContrastiveArguments, source: ImageSource, loop: TrainingL
         settings = {"k": args.knn_k, "metric": args.knn_metric}
         about = dict(dataset=data.name, seed=args.seed, samples=samples)
         started = {"initial encoder": args.init_encoder, "initial encoder and head": args.init_pretraining}
+        started |= {"autoencoder of its latents": args.autoencoder}
         about |= lineage_of_run(accelerator, data, [loop.seconds], started)
         about |= {"loss_curve": logged_curve(loop.history, "loss")}
         write_results(folder / "results.json", metrics, **about, **taken.results(), knn=settings, kernel=kernel)

@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Data: latents of the training images, encoded once, of which each step draws sets
     autoencoder = VQAutoencoder.from_pretrained(autoencoder_folder).eval().to(accelerator.device)
+    spaces = feature_spaces(args, autoencoder)  # an encoder that does not fit is refused before anything is encoded
     latents, _, skipped = cached_training_images(args, autoencoder, data, accelerator, "latents", whole_batches=False)
     accumulate = args.gradient_accumulation_steps
     sets = DriftSets(latents, len(names), args, args.sets_per_batch * accelerator.num_processes * accumulate)
@@ -81,7 +82,6 @@ def main(argv: list[str] | None = None) -> Path:
         images = source.training_table(together=True)
 
     # Model
-    spaces = feature_spaces(args, autoencoder)
     transformer = initial_transformer(args, autoencoder, len(names))
     model = transformer
     if args.compile:

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..models.backbone_encoder import complete_backbone
-from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
+from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder, check_sees_pictures
 from ..models.modeling_vq import VQAutoencoder, VQConfig
 from ..runs.atomic_files import atomic_folder
 from . import taming_layout
@@ -264,6 +264,7 @@ def _from_encoder(
 ) -> VQAutoencoder:
     encoder = ContrastiveEncoder.from_pretrained(source, **({"subfolder": subfolder} if subfolder else {})).float()
     theirs = encoder.config
+    check_sees_pictures(theirs, source)
     preprocessing = theirs.pretrained_cfg
     size = image_size or (preprocessing.get("input_size") or (None,))[-1]
     channels = num_channels or (theirs.model_args or {}).get("in_chans", 3)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 from ..contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from ..data.decoding import to_square_tensor
 from ..data.views import normalize
-from ..models.modeling_contrastive import ContrastiveConfig
+from ..models.modeling_contrastive import ContrastiveConfig, check_sees_pictures
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from ..runs.lineage import well_formed
 from .choices import KINDS
@@ -39,7 +39,7 @@ class Preprocessor:
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: an encoder that says nothing about its input.
+        ValueError: an encoder that says nothing about its input, or of latents.
     """
 
     def __init__(self, encoder: str, revision: str | None = None):
@@ -53,16 +53,17 @@ class Preprocessor:
             return
         try:
             config = AutoConfig.from_pretrained(encoder, revision=revision, **_NO_CODE)
+        except (OSError, ValueError, KeyError) as error:
+            raise _no_processor(encoder, error) from error
+        check_sees_pictures(config, repr(encoder))
+        try:
             self.small_image = isinstance(config, ContrastiveConfig)  # a stem that only our class can express
             if self.small_image:
                 self.settings = {name: config.pretrained_cfg[name] for name in ("input_size", "mean", "std")}
                 return
             self.processor = AutoImageProcessor.from_pretrained(encoder, revision=revision, **_NO_CODE)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{encoder!r} holds no image processor (preprocessor_config.json, or pretrained_cfg in timm's "
-                f"config.json): {error}"
-            ) from error
+            raise _no_processor(encoder, error) from error
         self.settings = self.processor.to_dict()
 
     def __call__(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -72,6 +73,13 @@ class Preprocessor:
         images = torch.stack([to_square_tensor(picture, self.settings["input_size"][-1]) for picture in pictures])
         statistics = (torch.tensor(self.settings[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
         return normalize(images.float() / 255, *statistics)
+
+
+def _no_processor(encoder: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{encoder!r} holds no image processor (preprocessor_config.json, or pretrained_cfg in timm's config.json): "
+        f"{error}"
+    )
 
 
 class ImageEmbedder:

@@ -26,9 +26,9 @@ def facts_of(folder: Path) -> dict:
 
     Returns:
         {"kind" (see `checkpoint_kind`), "class", "method", "size" (of the network), "image_size", "num_channels",
-        "latents", "classes" (names), "parameters" ({part: number of stored values}), "fingerprint", "dataset",
-        "licence_of_data", "hub_datasets", "seed", "samples", "splits", "metrics", "evaluations" (later ones: see
-        `evaluation_entry`), "lineage", "training", "environment", "command"}.
+        "latents", "vae_fingerprint" (of an encoder of latents), "classes" (names), "parameters" ({part: number of
+        stored values}), "fingerprint", "dataset", "licence_of_data", "hub_datasets", "seed", "samples", "splits",
+        "metrics", "evaluations" (later ones: see `evaluation_entry`), "lineage", "training", "environment", "command"}.
 
     Raises:
         FileNotFoundError: no checkpoint. ValueError: a file that is damaged, named.
@@ -57,6 +57,7 @@ def _facts(folder: Path) -> dict:
         "image_size": None,
         "num_channels": None,
         "latents": None,
+        "vae_fingerprint": (notes.get("method") or {}).get("vae_fingerprint") or config.get("vae_fingerprint"),
         "classes": _class_names(index, notes),
         "parameters": count_parameters(folder),
         "fingerprint": fingerprint_of(folder),

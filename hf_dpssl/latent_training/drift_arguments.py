@@ -30,8 +30,8 @@ class DriftArguments(TransformerRunArguments):
     class_dropout: float = option(0.1, "share of sets that are of all classes, for samples without class")
     features: list[str] = option(
         ["latent"],
-        "spaces of the field: latent, or the folder or Hub id of an encoder that sees decoded pictures; several are "
-        "averaged",
+        "spaces of the field: latent, or the folder or Hub id of an encoder, of these latents (contrastive.py "
+        "--autoencoder) or of decoded pictures; several are averaged",
     )
     kernel: str = option("exponential", "of distances in these spaces", choices=FIELD_KERNELS)
     scales: list[float] = option([], f"of the kernel, in mean distances; default: {FIELD_SCALES}")

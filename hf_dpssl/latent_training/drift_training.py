@@ -21,7 +21,7 @@ from ..data import keyed_random
 from ..generation.latent_mlp import LatentMLP
 from ..generation.pipeline_vq_dit import DiTTransformer2DModel, VQDiTPipeline
 from ..generation.pipeline_vq_drift import NOISE_TIMESTEP
-from ..models.modeling_contrastive import ContrastiveEncoder
+from ..models.modeling_contrastive import ContrastiveEncoder, check_sees_pictures
 from ..models.modeling_vq import VQAutoencoder
 from .drift_arguments import DriftArguments
 from .latent_cache import LatentTable
@@ -193,10 +193,11 @@ class DecodedFeatures:
         autoencoder: its decoder makes the pictures, of latents that are not snapped to codes.
 
     Raises:
-        ValueError: an encoder for another number of channels; grey pictures only are repeated to three.
+        ValueError: an encoder of latents, or for another number of channels; grey pictures only are repeated to three.
     """
 
     def __init__(self, encoder: ContrastiveEncoder, autoencoder: VQAutoencoder):
+        check_sees_pictures(encoder.config, "the encoder")
         device = autoencoder.device
         self.autoencoder = autoencoder
         self.encoder = encoder.eval().requires_grad_(False).to(device)
@@ -221,13 +222,47 @@ class DecodedFeatures:
         return self.encoder((pixels - self.mean) / self.std).pooler_output.float()
 
 
+class LatentFeatures:
+    """A feature space: what a frozen encoder of latents sees at each of its stages and positions.
+
+    Channels of each position are divided by their norm, and a stage's map by the root of its positions, so that squared
+    distances are those of LPIPS with unit weights (Zhang et al. 2018, equation 1), here of latents: every stage weighs
+    the same, and a generator is told where in the picture it is to change something.
+
+    Args:
+        encoder: as contrastive.py trains it with `--autoencoder`; is moved to the autoencoder's device, set to eval
+            mode and frozen.
+        autoencoder: whose latents it takes.
+
+    Raises:
+        ValueError: the encoder is of the latents of another autoencoder, or of pictures.
+    """
+
+    def __init__(self, encoder: ContrastiveEncoder, autoencoder: VQAutoencoder):
+        if encoder.config.vae_fingerprint != autoencoder.fingerprint():
+            raise ValueError(
+                "the encoder of --features was not trained on latents of this autoencoder: pass the --autoencoder that "
+                "it was trained with, or train an encoder of this one by contrastive.py --autoencoder."
+            )
+        self.encoder = encoder.eval().requires_grad_(False).to(autoencoder.device)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """(N, D) of normalised latents (N, C, h, w); D = positions x channels of all stages, norm^2 their number."""
+        maps = self.encoder.timm_model.forward_intermediates(latents.to(self.encoder.dtype), intermediates_only=True)
+        directions = [stage.float() / (stage.float().square().sum(1, keepdim=True) + 1e-10).sqrt() for stage in maps]
+        return torch.cat([stage.flatten(1) / stage[0, 0].numel() ** 0.5 for stage in directions], 1)
+
+
 def feature_spaces(args: DriftArguments, autoencoder: VQAutoencoder) -> list:
-    """The spaces of `--features`; the autoencoder is frozen for them."""
+    """The spaces of `--features`, in their order; the autoencoder is frozen for them."""
     autoencoder.requires_grad_(False)
-    return [
-        nn.Identity() if name == "latent" else DecodedFeatures(ContrastiveEncoder.from_pretrained(name), autoencoder)
-        for name in args.features
-    ]
+    return [nn.Identity() if name == "latent" else encoder_features(name, autoencoder) for name in args.features]
+
+
+def encoder_features(name: str, autoencoder: VQAutoencoder) -> DecodedFeatures | LatentFeatures:
+    """The space of an encoder, a folder or Hub id: of latents where it was trained on them, or of decoded pictures."""
+    encoder = ContrastiveEncoder.from_pretrained(name)
+    return (LatentFeatures if encoder.config.vae_fingerprint else DecodedFeatures)(encoder, autoencoder)
 
 
 @torch.no_grad()

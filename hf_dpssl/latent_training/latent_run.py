@@ -50,9 +50,11 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
     """`--autoencoder`, or OUTPUT_DIR/autoencoder, which `train(argv)` makes with the run's data, seed and processes.
 
     What the run names is loaded once before that, so that a wrong name is refused before anything is trained.
+
+    Raises:
+        ValueError: an encoder is of the latents of an autoencoder, and a new one would be trained.
     """
-    for name in args.encoders:
-        ContrastiveEncoder.from_pretrained(name)
+    of_latents = [name for name in args.encoders if ContrastiveEncoder.from_pretrained(name).config.vae_fingerprint]
     for name in args.extractors:
         load_extractor(name)
     folder = Path(args.output_dir) / "autoencoder"
@@ -61,6 +63,11 @@ def autoencoder_of_run(args: LatentRunArguments, train: Callable[[list[str]], Pa
     if (folder / "config.json").exists() and not args.overwrite and not _is_unfinished(args, folder):
         say(f"the autoencoder in {folder} is used; --overwrite trains a new one")
         return folder
+    if of_latents:
+        raise ValueError(
+            f"{of_latents[0]} is an encoder of an autoencoder's latents, and this run would train another: pass the "
+            "--autoencoder that it was trained with."
+        )
     argv = ["--recipe", args.autoencoder_recipe] if args.autoencoder_recipe else []
     # The recipe knows how many workers decode its images; the run's own read a cache.
     for name in _SHARED:

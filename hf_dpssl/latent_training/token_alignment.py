@@ -15,7 +15,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ..data.image_table import ImageTable
-from ..models.modeling_contrastive import ContrastiveEncoder
+from ..models.modeling_contrastive import ContrastiveEncoder, check_sees_pictures
 
 
 class TokenAlignedTransformer(nn.Module):
@@ -76,9 +76,13 @@ class SpatialFeatures:
 
     Attributes:
         dimension: D.
+
+    Raises:
+        ValueError: an encoder of latents.
     """
 
     def __init__(self, encoder: ContrastiveEncoder, side: int, device: torch.device | str = "cpu"):
+        check_sees_pictures(encoder.config, "the encoder that tokens are aligned with")
         self.encoder = encoder.eval().requires_grad_(False).to(device)
         self.side = side
         settings = encoder.timm_model.pretrained_cfg | (encoder.config.pretrained_cfg or {})

@@ -49,6 +49,7 @@ _METHOD_FIELDS = [
     "batch_norm_splits",
     "queue_size",
     "momentum",
+    "vae_fingerprint",
 ]
 
 
@@ -78,6 +79,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         batch_norm_splits: at least 2 with "split", otherwise 1.
         queue_size: MoCo's negatives.
         momentum: share of the old key encoder kept at each step.
+        vae_fingerprint: of an encoder of latents, that of the VQAutoencoder whose normalised latents it takes in place
+            of pictures; input_size is then theirs. None: it takes pictures.
         dpssl: recipe and metrics of the run that made the checkpoint.
 
     Raises:
@@ -107,6 +110,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         batch_norm_splits: int = 1,
         queue_size: int = 65536,
         momentum: float = 0.999,
+        vae_fingerprint: str | None = None,
         dpssl: dict | None = None,
         **kwargs,
     ):
@@ -126,6 +130,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         self.batch_norm_splits = batch_norm_splits
         self.queue_size = queue_size
         self.momentum = momentum
+        self.vae_fingerprint = vae_fingerprint
         self.dpssl = dpssl or {}
         self.pretrained_cfg = pretrained_cfg or {}
         self._check()
@@ -191,6 +196,17 @@ class ContrastiveConfig(TimmWrapperConfig):
         if getattr(self, "auto_map", None):
             timm_dict["auto_map"] = self.auto_map
         return timm_dict
+
+
+def check_sees_pictures(config: TimmWrapperConfig, name: str) -> None:
+    """ValueError for an encoder of latents where pictures are to be given; `config` may be stock, of timm's layout."""
+    method = (getattr(config, "dpssl", None) or {}).get("method") or {}
+    fingerprint = getattr(config, "vae_fingerprint", None) or method.get("vae_fingerprint")
+    if fingerprint:
+        raise ValueError(
+            f"{name} takes an autoencoder's latents (fingerprint {fingerprint[:12]}), not pictures: give an encoder of "
+            "pictures, or call it on `autoencoder.normalize_latents(autoencoder.encode_latents(pixel_values))`."
+        )
 
 
 class ContrastiveEncoder(TimmWrapperModel):

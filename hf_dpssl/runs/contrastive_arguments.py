@@ -44,6 +44,9 @@ class ContrastiveArguments(RunArguments):
         None, "encoder folder with `pretraining/` to start from: encoder and head; another projection_dim is drawn anew"
     )
     freeze: str = option("none", "what is held fixed", choices=["none", "all_but_last_layer"])
+    autoencoder: str | None = option(
+        None, "folder or Hub id of a VQAutoencoder: the encoder learns the views' normalised latents, not pictures"
+    )
     stem: str = option("timm", "timm, or small_image: 3x3 stride-1 stem of a ResNet", choices=STEMS)
     projection_dim: int = option(32, "dimension of the embeddings")
     projection_hidden_dim: int | None = option(None, "width of the head; default: the features'")
@@ -110,7 +113,10 @@ class ContrastiveArguments(RunArguments):
         if not isinstance(values, dict):
             raise ValueError(f'--model_args must be a JSON object such as {{"drop_path_rate": 0.1}}, got {given}.')
         if values.get("in_chans", 3) != 3:
-            raise ValueError(f"--model_args in_chans {values['in_chans']}: views are RGB, of 3 channels; leave it out.")
+            raise ValueError(
+                f"--model_args in_chans {values['in_chans']}: views are RGB, of 3 channels, and latents "
+                "have their autoencoder's; leave it out."
+            )
         if values.get("num_classes", 0) != 0:
             raise ValueError(f"--model_args num_classes {values['num_classes']}: an encoder has none; leave it out.")
 

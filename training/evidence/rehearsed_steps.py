@@ -87,6 +87,8 @@ def contrastive_steps(args: ContrastiveArguments, device: str) -> Iterator[tuple
 
     With values, on "cpu", all views are made, which wait for what is drawn, and the model sees a few of them.
     """
+    if args.autoencoder:
+        raise ValueError("--autoencoder is not rehearsed: leave it out, and give the size of pictures.")
     args = replace(args, init_encoder=None, init_pretraining=None)  # of the same size
     entry = entry_of(args)
     side = args.image_size or entry.image_size
