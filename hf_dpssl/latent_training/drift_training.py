@@ -227,7 +227,8 @@ class LatentFeatures:
 
     Channels of each position are divided by their norm, and a stage's map by the root of its positions, so that squared
     distances are those of LPIPS with unit weights (Zhang et al. 2018, equation 1), here of latents: every stage weighs
-    the same, and a generator is told where in the picture it is to change something.
+    the same, and a generator is told where in the picture it is to change something. A ResNet's stem is no stage: one
+    convolution of the latents, it would hold more numbers than all of them.
 
     Args:
         encoder: as contrastive.py trains it with `--autoencoder`; is moved to the autoencoder's device, set to eval
@@ -245,10 +246,13 @@ class LatentFeatures:
                 "it was trained with, or train an encoder of this one by contrastive.py --autoencoder."
             )
         self.encoder = encoder.eval().requires_grad_(False).to(autoencoder.device)
+        maps = encoder.timm_model.feature_info
+        self.stages = [number for number, about in enumerate(maps) if about["module"] != "act1"]
 
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, D) of normalised latents (N, C, h, w); D = positions x channels of all stages, norm^2 their number."""
-        maps = self.encoder.timm_model.forward_intermediates(latents.to(self.encoder.dtype), intermediates_only=True)
+        options = {"indices": self.stages, "intermediates_only": True}
+        maps = self.encoder.timm_model.forward_intermediates(latents.to(self.encoder.dtype), **options)
         directions = [stage.float() / (stage.float().square().sum(1, keepdim=True) + 1e-10).sqrt() for stage in maps]
         return torch.cat([stage.flatten(1) / stage[0, 0].numel() ** 0.5 for stage in directions], 1)
 

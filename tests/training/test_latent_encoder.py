@@ -117,7 +117,10 @@ def test_a_field_in_its_features_is_that_of_the_encoder_on_latents_of_its_autoen
 
     def plainly(image: torch.Tensor) -> torch.Tensor:
         values = []
-        for stage in encoder.timm_model.forward_intermediates(image[None], intermediates_only=True):
+        network = encoder.timm_model
+        stage = network.maxpool(network.act1(network.bn1(network.conv1(image[None]))))
+        for layer in (network.layer1, network.layer2, network.layer3, network.layer4):
+            stage = layer(stage)
             channels, side, _ = stage.shape[1:]
             for c, i, j in itertools.product(range(channels), range(side), range(side)):
                 values.append(stage[0, c, i, j] / stage[0, :, i, j].norm() / side)
