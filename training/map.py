@@ -61,13 +61,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     # Three stages
     steps_per_epoch = len(data.train) // (args.batch_size * int(os.environ.get("WORLD_SIZE", 1)))
-    warmup = {"warmup_steps": args.warmup_epochs * steps_per_epoch}
-    plane = {"projection_dim": 2}
-    frozen = {"freeze": "all_but_last_layer", "warmup_steps": 0}
-    gentle = {"learning_rate": args.learning_rate * args.stage_3_share, **warmup}
-    first = train(args, "stage-1", args.stage_1_epochs, **warmup)
-    second = train(args, "stage-2", args.stage_2_epochs, init_pretraining=str(first), **plane, **frozen)
-    third = train(args, args.name, args.stage_3_epochs, init_pretraining=str(second), **plane, **gentle)
+    first, _, third = [train(stage) for stage in stages_of(args, steps_per_epoch)]
     if int(os.environ.get("RANK", 0)) != 0:
         return folder
 
@@ -88,11 +82,25 @@ def main(argv: list[str] | None = None) -> Path:
     return folder
 
 
-def train(args: MapArguments, name: str, epochs: int, **changes) -> Path:
-    """One stage, by training/contrastive.py; its settings are kept beside its folder as a recipe."""
+def stages_of(args: MapArguments, steps_per_epoch: int) -> list[ContrastiveArguments]:
+    """The arguments of training/contrastive.py in each stage, which starts from the one before."""
+    folder = Path(args.output_dir)
+    warmup = {"warmup_steps": args.warmup_epochs * steps_per_epoch}
+    plane = {"projection_dim": 2}
+    frozen = {"freeze": "all_but_last_layer", "warmup_steps": 0, "init_pretraining": str(folder / "stage-1")}
+    gentle = {"learning_rate": args.learning_rate * args.stage_3_share, "init_pretraining": str(folder / "stage-2")}
     settings = {f.name: getattr(args, f.name) for f in fields(ContrastiveArguments)}
-    stage = ContrastiveArguments(**settings | {"name": name, "num_train_epochs": epochs} | changes)
-    recipe = Path(args.output_dir) / f"{name}.yaml"
+    stages = (
+        {"name": "stage-1", "num_train_epochs": args.stage_1_epochs} | warmup,
+        {"name": "stage-2", "num_train_epochs": args.stage_2_epochs} | plane | frozen,
+        {"name": args.name, "num_train_epochs": args.stage_3_epochs} | plane | gentle | warmup,
+    )
+    return [ContrastiveArguments(**settings | changes) for changes in stages]
+
+
+def train(stage: ContrastiveArguments) -> Path:
+    """One stage, by training/contrastive.py; its settings are kept beside its folder as a recipe."""
+    recipe = Path(stage.output_dir) / f"{stage.name}.yaml"
     save_recipe(stage, recipe)
     return contrastive.main(["--recipe", str(recipe)])
 

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, info_nce
 from hf_dpssl.data.image_data import TABLE
 from hf_dpssl.data.views import PRESETS
+from hf_dpssl.domains.hyperparameters import hyperparameters
+from hf_dpssl.runs.contrastive_arguments import MapArguments
 from hf_dpssl.runs.recipe import find_recipe, parse
 
 REPOSITORY = Path(__file__).parents[2]
@@ -119,6 +121,36 @@ def test_recipes_say_what_they_cost_and_that_this_is_computed(costs, results):
         images = {"cifar10": 50_000, "imagenet-1k": 1_281_167}[args.dataset] * args.num_train_epochs
         hours = passes * counted[kind] * images / ((args.num_processes or 1) * 312e12 * 0.2) / 3600
         assert figures["hours"]["A100"]["0.2"] == pytest.approx(hours, rel=0.03), name
+
+
+def test_recipes_of_a_map_and_of_domains_say_what_they_cost(costs, results):
+    for name in (*costs.MAPS, *costs.DOMAINS):
+        lines, figures = find_recipe(name).read_text(encoding="utf-8").splitlines(), results["metrics"][name]
+        assert costs.comment(figures) in lines and costs.comment_of_times(figures) in lines, name
+    settings = parse(MapArguments, ["--recipe", "map-cifar10"], "")
+    one = forward_operations(settings)
+    # Two views: trained in stages 1 and 3, and passed forward by the frozen layers of stage 2.
+    expected = 50_000 * one * (6 * (settings.stage_1_epochs + settings.stage_3_epochs) + 2 * settings.stage_2_epochs)
+    figures = results["metrics"]["map-cifar10"]
+    assert figures["operations"] == pytest.approx(expected, rel=0.03)
+    assert figures["hours"]["A100"]["0.2"] == pytest.approx(expected / (312e12 * 0.2) / 3600, rel=0.03)
+
+    figures = results["metrics"]["domains-pacs-resnet50"]
+    resnet = timm.create_model("resnet50", num_classes=0).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        resnet(torch.zeros(1, 3, 224, 224))
+    one, per_image = counter.get_total_flops(), figures["operations_per_image"]
+    assert per_image["erm"] == pytest.approx(3 * one, rel=0.03)  # but for the gradient by the pictures
+    assert per_image["sagnet"] == pytest.approx(9 * one, rel=0.03)  # three passes forward and backward
+    trained = sum(
+        per_image[name] * 5001 * 3 * hyperparameters(name, "fine_tune", draw, seed).batch_size
+        for name in per_image for draw in range(20) for seed in range(3)
+    )  # fmt: skip
+    # At steps 0, 300, ..., 4800 and 5000, a fifth of three domains and all of the fourth; each is the fourth once.
+    measured = len(per_image) * 20 * 3 * 18 * 9_991 * (0.2 * 3 + 1) * one
+    assert figures["operations"] == pytest.approx(4 * trained + measured, rel=0.01)
+    assert figures["hours"]["A100"]["0.2"] == pytest.approx(2 * figures["operations"] / (312e12 * 0.2) / 3600)
+    assert figures["bytes_per_gpu"]["optimizer"] == pytest.approx(2 * figures["bytes_per_gpu"]["parameters"], rel=0.01)
 
 
 def test_operations_are_those_published_for_resnet_50(results):

@@ -12,6 +12,10 @@ Memory: as `hf-dpssl rehearse` (rehearse.py): a step at full size on a GPU that 
 libraries and the allocator's gaps come on top.
 Autoencoders: operations and hours of encoder and decoder in all stages, each with its own decoder; perceptual network,
 discriminator and what gradient checkpointing computes again come on top. Memory: all of the largest stage.
+Maps: the three stages of contrastive training; t-SNE of pixels and features, on the CPU, comes on top.
+Domains: all runs of the plan with the batches that they draw, and their evaluations, of which selection by training
+domains takes fewer; in TF32, of half the peak. Memory: of the largest run; SWAD's averages of the weights, and the
+pictures as bytes, come on top.
 Latent DiTs and token models: the transformer's steps on cached latents or codes; beside them the cache that is made
 before, and the grids that one GPU draws after them (run_times.py).
 """
@@ -22,9 +26,11 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
@@ -34,18 +40,26 @@ sys.path[:0] = [str(EVIDENCE), str(EVIDENCE.parent)]
 
 import dae_ar  # noqa: E402
 import dae_vq  # noqa: E402
+import domains  # noqa: E402
+import map as map_script  # noqa: E402
 import rehearse  # noqa: E402
 from contrastive import ContrastiveArguments, make_model  # noqa: E402
+from rehearsed_steps import Started, Step  # noqa: E402
 from run_times import PEAK_TERAFLOPS, SHARES_OF_PEAK, TRAINING_IMAGES, cache_of, grids_of, seconds_of, span  # noqa: E402
 
 from hf_dpssl.autoencoder.training import step_flops  # noqa: E402
 from hf_dpssl.data.image_data import TABLE  # noqa: E402
+from hf_dpssl.domains.domains_arguments import DomainsArguments  # noqa: E402
+from hf_dpssl.domains.hyperparameters import Hyperparameters, hyperparameters  # noqa: E402
+from hf_dpssl.domains.known_sets import KNOWN_SETS  # noqa: E402
+from hf_dpssl.domains.networks import TunedEncoder, build  # noqa: E402
 from hf_dpssl.generation.pipeline_vq_token import code_nats  # noqa: E402
 from hf_dpssl.latent_training.diffusion import make_transformer  # noqa: E402
 from hf_dpssl.latent_training.dit_arguments import DiTArguments  # noqa: E402
 from hf_dpssl.latent_training.token_arguments import ARArguments  # noqa: E402
 from hf_dpssl.runs.atomic_files import atomic_file  # noqa: E402
-from hf_dpssl.runs.recipe import find_recipe, parse  # noqa: E402
+from hf_dpssl.runs.contrastive_arguments import MapArguments  # noqa: E402
+from hf_dpssl.runs.recipe import find_recipe, parse, save_recipe  # noqa: E402
 from hf_dpssl.runs.rehearsed_memory import memory_rehearsal  # noqa: E402
 from hf_dpssl.runs.results import write_results  # noqa: E402
 
@@ -59,6 +73,8 @@ RECIPES = (
 AUTOENCODERS = {"vq-gan-f16-faceshq": 8, "vq-dae-f16-faceshq": 8, "vq-dae-f8-imagenet": 8}  # GPUs they are meant for
 TRANSFORMERS = {"dit-b2-imagenet": 8, "dit-xl2-imagenet": 8}
 TOKEN_MODELS = {"ar-faceshq": 8}
+MAPS = {"map-cifar10": 1}
+DOMAINS = {"domains-pacs-resnet50": 1}
 # README of facebookresearch/moco: 200 epochs of MoCo-v2 on 8 V100, whose fp32 peak is 15.7 TFLOPS.
 PUBLISHED = {"recipe": "moco-v2-resnet50-imagenet", "gpus": 8, "peak_teraflops": 15.7, "hours": 53}
 COMMENT = "# Computed, not measured:"
@@ -71,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=EVIDENCE / "results" / "recipe_costs.json")
     parser.add_argument("--write_recipes", action="store_true", help="put the figures into the recipes' comments")
-    everything = [*RECIPES, *AUTOENCODERS, *TRANSFORMERS, *TOKEN_MODELS]
+    everything = [*RECIPES, *AUTOENCODERS, *TRANSFORMERS, *TOKEN_MODELS, *MAPS, *DOMAINS]
     parser.add_argument("--recipes", nargs="+", choices=everything, help="compute these alone")
     known = parser.parse_args(argv)
     wanted = known.recipes or everything
@@ -80,6 +96,8 @@ def main(argv: list[str] | None = None) -> dict:
     costs |= {name: autoencoder_costs(name, gpus) for name, gpus in AUTOENCODERS.items() if name in wanted}
     costs |= {name: transformer_costs(name, gpus) for name, gpus in TRANSFORMERS.items() if name in wanted}
     costs |= {name: token_costs(name, gpus) for name, gpus in TOKEN_MODELS.items() if name in wanted}
+    costs |= {name: map_costs(name, gpus) for name, gpus in MAPS.items() if name in wanted}
+    costs |= {name: domain_costs(name, gpus) for name, gpus in DOMAINS.items() if name in wanted}
     samples = {"images per batch counted": BATCH}
     note = "computed, not measured: see the top of recipe_costs.py"
     published = PUBLISHED["gpus"] * PUBLISHED["peak_teraflops"] * 1e12 * PUBLISHED["hours"] * 3600
@@ -114,6 +132,105 @@ def recipe_costs(name: str) -> dict:
         "images_per_second": {g: {s: images / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
         "bytes_per_gpu": memory_of("contrastive", name, gpus),
     }
+
+
+def map_costs(name: str, gpus: int) -> dict:
+    """Figures of a map's recipe, as `recipe_costs`, by stage."""
+    args = parse(MapArguments, ["--recipe", name], "")
+    per_epoch = TRAINING_IMAGES[args.dataset] // (args.batch_size * gpus)
+    stages = map_script.stages_of(args, per_epoch)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in stages:
+            recipe = Path(folder) / f"{stage.name}.yaml"
+            save_recipe(stage, recipe)
+            asked = rehearse.parsed(["contrastive", "--recipe", str(recipe)])
+            process = rehearse.Process(gpus, stage.mixed_precision, sharded=False)
+            found[stage.name] = rehearse.memory_of(asked, 0, process)
+    steps = {stage.name: stage.num_train_epochs * per_epoch for stage in stages}
+    images = {stage: number * args.batch_size * gpus for stage, number in steps.items()}
+    per_image = {stage: figures["operations"] / args.batch_size for stage, figures in found.items()}
+    operations = sum(per_image[stage] * images[stage] for stage in images)
+    hours, total = hours_of(operations, gpus), sum(images.values())
+    return {
+        "operations_per_image": per_image,
+        "operations": operations,
+        "steps": steps,
+        "images": images,
+        "gpus": gpus,
+        "hours": hours,
+        "images_per_second": {g: {s: total / h / 3600 for s, h in by_share.items()} for g, by_share in hours.items()},
+        "bytes_per_gpu": max((figures["bytes"] for figures in found.values()), key=lambda parts: parts["total"]),
+    }
+
+
+def domain_costs(name: str, gpus: int) -> dict:
+    """Figures of a recipe of domain generalisation, as `recipe_costs`, of all its runs."""
+    args = parse(DomainsArguments, ["--recipe", name], "")
+    known = KNOWN_SETS[args.dataset]
+    targets = [(number,) for number in range(known.domains)]
+    cells = domains.plan(args, [number for (number,) in targets], known.domains)
+    process = rehearse.Process(gpus, args.mixed_precision, sharded=False)
+    given = {cell: hyperparameters(cell.algorithm, args.protocol, cell.draw, cell.seed) for cell in cells}
+    per_image, largest = {}, {}
+    for algorithm in args.algorithms:
+        own = [settings for cell, settings in given.items() if cell.algorithm == algorithm]
+        chosen = max(own, key=lambda settings: settings.batch_size)
+        step = domain_step(args, algorithm, chosen, known.domains - 1, known.classes)
+        found = rehearse.step_memory(step, process)
+        largest[algorithm] = found["bytes"]
+        per_image[algorithm] = found["operations"] / (chosen.batch_size * (known.domains - 1))
+    images = args.steps * (known.domains - 1) * sum(settings.batch_size for settings in given.values())
+    operations = sum(
+        per_image[cell.algorithm] * args.steps * (known.domains - 1) * settings.batch_size
+        for cell, settings in given.items()
+    )
+    # Held-out fifths of the sources, and the target; each domain is held out once.
+    evaluations = -(-args.steps // args.evaluation_steps) + 1
+    measured = evaluations * known.images * (0.2 * (known.domains - 1) + 1) * len(cells) / known.domains
+    operations += measured * per_image["erm"] / 3
+    hours = hours_of(2 * operations, gpus)
+    return {
+        "operations_per_image": per_image,
+        "operations": operations,
+        "steps": args.steps * len(cells),
+        "images": images + round(measured),
+        "gpus": gpus,
+        "peak": "the peak of TF32",
+        "hours": hours,
+        "bytes_per_gpu": max(largest.values(), key=lambda parts: parts["total"]),
+    }
+
+
+def domain_step(args: DomainsArguments, algorithm: str, given: Hyperparameters, sources: int, classes: int) -> Step:
+    """An update of an algorithm that fine-tunes the recipe's encoder on pictures of so many domains."""
+    encoder = timm.create_model(args.encoder.removeprefix("timm/"), num_classes=0)
+    side = encoder.pretrained_cfg["input_size"][-1]
+
+    def tuned(extra_channels: int) -> tuple[TunedEncoder, int]:
+        return TunedEncoder(encoder.forward, encoder, extra_channels), encoder.num_features
+
+    about = {"shape": (3, side, side), "classes": classes, "seed": 0, "order": 0}
+    built = build(algorithm, args.protocol, given, **about, encoder=tuned)
+    settings = dict(given.settings)
+    if built.adapts:
+        settings |= {"context": built.context, "support": given.batch_size}
+
+    def batch() -> dict:
+        count = sources * given.batch_size
+        return {"images": torch.zeros(count, 3, side, side), "labels": torch.zeros(count, dtype=torch.int64)}
+
+    def start() -> Started:
+        new = type(built)(built.featurizer, built.classifier, **settings).train()
+        optimizers = [value for value in vars(new).values() if isinstance(value, torch.optim.Optimizer)]
+
+        def run(batch: dict) -> None:
+            parts = (batch[key].chunk(sources) for key in ("images", "labels"))
+            new.update(list(zip(*parts, strict=True)))
+
+        return Started(run, optimizers)
+
+    return Step([built], batch, start)
 
 
 def hours_of(operations: float, gpus: int) -> dict[str, dict[str, float]]:
@@ -232,15 +349,18 @@ def memory_of(script: str, name: str, gpus: int) -> dict[str, int]:
 
 def comment(costs: dict) -> str:
     """The line of a recipe that says what it costs."""
-    hours = costs["hours"]["A100"]
     low, high = (f"{share:g}" for share in SHARES_OF_PEAK)
+    hours = {
+        share: f"{value:.0f}" if value >= 100 else f"{value:.2g}" for share, value in costs["hours"]["A100"].items()
+    }
     operations = f"{costs['operations']:.1e}".replace("e+", "e")
-    of_parts = "" if "images_per_second" in costs else " of encoder and decoder"
-    loaded = f" if {costs['images_per_second']['A100'][low]:,.0f} images/s are loaded" if not of_parts else ""
+    of_parts = "" if {"images_per_second", "peak"} & costs.keys() else " of encoder and decoder"
+    rates = costs.get("images_per_second")
+    loaded = f" if {rates['A100'][low]:,.0f} images/s are loaded" if rates else ""
     memory = f"{costs['bytes_per_gpu']['total'] / 1e9:.1f} GB per GPU"
     return (
-        f"{COMMENT} {operations} operations{of_parts}, {memory}; {hours[low]:.2g} h ({hours[high]:.2g}) on "
-        f"{costs['gpus']} A100 at {low} ({high}) of peak{loaded}."
+        f"{COMMENT} {operations} operations{of_parts}, {memory}; {hours[low]} h ({hours[high]}) on "
+        f"{costs['gpus']} A100 at {low} ({high}) of {costs.get('peak', 'peak')}{loaded}."
     )
 
 
@@ -255,6 +375,7 @@ def comment_of_times(costs: dict) -> str:
     steps = []
     for stage, number in stages.items():
         operations = costs["operations_per_image"][stage] * costs["images"][stage] if stage else costs["operations"]
+        operations *= 2 if "peak" in costs else 1  # TF32
         of_stage = f" in {stage}" if stage else ""
         steps.append(spans(seconds_of(operations / number, costs["gpus"])["A100"]) + of_stage)
     said = f"{TIMES} {' and '.join(steps)}"

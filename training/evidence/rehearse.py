@@ -107,8 +107,13 @@ def stage_names(asked: Asked) -> list[str]:
 
 
 def memory_of(asked: Asked, number: int, process: Process) -> dict:
-    """Of a stage: {"parameters": that learn, "operations": of a step, "bytes": {part: bytes} of its second step}."""
+    """`step_memory` of a stage."""
     _, step = next(islice(STEPS[asked.script](asked.args, "meta"), number, None))
+    return step_memory(step, process)
+
+
+def step_memory(step: Step, process: Process) -> dict:
+    """{"parameters": that learn, "operations": of a step, "bytes": {part: bytes} of its second step}."""
     with memory_rehearsal() as memory:
         move(step, memory.fake_module_, lambda tensor: tensor.to("cuda"))
         for name, value in step.read.items():
@@ -128,7 +133,8 @@ def memory_of(asked: Asked, number: int, process: Process) -> dict:
         parts["optimizer"] = memory.outside(v for state in states for v in state.values() if on_a_gpu(v))
         memory.clear()
         started.run(batch)
-    parts |= {"gradients": memory.gradients, "activations": memory.peak}
+    gradients = min(memory.gradients, parts["parameters"])  # some updates have several backward passes
+    parts |= {"gradients": gradients, "activations": memory.peak}
     if process.sharded:
         for name in ("parameters", "gradients", "optimizer", "averages"):
             parts[name] = -(-parts[name] // process.count)
