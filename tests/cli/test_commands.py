@@ -259,6 +259,7 @@ def test_wheel_trains_writes_a_card_and_names_its_spaces_from_an_empty_folder(wh
     assert [path.name for path in empty.iterdir()] == ["run"]
 
 
+@pytest.mark.extended
 def test_a_reader_that_stops_early_ends_a_command_quietly(tmp_path):
     """As `hf-dpssl env | head -1`: nothing on stderr, and no broken status."""
     command = f"{sys.executable} -m hf_dpssl.cli env --json | head -1; echo ${{PIPESTATUS[0]}}"

@@ -129,6 +129,7 @@ def run_without_reader(folder: str, commands: list[list[str]]) -> None:
         os.write(2, f"{argv[0]}: {status}\n".encode())
 
 
+@pytest.mark.extended
 def test_a_reader_that_has_gone_ends_every_command_that_prints_much_quietly(fork_server, checkpoint, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(4):

@@ -78,6 +78,7 @@ def test_datasets_reads_the_folder_and_a_shard_with_classes_and_fixed_width(whol
         assert loaded[1]["file"] == "cat/002.png" and loaded[1]["row"] == 1 and loaded[1]["label"] == 0
 
 
+@pytest.mark.extended
 def test_labelled_splits_of_a_data_set_and_one_split_alone(encoder, tmp_path):
     table = embed_images(EmbedJob(str(encoder), "digits", str(tmp_path / "both"), batch_size=256))
     assert table.manifest["splits"] == {"train": 1437, "evaluation": 360} and len(table) == 1797

@@ -84,6 +84,7 @@ def test_turned_moved_and_shuffled_clouds_have_distance_0():
     assert found["cai_lim_projection"] < 0.02 * projected.std()  # from the pairing, if not to the end
 
 
+@pytest.mark.extended
 def test_both_definitions_agree_and_a_flat_copy_is_another_cloud():
     x, z = random(100, 10), random(100, 2, seed=1)
     found = cai_lim(x, z, restarts=2)

@@ -24,6 +24,7 @@ def entropy(p: torch.Tensor) -> torch.Tensor:
     return -(p * p.log()).sum(-1)
 
 
+@pytest.mark.extended
 def test_independent_codes_cost_their_entropy():
     p = distributions(1, 1.0)[0]
     codes = torch.multinomial(p, 2 * IMAGES * LENGTH, True, generator=generator()).view(2, IMAGES, 3, 3)

@@ -107,6 +107,7 @@ def test_autoencoders_of_diffusers_are_measured_as_diffusers_runs_them(folders, 
     assert set(without["metrics"]) == {"psnr", "ssim"}
 
 
+@pytest.mark.extended
 @for_each("name", ["dit", "token", "stock"])
 def test_numbers_of_a_pipeline_are_those_of_the_images_that_sample_draws(folders, capsys, tmp_path, name):
     steps = [] if name == "token" else ["--num_inference_steps", "2"]

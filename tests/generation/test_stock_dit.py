@@ -167,6 +167,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.extended
 def test_export_gives_the_same_images_where_hf_dpssl_cannot_be_imported(tmp_path):
     expected = {}
     for quantizer, folder in (("vq", "VQModel"), ("kl", "AutoencoderKL")):

@@ -106,6 +106,7 @@ def test_figures_are_those_of_images_that_the_kept_pipeline_draws(tmp_path, enco
     assert picture.width >= 64 and len(picture.convert("L").getcolors()) > 10
 
 
+@pytest.mark.extended
 def test_best_is_replaced_by_a_better_one_alone_also_after_a_resume(tmp_path, encoder, images):
     pipeline = make_pipeline("flow")
     args = arguments(tmp_path, validation_extractor=encoder, evaluation_images=100, validation_images=40)

@@ -26,6 +26,7 @@ def stock_pipeline() -> VQDiTPipeline:
     return VQDiTPipeline(transformer, vae, make_scheduler("flow"), NAMES, latent_codec.fingerprint(vae))
 
 
+@pytest.mark.extended
 def test_pipeline_saved_in_one_precision_loads_in_every_other_and_knows_a_foreign_autoencoder(tmp_path):
     for make in (dit_pipeline, stock_pipeline):
         for first, second in itertools.permutations(PRECISIONS[1:]):

@@ -247,10 +247,12 @@ def test_autocast_casts_as_on_a_gpu(rehearse):
     rehearse(_casts)
 
 
+@pytest.mark.extended
 def test_what_is_kept_under_autocast_is_what_autograd_keeps_on_a_cpu(rehearse):
     rehearse(_as_autograd_keeps_on_a_cpu)
 
 
+@pytest.mark.extended
 def test_activations_grow_in_proportion_to_the_batch(rehearse):
     rehearse(_in_proportion_to_the_batch)
 

@@ -90,6 +90,7 @@ def test_what_measures_shows_or_saves_memory_may_change_and_what_decides_about_w
                 check_same_run(meta, replace(args, **free, **{name: value}), *now)
 
 
+@pytest.mark.extended
 def test_length_changes_only_under_a_schedule_without_end_and_never_below_what_is_done(
     pictures, tmp_path, run_script, refusal
 ):

@@ -29,6 +29,7 @@ def test_resumed_run_goes_on_in_its_place_of_the_one_project_and_a_fresh_one_beg
     assert train(run_script, tmp_path, "tensorboard", 1, "--overwrite") != first
 
 
+@pytest.mark.extended
 def test_trackio_has_one_project_and_one_run_of_a_resumed_one(run_script, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")

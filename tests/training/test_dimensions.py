@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import sys
 
+import pytest
 import torch
 from launches import REPOSITORY
 
@@ -78,6 +79,7 @@ def test_a_run_is_done_by_one_process_and_free_again_when_it_dies(tmp_path):
         assert not done
 
 
+@pytest.mark.extended
 def test_training_is_a_function_of_its_seed_and_reads_test_images_only_in_final_runs(monkeypatch):
     monkeypatch.setattr(dimensions, "BATCH_SIZE", 32)
     generator = torch.Generator().manual_seed(0)

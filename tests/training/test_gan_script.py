@@ -55,6 +55,7 @@ def test_features_of_a_frozen_encoder_are_latents_whose_density_is_fitted(encode
     assert model.config.dpssl["encoder"]["fingerprint"] == embedder.fingerprint
 
 
+@pytest.mark.extended
 def test_latents_of_a_batch_are_the_standardised_features_of_its_images():
     def features_of(pictures) -> torch.Tensor:
         return torch.stack([to_square_tensor(picture, 4).flatten().float() for picture in pictures])

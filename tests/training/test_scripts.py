@@ -67,6 +67,7 @@ def test_run_starts_from_a_given_encoder_and_refuses_another_architecture(run_sc
     assert "pass its --architecture and --model_args" in message
 
 
+@pytest.mark.extended
 def test_bf16_on_the_cpu_trains_and_keeps_weights_and_codebook_float32(run_script, tmp_path):
     flags = ["--mixed_precision", "bf16", "--output_dir", tmp_path]
     arguments = " ".join(map(str, SHORT_STAGES))

@@ -82,6 +82,7 @@ def test_a_generator_that_goes_on_completes_an_autoencoder_that_was_not_measured
     assert json.loads(results.read_text())["metrics"]["psnr"] > 0
 
 
+@pytest.mark.extended
 def test_the_last_checkpoint_is_there_before_its_validation_which_a_run_that_goes_on_takes_once(
     run_script, monkeypatch, tmp_path
 ):
