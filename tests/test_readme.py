@@ -13,7 +13,8 @@ from hf_dpssl.cli.commands import command_module
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "training/README.md", "training/evidence/README.md", "tests/benchmarks/README.md"]
-PAGES += ["spaces/README.md", "CONTRIBUTING.md", "training/evidence/claims.md", "training/evidence/domains.md"]
+PAGES += ["spaces/README.md", "CONTRIBUTING.md"]
+PAGES += [f"training/evidence/{name}.md" for name in ("claims", "domains", "one_step")]
 
 
 @pytest.fixture(scope="module")

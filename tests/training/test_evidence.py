@@ -110,3 +110,21 @@ def test_a_network_that_gives_one_class_for_all_answers_no_question():
         (found,) = colored_mnist.answers(rows(accuracy), {"-90%": 50.4})
         assert found["met"] == met and found["difference"] == accuracy - 25
     assert not any(question["met"] for question in results("colored_mnist")["questions"])
+
+
+def test_encoders_agree_with_their_images_by_kendalls_tau_of_each_seed():
+    def row(knn: list[float], distance: list[float]) -> dict:
+        return {"seeds": [0, 1], "encoder_knn": knn, "encoder_rank": knn, "frechet_distance": distance} | {
+            "encoder_uniformity": [-value for value in distance]
+        }
+
+    cells = {
+        "latent": {"seeds": [0, 1], "frechet_distance": [0.1, 0.1]},  # has no encoder
+        "worst": row([50.0, 50.0], [3.0, 1.0]),
+        "middle": row([60.0, 60.0], [2.0, 3.0]),
+        "best": row([70.0, 70.0], [1.0, 2.0]),
+    }
+    text = readme.encoder_agreement(cells)
+    assert text.startswith("Kendall's tau of the 3 encoders' measure")
+    assert "20-NN of the encoder, % 0.33 (" in text  # 1 in the first seed, (1 - 2) / 3 in the second
+    assert "uniformity -1.00 (-1.00 to -1.00)" in text

@@ -23,6 +23,7 @@ import gan_latents
 import latents_report
 import pacs_report
 from paired_seeds import FEWEST_SEEDS, contains_zero, difference, verdict
+from scipy.stats import kendalltau
 
 from hf_dpssl.evaluation.student_interval import student_interval
 
@@ -77,7 +78,8 @@ PAGES = {  # which tables stand on which page
         "dit",
         "solvers",
     ],
-    "training/evidence/claims.md": ["claim_sections", "encoders", "one_step"],
+    "training/evidence/claims.md": ["claim_sections", "encoders"],
+    "training/evidence/one_step.md": ["one_step"],
     "training/evidence/domains.md": ["pacs", "colored_mnist"],
     "tests/benchmarks/README.md": ["speed"],
 }
@@ -374,8 +376,9 @@ def tables() -> dict[str, str]:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
     if CLAIMS.is_dir():
         blocks |= claim_blocks()
-    if (CLAIMS / "one_step.json").exists():
-        blocks["one_step"] = one_step_table(read(CLAIMS / "one_step.json"))
+    for study in ONE_STEP_STUDIES:
+        if (CLAIMS / f"{study}.json").exists():
+            blocks[study] = one_step_table(read(CLAIMS / f"{study}.json"))
     if (CLAIMS / "encoders.json").exists():
         blocks["encoders"] = encoders_tables(read(CLAIMS / "encoders.json"))
     if (RESULTS / "pacs_zood.json").exists():
@@ -444,24 +447,51 @@ ONE_STEP = {  # metric: heading, format
     "copies_5": ("than 5 %, %", "{:.1f}"),
     "copies_25": ("than 25 %, %", "{:.1f}"),
     "images_per_second": ("images a second of one core", "{:.0f}"),
+    "encoder_knn": ("20-NN of the encoder, %", "{:.1f}"),
+    "encoder_rank": ("its effective rank", "{:.1f}"),
+    "encoder_uniformity": ("its uniformity", "{:.2f}"),
 }
+ONE_STEP_STUDIES = ("one_step", "one_step_features", "one_step_photographs")
 
 
 def one_step_table(report: dict) -> str:
-    """All arms of the study of claim 16: means over the seeds (standard deviation)."""
+    """All arms of a study of one-step generators that have run: means over the seeds (standard deviation)."""
     arms, cells = report["stated"]["study"]["arms"], report["metrics"]["cells"]
-    lines = ["| generator | " + " | ".join(title for title, _ in ONE_STEP.values()) + " | CPU seconds |"]
-    lines.append("|---" * (len(ONE_STEP) + 2) + "|")
-    for arm, about in arms.items():
-        row = cells[arm]
-        values = [
-            f"{how.format(mean(row[name]))} ({how.format(stdev(row[name]))})" for name, (_, how) in ONE_STEP.items()
-        ]
-        lines.append(f"| {about['says']} | {' | '.join(values)} | {mean(row['cpu_seconds']):.0f} |")
+    columns = {name: about for name, about in ONE_STEP.items() if any(name in row for row in cells.values())}
+    lines = ["| generator | " + " | ".join(title for title, _ in columns.values()) + " | CPU seconds |"]
+    lines.append("|---" * (len(columns) + 2) + "|")
+    for arm, row in cells.items():
+        values = [_spread(row[name], how) if name in row else "" for name, (_, how) in columns.items()]
+        lines.append(f"| {arms[arm]['says']} | {' | '.join(values)} | {mean(row['cpu_seconds']):.0f} |")
     counts = sorted({int(row["parameters"][0]) for row in cells.values()})
-    about = f"Means over {len(cells['dit_25']['seeds'])} seeds (standard deviation); parameters {counts[0]:,} (dense "
-    about += f"layers) and {counts[-1]:,} (DiT). CPU seconds: of training, where there was any, drawing and measuring."
+    sizes = f"{counts[0]:,} (dense layers) and {counts[-1]:,} (DiT)" if len(counts) > 1 else f"{counts[0]:,}"
+    seeds = " or ".join(map(str, sorted({len(row["seeds"]) for row in cells.values()})))
+    about = f"Means over {seeds} seeds (standard deviation); parameters {sizes}. CPU seconds: of training, where there "
+    about += "was any, drawing and measuring."
+    if "encoder_knn" in columns:
+        lines += ["", encoder_agreement(cells)]
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
+
+
+def encoder_agreement(cells: dict) -> str:
+    """Whether encoders that measure better give nearer images: Kendall's tau within each seed, mean and interval."""
+    rows = [row for row in cells.values() if "encoder_knn" in row]
+    seeds = set.intersection(*(set(row["seeds"]) for row in rows))
+    parts = []
+    for name, sign in (("encoder_knn", 1), ("encoder_rank", 1), ("encoder_uniformity", -1)):
+        taus = []
+        for seed in sorted(seeds):
+            places = [row["seeds"].index(seed) for row in rows]
+            measured = [sign * row[name][place] for row, place in zip(rows, places, strict=True)]
+            near = [-row["frechet_distance"][place] for row, place in zip(rows, places, strict=True)]
+            taus.append(float(kendalltau(measured, near).statistic))
+        interval = student_interval(taus) if len(taus) > 1 else None
+        bounds = f" ({interval['low']:.2f} to {interval['high']:.2f})" if interval else ""
+        parts.append(f"{ONE_STEP[name][0].removeprefix('its ')} {mean(taus):.2f}{bounds}")
+    return (
+        f"Kendall's tau of the {len(rows)} encoders' measure, the better the higher, with how near the images are, "
+        f"mean and 95 % over {len(seeds)} seeds: {'; '.join(parts)}."
+    )
 
 
 def encoders_tables(report: dict) -> str:
