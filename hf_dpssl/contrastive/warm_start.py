@@ -20,6 +20,14 @@ def start_from_encoder_(
     """Copy the weights of a trained encoder into the backbone, and of MoCo into both; ValueError when they differ."""
     if encoder.config.stem != model.config.stem:  # two of the small-image stems have weights of equal shape
         raise ValueError(f"{flag} has the stem {encoder.config.stem!r}, the run asks for {model.config.stem!r}.")
+    if encoder.config.vae_fingerprint != model.config.vae_fingerprint:
+        held, wanted = (
+            f"latents of the autoencoder {print_[:12]}" if print_ else "pictures"
+            for print_ in (encoder.config.vae_fingerprint, model.config.vae_fingerprint)
+        )
+        raise ValueError(
+            f"{flag} holds an encoder of {held}, the run trains one of {wanted}: give the same --autoencoder."
+        )
     for backbone in [model.encoder, *([model.key_encoder] if isinstance(model, MoCoForPreTraining) else [])]:
         try:
             backbone.load_state_dict(encoder.state_dict())

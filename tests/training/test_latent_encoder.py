@@ -165,6 +165,7 @@ def test_pictures_and_what_does_not_fit_are_refused_and_its_card_shows_how_laten
         with pytest.raises(ValueError, match="takes an autoencoder's latents"):
             build()
     pictures = ContrastiveEncoder(encoder.config.__class__("resnet10t", {"channels": [8, 8, 16, 16]}))
+    pictures.save_pretrained(tmp_path / "pictures")
     with pytest.raises(ValueError, match="was not trained on latents of this autoencoder"):
         LatentFeatures(pictures, vae[0])
     flags = [*FLAGS, "--autoencoder", vae[1], "--output_dir", tmp_path / "out"]
@@ -176,6 +177,7 @@ def test_pictures_and_what_does_not_fit_are_refused_and_its_card_shows_how_laten
         ),
         (["--model_args", '{"in_chans": 4}'], "latents have their autoencoder's; leave it out"),
         (["--autoencoder", tmp_path / "nowhere"], "nowhere"),
+        (["--init_encoder", tmp_path / "pictures"], "holds an encoder of pictures, the run trains one of latents"),
     ]:
         assert message in refusal("contrastive", [*flags, *changed])
     assert not (tmp_path / "out" / "encoder").exists()
