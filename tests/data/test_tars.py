@@ -12,6 +12,8 @@ from pictures import encoded, noise, row, write_parquet
 
 from hf_dpssl.data.batches import ImageSource, evaluation_batches
 from hf_dpssl.data.image_data import load_images
+from hf_dpssl.latent_training.dit_arguments import DiTArguments
+from hf_dpssl.latent_training.latent_run import classes_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,9 @@ def test_a_folder_of_tar_files_is_read_as_a_table_and_as_a_stream(tmp_path, stre
     assert found(data, "evaluation") == {i: -1 if streaming else i % 3 for i in range(18, 24)}
     if streaming:  # the classes of integers are not known, which is said
         assert data.train.num_shards == 2 and "leave --streaming out" in data.label_problem
+        with pytest.raises(ValueError, match="cannot be known while streaming: .* learn without classes by --uncond"):
+            classes_of_run(DiTArguments(streaming=True), data)  # which is asked before anything else of a run
+        assert classes_of_run(DiTArguments(streaming=True, unconditional=True), data) == []
 
 
 def test_one_tar_file_is_a_set_of_which_a_tenth_is_held_out(tmp_path):
