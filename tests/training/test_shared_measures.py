@@ -72,7 +72,7 @@ def ends_of_scripts(folder: str, precision: str = "no") -> dict[str, torch.Tenso
     model.train()(*torch.randn(2, 16, 3, 16, 16))
     watch(model.encoder.timm_model.conv1, seen["contrastive"])
     loop = SimpleNamespace(accelerator=accelerator, step=1, history=[], seconds=1.0)
-    contrastive.save(model.eval(), args, source, loop, Path(folder, "encoder"))
+    contrastive.save(model.eval(), args, source, loop, Path(folder, "encoder"), None)
 
     args, accelerator, source = started(VQArguments, folder, **VQ, **flags)
     torch.manual_seed(0)
