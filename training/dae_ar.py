@@ -43,6 +43,7 @@ from hf_dpssl.generation.bulk_sampling import draw_images
 from hf_dpssl.generation.pipeline_vq_token import VQTokenPipeline, code_nats, make_language_model
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.latent_training.diffusion import dropped_labels
+from hf_dpssl.latent_training.generation_monitor import sample_grid
 from hf_dpssl.latent_training.latent_cache import CodeTable
 from hf_dpssl.latent_training.latent_run import (
     autoencoder_of_run,
@@ -244,24 +245,6 @@ def judged(images: torch.Tensor, args: ARArguments) -> dict[str, float]:
     return metrics
 
 
-def sample_grid(pipeline: VQTokenPipeline, args: ARArguments, guidance_scale: float) -> torch.Tensor:
-    """Samples of seeds `args.seed`, ... in [-1, 1]: one row per class (of at most 10), or one grid without."""
-    per_class, images = args.samples_per_class, []
-    rows = len(pipeline.class_names[:10]) or per_class
-    for row in range(rows):
-        drawn = pipeline(
-            [row] * per_class if pipeline.class_names else None,
-            num_images=None if pipeline.class_names else per_class,
-            guidance_scale=guidance_scale,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            generator=torch.Generator().manual_seed(args.seed + row),
-            output_type="pt",
-        ).images
-        images.append(drawn.float().cpu() * 2 - 1)
-    return torch.cat(images)
-
-
 def save(
     pipeline: VQTokenPipeline,
     args: ARArguments,
@@ -291,21 +274,31 @@ def save(
     samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
     is_judged = args.extractors and held_out is not None
     images = drawn_images(pipeline, args, loop.accelerator) if is_judged else None
-    if not loop.accelerator.is_main_process:
-        return
-    if is_judged:
+    if loop.accelerator.is_main_process:
+        write_measures(pipeline, args, data, images, taken, samples, target, about)
+    grids = {"samples-guided.png": args.guidance_scale} if pipeline.class_names else {}
+    for name, scale in (grids | {"samples.png": 1.0}).items():
+        options = {"guidance_scale": scale, "temperature": args.temperature, "top_k": args.top_k}
+        grid = sample_grid(pipeline, args.samples_per_class, options, args, loop.accelerator)
+        if loop.accelerator.is_main_process:
+            save_grid(grid, target / name, columns=args.samples_per_class, min_side=64)
+    if loop.accelerator.is_main_process:
+        write_card(target)  # now with the pictures
+
+
+def write_measures(
+    pipeline: VQTokenPipeline, args: ARArguments, data: ImageData, images: torch.Tensor | None, taken: Measures,
+    samples: dict[str, int], target: Path, about: dict,
+) -> None:  # fmt: skip
+    """Judge the images that were drawn, if any, and write results and card; arguments as in `save`."""
+    if images is not None:
         taken.take("quality of generated images", judged, images, args)
         samples["generated"] = args.num_generated
-    metrics = taken.metrics | {"nats_per_image_uniform": pipeline.num_tokens * math.log(num_codes)}
+    uniform = pipeline.num_tokens * math.log(pipeline.vae.config.num_codes)
+    metrics = taken.metrics | {"nats_per_image_uniform": uniform}
     about |= taken.results() | {"samples": samples}
     write_results(target / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
     write_card(target)
-    grids = {"samples-guided.png": args.guidance_scale} if pipeline.class_names else {}
-    for name, scale in (grids | {"samples.png": 1.0}).items():
-        with loop.accelerator.autocast():
-            grid = sample_grid(pipeline, args, scale)
-        save_grid(grid, target / name, columns=args.samples_per_class, min_side=64)
-    write_card(target)  # now with the pictures
     say(f"{target}: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
 
 

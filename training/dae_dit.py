@@ -144,9 +144,8 @@ def main(argv: list[str] | None = None) -> Path:
     # Save
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     copy_whole_(sampled.parameters(), ema.shadow_params)
-    if accelerator.is_main_process:
-        sampled.eval()
-        save(pipeline, args, data, len(latents), loop, monitor, autoencoder_folder)
+    sampled.eval()
+    save(pipeline, args, data, len(latents), loop, monitor, autoencoder_folder)
     finish(accelerator, args, skipped)
     return Path(args.output_dir) / args.name
 
@@ -222,8 +221,31 @@ def save(
     monitor: GenerationMonitor | None,
     autoencoder_folder: str | Path,
 ) -> None:
-    """Write the complete pipeline folder with sample grids."""
+    """Write the complete pipeline folder with sample grids; all processes call this, and draw the grids together."""
     target = Path(args.output_dir) / args.name
+    if loop.accelerator.is_main_process:
+        write_pipeline(pipeline, args, data, num_latents, loop, monitor, autoencoder_folder, target)
+    # The weights are safe before pictures are drawn, which takes minutes for a large model.
+    for name, options in (("samples.png", args.grid), ("samples-unguided.png", args.sampling)):
+        grid = sample_grid(pipeline, args.grid_images_per_class, options, args, loop.accelerator)
+        if loop.accelerator.is_main_process:
+            save_grid(grid, target / name, columns=args.grid_images_per_class, min_side=64)
+    if loop.accelerator.is_main_process:
+        write_card(target)  # now with the pictures
+        say(f"{target}: pipeline and sample grids written")
+
+
+def write_pipeline(
+    pipeline: VQDiTPipeline,
+    args: DiTArguments,
+    data: ImageData,
+    num_latents: int,
+    loop: TrainingLoop,
+    monitor: GenerationMonitor | None,
+    autoencoder_folder: str | Path,
+    target: Path,
+) -> None:
+    """The pipeline folder without pictures."""
     ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
     metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
     if monitor and monitor.metrics:
@@ -237,12 +259,6 @@ def save(
         samples = {"train": num_latents}
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
-    # The weights are safe before pictures are drawn, which takes minutes for a large model.
-    for name, options in (("samples.png", args.grid), ("samples-unguided.png", args.sampling)):
-        grid = sample_grid(pipeline, args, options, loop.accelerator)
-        save_grid(grid, target / name, columns=args.grid_images_per_class, min_side=64)
-    write_card(target)  # now with the pictures
-    say(f"{target}: pipeline and sample grids written")
 
 
 if __name__ == "__main__":

@@ -134,9 +134,8 @@ def main(argv: list[str] | None = None) -> Path:
     target_folder = Path(args.output_dir) / args.name
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     copy_whole_(sampled.parameters(), ema.shadow_params)
-    if accelerator.is_main_process:
-        sampled.eval()
-        save(pipeline, args, data, len(latents), loop, monitor, target_folder, autoencoder_folder)
+    sampled.eval()
+    save(pipeline, args, data, len(latents), loop, monitor, target_folder, autoencoder_folder)
     finish(accelerator, args, skipped)
     return target_folder
 
@@ -178,7 +177,28 @@ def save(
     target: Path,
     autoencoder_folder: str | Path,
 ) -> None:
-    """Write the complete pipeline folder with a sample grid."""
+    """Write the complete pipeline folder with a sample grid; all processes call this, and draw the grid together."""
+    if loop.accelerator.is_main_process:
+        write_pipeline(pipeline, args, data, num_latents, loop, monitor, target, autoencoder_folder)
+    # The weights are safe before pictures are drawn.
+    grid = sample_grid(pipeline, args.grid_images_per_class, args.grid, args, loop.accelerator)
+    if loop.accelerator.is_main_process:
+        save_grid(grid, target / "samples.png", columns=args.grid_images_per_class, min_side=64)
+        write_card(target)  # now with the pictures
+        say(f"{target}: pipeline and sample grid written")
+
+
+def write_pipeline(
+    pipeline: VQDriftPipeline,
+    args: DriftArguments,
+    data: ImageData,
+    num_latents: int,
+    loop: TrainingLoop,
+    monitor: GenerationMonitor | None,
+    target: Path,
+    autoencoder_folder: str | Path,
+) -> None:
+    """The pipeline folder without pictures."""
     ancestors = {"autoencoder": autoencoder_folder, "initial transformer": args.init_from}
     ancestors |= {f"features of the field, {i + 1}": name for i, name in enumerate(args.encoders)}
     metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
@@ -194,11 +214,6 @@ def save(
         samples = {"train": num_latents}
         write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
         write_card(folder)
-    # The weights are safe before pictures are drawn.
-    grid = sample_grid(pipeline, args, args.grid, loop.accelerator)
-    save_grid(grid, target / "samples.png", columns=args.grid_images_per_class, min_side=64)
-    write_card(target)  # now with the pictures
-    say(f"{target}: pipeline and sample grid written")
 
 
 if __name__ == "__main__":

@@ -24,19 +24,20 @@ from ..data.image_table import ImageTable
 from ..embedding.feature_extractors import check_classifier, load_extractor
 from ..evaluation.generated_images import class_consistency
 from ..evaluation.image_measures import image_quality
+from ..generation.bulk_sampling import draw_images
 from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_drift import VQDriftPipeline
-from ..models.gather import gather_rows, gather_shares, own_share
+from ..generation.pipeline_vq_token import VQTokenPipeline
+from ..models.gather import gather_rows, gather_shares, is_first, own_share
 from ..runs.atomic_files import atomic_folder
 from ..runs.console import say
 from ..runs.plots import save_grid
-from ..runs.recipe import save_recipe
+from ..runs.recipe import RunArguments, save_recipe
 from ..runs.results import write_results
 from ..runs.sharding import copy_whole_
 from ..runs.training_loop import TrainingLoop
 from .dit_arguments import DiTArguments
 from .drift_arguments import DriftArguments
-from .transformer_arguments import TransformerRunArguments
 
 LatentPipeline = VQDiTPipeline | VQDriftPipeline
 
@@ -117,8 +118,11 @@ class GenerationMonitor:
         with averaged_weights(ema, self.pipeline.transformer):
             generated, labels, logits = self._generate()
             self.metrics = self._measure(generated, labels, logits)
+            images = sample_grid(
+                self.pipeline, self.args.grid_images_per_class, self.args.grid, self.args, self.accelerator
+            )
             if self.accelerator.is_main_process:
-                self._write_grid(step)
+                self._write_grid(images, step)
                 self._keep_best(step)
         self.accelerator.wait_for_everyone()
         return dict(self.metrics)
@@ -224,10 +228,9 @@ class GenerationMonitor:
             about = {"dataset": self.args.dataset, "seed": self.args.seed, "samples": samples, "step": step}
             write_results(folder / "results.json", self.metrics, **about)
 
-    def _write_grid(self, step: int) -> None:
+    def _write_grid(self, images: Tensor, step: int) -> None:
         """The fixed-noise grid of this step, as a file and in the trackers that take pictures."""
         name = f"{self.args.name}-progress/step-{step:08d}.png"
-        images = sample_grid(self.pipeline, self.args, self.args.grid, self.accelerator)
         path = Path(self.args.output_dir) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}")
@@ -250,20 +253,28 @@ def _gathered(parts: list[Tensor], total: int) -> Tensor:
 
 
 def sample_grid(
-    pipeline: LatentPipeline, args: TransformerRunArguments, options: dict, accelerator: Accelerator
+    pipeline: LatentPipeline | VQTokenPipeline,
+    per_class: int,
+    options: dict,
+    args: RunArguments,
+    accelerator: Accelerator,
 ) -> Tensor:
-    """The first samples of seed `args.seed`, in [-1, 1]: one row per class (of at most 10), or one grid without.
+    """Samples in [-1, 1]: a row of so many per class (of at most 10), or a square of them without classes.
 
-    `options` are of the pipeline's call, the precision is that of the run.
+    Those of hf-dpssl sample with that seed and so many classes; `options` are of the pipeline's call, the precision is
+    that of the run. The processes share them: all call this, and get all.
     """
-    per_class = args.grid_images_per_class
-    class_ids = [class_id for class_id in range(len(pipeline.class_names))[:10] for _ in range(per_class)]
-    with accelerator.autocast():
-        images = pipeline(
-            class_ids or None,
-            num_images=None if class_ids else per_class**2,
-            **options,
-            generator=torch.Generator().manual_seed(args.seed),
-            output_type="pt",
-        ).images
-    return images.float().cpu() * 2 - 1
+    classes = list(range(len(pipeline.class_names))[:10])
+    rows = len(classes) or per_class
+    numbers = [column * rows + row for row in range(rows) for column in range(per_class)]
+    mine = own_share(numbers)
+    if not is_first():
+        pipeline.set_progress_bar_config(disable=True)
+    parts = []
+    for first in range(0, len(mine), args.batch_size):
+        with accelerator.autocast():
+            drawn = draw_images(
+                pipeline, mine[first : first + args.batch_size], classes or None, seed=args.seed, options=options
+            )
+        parts.append(drawn)
+    return _gathered(parts, len(numbers)) * 2 - 1

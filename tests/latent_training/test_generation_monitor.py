@@ -141,7 +141,8 @@ def _validation_of_a_process(folder: str, encoder: str, images: int) -> dict[str
     place = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if met else ()
     monitor = GenerationMonitor(args, Process(*place), make_pipeline(), table)
     generated, labels, _ = monitor._generate()
-    return {"real": monitor.real, "generated": generated, "labels": labels}
+    grid = sample_grid(monitor.pipeline, 2, args.grid | {"num_inference_steps": 2}, args, monitor.accelerator)
+    return {"real": monitor.real, "generated": generated, "labels": labels, "grid": grid}
 
 
 @pytest.mark.extended
@@ -163,8 +164,8 @@ def test_grids_are_drawn_in_the_precision_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.transformer, "forward", watched)
     autocast = partial(torch.autocast, "cpu", torch.bfloat16)
     args = arguments(tmp_path)
-    rounded = sample_grid(pipeline, args, args.grid, Process(autocast=autocast))
-    exact = sample_grid(pipeline, args, args.grid, Process())
+    rounded = sample_grid(pipeline, 1, args.grid, args, Process(autocast=autocast))
+    exact = sample_grid(pipeline, 1, args.grid, args, Process())
     assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2) and seen
     assert rounded.dtype == torch.float32 and 0 < float((rounded - exact).abs().max()) < 0.5
 

@@ -62,9 +62,9 @@ def test_recipe_has_the_size_of_its_name_and_says_what_it_costs(name, size, cost
     expected = 6 * forward * images / (8 * 312e12 * 0.2) / 3600
     assert figures["hours"]["A100"]["0.2"] == pytest.approx(expected, rel=0.02)
     # Before: 32 x 32 x 4 float32 of each image, and of its mirror image. After: ten pictures of ten classes, with and
-    # without guidance; TF32 has half the peak.
+    # without guidance, which the eight GPUs share.
     assert figures["start"]["bytes"] == 1_281_167 * (1 + args.flip_cache) * 4 * 32 * 32 * 4
-    drawn = 100 * args.sampling_steps * (2 + 1) * 2 * forward / (156e12 * 0.2)
+    drawn = 100 * args.sampling_steps * (2 + 1) * 2 * forward / (8 * 312e12 * 0.2)
     assert figures["end"]["seconds"]["A100"]["0.2"] == pytest.approx(drawn, rel=0.02)
 
 

@@ -17,7 +17,7 @@ Domains: all runs of the plan with the batches that they draw, and their evaluat
 domains takes fewer; in TF32, of half the peak. Memory: of the largest run; SWAD's averages of the weights, and the
 pictures as bytes, come on top.
 Latent DiTs and token models: the transformer's steps on cached latents or codes; beside them the cache that is made
-before, and the grids that one GPU draws after them (run_times.py).
+before, and the grids that they draw after them (run_times.py).
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _figures(script: str, name: str, per_image: int, args: DiTArguments | ARArgu
         "operations_per_image": per_image,
         "operations": images * per_image,
         "start": cache_of(asked, gpus),
-        **({"end": grids_of(asked, per_image / 3)} if script == "dae_dit" else {}),
+        **({"end": grids_of(asked, per_image / 3, gpus)} if script == "dae_dit" else {}),
         "steps": args.max_train_steps,
         "images": images,
         "gpus": gpus,

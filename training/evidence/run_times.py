@@ -4,9 +4,9 @@ Time: operations over an assumed share of a GPU's peak, if images come fast enou
 torch's FlopCounterMode (convolutions and matrix products; a multiplication and an addition are two), with what
 checkpointing computes again.
 
-Before the steps of a generator in a latent all GPUs encode the images; after them one GPU draws the grids. Both are
-in float32, of which TF32 is assumed. A small model
-takes longer than all this: its operations are waited for less than their launches.
+Before the steps of a generator in a latent all GPUs encode the images, in float32, of which TF32 is assumed; after them
+all draw the grids, in the precision of the run. A small model takes longer than all this: its operations are waited for
+less than their launches.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def times_of(asked: Asked, gpus: int, stages: dict[str, dict]) -> dict:
         found |= {"start": cache_of(asked, gpus)} if images else {}
     if asked.script in _DRAW:
         passes = 4 if asked.args.gradient_checkpointing else 3  # a backward pass takes two
-        found["end"] = grids_of(asked, stages[""]["operations"] / asked.args.batch_size / passes)
+        found["end"] = grids_of(asked, stages[""]["operations"] / asked.args.batch_size / passes, gpus)
     return found
 
 
@@ -128,12 +128,12 @@ def cache_of(asked: Asked, gpus: int) -> dict:
     }
 
 
-def grids_of(asked: Asked, operations: float) -> dict:
-    """Images and seconds of the grids that one GPU draws at the end; `operations` of a forward pass of an image."""
+def grids_of(asked: Asked, operations: float, gpus: int) -> dict:
+    """Images and seconds of the grids that the GPUs draw at the end; `operations` of a forward pass of an image."""
     args = asked.args
     classes = min(10, classes_of(args))
     images = classes * args.grid_images_per_class or args.grid_images_per_class**2
     passes = getattr(args, "sampling_steps", 1)
     if asked.script != "dae_drift":  # a guided grid, with and without class in each step, and one without guidance
         passes *= 3 if classes else 1
-    return {"images": images, "seconds": seconds_of(images * passes * operations, tf32=True)}
+    return {"images": images, "seconds": seconds_of(images * passes * operations, gpus)}
