@@ -1,4 +1,4 @@
-"""Train a contrastive encoder: SimCLR, t-SimCLR, MoCo-v2 or t-MoCo-v2, over any timm backbone.
+"""Train a contrastive encoder: SimCLR, t-SimCLR, MoCo-v2 or t-MoCo-v2 (or LeJEPA beside them), over any timm backbone.
 
     python training/contrastive.py                                     # t-SimCLR on digits, CPU, minutes
     python training/contrastive.py --dataset path/to/images --image_size 64
@@ -192,7 +192,7 @@ def make_model(
             name: getattr(args, name)
             for name in "stem kernel normalization feature_norm temperature perplexity dof learnable_dof momentum "
             "projection_dim projection_hidden_dim projection_layers projection_batch_norm batch_norm "
-            "batch_norm_splits".split()
+            "batch_norm_splits sigreg_weight".split()
         },
         **({"queue_size": args.queue_size} if args.queue_size else {}),
     )
@@ -237,6 +237,8 @@ def step_output(
     if args.negatives == "queue":
         schedule = {"momentum": args.momentum, "schedule": args.momentum_schedule}
         options["momentum"] = momentum_at(step, total_steps, **schedule)
+    if args.sigreg_weight:
+        options["step"] = step
     return model(view_1, view_2, **options)
 
 
@@ -337,7 +339,7 @@ def save(
     All processes call this: the first one writes, they evaluate together.
     """
     data, accelerator = source.data, loop.accelerator
-    kernel = model.calibration.numbers()
+    kernel = None if args.sigreg_weight else model.calibration.numbers()
     model.config.dpssl = {
         "method_name": method_name(args),
         "dataset": data.name,
@@ -376,7 +378,9 @@ def save(
 
 
 def method_name(args: ContrastiveArguments) -> str:
-    """SimCLR, t-SimCLR, MoCo-v2 or t-MoCo-v2."""
+    """SimCLR, t-SimCLR, MoCo-v2, t-MoCo-v2 or LeJEPA."""
+    if args.sigreg_weight:
+        return "LeJEPA"
     prefix = "t-" if args.kernel == "student_t" else ""
     return prefix + ("MoCo-v2" if args.negatives == "queue" else "SimCLR")
 

@@ -237,6 +237,8 @@ def total_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """The autoencoder's loss with its perceptual and adversarial terms, and these for the log."""
     target, values = output.recon, {"recon": output.recon, "commit": output.commit}
+    if args.equivariance_weight:
+        values["equivariance"] = output.equivariance
     if output.codes is not None:
         usage = batch_usage(output.codes, model.config.num_codes)
         values |= {"perplexity": output.perplexity, "usage": usage}

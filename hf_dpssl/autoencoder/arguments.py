@@ -6,7 +6,7 @@ import copy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from ..models.choices import VQ_CHOICES, VQ_PRESETS
+from ..models.choices import VQ_CHOICES, VQ_PRESETS, VQ_TRANSFORMS
 from ..runs.flags import option
 from ..runs.recipe import RunArguments
 from .adversarial_settings import AdversarialSettings
@@ -32,6 +32,8 @@ CONFIG_FLAGS = (
     "entropy_weight",
     "commitment_weight",
     "kl_weight",
+    "equivariance_weight",
+    "equivariance_transforms",
     "reconstruction_loss",
     "num_channels",
 )
@@ -96,6 +98,14 @@ class VQArguments(RunArguments):
     commitment_weight: float = option(0.25, "weight of the commitment term")
     entropy_weight: float = option(0.0, "weight of the entropy term, which spreads the use of the codes")
     kl_weight: float = option(1e-6, "weight of the KL term of --quantizer kl")
+    equivariance_weight: float = option(
+        0.0, "weight of the term that wants transformed latents decoded as transformed images (EQ-VAE), in stage 1"
+    )
+    equivariance_transforms: list[str] = option(
+        list(VQ_TRANSFORMS),
+        "which: quarter turns, halved sides, or the images of a batch in turns",
+        choices=VQ_TRANSFORMS,
+    )
     perceptual: str | None = option(None, "perceptual term: lpips, or folder or Hub id of an encoder")
     perceptual_weight: float = option(1.0, "weight of the perceptual term")
     adversarial: str = option("none", "adversarial term", choices=["none", *ADVERSARIAL_NAMES])

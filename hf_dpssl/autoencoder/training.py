@@ -82,13 +82,14 @@ def step_flops(model: VQAutoencoder, image_size: int, *, train_encoder: bool) ->
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False  # what is recomputed is not counted again
-    images = torch.zeros(1, model.config.num_channels, image_size, image_size, device="meta")
+    count = 4 if model.config.equivariance_weight else 1  # of which each takes another turn
+    images = torch.zeros(count, model.config.num_channels, image_size, image_size, device="meta")
     state = torch.random.get_rng_state()
     # Fused attention of a CPU is not counted, products are.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.train()(images).loss.backward()
     torch.random.set_rng_state(state)
-    return float(counter.get_total_flops())
+    return float(counter.get_total_flops() / count)
 
 
 class Validation:

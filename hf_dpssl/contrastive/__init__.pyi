@@ -5,6 +5,9 @@ from .drifting import drift_field as drift_field
 from .drifting import drift_loss as drift_loss
 from .drop_ins import SentencePairLoss as SentencePairLoss
 from .drop_ins import over_processes as over_processes
+from .isotropy import lejepa as lejepa
+from .isotropy import random_directions as random_directions
+from .isotropy import sigreg as sigreg
 from .kernels import log_similarities as log_similarities
 from .losses import alignment as alignment
 from .losses import clip as clip

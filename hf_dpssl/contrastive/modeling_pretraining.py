@@ -20,6 +20,7 @@ from ..models.blocks import ProjectionHead, guard_one_pixel_convolutions_
 from ..models.call_arguments import ignore_labels
 from ..models.complete_weights import draw_after_meta_, load_complete
 from ..models.gather import (
+    broadcast_,
     deal_out,
     gather_dealt,
     gather_with_gradient,
@@ -32,6 +33,7 @@ from ..models.modeling_contrastive import ContrastiveConfig, ContrastiveEncoder
 from ..models.registration import push_to_hub
 from .batch_norm import batch_norms, keep_statistics_in_recomputation_, set_batch_norm_
 from .calibration import KernelCalibration
+from .isotropy import DIRECTIONS, lejepa, random_directions
 from .losses import info_nce, moco, t_simclr
 from .momentum import ema_update_, enqueue_
 
@@ -134,7 +136,10 @@ class ContrastivePreTrainedModel(PreTrainedModel):
 
 
 class SimCLRForPreTraining(ContrastivePreTrainedModel):
-    """SimCLR (kernel="cosine") and t-SimCLR (kernel="student_t"): negatives are the rest of the global batch."""
+    """SimCLR (kernel="cosine") and t-SimCLR (kernel="student_t"): negatives are the rest of the global batch.
+
+    With sigreg_weight LeJEPA, which has no negatives.
+    """
 
     def __init__(self, config: ContrastiveConfig):
         super().__init__(config)
@@ -147,6 +152,7 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         pixel_values: Tensor,
         paired_pixel_values: Tensor | None = None,
         weights: Tensor | None = None,
+        step: int | None = None,
         return_loss: bool = True,
         **others,
     ) -> ContrastiveOutput:
@@ -156,6 +162,7 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
             pixel_values: (B, C, H, W), normalised with the config's mean and std.
             paired_pixel_values: (B, C, H, W), second view of the same images.
             weights: (B,) weight of each pair.
+            step: of training, which draws the directions of SIGReg; None: torch's generator goes on.
             return_loss: False embeds `pixel_values` only; by this name transformers.Trainer knows to report eval_loss.
             others: `labels`, which are not read.
         """
@@ -166,14 +173,19 @@ class SimCLRForPreTraining(ContrastivePreTrainedModel):
         # One pass over both views: batch norm sees 2B images, as in the papers' code.
         features, embeddings = self._embed(torch.cat([pixel_values, paired_pixel_values]))
         embeddings, paired = embeddings.chunk(2)
-        loss = self._loss(embeddings, paired, weights)
+        loss = self._loss(embeddings, paired, weights, step)
         return ContrastiveOutput(loss, embeddings, paired, features.chunk(2)[0])
 
     @torch.compiler.disable  # it reads values and gathers: one boundary between two graphs, instead of one at each
-    def _loss(self, embeddings: Tensor, paired: Tensor, weights: Tensor | None) -> Tensor:
+    def _loss(self, embeddings: Tensor, paired: Tensor, weights: Tensor | None, step: int | None) -> Tensor:
         """Loss of the batch of all processes, of this one's embeddings (B, projection_dim) twice and weights (B,)."""
         view_1 = gather_with_gradient(embeddings)
         view_2 = gather_with_gradient(paired)
+        if self.config.sigreg_weight:
+            directions = random_directions(DIRECTIONS, view_1.shape[1], step).to(view_1, non_blocking=True)
+            if step is None:  # processes may have drawn apart
+                broadcast_(directions)
+            return lejepa(view_1, view_2, directions, weight=self.config.sigreg_weight)
         weights = None if weights is None else gather_without_gradient(weights)
         if len(view_1) > 1:  # one pair says nothing about the temperature
             self.calibration.calibrate(view_1, view_2)
@@ -201,6 +213,8 @@ class MoCoForPreTraining(ContrastivePreTrainedModel):
         super().__init__(config)
         if config.normalization == "joint":
             raise ValueError("normalization='joint' needs all pairs of a batch; MoCo's queue takes 'anchor'.")
+        if config.sigreg_weight:
+            raise ValueError("sigreg_weight needs no negatives, and so no queue: take SimCLRForPreTraining.")
         self.key_encoder = ContrastiveEncoder(config)
         self.key_head = self._make_head()
         self.register_buffer("queue", torch.zeros(config.queue_size, config.projection_dim))

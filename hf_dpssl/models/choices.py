@@ -35,6 +35,7 @@ VQ_CHOICES = {
     "quantizer_gradient": ("straight_through", "rotation"),
     "decoder_dropout_kind": ("element", "channel", "depth", "noise", "mask"),
 }
+VQ_TRANSFORMS = ("rotations", "scales")  # that a decoder is to commute with, with equivariance_weight
 # f: pixels per latent cell and side. f16 is the first stage of taming's configs/faceshq_vqgan.yaml (Esser et al. 2021),
 # f4 and f8 are vq-f4 and vq-f8 of latent diffusion (Rombach et al. 2022); f2, for small images, is ours.
 _PUBLISHED = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from .choices import VQ_CHOICES, VQ_PRESETS
+from .choices import VQ_CHOICES, VQ_PRESETS, VQ_TRANSFORMS
 
 _COUNTS = [
     "image_size",
@@ -45,6 +45,10 @@ class VQConfig(PretrainedConfig):
         revival_threshold: codes used below this share of the mean restart.
         commitment_weight: weight of the commitment term (0.25 in van den Oord et al. 2017).
         reconstruction_loss: "l2" or "l1".
+        equivariance_weight: weight of the equivariance term, which wants turned or halved latents to be decoded as the
+            images turned or halved (EQ-VAE; SE, its scales alone); while the encoder learns. 0 leaves it out.
+        equivariance_transforms: of "rotations" (by 90, 180 and 270 degrees) and "scales" (means of 2 x 2 cells, for
+            latents of even sides); the images of a batch take turns. None = both.
         decoder_dropout: share of what a weakened (stage-1) decoder loses in training, in [0, 1).
         decoder_dropout_kind: of what: "element" (single activations), "channel" (whole channels) or "depth" (whole
             residual branches of an image, stochastic depth) in the residual blocks; "noise" (so many parts of the
@@ -88,6 +92,8 @@ class VQConfig(PretrainedConfig):
         commitment_weight: float = 0.25,
         kl_weight: float = 1e-6,
         reconstruction_loss: str = "l2",
+        equivariance_weight: float = 0.0,
+        equivariance_transforms: list[str] | None = None,
         decoder_dropout: float = 0.0,
         decoder_dropout_kind: str = "element",
         encoder_frozen: bool = False,
@@ -117,6 +123,10 @@ class VQConfig(PretrainedConfig):
         self.revival_threshold = revival_threshold
         self.commitment_weight = commitment_weight
         self.reconstruction_loss = reconstruction_loss
+        self.equivariance_weight = equivariance_weight
+        self.equivariance_transforms = list(
+            VQ_TRANSFORMS if equivariance_transforms is None else equivariance_transforms
+        )
         self.decoder_dropout = decoder_dropout
         self.encoder_frozen = encoder_frozen
         self.encoder_out_channels = encoder_out_channels or latent_channels
@@ -212,9 +222,19 @@ class VQConfig(PretrainedConfig):
             )
         if any(not 0 <= level < len(encoder) for level in self.attention_levels):
             raise ValueError(f"attention_levels lie in [0, {len(encoder) - 1}], got {self.attention_levels}.")
-        if min(self.entropy_weight, self.kl_weight, self.commitment_weight) < 0 or self.entropy_temperature <= 0:
+        weights = (self.entropy_weight, self.kl_weight, self.commitment_weight, self.equivariance_weight)
+        if min(weights) < 0 or self.entropy_temperature <= 0:
             raise ValueError(
-                "entropy_weight, kl_weight and commitment_weight must not be negative, entropy_temperature > 0."
+                "entropy_weight, kl_weight, commitment_weight and equivariance_weight must not be negative, "
+                "entropy_temperature > 0."
+            )
+        chosen = self.equivariance_transforms
+        if not chosen or not set(chosen) <= set(VQ_TRANSFORMS) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"equivariance_transforms are one or more of {VQ_TRANSFORMS}, each once, got {chosen}.")
+        if self.equivariance_weight and "scales" in chosen and self.latent_size % 2:
+            raise ValueError(
+                f"equivariance_transforms 'scales' halves the latents, whose side {self.latent_size} is odd: take "
+                "'rotations', or another image_size."
             )
         if not 0 <= self.decoder_dropout < 1:
             raise ValueError(f"decoder_dropout lies in [0, 1), got {self.decoder_dropout}.")

@@ -50,6 +50,7 @@ _METHOD_FIELDS = [
     "queue_size",
     "momentum",
     "vae_fingerprint",
+    "sigreg_weight",
 ]
 
 
@@ -81,6 +82,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         momentum: share of the old key encoder kept at each step.
         vae_fingerprint: of an encoder of latents, that of the VQAutoencoder whose normalised latents it takes in place
             of pictures; input_size is then theirs. None: it takes pictures.
+        sigreg_weight: in (0, 1) the loss is LeJEPA with this weight of SIGReg, in place of a contrastive one, and the
+            embeddings are free (feature_norm="none"); 0: contrastive.
         dpssl: recipe and metrics of the run that made the checkpoint.
 
     Raises:
@@ -111,6 +114,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         queue_size: int = 65536,
         momentum: float = 0.999,
         vae_fingerprint: str | None = None,
+        sigreg_weight: float = 0.0,
         dpssl: dict | None = None,
         **kwargs,
     ):
@@ -131,6 +135,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         self.queue_size = queue_size
         self.momentum = momentum
         self.vae_fingerprint = vae_fingerprint
+        self.sigreg_weight = sigreg_weight
         self.dpssl = dpssl or {}
         self.pretrained_cfg = pretrained_cfg or {}
         self._check()
@@ -156,6 +161,13 @@ class ContrastiveConfig(TimmWrapperConfig):
         for name in ("dof", "projection_dim", "queue_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
+        if not 0 <= self.sigreg_weight < 1:
+            raise ValueError(f"sigreg_weight must lie in (0, 1), or be 0 for none, got {self.sigreg_weight}.")
+        if self.sigreg_weight and self.feature_norm != "none":
+            raise ValueError(
+                "sigreg_weight draws embeddings towards a standard normal distribution: they need feature_norm='none', "
+                f"got {self.feature_norm!r}."
+            )
         if not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum is the share kept of the old key encoder, in [0, 1], got {self.momentum}.")
 

@@ -53,7 +53,8 @@ class VQDecoderOutput(ModelOutput):
 
 @dataclass
 class VQAutoencoderOutput(ModelOutput):
-    """loss = recon + commitment_weight * commit + codebook + entropy_weight * entropy + kl_weight * kl (scalars).
+    """loss = recon + commitment_weight * commit + codebook + entropy_weight * entropy + kl_weight * kl
+    + equivariance_weight * equivariance (scalars).
 
     pixel_values: reconstruction (B, C, H, W). kl: nats, summed over an image's latents, per pixel value.
     perplexity: exp of the entropy of this batch's code usage, in [1, num_codes].
@@ -69,6 +70,7 @@ class VQAutoencoderOutput(ModelOutput):
     pixel_values: Tensor | None = None
     latents: Tensor | None = None
     codes: Tensor | None = None
+    equivariance: Tensor | None = None
 
 
 class VQAutoencoder(PreTrainedModel):
@@ -260,10 +262,33 @@ class VQAutoencoder(PreTrainedModel):
         commit, codebook, entropy, kl = (term.to(recon.device) for term in (commit, codebook, entropy, kl))
         loss = recon + config.commitment_weight * commit + codebook
         loss = loss + config.entropy_weight * entropy + config.kl_weight * kl
+        equivariance = zero
+        if config.equivariance_weight and self.training and not config.encoder_frozen:
+            equivariance = self._equivariance(quantized, pixel_values)
+            loss = loss + config.equivariance_weight * equivariance.to(loss.device)
         loss = loss if return_loss else None
         return VQAutoencoderOutput(
-            loss, recon, commit, codebook, entropy, kl, perplexity, reconstruction, latents, codes
+            loss, recon, commit, codebook, entropy, kl, perplexity, reconstruction, latents, codes, equivariance
         )
+
+    def _equivariance(self, quantized: Tensor, pixel_values: Tensor) -> Tensor:
+        """Mean distance of what is decoded from transformed latents (B, C, h, w) to the transformed images.
+
+        The images take turns at the transforms by their place in the batch, whose order is random already.
+        Source: Kouzelis et al. 2025 (EQ-VAE); Skorokhodov et al. 2025 (scale equivariance).
+        """
+        distance = F.mse_loss if self.config.reconstruction_loss == "l2" else F.l1_loss
+        turns = [lambda x, k=k: x.rot90(k, (2, 3)) for k in (1, 2, 3)]
+        halves = [lambda x: F.avg_pool2d(x, 2)]
+        by_name = {"rotations": turns, "scales": halves}
+        transforms = [transform for name in self.config.equivariance_transforms for transform in by_name[name]]
+        total = quantized.new_zeros((), dtype=torch.float32)
+        for place, transform in enumerate(transforms[: len(quantized)]):
+            own, wanted = quantized[place :: len(transforms)], pixel_values[place :: len(transforms)]
+            decoded = self.decode(transform(own), return_dict=True).pixel_values.float()
+            target = transform(wanted.to(decoded.device).float())
+            total = total + len(own) / len(quantized) * distance(decoded, target).to(total.device)
+        return total
 
     def _moments(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Latents, or with KL their mean and log variance."""

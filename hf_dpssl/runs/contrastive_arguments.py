@@ -34,6 +34,9 @@ class ContrastiveArguments(RunArguments):
     perplexity: float | None = option(None, "of Q, as a share of the candidates, with --temperature auto")
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
     learnable_dof: bool = option(False, "train the degrees of freedom too")
+    sigreg_weight: float = option(
+        0.0, "LeJEPA with this weight of SIGReg, in (0, 1), in place of a contrastive loss; kernel and temperature rest"
+    )
     queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
     momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
     momentum_schedule: str = option("constant", "or cosine: from --momentum to 1", choices=MOMENTUM_SCHEDULES)
@@ -83,6 +86,10 @@ class ContrastiveArguments(RunArguments):
         cosine = self.kernel == "cosine"
         if self.normalization is None:
             self.normalization = "anchor" if cosine or self.negatives == "queue" else "joint"
+        if self.sigreg_weight and self.negatives == "queue":
+            raise ValueError("--sigreg_weight needs no negatives: leave --negatives queue out.")
+        if self.sigreg_weight and self.feature_norm is None:
+            self.feature_norm = "none"
         if self.feature_norm is None:
             self.feature_norm = "l2" if cosine or self.projection_dim > _FEW else "batch"
         if self.temperature is None:  # 0 is none: it stays, and is refused

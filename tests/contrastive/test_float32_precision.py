@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dpssl.cli import evaluate
 from hf_dpssl.contrastive import losses, matching
+from hf_dpssl.contrastive.isotropy import lejepa, random_directions
 from hf_dpssl.domains.algorithms import _discrepancy
 from hf_dpssl.embedding import embedding_job
 from hf_dpssl.embedding.embedding_job import EmbedJob
@@ -71,6 +72,7 @@ LOSSES = {
     "sne": lambda x: losses.sne(P, x, temperature=0.5),
     "t_sne": lambda x: losses.t_sne(JOINT, x),
     "uniformity": losses.uniformity,
+    "lejepa": partial(lejepa, view_2=VIEW, directions=random_directions(32, 16, step=0), weight=0.5),
     "match": lambda x: matching.match(
         P, matching.q_similarities(x, kernel="student_t", normalization="anchor", temperature=0.1)
     ),

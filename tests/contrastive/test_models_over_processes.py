@@ -21,6 +21,7 @@ METHODS = {
     "t_simclr_anchor": (SimCLRForPreTraining, STUDENT_T),
     "moco": (MoCoForPreTraining, COSINE),
     "t_moco": (MoCoForPreTraining, STUDENT_T | {"feature_norm": "batch"}),
+    "lejepa": (SimCLRForPreTraining, {"sigreg_weight": 0.2}),
     "calibrated": (SimCLRForPreTraining, STUDENT_T | {"temperature": "auto", "learnable_dof": True}),
     "calibrated_queue": (MoCoForPreTraining, COSINE | {"temperature": "auto"}),
 }
@@ -63,6 +64,7 @@ def run(method: str, norm: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     bare = model_class(ContrastiveConfig(architecture=architecture, model_args=model_args, **options)).to(dtype).train()
     model = DistributedDataParallel(bare, broadcast_buffers=False) if is_distributed() else bare
     optimizer = torch.optim.SGD(bare.trainable_parameters(), lr=0.05)
+    torch.manual_seed(dist.get_rank() if is_distributed() else 0)  # what a loss draws is that of process 0
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, MoCoForPreTraining, SimCLRForPreTraining
+from hf_dpssl.contrastive.isotropy import lejepa, random_directions
 from hf_dpssl.contrastive.losses import info_nce, moco, t_simclr
 
 QUEUE = {"normalization": "anchor", "queue_size": 10, "momentum": 0.9}
@@ -104,6 +105,8 @@ def test_config_refuses_what_is_not_defined_and_says_what_is():
         *[({"temperature": value}, "temperature must be positive") for value in (0, -1.0, math.nan, math.inf)],
         *[({name: 0}, f"{name} must be positive") for name in ("dof", "projection_dim", "queue_size")],
         *[({"momentum": value}, r"\[0, 1\]") for value in (-0.1, 1.1, math.nan)],
+        *[({"sigreg_weight": value}, r"\(0, 1\)") for value in (-0.1, 1.0, math.nan)],
+        ({"sigreg_weight": 0.1, "feature_norm": "l2"}, "need feature_norm='none'"),
     ]:
         with pytest.raises(ValueError, match=allowed):
             config(**options)
@@ -112,6 +115,8 @@ def test_config_refuses_what_is_not_defined_and_says_what_is():
 def test_classes_refuse_configs_that_they_cannot_follow():
     with pytest.raises(ValueError, match="takes 'anchor'"):
         MoCoForPreTraining(config(normalization="joint"))
+    with pytest.raises(ValueError, match="take SimCLRForPreTraining"):
+        MoCoForPreTraining(config(normalization="anchor", sigreg_weight=0.1))
     with pytest.raises(ValueError, match="needs a timm ResNet.*ConvNeXt"):
         ContrastiveEncoder(config("convnext", stem="small_image"))
 
@@ -137,6 +142,16 @@ def test_simclr_loss_is_that_of_its_embeddings_with_the_options_of_the_config():
         torch.testing.assert_close((output.embeddings, output.paired_embeddings), (view_1, view_2))
         torch.testing.assert_close(output.features, model.encoder(a).pooler_output)
         assert model(a).loss is None and not torch.isclose(output.loss, model(a, b).loss)
+
+
+def test_loss_of_lejepa_is_that_of_its_embeddings_in_the_directions_of_the_step():
+    model = SimCLRForPreTraining(config(sigreg_weight=0.3)).eval()
+    a, b = images(0), images(1)
+    views = [model(x).embeddings for x in (a, b)]
+    for step in (0, 5):
+        directions = random_directions(256, views[0].shape[1], step)
+        torch.testing.assert_close(model(a, b, step=step).loss, lejepa(*views, directions, weight=0.3))
+    assert model(a, b, step=0).loss != model(a, b, step=5).loss != model(a, b).loss
 
 
 def test_moco_loss_uses_its_own_keys_first_and_then_the_filled_rows_of_the_queue():

@@ -16,7 +16,8 @@ from hf_dpssl.models.weight_hashes import combined_sha256
 
 NEW_FIELDS = (
     "encoder_out_channels attention_levels code_distance codebook_update quantizer_gradient entropy_weight "
-    "entropy_temperature kl_weight decoder_dropout_kind codebook_frozen backbone"
+    "entropy_temperature kl_weight decoder_dropout_kind codebook_frozen backbone "
+    "equivariance_weight equivariance_transforms"
 ).split()
 
 
@@ -116,6 +117,49 @@ def test_codebook_goes_on_learning_beside_a_frozen_encoder_if_the_config_says_so
         loaded.check_encoder_unchanged()
 
 
+def test_equivariance_is_the_distance_of_decoded_transformed_latents_to_transformed_images_in_turns():
+    """Grids turned and halved cell by cell."""
+
+    def turned(grid: list[list[float]], k: int) -> list[list[float]]:
+        for _ in range(k):
+            grid = [[row[column] for row in grid] for column in reversed(range(len(grid[0])))]
+        return grid
+
+    def halved(grid: list[list[float]]) -> list[list[float]]:
+        return [
+            [sum(grid[2 * i + a][2 * j + b] for a in (0, 1) for b in (0, 1)) / 4 for j in range(len(grid[0]) // 2)]
+            for i in range(len(grid) // 2)
+        ]
+
+    turns = [lambda grid, k=k: turned(grid, k) for k in (1, 2, 3)]
+    by_name = {"rotations": turns, "scales": [halved]}
+    for options in ({}, {"equivariance_transforms": ["scales"]}, {"quantizer": "none", "reconstruction_loss": "l1"}):
+        model = make(equivariance_weight=0.5, **options).double().train()
+        if model.quantizer is not None:
+            model.quantizer.defer_update = True
+        x = images(count=6).double()
+        output = model(x)
+        transforms = [t for name in model.config.equivariance_transforms for t in by_name[name]]
+        quantized = output.latents if model.quantizer is None else model.quantizer.lookup(output.codes)
+        errors = []
+        for place, (latent, image) in enumerate(zip(quantized, x, strict=True)):
+            transform = transforms[place % len(transforms)]
+            latent, image = (
+                torch.tensor([transform(channel) for channel in grids.tolist()], dtype=x.dtype)
+                for grids in (latent, image)
+            )
+            difference = model.decode(latent[None]).pixel_values[0] - image
+            errors.append(difference.abs().mean() if "reconstruction_loss" in options else difference.square().mean())
+        torch.testing.assert_close(output.equivariance.double(), torch.stack(errors).mean(), rtol=1e-6, atol=0)
+        terms = output.recon + model.config.commitment_weight * output.commit + output.codebook
+        torch.testing.assert_close(output.loss, terms + 0.5 * output.equivariance)
+        (gradient,) = torch.autograd.grad(output.equivariance, [model.encoder.conv_in.weight])
+        assert gradient.abs().max() > 0
+        assert model.eval()(x).equivariance == 0 and make(**options).train()(images()).equivariance == 0
+        model.freeze_encoder()
+        assert model.train()(x).equivariance == 0
+
+
 def test_fingerprint_changes_with_the_config_where_it_decides_codes_or_latents():
     model = make()
     assert model.fingerprint() == combined_sha256(model.hash_encoder() | {"norm_num_groups": "4"})
@@ -137,6 +181,7 @@ def test_config_comes_back_with_every_field(tmp_path):
         "f4", image_size=32, quantizer="kl", kl_weight=0.1, attention_levels=[2, 1], decoder_dropout=0.2,
         decoder_dropout_kind="depth", codebook_frozen=False, encoder_out_channels=6, entropy_weight=0.1,
         entropy_temperature=0.2, code_distance="cosine", codebook_update="gradient", quantizer_gradient="rotation",
+        equivariance_weight=0.2, equivariance_transforms=["scales"],
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     loaded = VQConfig.from_pretrained(tmp_path)
@@ -166,6 +211,12 @@ def test_config_refuses_what_is_not_defined_and_says_what_is():
         ({"decoder_dropout_kind": "row"}, "'element', 'channel', 'depth'"),
         ({"attention_levels": [2]}, r"\[0, 1\], got \[2\]"),
         ({"kl_weight": -1.0}, "must not be negative"),
+        ({"equivariance_weight": -1.0}, "must not be negative"),
+        *[
+            ({"equivariance_transforms": names}, "one or more of .'rotations', 'scales'.")
+            for names in ([], ["shears"], ["scales"] * 2)
+        ],
+        ({"equivariance_weight": 1.0, "image_size": 6}, "whose side 3 is odd: take 'rotations'"),
         ({"entropy_temperature": 0.0}, "entropy_temperature > 0"),
         ({"encoder_out_channels": -1}, "encoder_out_channels must be at least 1"),
         ({"backbone": {"architecture": "resnet18"}}, "lacks .*channels.*complete_backbone"),

@@ -9,6 +9,7 @@ import torch
 from training_steps import CASES, batch
 
 from hf_dpssl.contrastive import losses
+from hf_dpssl.contrastive.isotropy import lejepa, random_directions
 from hf_dpssl.data.views import PRESETS, TwoViews
 from hf_dpssl.latent_training.mean_flow import mean_flow_target
 from hf_dpssl.runs.rehearsal import rehearsal
@@ -18,12 +19,14 @@ BUDGETS = {
     "contrastive SimCLR": 0,
     "contrastive t-SimCLR": 1,
     "contrastive SimCLR auto": 1,
+    "contrastive LeJEPA": 0,
     "contrastive t-SimCLR auto": 1,
     "contrastive MoCo": 0,
     "contrastive t-MoCo": 1,
     "contrastive t-MoCo auto": 1,
     "dae_vq": 1,
     "dae_vq kl": 0,
+    "dae_vq equivariant": 1,
     "dae_vq gradient": 1,
     "dae_vq cosine": 1,
     "dae_vq perceptual": 1,
@@ -159,6 +162,7 @@ def _losses():
         "moco": (0, lambda x, y: losses.moco(x, y.detach(), y.detach(), temperature=0.2)),
         "t_simclr": (1, lambda x, y: losses.t_simclr(x, y, temperature=1.0, dof=5.0)),
         "t-moco": (1, lambda x, y: losses.moco(x, y.detach(), y.detach(), temperature=5.0, **t_kernel)),
+        "lejepa": (0, lambda x, y: lejepa(x, y, random_directions(16, 8, step=0), weight=0.1)),
     }
     for name, (most, loss) in cases.items():
         on_cpu = [view.clone().requires_grad_() for view in views]

@@ -69,7 +69,7 @@ def autoencoder(adversarial: bool = False, perceptual: bool = False, **options):
     model = VQAutoencoder(config).train()
     if model.quantizer is not None:
         model.quantizer.defer_update = True
-    args = SimpleNamespace(seed=0, num_channels=3)
+    args = SimpleNamespace(seed=0, num_channels=3, equivariance_weight=config.equivariance_weight)
     adversary = adversary_of(AdversarialTerm()) if adversarial else None
     distance = PerceptualDistance(encoder().timm_model, [0.5] * 3, [0.2] * 3) if perceptual else None
     args.perceptual_weight = 1.0
@@ -182,11 +182,13 @@ CASES = {
     "contrastive t-SimCLR": lambda: contrastive(kernel="student_t", temperature=1.0, dof=5.0, normalization="joint"),
     "contrastive SimCLR auto": lambda: contrastive(kernel="cosine", temperature="auto"),
     "contrastive t-SimCLR auto": lambda: contrastive(kernel="student_t", temperature="auto", normalization="joint"),
+    "contrastive LeJEPA": lambda: contrastive(sigreg_weight=0.1),
     "contrastive MoCo": lambda: contrastive(negatives="queue", kernel="cosine", temperature=0.2),
     "contrastive t-MoCo": lambda: contrastive(negatives="queue", kernel="student_t", temperature=5.0, dof=10.0),
     "contrastive t-MoCo auto": lambda: contrastive(negatives="queue", kernel="student_t", temperature="auto"),
     "dae_vq": lambda: autoencoder(),
     "dae_vq kl": lambda: autoencoder(quantizer="kl"),
+    "dae_vq equivariant": lambda: autoencoder(equivariance_weight=0.5),
     "dae_vq gradient": lambda: autoencoder(codebook_update="gradient"),
     "dae_vq cosine": lambda: autoencoder(code_distance="cosine"),
     "dae_vq perceptual": lambda: autoencoder(perceptual=True),

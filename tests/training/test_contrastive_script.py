@@ -103,6 +103,7 @@ def test_split_batch_norm_trains_and_its_encoder_is_stock(run_script, tmp_path):
 def test_queue_and_batch_norm_that_cannot_be_are_refused(refusal, tmp_path):
     for flags, message in [
         ([*MOCO, "--queue_size", 63], "--queue_size 63 is smaller than the batch of all processes (64): give at least"),
+        ([*MOCO, "--sigreg_weight", 0.1], "--sigreg_weight needs no negatives"),
         (["--batch_norm", "split"], "needs batch_norm_splits of at least 2"),
         (["--batch_norm", "split", "--batch_norm_splits", 3], "128 images cannot be split into 3 equal parts"),
     ]:

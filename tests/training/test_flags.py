@@ -28,7 +28,8 @@ def test_every_flag_of_the_architecture_and_quantiser_is_a_field_of_the_saved_co
         "norm_num_groups": 4, "mid_block_attention": True, "attention_levels": [1], "latent_channels": 3,
         "quantizer": "kl", "num_codes": 17, "codebook_decay": 0.9, "revival_threshold": 0.1,
         "code_distance": "cosine", "codebook_update": "gradient", "quantizer_gradient": "rotation",
-        "entropy_weight": 0.2, "commitment_weight": 0.5, "kl_weight": 1e-3, "reconstruction_loss": "l1",
+        "entropy_weight": 0.2, "commitment_weight": 0.5, "kl_weight": 1e-3,
+        "equivariance_weight": 0.3, "equivariance_transforms": ["scales"], "reconstruction_loss": "l1",
         "num_channels": 1,
     }  # fmt: skip
     assert set(given) == set(CONFIG_FLAGS)
