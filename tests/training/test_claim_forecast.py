@@ -46,6 +46,21 @@ def test_a_regression_on_other_arms_joins_what_single_measures_know_in_part():
     assert claim_statements.forecasts(STUDY) == list(found[0]) == ["forecast", "first", "second"]
 
 
+def test_a_measure_that_some_arms_have_not_is_judged_over_the_others_and_helps_the_regression_there():
+    cells = planted(0)
+    whole = claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])
+    for seed in cells["arm_7"]:
+        del cells["arm_7"][seed]["metrics"]["second"]
+    found = claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])
+    left = {arm: of_arm for arm, of_arm in cells.items() if arm != "arm_7"}
+    without = claim_forecast.correlations(left, STUDY | {"arms": dict.fromkeys(left)}, [0, 1, 2, 3, 4])
+    assert found["second"]["all_dit"] == without["second"]["all_dit"] != whole["second"]["all_dit"]
+    assert found["first"] == whole["first"] and found["forecast"]["all_dit"] > found["first"]["all_dit"] + 0.03
+    cells["arm_0"][0]["metrics"]["second"] = float("nan")
+    with pytest.raises(ValueError, match="second is nan"):
+        claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])
+
+
 def test_the_worse_half_is_that_of_the_largest_distances():
     order = [1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0]  # right among the four worst, wrong among the four best
     distances = [5.0, 6.0, 7.0, 8.0, 1.0, 2.0, 3.0, 4.0]

@@ -213,7 +213,7 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
     found["metrics"] = {}
     for name, metric in metrics.items():
         if "mean_of" not in metric:
-            found["metrics"][name] = read_at(own, metric["where"][cell.arm] if "where" in metric else metric, fill)
+            found["metrics"][name] = read_at(own, metric.get("where", {}).get(cell.arm, metric), fill)
     for name, metric in metrics.items():
         if "mean_of" in metric:
             found["metrics"][name] = mean(found["metrics"][part] for part in metric["mean_of"])
@@ -254,7 +254,8 @@ def run_step(step: dict, fill: dict, folder: Path, name: str | None = None) -> N
         if scripts not in sys.path:
             sys.path.insert(0, scripts)
         if run in SCRIPTS:
-            argv += ["--output_dir", str(folder), "--resume_from_checkpoint", "latest"]
+            argv += ["--output_dir", str(folder)]
+            argv += ["--resume_from_checkpoint", "latest"] if run != "domains" else []  # which goes on by itself
             argv += ["--name", name] if name else []
         importlib.import_module(run).main(argv)
 

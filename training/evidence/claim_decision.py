@@ -23,11 +23,18 @@ Cells = dict[str, dict[int, dict]]  # arm: {seed: what its cell wrote}
 
 
 def paired(cells: Cells, comparison: dict, metric: dict) -> dict[int, float]:
-    """{seed: how much better first is than second}, of the seeds that both have.
+    """{seed: how much better first is than second}, of the seeds for which both have the metric.
 
     In the metric's unit; for a `relative` one the logarithm of the ratio. ValueError where a value is no number.
     """
-    arms = [cells.get(comparison[side], {}) for side in ("first", "second")]
+    arms = [
+        {
+            seed: cell
+            for seed, cell in cells.get(comparison[side], {}).items()
+            if comparison["metric"] in cell["metrics"]
+        }
+        for side in ("first", "second")
+    ]
     sign = {"higher": 1.0, "lower": -1.0}[metric["better"]]
     found = {}
     for seed in sorted(arms[0].keys() & arms[1].keys()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from claim_statements import forecasts
 from scipy.stats import spearmanr
+from sklearn.impute import SimpleImputer
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -48,7 +49,8 @@ def forecast_cells(cells: Cells, study: dict) -> Cells:
 def correlations(cells: Cells, study: dict, seeds: list[int]) -> dict[str, dict[str, float]]:
     """{forecast: {"all_TARGET", "worse_half_TARGET"}} of the autoencoders of some seeds; 1 orders them rightly.
 
-    A measure that is better when higher counts as its negative, as all targets are better when lower.
+    A measure that is better when higher counts as its negative, as all targets are better when lower. One that some
+    arms have not (of codes, of an autoencoder without) is judged over the others.
     """
     rows = [(arm, seed) for arm in study["arms"] for seed in seeds]
     names = study["forecast"]["measures"]
@@ -60,32 +62,44 @@ def correlations(cells: Cells, study: dict, seeds: list[int]) -> dict[str, dict[
         predicted |= {name: measures[:, column] for column, name in enumerate(names)}
         worse = wanted <= np.median(wanted)
         for name, values in predicted.items():
-            found[name][f"all_{target}"] = rank_correlation(values, wanted)
-            found[name][f"worse_half_{target}"] = rank_correlation(values[worse], wanted[worse])
+            there = np.isfinite(values)
+            found[name][f"all_{target}"] = rank_correlation(values[there], wanted[there])
+            found[name][f"worse_half_{target}"] = rank_correlation(values[worse & there], wanted[worse & there])
     return found
 
 
 def goodness(cell: dict, name: str, study: dict) -> float:
-    """A metric of a cell, higher is better; the logarithm of a relative one."""
+    """A metric of a cell, higher is better; the logarithm of a relative one; NaN where the cell has it not.
+
+    Raises:
+        ValueError: it has it, and that is no number.
+    """
     about = study["metrics"][name]
+    if name not in cell["metrics"]:
+        return np.nan
     value = cell["metrics"][name]
+    if not np.isfinite(value) or about.get("relative") and value <= 0:
+        raise ValueError(f"{name} is {value}: nothing can be forecast from that, or of it.")
     value = np.log(value) if about.get("relative") else value
     return float(value if about["better"] == "higher" else -value)
 
 
 def from_other_arms(measures: np.ndarray, wanted: np.ndarray, arms: list[str]) -> np.ndarray:
-    """(N,) predictions of `wanted` (N,) from `measures` (N, M) by ridge regressions on the rows of all other arms."""
+    """(N,) predictions of `wanted` (N,) from `measures` (N, M) by ridge regressions on the rows of all other arms.
+
+    A measure that is NaN counts as its mean.
+    """
     predicted = np.empty(len(wanted))
     of_arm = np.array(arms)
     for arm in dict.fromkeys(arms):
         own = of_arm == arm
-        model = make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(measures[~own], wanted[~own])
+        model = make_pipeline(SimpleImputer(), StandardScaler(), RidgeCV(PENALTIES)).fit(measures[~own], wanted[~own])
         predicted[own] = model.predict(measures[own])
     return predicted
 
 
 def rank_correlation(values: np.ndarray, wanted: np.ndarray) -> float:
-    """Spearman's, 0 where one of them is constant."""
-    if np.ptp(values) == 0 or np.ptp(wanted) == 0:
+    """Spearman's, 0 where one of them is constant or empty."""
+    if len(values) == 0 or np.ptp(values) == 0 or np.ptp(wanted) == 0:
         return 0.0
     return float(spearmanr(values, wanted).statistic)

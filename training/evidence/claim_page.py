@@ -11,6 +11,7 @@ from statistics import mean, stdev
 
 from claim_decision import FLAT_SHARE, decide, margin_of, not_converged
 from claim_forecast import correlations, forecast_cells
+from claim_sizes import with_parameters
 from claim_statements import forecasts, metrics_of
 from matplotlib.figure import Figure
 
@@ -28,7 +29,7 @@ def cells_of(result: dict) -> dict[str, dict[int, dict]]:
         }
         for i, seed in enumerate(row["seeds"] if "curve" in row else []):
             found[arm][seed]["curve"] = row["curve"][i]
-    return found
+    return with_parameters(found, result["stated"]["study"])
 
 
 def verdicts(results: list[dict]) -> dict[str, dict]:
@@ -118,6 +119,7 @@ def _arms(entry: dict, result: dict) -> list[str]:
     if not arms.keys() <= study["arms"].keys():
         return _forecasts(result)
     names = dict.fromkeys(c["metric"] for c in entry["comparisons"])
+    cells = cells_of(result)
     slow = entry["not_converged"]
     budgets = dict.fromkeys(key for arm in arms for key in study["arms"][arm].get("budget", {}))
     costs = ["operations"] if "measured_budget" in study else []
@@ -128,7 +130,10 @@ def _arms(entry: dict, result: dict) -> list[str]:
         if row is None:
             lines.append(f"| {arm}: {study['arms'][arm]['says']} |" + " |" * (len(head) - 1))
             continue
-        parts = [f"{arm}: {study['arms'][arm]['says']}"] + [_spread(row[name]) for name in names]
+        parts = [f"{arm}: {study['arms'][arm]['says']}"]
+        for name in names:
+            values = [cell["metrics"][name] for cell in cells[arm].values() if name in cell["metrics"]]
+            parts.append(_spread(values) if values else "")
         trained = "yes" if "curve" in row else "nothing is trained"
         parts += [str(study["numbers"][study["arms"][arm]["budget"][key]]) for key in budgets]
         parts += [f"{row[key]:.2g}" for key in costs] + [f"{mean(row['cpu_seconds']):.0f}"]

@@ -2,7 +2,8 @@
 
 A study says what is run: data, arms (the steps of a cell), metrics and how they are read, and the numbers of each
 scale. A claim says what is compared in a study, by which margin, and with how many seeds. Both are stored beside the
-first cell; files that say something else later are refused.
+first cell; files that say something else later are refused. What either has at some scales only stands under `added`,
+so that it may come later without changing what was stated of the others.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def find_claim(given: str, folder: Path = CLAIMS) -> str:
     raise ValueError(f"no claim {given!r}: there are {known}.{hint}")
 
 
-def read_claim(name: str, folder: Path = CLAIMS) -> dict:
-    """A claim's file; ValueError where it lacks a key, its margin decides nothing or its seeds are too few."""
-    claim = _yaml(folder, name)
+def read_claim(name: str, scale: str, folder: Path = CLAIMS) -> dict:
+    """A claim at a scale; ValueError where it lacks a key, its margin decides nothing or its seeds are too few."""
+    claim = with_added(_yaml(folder, name), scale)
     _require(name, claim, _CLAIM)
     if claim["seeds"] < FEWEST_SEEDS:
         raise ValueError(f"claim {name!r} states {claim['seeds']} seeds: a verdict needs at least {FEWEST_SEEDS}.")
@@ -74,7 +75,7 @@ def read_study(name: str, scale: str, folder: Path = CLAIMS) -> dict:
     Raises:
         ValueError: a key is missing, or an arm's grid has more points than another's.
     """
-    study = _yaml(folder / "studies", name)
+    study = with_added(_yaml(folder / "studies", name), scale)
     _require(name, study, _STUDY)
     if scale not in study["scales"]:
         raise ValueError(f"study {name!r} has no scale {scale!r}: it has {', '.join(study['scales'])}.")
@@ -88,10 +89,25 @@ def read_study(name: str, scale: str, folder: Path = CLAIMS) -> dict:
     return study
 
 
-def claims_of(study: str, folder: Path = CLAIMS) -> dict[str, dict]:
+def with_added(content: dict, scale: str) -> dict:
+    """A file's content with what it adds at a scale: keys of mappings, entries of lists, and texts in place of others.
+
+    `added` is {"scales": [...], what is added}.
+    """
+    content = dict(content)
+    added = dict(content.pop("added", {"scales": []}))
+    if scale in added.pop("scales"):
+        for key, more in added.items():
+            here = content.get(key)
+            content[key] = here | more if isinstance(here, dict) else here + more if isinstance(here, list) else more
+    return content
+
+
+def claims_of(study: str, scale: str, folder: Path = CLAIMS) -> dict[str, dict]:
     """{name: claim} of a study; ValueError where one compares arms or metrics that the study has not."""
-    found = {name: claim for name in claim_names(folder) if (claim := read_claim(name, folder))["study"] == study}
-    content = _yaml(folder / "studies", study)
+    claims = {name: read_claim(name, scale, folder) for name in claim_names(folder)}
+    found = {name: claim for name, claim in claims.items() if claim["study"] == study}
+    content = with_added(_yaml(folder / "studies", study), scale)
     arms = [*content["arms"], *forecasts(content)]
     metrics = list(metrics_of(content))
     for name, claim in found.items():
@@ -113,8 +129,10 @@ def forecasts(study: dict) -> list[str]:
 
 
 def metrics_of(study: dict) -> dict[str, dict]:
-    """The metrics of a study's arms, and of its forecasts."""
+    """The metrics of a study's arms, of equal quality and of its forecasts."""
     found = dict(study["metrics"])
+    for name, about in study.get("equal_quality", {}).items():
+        found[name] = {"says": about["says"], "better": "lower", "relative": True}
     for target, metric in study.get("forecast", {}).get("targets", {}).items():
         for key, which in (("all", "all autoencoders"), ("worse_half", "the worse half")):
             says = f"rank correlation with {study['metrics'][metric]['says']}, {which}"
@@ -122,11 +140,11 @@ def metrics_of(study: dict) -> dict[str, dict]:
     return found
 
 
-def families(claims: dict[str, dict], folder: Path = CLAIMS) -> dict[str, dict[str, int]]:
+def families(claims: dict[str, dict], scale: str, folder: Path = CLAIMS) -> dict[str, dict[str, int]]:
     """{family: {claim: its comparisons}} of the families of some claims: all their claims, run or not."""
     found: dict[str, dict[str, int]] = {claim["family"]: {} for claim in claims.values()}
     for name in claim_names(folder):
-        claim = read_claim(name, folder)
+        claim = read_claim(name, scale, folder)
         if claim["family"] in found:
             found[claim["family"]][name] = len(claim["comparisons"])
     return found

@@ -12,7 +12,9 @@ study. A killed run goes on cell by cell; several processes may share one. The p
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 from pathlib import Path
 
 from claim_statements import CLAIMS, claim_names, claims_of, families, find_claim, read_claim, read_study
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         asked.error("give the claims to decide, by name or number, or all; --list shows them.")
     names = claim_names(source) if args.claims == ["all"] else [find_claim(given, source) for given in args.claims]
     folder = Path(args.output_dir) / args.scale
-    studies = dict.fromkeys(read_claim(name, source)["study"] for name in names)
+    studies = dict.fromkeys(read_claim(name, args.scale, source)["study"] for name in names)
     stated = {name: statement(name, args.scale, args.seeds, source) for name in studies}
     if args.dry_run:
         for name, content in stated.items():
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def statement(study: str, scale: str, seeds: int | None, source: Path) -> dict:
     """What is stated of a study before its first cell; ValueError for fewer seeds than its verdicts need."""
-    claims = claims_of(study, source)
+    claims = claims_of(study, scale, source)
     needed = max(claim["seeds"] for claim in claims.values())
     if seeds is not None and seeds < needed:
         raise ValueError(
@@ -71,19 +73,28 @@ def statement(study: str, scale: str, seeds: int | None, source: Path) -> dict:
             "that is stopped early leaves a table of what is done, and goes on later."
         )
     content = {"study": read_study(study, scale, source), "claims": claims}
-    return content | {"families": families(claims, source), "seeds": seeds or needed}
+    return content | {"families": families(claims, scale, source), "seeds": seeds or needed}
 
 
-def run(name: str, stated: dict, folder: Path) -> None:
-    """Run the cells of a study that are missing, writing its values and the page after each."""
+def run(name: str, stated: dict, folder: Path, end: float = math.inf) -> None:
+    """Run the cells of a study that are missing, writing its values and the page after each.
+
+    No cell begins after `end`, a time of time.monotonic().
+    """
     from claim_cells import plan, run_study, write_study
 
     total = len(plan(stated["study"], stated["seeds"]))
+    if time.monotonic() >= end:
+        say(f"{name} is not begun: the time is over.")
+        return
     for cell in run_study(stated, folder / name):
         write_study(stated, folder / name, folder / f"{name}.json")
         refresh_page(folder)
         done = len(list((folder / name / "cells").glob("*.json")))
         say(f"{name}: {cell.name} is finished, {done} of {total} cells")
+        if time.monotonic() >= end:
+            say(f"{name} stops here, as the time is over; the same command goes on.")
+            break
     write_study(stated, folder / name, folder / f"{name}.json")
 
 
@@ -97,9 +108,9 @@ def refresh_page(folder: Path) -> dict[str, dict]:
 def print_list(scale: str, source: Path) -> None:
     """A line for each claim."""
     for name in claim_names(source):
-        claim = read_claim(name, source)
+        claim = read_claim(name, scale, source)
         numbers = read_study(claim["study"], scale, source)["numbers"]
-        shared = len(claims_of(claim["study"], source))
+        shared = len(claims_of(claim["study"], scale, source))
         about = f"{claim['seeds']} seeds; study {claim['study']}, {numbers['minutes']} minutes at scale {scale}"
         about += f" for its {shared} claims" if shared > 1 else ""
         print(f"{claim['number']:>3} {name} ({about})\n    {' '.join(claim['hypothesis'].split())}")
