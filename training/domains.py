@@ -40,6 +40,7 @@ from hf_dpssl.domains.encoded_domains import PretrainedEncoder, feature_tensors,
 from hf_dpssl.domains.known_sets import account, find_set
 from hf_dpssl.domains.selection import as_markdown, table
 from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.models.matrix_products import allow_tf32
 from hf_dpssl.runs.atomic_files import atomic_file, write_json
 from hf_dpssl.runs.redaction import redacted, without_folders
 from hf_dpssl.runs.results import write_results
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> Path:
     args = parse(DomainsArguments, argv, __doc__)
     # Without this, processes of a machine without GPU do not find each other.
     accelerator = Accelerator(cpu=int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available())
+    allow_tf32(accelerator.device)
     folder = Path(args.output_dir)
 
     # Data and encoder

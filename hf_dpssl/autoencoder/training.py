@@ -22,7 +22,7 @@ from ..data.batches import evaluation_batches, unit_pixels
 from ..data.image_table import ImageTable
 from ..evaluation import codebook_usage, psnr, ssim
 from ..models.configuration_vq import VQConfig
-from ..models.gather import gather_objects, gather_rows, own_share
+from ..models.gather import gather_rows, own_share, sum_over_processes
 from ..models.modeling_vq import VQAutoencoder
 from ..runs.console import say
 from .choices import ARMS
@@ -130,9 +130,7 @@ class Validation:
             count += len(batch)
         model.train(was_training)
         if self.is_shared:
-            sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
-            torch.distributed.all_reduce(sums)
-            total, count = sums.tolist()
+            total, count = sum_over_processes(torch.tensor([total, count], dtype=torch.float64)).tolist()
         return total / max(1, count)
 
 
@@ -256,7 +254,7 @@ def measure_latents(
         latents = model.encode(pixel_values).latents.double().cpu()
         parts = (torch.ones_like(latents), latents, latents.pow(2))
         sums += torch.stack([part.sum((0, 2, 3)) for part in parts])
-    count, total, squares = sum(gather_objects(sums))
+    count, total, squares = sum_over_processes(sums)
     mean = total / count
     variance = (squares / count - mean.pow(2)).clamp_min(1e-12)
     if normalization == "scalar":
@@ -282,20 +280,18 @@ def evaluate(
             output = model(pixel_values)
         return pixel_values, output.pixel_values.clamp(-1, 1).float(), output.codes
 
-    totals = {"psnr": 0.0, "ssim": 0.0}
+    sums = torch.zeros(3, dtype=torch.float64)  # of ones, PSNR and SSIM
     codes = []
     numbers = []
     for batch in evaluation_batches(table, _EVALUATION_BATCH, own_share(rows)):
         pixel_values, reconstructions, found = decoded(batch["images"])
-        for measure in (psnr, ssim):
-            for name, value in measure(pixel_values, reconstructions, value_range=2.0).items():
-                totals[name] += len(pixel_values) * value
+        found_of = [measure(pixel_values, reconstructions, value_range=2.0) for measure in (psnr, ssim)]
+        sums += len(pixel_values) * torch.tensor([1.0, found_of[0]["psnr"], found_of[1]["ssim"]], dtype=torch.float64)
         numbers += batch["sample_ids"].tolist()
         if found is not None:
             codes.append(found.cpu())
-    everyones = gather_objects((len(numbers), totals))
-    count = sum(seen for seen, _ in everyones)
-    metrics = {name: sum(part[name] for _, part in everyones) / count for name in totals}
+    count, *totals = sum_over_processes(sums).tolist()
+    metrics = {name: total / count for name, total in zip(("psnr", "ssim"), totals, strict=True)}
     if model.quantizer is not None:
         codes = gather_rows(torch.cat(codes) if codes else None, numbers)
         metrics |= codebook_usage(codes, model.config.num_codes)

@@ -109,6 +109,16 @@ def own_share(rows: Sequence) -> Sequence:
     return rows[dist.get_rank() :: dist.get_world_size()] if is_distributed() else rows
 
 
+@torch.no_grad()
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors of one shape, where this one lies."""
+    if not is_distributed():
+        return tensor
+    total = tensor.to("cuda" if torch.cuda.is_available() and dist.get_backend() != "gloo" else "cpu", copy=True)
+    dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
 def gather_objects(own: object) -> list:
     """The small objects of all processes, pickled, in rank order."""
     if not is_distributed():
