@@ -41,7 +41,7 @@ def imported_rooms(path: Path) -> set[str]:
             found |= {rest[0]} if rest else {name.name for name in node.names}
         elif isinstance(node, ast.Import):
             found |= {name.name.split(".")[1] for name in node.names if name.name.startswith("hf_dpssl.")}
-    return found - {path.parent.name, "__version__"}
+    return found - {path.relative_to(PACKAGE).parts[0], "__version__"}
 
 
 def test_every_module_lives_in_a_room():
@@ -53,7 +53,7 @@ def test_every_module_lives_in_a_room():
 def test_rooms_import_lower_rooms_only(room):
     lower = set(ROOMS[: ROOMS.index(room)])
     wrong = {
-        path.name: rooms - lower for path in (PACKAGE / room).glob("*.py") if (rooms := imported_rooms(path)) - lower
+        path.name: rooms - lower for path in (PACKAGE / room).rglob("*.py") if (rooms := imported_rooms(path)) - lower
     }
     assert not wrong
 

@@ -51,6 +51,12 @@ def test_files_that_a_page_names_exist(page):
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
+@for_each("page", PAGES)
+def test_commands_of_a_page_stand_in_its_code(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    assert re.findall(r"^(?:pip install|hf-dpssl|accelerate launch|make demo) .*", text, re.MULTILINE) == []
+
+
 def test_commands_of_the_pages_parse_and_their_targets_are_in_the_makefile():
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     commands = [step.words for page in PAGES for step in steps_of(REPOSITORY / page) if step.words]

@@ -48,6 +48,25 @@ from hf_dpssl.runs.plots import plot_curves
 from hf_dpssl.runs.results import Measures, logged_curve, write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
+_CONFIG_FLAGS = [  # fields of ContrastiveConfig that are flags of the same names
+    "stem",
+    "kernel",
+    "normalization",
+    "feature_norm",
+    "temperature",
+    "perplexity",
+    "dof",
+    "learnable_dof",
+    "momentum",
+    "projection_dim",
+    "projection_hidden_dim",
+    "projection_layers",
+    "projection_batch_norm",
+    "batch_norm",
+    "batch_norm_splits",
+    "sigreg_weight",
+]
+
 
 def main(argv: list[str] | None = None) -> Path:
     """Run the script with command-line arguments `argv`; returns the folder of the finished encoder."""
@@ -188,12 +207,7 @@ def make_model(
             "crop_mode": "center",
         },
         vae_fingerprint=None if autoencoder is None else autoencoder.fingerprint(),
-        **{
-            name: getattr(args, name)
-            for name in "stem kernel normalization feature_norm temperature perplexity dof learnable_dof momentum "
-            "projection_dim projection_hidden_dim projection_layers projection_batch_norm batch_norm "
-            "batch_norm_splits sigreg_weight".split()
-        },
+        **{name: getattr(args, name) for name in _CONFIG_FLAGS},
         **({"queue_size": args.queue_size} if args.queue_size else {}),
     )
     model = (MoCoForPreTraining if args.negatives == "queue" else SimCLRForPreTraining)(config)

@@ -12,9 +12,18 @@ from ..runs.console import printable, say
 from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of
 from .parsing import command_parser, parse_command
 
-_PARTS = (
-    "labels stability knn_top1 in_domain_top1 log_me h_score nce trans_rate effective_rank views".split()
-)  # columns, where they were measured
+_PARTS = [  # columns, where they were measured
+    "labels",
+    "stability",
+    "knn_top1",
+    "in_domain_top1",
+    "log_me",
+    "h_score",
+    "nce",
+    "trans_rate",
+    "effective_rank",
+    "views",
+]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -71,8 +71,9 @@ class DomainsArguments:
         for name in ("steps", "draws", "seeds", "evaluation_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}.")
+        for name in ("seed", "tolerance_ratio"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
         of_pictures = ["images", "image_size", "domain_column", "image_column", "label_column", "dataset_revision"]
         given = [name for name in of_pictures if getattr(self, name) is not None]
         if given and self.dataset in DIGITS:

@@ -94,7 +94,8 @@ def alignment(view_1: Tensor, view_2: Tensor, *, alpha: float = 2.0) -> dict[str
     Source: Wang and Isola 2020, section 4.1; the raw form is ours.
     """
     value = float(losses.alignment(view_1, view_2, alpha=alpha))
-    finite_norms(view_1.float(), "view_1"), finite_norms(view_2.float(), "view_2")
+    finite_norms(view_1.float(), "view_1")
+    finite_norms(view_2.float(), "view_2")
     scale = _scale(torch.cat([view_1, view_2]).double())
     raw = ((view_1.double() - view_2.double()).norm(dim=1) / scale).pow(alpha).mean()
     return {"alignment": value, "alignment_raw": float(raw)}

@@ -214,7 +214,8 @@ def _check_features(bank: Tensor, bank_labels: Tensor, features: Tensor, labels:
     if len(bank) == 0 or len(features) == 0:
         raise ValueError("there are no features: bank and features need a row each.")
     check_labels(bank_labels, labels)
-    finite_norms(bank.float(), "bank"), finite_norms(features.float(), "features")
+    finite_norms(bank.float(), "bank")
+    finite_norms(features.float(), "features")
 
 
 def _check_probe(solver: str, grid: list[float], validation: float, epochs: int, batch_size: int) -> None:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from cases import for_each
+from dit_operations import multiplications
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dpssl.latent_training.diffusion import make_transformer
-from hf_dpssl.latent_training.dit_sizes import PRESETS, multiplications, preset
+from hf_dpssl.latent_training.dit_sizes import PRESETS, preset
 
 LATENTS = dict(in_channels=4, out_channels=8)
 # Peebles and Xie 2023, tables 1 and 4: depth, width, heads; millions of parameters (patch 2); Gflops by patch.

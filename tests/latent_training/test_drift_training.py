@@ -103,8 +103,8 @@ def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path
         "--max_grad_norm",
         0,
     ]
-    flags += ["--kernel", "student_t", "--guidance_scale", 1.5, "--autoencoder", autoencoder, "--output_dir", tmp_path]
-    run_script("dae_drift", flags)
+    flags += ["--kernel", "student_t", "--symmetric", "false", "--guidance_scale", 1.5, "--autoencoder", autoencoder]
+    run_script("dae_drift", [*flags, "--output_dir", tmp_path])
     model = starts["drift"]["model"].train()
     vae = VQAutoencoder.from_pretrained(autoencoder).eval()
     args = dae_drift.DriftArguments(batch_size=32, images_per_set=8, real_per_set=6, guidance_scale=1.5)
@@ -122,7 +122,8 @@ def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path
                 assert torch.equal(first, noise)
             images = noise - model(noise, torch.full((8,), 1000.0), batch["labels"][i].expand(8)).sample
             real, others = (vae.normalize_latents(batch[name][i])[None] for name in ("latents", "negatives"))
-            options = {"kernel": "student_t", "dof": 1.0, "negatives": others, "weights": batch["weights"][i, None]}
+            options = {"kernel": "student_t", "dof": 1.0, "symmetric": False}
+            options |= {"negatives": others, "weights": batch["weights"][i, None]}
             loss = loss + drift_loss(images[None], real, **options).loss / 4
         optimizer.zero_grad()
         loss.backward()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dit_operations import multiplications
 from launches import forget_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_dpssl.latent_training.dit_sizes import DiTSize, multiplications
+from hf_dpssl.latent_training.dit_sizes import DiTSize
 
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "mkldnn._linear_pointwise")
 

@@ -69,9 +69,10 @@ def _as_closed_forms():
 
 def _times_as_closed_forms(flags, figures):
     import rehearse
+    from dit_operations import multiplications
     from run_times import times_of
 
-    from hf_dpssl.latent_training.dit_sizes import DiTSize, multiplications
+    from hf_dpssl.latent_training.dit_sizes import DiTSize
 
     shape = dict(latent_size=8, in_channels=4, out_channels=4)
     passes = multiplications(DiTSize(3, 64, 2, 2), **shape, embedders=4)

@@ -9,11 +9,12 @@ import psutil
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from dit_operations import multiplications
 from PIL import Image
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.latent_training.dit_arguments import DiTArguments
-from hf_dpssl.latent_training.dit_sizes import PRESETS, multiplications
+from hf_dpssl.latent_training.dit_sizes import PRESETS
 from hf_dpssl.runs.recipe import find_recipe, parse
 
 RECIPES = {"dit-b2-imagenet": "dit-b-2", "dit-xl2-imagenet": "dit-xl-2"}

@@ -113,6 +113,8 @@ REFUSED = [
     (["--algorithms", "erm", "erm"], "--algorithms names one twice"),
     (["--frozen"], "--frozen is of an --encoder"),
     (["--seeds", 0], "--seeds must be at least 1"),
+    (["--seed", -1], "--seed must not be negative, got -1"),
+    (["--algorithms", "swad", "--tolerance_ratio", -0.2], "--tolerance_ratio must not be negative, got -0.2"),
     (["--encoder", "outputs/none"], "rotated_digits is learned from scratch"),
     (["--targets", "45"], "--targets ['45'] are no domains of 'rotated_digits', which has ['0', '30', '60']"),
     (["--images", 9], "--images is not for rotated_digits"),
