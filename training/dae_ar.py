@@ -51,7 +51,8 @@ from hf_dpssl.latent_training.latent_run import (
     classes_of_run,
     weight_averages,
 )
-from hf_dpssl.models.gather import gather_shares
+from hf_dpssl.models.configuration_vq import VQConfig
+from hf_dpssl.models.gather import all_succeed, own_share
 from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
@@ -216,33 +217,32 @@ def nats_per_image(
     return float(accelerator.reduce(total)) / len(rows)
 
 
-def drawn_images(pipeline: VQTokenPipeline, args: ARArguments, accelerator: Accelerator) -> torch.Tensor | None:
-    """`num_generated` images without guidance in [-1, 1], those of hf-dpssl sample; None but on the first process.
+def drawn_share(pipeline: VQTokenPipeline, args: ARArguments, accelerator: Accelerator) -> torch.Tensor | None:
+    """This process's share, None where it is empty, of `num_generated` images without guidance in [-1, 1].
 
-    The processes share them: all call this.
+    They are those of hf-dpssl sample.
     """
     classes = list(range(len(pipeline.class_names))) or None
-    together, images = args.batch_size * accelerator.num_processes, []
-    for first in range(0, args.num_generated, together):
-        numbers = range(first, min(first + together, args.num_generated))
-        mine, drawn = numbers[accelerator.process_index :: accelerator.num_processes], None
-        if mine:
-            with accelerator.autocast():
-                drawn = draw_images(pipeline, list(mine), classes, seed=args.seed, options={"guidance_scale": 1.0})
-        everyones = gather_shares(drawn, len(numbers))
-        if accelerator.is_main_process:
-            images.append(everyones * 2 - 1)
-    return torch.cat(images) if images else None
+    mine, images = own_share(range(args.num_generated)), []
+    for first in range(0, len(mine), args.batch_size):
+        numbers = list(mine[first : first + args.batch_size])
+        with accelerator.autocast():
+            images.append(draw_images(pipeline, numbers, classes, seed=args.seed, options={"guidance_scale": 1.0}))
+    return torch.cat(images) * 2 - 1 if images else None
 
 
-def judged(images: torch.Tensor, args: ARArguments) -> dict[str, float]:
-    """Quality of generated images beside held-out ones, and beside those of each part of a union."""
+def judged(
+    generated: torch.Tensor | None, name: str, config: VQConfig, args: ARArguments, device: torch.device
+) -> dict[str, float]:
+    """Quality of generated images, of which this process has its share, beside held-out ones, of each part of a union.
+
+    All processes call this, with the name of an extractor and the autoencoder's configuration.
+    """
+    extractor = all_succeed(lambda: load_extractor(name, device=device))
+    common = {"image_size": config.image_size, "num_channels": config.num_channels, "seed": args.seed}
+    common |= {"limit": args.evaluation_images}
     columns = {"image_column": args.image_column, "label_column": args.label_column}
-    common = dict(limit=args.evaluation_images, seed=args.seed, **columns)
-    metrics = {}
-    for name in args.extractors:
-        metrics |= generation_quality(images, args.dataset, load_extractor(name), **common)
-    return metrics
+    return generation_quality(generated, args.num_generated, args.dataset, extractor, **common, **columns)
 
 
 def save(
@@ -272,10 +272,14 @@ def save(
             nats = nats_per_image(pipeline.language_model, table, null_class, num_codes, args, loop.accelerator)
             taken.metrics[name] = nats
     samples = {"train": len(codes), "evaluation": 0 if held_out is None else len(held_out)}
-    is_judged = args.extractors and held_out is not None
-    images = drawn_images(pipeline, args, loop.accelerator) if is_judged else None
+    if args.extractors and held_out is not None:
+        images = drawn_share(pipeline, args, loop.accelerator)
+        device = loop.accelerator.device
+        for name in args.extractors:
+            taken.take(f"quality in features of {name}", judged, images, name, pipeline.vae.config, args, device)
+        samples["generated"] = args.num_generated
     if loop.accelerator.is_main_process:
-        write_measures(pipeline, args, data, images, taken, samples, target, about)
+        write_measures(pipeline, args, data, taken, samples, target, about)
     grids = {"samples-guided.png": args.guidance_scale} if pipeline.class_names else {}
     for name, scale in (grids | {"samples.png": 1.0}).items():
         options = {"guidance_scale": scale, "temperature": args.temperature, "top_k": args.top_k}
@@ -287,13 +291,10 @@ def save(
 
 
 def write_measures(
-    pipeline: VQTokenPipeline, args: ARArguments, data: ImageData, images: torch.Tensor | None, taken: Measures,
-    samples: dict[str, int], target: Path, about: dict,
+    pipeline: VQTokenPipeline, args: ARArguments, data: ImageData, taken: Measures, samples: dict[str, int],
+    target: Path, about: dict,
 ) -> None:  # fmt: skip
-    """Judge the images that were drawn, if any, and write results and card; arguments as in `save`."""
-    if images is not None:
-        taken.take("quality of generated images", judged, images, args)
-        samples["generated"] = args.num_generated
+    """Write results and card; arguments as in `save`."""
     uniform = pipeline.num_tokens * math.log(pipeline.vae.config.num_codes)
     metrics = taken.metrics | {"nats_per_image_uniform": uniform}
     about |= taken.results() | {"samples": samples}

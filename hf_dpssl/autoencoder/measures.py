@@ -19,6 +19,7 @@ from ..data.image_table import ImageTable
 from ..data.subsets import random_rows
 from ..embedding.feature_extractors import FeatureExtractor, features_of
 from ..evaluation.lipschitz_constants import summarise_lipschitz_pair
+from ..models.gather import all_succeed, gather_shares, is_first, own_share
 from ..models.modeling_vq import VQAutoencoder
 from .choices import GENERATOR, PARTS
 from .complexity_curve import generator_complexity
@@ -55,16 +56,17 @@ def held_out_data(dataset: str, **columns) -> ImageData:
 
 def picture_batches(
     data: ImageData, name: str, image_size: int, limit: int | None, *, num_channels: int = 3, batch_size: int = 256,
-    seed: int = 0,
+    seed: int = 0, shared: bool = False,
 ) -> Iterator[Pictures]:  # fmt: skip
     """Pictures of a split ("train" or "evaluation"), a batch at a time.
 
-    `limit`: so many of them, a random subset with its share of each class; None: all. BadImageError: an unreadable
-    picture.
+    `limit`: so many of them, a random subset with its share of each class; None: all. `shared`: those of this process's
+    share. BadImageError: an unreadable picture.
     """
     split = {"train": data.train, "evaluation": data.evaluation}[name]
     table = ImageTable(data, split, image_size)
-    for batch in evaluation_batches(table, batch_size, data.random_rows(split, limit, seed=seed)):
+    rows = data.random_rows(split, limit, seed=seed)
+    for batch in evaluation_batches(table, batch_size, own_share(rows) if shared else rows):
         yield Pictures(unit_pixels(batch["images"], num_channels), batch["labels"])
 
 
@@ -95,27 +97,62 @@ def held_out_sources(
 
     Arguments as `load_pictures`; the name is the end of an id.
     """
-    parts = [name.strip() for name in dataset.split("+")]
     found = {}
-    for part in parts:
-        data = held_out_data(part, **columns)
+    for name, data in _parts(dataset, columns):
         batches = picture_batches(data, "evaluation", image_size, limit, num_channels=num_channels)
-        found[part.split("/")[-1]] = _joined(batches).pixel_values
+        found[name] = _joined(batches).pixel_values
     return found
 
 
+def _parts(dataset: str, columns: dict) -> Iterator[tuple[str, ImageData]]:
+    """Names of a union's parts, the ends of their ids, and their images; errors as `held_out_data`."""
+    for part in (name.strip() for name in dataset.split("+")):
+        yield part.split("/")[-1], held_out_data(part, **columns)
+
+
 def generation_quality(
-    generated: Tensor, dataset: str, extractor: FeatureExtractor, *, limit: int | None, seed: int, **columns
+    generated: Tensor | None,
+    number: int,
+    dataset: str,
+    extractor: FeatureExtractor,
+    *,
+    image_size: int,
+    num_channels: int,
+    limit: int | None,
+    seed: int,
+    **columns,
 ) -> dict[str, float]:
-    """Quality of generated images (N, C, S, S) in [-1, 1] beside held-out ones of a data set, and of each source.
+    """Quality of generated images in [-1, 1] beside held-out ones of a data set, and of each source.
+
+    All processes call this: they share the images, and the first one measures. Features are those of float32.
+
+    Args:
+        generated: this process's share of them, (n, num_channels, image_size, image_size), or None.
+        number: of the images of all processes.
+        dataset, limit, columns: as `load_pictures`.
+        extractor: of the features that are compared.
+        seed: of subsets.
 
     Returns:
-        What `evaluation.image_quality` gives, with the prefix "g"; for a union a+b also "gfid_<extractor>_<part>".
+        What `evaluation.image_quality` gives, with the prefix "g", and for a union a+b "gfid_<extractor>_<part>"; {} in
+        all processes but the first.
     """
-    options = columns | {"num_channels": generated.shape[1]}
-    sources = held_out_sources(dataset, generated.shape[-1], limit, **options)
-    real = {part: features_of(extractor, pictures) for part, pictures in sources.items()}
-    features = features_of(extractor, generated)
+    parts = dict(_parts(dataset, columns))
+
+    def own_features() -> list[Tensor | None]:
+        found = [None if generated is None else features_of(extractor, generated)]
+        for data in parts.values():
+            batches = picture_batches(data, "evaluation", image_size, limit, num_channels=num_channels, shared=True)
+            of_part = [features_of(extractor, batch.pixel_values) for batch in batches]
+            found.append(torch.cat(of_part) if of_part else None)
+        return found
+
+    own, *of_parts = all_succeed(own_features)
+    features = gather_shares(own, number)
+    counts = [len(data.random_rows(data.evaluation, limit)) for data in parts.values()]
+    real = {name: gather_shares(*given) for name, *given in zip(parts, of_parts, counts, strict=True)}
+    if not is_first():
+        return {}
     metrics = evaluation.image_quality(torch.cat(list(real.values())), features, extractor, prefix="g", seed=seed)
     for part, of_part in real.items() if len(real) > 1 else ():
         found = evaluation.image_quality(of_part, features, extractor, measures=("fid",), prefix="g", seed=seed)

@@ -169,7 +169,8 @@ def test_generated_images_are_judged_by_each_source_of_a_union(tmp_path):
     sources = held_out_sources(union, 16, 100)
     assert {name: len(pictures) for name, pictures in sources.items()} == {"dark": 12, "bright": 12}
     extractor = FeatureExtractor("colours", lambda x: x.float().mean((2, 3)), weights={}, resize="none", device="cpu")
-    found = generation_quality(sources["dark"], union, extractor, limit=100, seed=0)
+    shape = {"image_size": 16, "num_channels": 3}
+    found = generation_quality(sources["dark"], 12, union, extractor, **shape, limit=100, seed=0)
     assert found["gfid_colours_dark"] < 1e-6 < found["gfid_colours"] < found["gfid_colours_bright"]
 
 

@@ -144,7 +144,8 @@ def test_two_processes_share_measures_and_drawn_images_and_find_those_of_one(aut
     pipeline = VQTokenPipeline.from_pretrained(tmp_path / "ar")
     images = draw_images(pipeline, list(range(35)), list(range(10)), seed=0, options={"guidance_scale": 1.0}) * 2 - 1
     given = ["--output_dir", str(tmp_path), "--autoencoder", str(autoencoder), "--extractor", str(judge)]
-    expected = dae_ar.judged(images, parse(ARArguments, given, ""))
+    args = parse(ARArguments, [*given, "--num_generated", "35"], "")
+    expected = dae_ar.judged(images, str(judge), pipeline.vae.config, args, "cpu")
     assert metrics["gfid_judge"] == pytest.approx(expected["gfid_judge"], rel=1e-3)
 
 
