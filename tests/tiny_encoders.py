@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import timm
 import torch
+from timm.models import save_for_hf
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, SimCLRForPreTraining
 
@@ -56,3 +58,11 @@ def save_ours(folder, model_class=SimCLRForPreTraining, **changes):
     model.encoder.save_pretrained(folder)
     model.save_pretrained(folder / "pretraining")
     return model
+
+
+def grey_encoder(folder) -> None:
+    """A timm model of pictures of one channel."""
+    options = {"in_chans": 1, "channels": [8, 8, 16, 16]}
+    model = timm.create_model("resnet10t", num_classes=0, **options)
+    model.pretrained_cfg |= INPUT | {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.25]}
+    save_for_hf(model, str(folder), model_args=options)

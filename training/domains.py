@@ -34,10 +34,9 @@ from tqdm.auto import tqdm
 
 from hf_dpssl.domains.cells import Cell, Trainer
 from hf_dpssl.domains.digit_domains import digit_domains
-from hf_dpssl.domains.domain_data import load_domains
 from hf_dpssl.domains.domain_tensors import DomainTensors
 from hf_dpssl.domains.encoded_domains import PretrainedEncoder, feature_tensors, picture_tensors
-from hf_dpssl.domains.known_sets import account, find_set
+from hf_dpssl.domains.known_sets import account, load_set
 from hf_dpssl.domains.selection import as_markdown, table
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.models.matrix_products import allow_tf32
@@ -103,11 +102,9 @@ def load(args: DomainsArguments, device: torch.device) -> tuple[DomainTensors, P
         tensors = digit_domains(args.dataset, args.seed)
         check_domain_names(args, tensors.names)
         return tensors, None, [f"{args.dataset}: {sum(map(len, tensors.labels)):,} pictures."]
-    name, column = find_set(args.dataset)
     embedder = ImageEmbedder(args.encoder, device=device) if args.encoder is not None else None
-    columns = {column: getattr(args, column) for column in ("label_column", "image_column")}
-    columns["domain_column"] = args.domain_column or column
-    given = load_domains(name, revision=args.dataset_revision, limit=args.images, seed=args.seed, **columns)
+    columns = {name: getattr(args, name) for name in ("domain_column", "label_column", "image_column")}
+    given = load_set(args.dataset, revision=args.dataset_revision, limit=args.images, seed=args.seed, **columns)
     check_domain_names(args, given.domain_names)
     encoder = None
     if args.protocol == "frozen":

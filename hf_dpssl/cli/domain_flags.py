@@ -31,12 +31,12 @@ def add_domain_flags(parser: argparse.ArgumentParser, output: str) -> None:
 
 
 def load_given(args: argparse.Namespace, *, labelled: bool, clusters: int | None = None) -> DomainData:
-    """The pictures that the flags name; errors of `load_domains`."""
-    from ..domains.domain_data import load_domains
+    """The pictures that the flags name; errors of `load_set`."""
+    from ..domains.known_sets import load_set
 
     columns = {name: getattr(args, name) for name in _COLUMNS}
     how = {"labelled": labelled, "limit": args.images, "seed": args.seed, "clusters": clusters}
-    return load_domains(args.dataset, **columns, revision=args.dataset_revision, **how)
+    return load_set(args.dataset, **columns, revision=args.dataset_revision, **how)
 
 
 def options_of(args: argparse.Namespace, *more: str) -> dict:

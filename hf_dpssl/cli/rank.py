@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     if best.startswith(UNTRAINED):
         say("  nothing: its weights are random, and no trained encoder is better")
         return 0
-    say("  " + shlex.join(["hf-dpssl", "embed", best, args.dataset, "--output_dir", "outputs/embeddings"]))
+    say("  " + shlex.join(["hf-dpssl", "embed", best, given.data.name, "--output_dir", "outputs/embeddings"]))
     return 0
 
 

@@ -77,8 +77,10 @@ def _lines(found: dict) -> list[str]:
         lines.append(f"{method:<{width}}{values}   mean {_interval(mean)}")
     for name, target in targets.items():
         selection = target["selection"]
+        ranked = sorted(target["encoders"].items(), key=lambda item: -item[1]["score"])
+        order = " > ".join(f"{encoder} {value['score']:.3f}" for encoder, value in ranked)
         kept = ", ".join(f"{encoder} {count}" for encoder, count in selection["features"].items())
-        lines.append(f"{name}: single {target['single']['encoder']}; selected of {selection['of']} features: {kept}")
+        lines.append(f"{name}: ranked by the others {order}; selected of {selection['of']} features: {kept}")
     for group, measures in found["agreement"].items():
         lines.append(f"agreement with accuracy, weighted Kendall's tau and regret in percent right, {group} encoders:")
         for measure, value in measures.items():

@@ -28,6 +28,8 @@ from .domain_checks import check_domains
 from .domain_clusters import domain_clusters
 
 _NUMBER = "row_number"
+_OF_RANK = "hf-dpssl rank --cluster_domains N makes domains of the pictures"
+_NO_CLASSES = "hf-dpssl rank --no_labels needs none."
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def load_domains(
         class_names = sorted({folder for folder in inside if folder is not None})
         ids = {folder: number for number, folder in enumerate(class_names)} | {None: -1}
         labels = torch.tensor([ids[folder] for folder in inside])
-        layout = "sort them as DOMAIN/CLASS/image"
+        layout = f"sort them as DOMAIN/CLASS/image ({_OF_RANK} where folders are classes only)"
         origin = "the folders of the first level"
     else:
         domains = torch.tensor(images[domain_column][:])
@@ -113,7 +115,7 @@ def load_domains(
     if not labelled:
         labels = class_names = None
     elif bare := int((labels < 0).sum()):
-        raise ValueError(f"{bare} of {len(labels)} images of {name!r} have no class: {layout}, or pass --no_labels.")
+        raise ValueError(f"{bare} of {len(labels)} images of {name!r} have no class: {layout}. {_NO_CLASSES}")
     rows = range(len(images))
     if limit is not None and limit < len(images):
         parts = [ids for ids in (domains, labels) if ids is not None]
@@ -145,7 +147,7 @@ def _classes(name: str, domain_column: str | None, label_column: str | None, opt
     data = load_images(name, label_column=label_column, **options)
     if data.class_names is None or data.label_column == domain_column:
         why = f" ({data.label_problem})" if data.label_problem else ""
-        raise ValueError(f"{name!r} has no classes{why}: name their column with --label_column, or pass --no_labels.")
+        raise ValueError(f"{name!r} has no classes{why}: name their column with --label_column. {_NO_CLASSES}")
     return torch.tensor(_in_one(data)[data.label_column][:]), data.class_names
 
 
@@ -154,10 +156,13 @@ def _folders(name: str, data: ImageData, images: Dataset) -> list[str | None]:
     root = Path(name).expanduser()
     paths = [value["path"] if isinstance(value, dict) else None for value in images[data.image_column][:]]
     if not root.is_dir() or not all(path and Path(path).is_relative_to(root) for path in paths):
-        raise ValueError(f"{name!r} is no folder of images: name the column of the domains with --domain_column.")
+        raise ValueError(
+            f"{name!r} is no folder of images: name the column of the domains with --domain_column ({_OF_RANK})."
+        )
     if data.class_names is None:
         raise ValueError(
-            f"{name!r} has no folders of domains: sort the images as DOMAIN/CLASS/image, two domains or more."
+            f"{name!r} has no folders of domains: sort the images as DOMAIN/CLASS/image, two domains or more "
+            f"({_OF_RANK})."
         )
     found = []
     for path in paths:

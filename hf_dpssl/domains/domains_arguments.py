@@ -41,7 +41,7 @@ class DomainsArguments:
     )  # fmt: skip
     steps: int | None = option(None, "updates of a run; default: 5001, frozen 1001, rotated_digits 301")
     draws: int = option(1, "hyper-parameters of each algorithm: the defaults, then random draws as DomainBed's")
-    seeds: int = option(1, "repetitions with other splits, weights, order and draws; two or more give an interval")
+    seeds: int = option(1, "repetitions with other splits, weights, order and draws; five or more give an interval")
     tolerance_ratio: float = option(0.3, "of swad; 0.2 for VLCS in its paper")
 
     targets: list[str] = option([], "domains that are held out, one at a time; default: each", group="evaluation")

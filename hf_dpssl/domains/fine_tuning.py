@@ -2,6 +2,7 @@
 
 SGD with Nesterov momentum 0.9 and a cosine schedule without warm-up; random-resized-crop and mirror image for training,
 the encoder's own preparation for testing. Weight decay is given divided by the learning rate, as in their grid.
+Not as theirs: crops are antialiased bilinear (theirs bicubic), and of the side that the encoder has (theirs 224).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .domain_data import DomainData
+from .domain_data import DomainData, load_domains
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,33 @@ KNOWN_SETS = {
 }
 
 
-def find_set(name: str) -> tuple[str, str | None]:
-    """What to load for a name of the table, and its column of domains; other names are returned as they are.
+def load_set(name: str, *, domain_column: str | None = None, clusters: int | None = None, **options) -> DomainData:
+    """`load_domains` of a name of the table, with its Hub id and column, or of anything else as it is.
+
+    Args:
+        name: of the table, or as of `load_domains`. domain_column, clusters, options: as of `load_domains`.
 
     Raises:
-        FileNotFoundError: one without Hub id; says what to download.
+        FileNotFoundError: a set of the table without Hub id, or that cannot be loaded; says what to download and how to
+            sort it. ValueError: of other names, what `load_domains` refuses.
     """
     known = KNOWN_SETS.get(name)
     if known is None:
-        return name, None
+        return load_domains(name, domain_column=domain_column, clusters=clusters, **options)
+    where = (
+        f"download it ({known.domains} domains, {known.classes} classes, {known.images:,} images; "
+        "domainbed/scripts/download.py of facebookresearch/DomainBed names the places) and give its folder, sorted as "
+        "DOMAIN/CLASS/image."
+    )
     if known.hub_id is None:
-        raise FileNotFoundError(
-            f"{name!r} has no Hub id that we know of: download it ({known.domains} domains, {known.classes} classes, "
-            f"{known.images:,} images; domainbed/scripts/download.py of facebookresearch/DomainBed names the places) "
-            "and give its folder, sorted as DOMAIN/CLASS/image."
-        )
-    return known.hub_id, known.domain_column
+        raise FileNotFoundError(f"{name!r} has no Hub id that we know of: {where}")
+    column = domain_column or (known.domain_column if clusters is None else None)
+    try:
+        return load_domains(known.hub_id, domain_column=column, clusters=clusters, **options)
+    except (ValueError, OSError) as error:
+        checked = "" if known.verified else ", which was not checked by us"
+        found = f"{name!r} is read from {known.hub_id} of the Hub{checked}: {error}"
+        raise FileNotFoundError(f"{found} Or {where}") from error
 
 
 def account(name: str, given: DomainData) -> str | None:

@@ -76,7 +76,7 @@ def table(runs: Sequence[dict], rules: Sequence[str], domains: Sequence[str]) ->
 
     Returns:
         Rows {"selection", "algorithm", "adapts", "domains": {name: accuracy}, "mean", "worst", "interval": {"mean",
-        "low", "high"} of the mean over seeds, or None for one seed, "seeds", "draws", "chosen"}, in percent.
+        "low", "high"} of the mean over seeds, or None below five, "seeds", "draws", "chosen"}, in percent.
     """
     rows = []
     for rule in rules:

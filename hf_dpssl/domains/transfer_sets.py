@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..data.image_data import ImageData, load_images
 from ..data.subsets import random_rows
+from ..runs.redaction import without_folders
 
 _VALIDATION_SHARE = 0.2
 
@@ -160,7 +161,7 @@ def load_transfer_set(key: str, source: str | None = None) -> TransferData:
     else:
         raise ValueError(f"{source!r} has no test split. {_how_to_get(key)}")
     difference = _difference(spec, data, train, validation, test)
-    title = spec.title if difference is None else f"{data.name} ({difference}; not {spec.title})"
+    title = spec.title if difference is None else f"{without_folders(data.name)} ({difference}; not {spec.title})"
     names = data.class_names
     return TransferData(key, source, title, difference is None, difference, data, names, train, validation, test)
 

@@ -94,7 +94,8 @@ class ImageEmbedder:
 
     Raises:
         ValueError: no such encoder, no image encoder, an unknown kind, no head, weights that lack, or an
-            encoder that gives other numbers for the same picture each time.
+            encoder that takes no RGB pictures, gives numbers that are not finite, or other ones for the same picture
+            each time.
     """
 
     def __init__(self, encoder: str, *, kind: str = "features", device: torch.device | str | None = None):
@@ -145,7 +146,17 @@ class ImageEmbedder:
     @torch.no_grad()
     def _check(self) -> int:
         pixel_values = self.preprocess([Image.linear_gradient("L").convert("RGB")] * 8)
-        first = self(pixel_values)
+        try:
+            first = self(pixel_values)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.name!r} cannot take the pixel_values {tuple(pixel_values.shape)} that its own processor makes "
+                f"of RGB pictures: {error}. Use an encoder of three channels."
+            ) from error
+        if not bool(torch.isfinite(first).all()):
+            raise ValueError(
+                f"{self.name!r} gives numbers that are not finite for a grey ramp: train it again, or take another."
+            )
         second = self(pixel_values)
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-5):
             raise ValueError(

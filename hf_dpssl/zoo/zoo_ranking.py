@@ -73,14 +73,20 @@ def rank_zoo(
 def for_every_encoder(zoo: Sequence[ZooEntry], measure: Callable[[ZooEntry], dict]) -> list[dict]:
     """What `measure` returns for each encoder, with "name" and "encoder"; of those that fail "error" in its place.
 
+    An encoder whose "fingerprint" is that of an earlier one fails: a copy would count twice in all that follows.
+
     Raises:
         ValueError: all of them fail. BadImageError: a picture that cannot be read, which no other encoder can mend.
     """
     entries = []
+    first: dict[str, str] = {}
     for entry in tqdm(zoo, "encoders", unit="encoder"):
         who = {"name": entry.name, "encoder": entry.encoder}
         try:
-            entries.append(who | measure(entry))
+            measured = measure(entry)
+            if (same := first.setdefault(measured["fingerprint"], entry.name)) != entry.name:
+                raise ValueError(f"it is the same encoder as {same!r}, weights and input: leave one of them out.")
+            entries.append(who | measured)
         except BadImageError:
             raise
         except Exception as error:  # libraries and the Hub raise many kinds, and the other encoders go on

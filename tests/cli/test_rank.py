@@ -78,6 +78,18 @@ def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_la
     assert all(again[e["name"]]["cached"] and again[e["name"]]["score"] == e["score"] for e in found[:2])
 
 
+def test_random_weights_of_timm_are_ranked_without_network_and_said_to_be_random(pictures, zoo, tmp_path, capsys):
+    flags = ["rank", str(pictures), "--output_dir", str(tmp_path), "--zoo"]
+    assert main([*flags, "untrained:test_vit", zoo[1]]) == 0
+    printed = capsys.readouterr()
+    assert "warning: weights are random, for comparison only: untrained:test_vit" in printed.err
+    assert main([*flags, zoo[1], zoo[1] + "/"]) == 0  # the other one is measured
+    printed = capsys.readouterr()
+    assert "weights are random" not in printed.err and "the same encoder as" in printed.out
+    assert main([*flags, "untrained:test_vit"]) == 0
+    assert "nothing: its weights are random, and no trained encoder is better" in capsys.readouterr().out
+
+
 def test_domains_of_a_column_give_what_folders_give(pictures, zoo, tmp_path, capsys):
     def png(place) -> dict:
         file = io.BytesIO()
@@ -139,7 +151,11 @@ def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, 
         picture(0, 0, number).save(lonely / f"{name}.png")
     cases = [
         (f"{pictures / 'dark' / 'red'} --zoo none", "no folders of domains"),
+        (f"{pictures / 'dark' / 'red'} --zoo none", "hf-dpssl rank --cluster_domains N makes domains"),
         (f"{flat} --zoo none", "5 of 5 images"),
+        (f"{flat} --zoo none", "--cluster_domains N makes domains of the pictures where folders are classes only"),
+        (f"{flat} --zoo none", "hf-dpssl rank --no_labels needs none"),
+        ("vlcs --zoo none", "'vlcs' has no Hub id that we know of: download it"),
         (f"{lonely} --zoo none", "class 'y' is found in domain 'a' only"),
         ("digits --zoo none", "name the column of the domains with --domain_column"),
         ("digits --zoo none --domain_column style", "has no column 'style'"),

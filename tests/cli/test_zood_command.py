@@ -7,7 +7,7 @@ import torch
 from domain_pictures import DOMAINS, PLACES, picture, write_pictures
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_encoders import INPUT, save_ours
+from tiny_encoders import INPUT, grey_encoder, save_ours
 
 from hf_dpssl.cli.commands import main
 from hf_dpssl.embedding.embedder import ImageEmbedder
@@ -21,7 +21,8 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """Encoders of two input sizes, an untrained one, and ones without weights, of weights 0 and of weights NaN."""
+    """Encoders of two input sizes, an untrained one, and ones that cannot be measured: no weights, weights 0, weights
+    NaN, one channel, a copy of another."""
     root = tmp_path_factory.mktemp("zoo")
     save_ours(root / "small")
     save_ours(root / "large", pretrained_cfg=INPUT | {"input_size": [3, 32, 32]})
@@ -32,8 +33,10 @@ def zoo(tmp_path_factory):
         weights = load_file(root / name / "model.safetensors")
         weights = {key: w.fill_(value) if w.is_floating_point() else w for key, w in weights.items()}
         save_file(weights, root / name / "model.safetensors", metadata={"format": "pt"})
-    lines = [f"- {root}/{name}" for name in ("broken", "constant", "nan")]
-    lines += [f"- {{encoder: {root}/small, name: small, data: photos}}"]
+    grey_encoder(root / "grey")
+    save_ours(root / "copy")
+    lines = [f"- {root}/{name}" for name in ("broken", "constant", "nan", "grey")]
+    lines += [f"- {{encoder: {root}/small, name: small, data: photos}}", f"- {root}/copy"]
     lines += [f"- {{encoder: {root}/large, name: large}}", "- {encoder: 'untrained:test_vit', name: random}"]
     (root / "zoo.yaml").write_text("encoders:\n" + "\n".join(lines) + "\n")
     return root
@@ -46,12 +49,18 @@ def test_zood_measures_all_encoders_that_load_and_names_the_others(pictures, zoo
     found = json.loads((tmp_path / "zood.json").read_text())["metrics"]
     names = ["small", "large", "random"]
     by_name = {entry["name"]: entry for entry in found["encoders"]}
-    for name in ("broken", "constant", "nan"):
-        assert set(by_name[name]) == {"name", "encoder", "error"}
-    assert "the same for all pictures" in by_name["constant"]["error"]
+    failed = {"broken": "cannot be read", "constant": "the same for all pictures", "nan": "that are not finite"}
+    failed |= {"grey": "Use an encoder of three channels", "copy": "the same encoder as 'small'"}
+    for name, message in failed.items():
+        assert set(by_name[name]) == {"name", "encoder", "error"} and message in by_name[name]["error"], by_name[name]
+        assert not any(name in target["encoders"] for target in found["targets"].values())
     assert str(zoo) not in (tmp_path / "zood.json").read_text()  # folders of a machine are not written down
     assert [by_name[name]["contaminated"] for name in names] == ["no", "not known", "no"]
     assert "failed: " in printed and "weighted Kendall's tau" in printed
+    for name in DOMAINS:
+        scores = {encoder: value["score"] for encoder, value in found["targets"][name]["encoders"].items()}
+        order = " > ".join(f"{encoder} {scores[encoder]:.3f}" for encoder in sorted(scores, key=lambda e: -scores[e]))
+        assert f"{name}: ranked by the others {order}; selected of " in printed
     domains, labels, _ = torch.tensor(PLACES).T
     encoders = {"small": f"{zoo}/small", "large": f"{zoo}/large", "random": "untrained:test_vit"}
     rows = [picture(*place) for place in PLACES]

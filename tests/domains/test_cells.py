@@ -78,6 +78,16 @@ def test_networks_run_in_bfloat16_and_losses_in_float32(algorithm, monkeypatch):
     assert records["bf16"][0] == pytest.approx(records["no"][0], rel=0.01)
 
 
+def test_a_run_of_swad_ends_with_the_mean_of_erms_weights():
+    """Segments end after steps 1 and 4; no valley begins in two of them, so that the second one's mean counts."""
+    of_erm = [trainer(steps=steps).run(Cell("erm", (2,), 0, 0))[1] for steps in (2, 3, 4)]
+    found, state = trainer(steps=4, every=10).run(Cell("swad", (2,), 0, 0))
+    for name, value in state.items():
+        assert torch.allclose(value, torch.stack([step[name] for step in of_erm]).mean(0), atol=1e-7)
+        assert not torch.equal(value, of_erm[-1][name])
+    assert [("targets" in record) for record in found["records"]] == [False, False, True]
+
+
 def test_nothing_of_the_target_enters_the_run():
     """Features of the target moved far away: all that is measured on the other domains stays, its own accuracy not."""
     here, _ = trainer().run(Cell("erm", (2,), 0, 0))

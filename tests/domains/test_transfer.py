@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from tiny_encoders import save_ours
 
 from hf_dpssl.cli.commands import main
@@ -17,6 +19,7 @@ from hf_dpssl.domains import TRANSFER_SETS, load_transfer_set
 from hf_dpssl.domains.fine_tuning import Setting, accuracy, fine_tune, normalisation
 from hf_dpssl.domains.transfer_sets import TransferSet
 from hf_dpssl.embedding.embedder import ImageEmbedder
+from hf_dpssl.evaluation.probes import STRENGTHS
 
 
 def encoded(number: int, label: int, kind: str = "PNG") -> bytes:
@@ -84,6 +87,33 @@ def test_every_set_is_read_from_the_hub_in_its_layout_and_a_part_is_not_called_b
         assert not spec.verified
 
 
+def test_folders_sorted_as_the_error_says_are_read(tmp_path):
+    for key, layout in {"dtd": {"train": 6, "val": 3, "test": 2}, "pets": {"train": 10, "test": 2}}.items():
+        write_folders(tmp_path / key, {f"{split}/": count for split, count in layout.items()})
+        with pytest.raises(ValueError, match="train/CLASS/image and test/CLASS/image \\(val/ where there is one\\)"):
+            load_transfer_set(key, str(tmp_path / "none"))
+        found = load_transfer_set(key, str(tmp_path / key))
+        sizes = [np.bincount(part.labels).tolist() for part in (found.train, found.validation, found.test)]
+        assert sizes == ([[6] * 3, [3] * 3, [2] * 3] if key == "dtd" else [[8] * 3, [2] * 3, [2] * 3])
+        assert found.class_names == ["blue", "green", "red"] and not found.whole
+    write_folders(tmp_path / "caltech101", {"": 33})
+    with pytest.raises(ValueError, match="into a folder as CLASS/image, or"):
+        load_transfer_set("caltech101", str(tmp_path / "none"))
+    found = load_transfer_set("caltech101", str(tmp_path / "caltech101"))
+    sizes = [np.bincount(part.labels).tolist() for part in (found.train, found.validation, found.test)]
+    assert sizes == [[24] * 3, [6] * 3, [3] * 3]
+
+
+def write_folders(root, counts):
+    """Pictures of three classes in folders: {what stands before CLASS/image: pictures of each class}."""
+    for before, count in counts.items():
+        for label, name in enumerate(["blue", "green", "red"]):
+            folder = root / f"{before}{name}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.png").write_bytes(encoded(number, label))
+
+
 def test_a_whole_set_bears_its_name_unless_it_is_jpeg_or_unbalanced(tmp_path, monkeypatch):
     small = TransferSet(
         "Small", 3, 24, 12, "top1", "org/small", "label", (1.0, 2.0), "https://example.org", per_class=(4, 4),
@@ -146,10 +176,19 @@ def suite(capsys, encoder, folder, *argv) -> list[dict]:
 def test_suite_measures_what_scikit_learn_measures_and_goes_on_where_it_was(encoder, tmp_path, capsys, monkeypatch):
     sources = {key: save_set(tmp_path / key, TRANSFER_SETS[key], train=15, test=8) for key in ("dtd", "pets")}
     data = ["--data", *[f"{key}={folder}" for key, folder in sources.items()]]
+    fitted = []
+
+    class Counted(LogisticRegression):
+        def fit(self, rows, labels):
+            fitted.append(len(rows))
+            return super().fit(rows, labels)
+
+    monkeypatch.setattr("hf_dpssl.domains.transfer.LogisticRegression", Counted)
     rows = suite(capsys, encoder, tmp_path / "out", "--sets", "dtd", "pets", "cars", *data, "cars=/none")
     assert [(r["set"], r.get("protocol")) for r in rows[:4]] == [(s, p) for s in sources for p in ("knn", "linear")]
     assert rows[4].keys() == {"set", "error"} and "Download Stanford Cars" in rows[4]["error"]
     assert not any("published" in row or row["whole"] for row in rows[:4])
+    assert str(tmp_path) not in json.dumps(rows[:4])  # folders of a machine are not written down
     given = load_transfer_set("pets", str(sources["pets"]))
     embedder = ImageEmbedder(str(encoder))
 
@@ -163,10 +202,10 @@ def test_suite_measures_what_scikit_learn_measures_and_goes_on_where_it_was(enco
     nearest = KNeighborsClassifier(20, metric="cosine", algorithm="brute").fit(both, labels).predict(x["test"])
     wanted = accuracy(nearest, given.test.labels, "per_class")
     assert {name: rows[2][name] for name in wanted} == pytest.approx(wanted) and rows[2]["metric"] == "per_class"
-    mean, deviation = both.mean(0), np.where(both.std(0) > 0, both.std(0), 1)
-    model = LogisticRegression(C=rows[3]["chosen"]["c"], max_iter=1000).fit((both - mean) / deviation, labels)
-    wanted = accuracy(model.predict((x["test"] - mean) / deviation), given.test.labels, "per_class")
-    assert rows[3]["mean"] == pytest.approx(wanted["mean"], abs=5)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=rows[3]["chosen"]["c"], max_iter=1000))
+    wanted = accuracy(model.fit(both, labels).predict(x["test"]), given.test.labels, "per_class")
+    assert rows[3]["mean"] == pytest.approx(wanted["mean"])
+    assert fitted == 2 * [*[len(given.train.rows)] * len(STRENGTHS), len(both)]  # of dtd, then of pets
 
     def nothing_is_measured_again(*_):
         raise AssertionError("measured twice")
@@ -184,9 +223,17 @@ def test_fine_tuning_learns_chooses_on_validation_and_trains_the_encoder(encoder
     monkeypatch.setitem(TRANSFER_SETS, "small", small)
     folder = save_set(tmp_path / "small", small, train=20, test=8)
     arguments = ["--sets", "small", "--data", f"small={folder}", "--protocol", "finetune", "--batch_size", 16]
+    trained_on = []
+
+    def counted(encoder, data, splits, *more, **options):
+        trained_on.append([len(split.rows) for split in splits])
+        return fine_tune(encoder, data, splits, *more, **options)
+
+    monkeypatch.setattr("hf_dpssl.domains.transfer.fine_tune", counted)
     arguments += ["--steps", 12, "--learning_rates", "1e-7", "0.05", "1e9", "--weight_decays", "0"]
     (row,) = suite(capsys, encoder, tmp_path / "out", *arguments)
     assert row["chosen"]["learning_rate"] == 0.05 and row["chosen"]["tried"] == 3
+    assert trained_on == [[48], [48], [48], [48, 12]]  # the grid on train, the best setting on validation too
     assert row["whole"] and row["published"] == {"MoCo-v2": 1.0, "t-MoCo-v2": 2.0} and row["mean"] > 60, row
     tried = [value for value in json.loads((tmp_path / "out/measured.json").read_text()).values() if value != row]
     assert any("diverged" in value for value in tried)

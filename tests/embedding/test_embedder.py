@@ -6,7 +6,7 @@ import torch
 from cases import for_each
 from pictures import noise
 from PIL import Image
-from tiny_encoders import INPUT, save_ours
+from tiny_encoders import INPUT, grey_encoder, save_ours
 from transformers import (
     AutoImageProcessor,
     BertConfig,
@@ -109,6 +109,7 @@ def test_what_cannot_embed_pictures_is_refused_with_the_reason(tmp_path):
     BertModel(BertConfig(**SMALL, vocab_size=20)).save_pretrained(tmp_path / "text")
     ViTImageProcessor().save_pretrained(tmp_path / "text")
     save_ours(tmp_path / "ours")
+    grey_encoder(tmp_path / "grey")
     for path in (tmp_path / "ours" / "pretraining").iterdir():
         path.unlink()
     for encoder, kind, message in [
@@ -116,6 +117,7 @@ def test_what_cannot_embed_pictures_is_refused_with_the_reason(tmp_path):
         ("text", "features", "takes input_ids, not images"),
         ("ours", "embeddings", "no folder pretraining/ with a head: use --features features"),
         ("ours", "logits", "must be one of"),
+        ("grey", "features", r"pixel_values \(8, 3, 16, 16\) .* Use an encoder of three channels"),
         ("nowhere", "features", "nowhere"),
     ]:
         with pytest.raises(ValueError, match=message):

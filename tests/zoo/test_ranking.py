@@ -7,6 +7,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import oas
 
 from hf_dpssl.zoo import DomainStatistics, leave_one_domain_out, score_domains
+from hf_dpssl.zoo.density import shrinkage
 from hf_dpssl.zoo.evidence import maximise_evidence, spectrum_of
 
 DOMAINS, CLASSES = 3, 3
@@ -78,6 +79,52 @@ def test_score_does_not_change_under_rotation_scale_offset_order_or_batches():
         statistics.update(features[part], labels[part], domains[part])
     for found, expected in zip(score_domains(statistics), wanted, strict=True):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.extended
+def test_a_million_samples_give_the_limit_of_least_squares():
+    """In float32, far from 0, batch by batch: what is left of log p(y', y) - log p(y) are sums of squared residuals."""
+    draw = torch.Generator().manual_seed(0)
+    count, dimension = 1_000_000, 6
+    domains = torch.arange(count) // (count // DOMAINS + 1)
+    labels = torch.randint(CLASSES, (count,), generator=draw)
+    means = 30 + torch.randn(CLASSES, dimension, generator=draw)
+    features = means[labels] + 0.1 * domains[:, None] + torch.randn(count, dimension, generator=draw)
+    statistics = DomainStatistics(DOMAINS, CLASSES, dimension)
+    for part in torch.arange(count).split(200_000):
+        statistics.update(features[part], labels[part], domains[part])
+    found = score_domains(statistics)[2]
+    old, new = domains.numpy() != 2, domains.numpy() == 2
+    rows, one_hot = features.double().numpy(), np.eye(CLASSES)[labels.numpy()]
+    log_density = multivariate_normal(rows[old].mean(0), np.cov(rows[old].T)).logpdf
+    stability = (log_density(rows[new]).mean() - log_density(rows[old]).mean()) / dimension
+    rows, one_hot = rows - rows[old].mean(0), one_hot - one_hot[old].mean(0)
+    before, both = (np.linalg.lstsq(rows[which], one_hot[which], rcond=None)[1] for which in (old, old | new))
+    variance = before / old.sum()
+    wanted = -0.5 * (np.log(2 * np.pi * variance) + (both - before) / new.sum() / variance).mean()
+    assert found["labels"] == pytest.approx(wanted, abs=1e-5)
+    assert found["stability"] == pytest.approx(stability, abs=1e-5) and stability < -1e-3
+
+
+def test_fifty_samples_of_4096_features_say_what_they_say_in_their_own_subspace():
+    """In 4,096 dimensions by orthonormal directions, labels are told as well, and the density has a closed form."""
+    features, labels, domains = zoo(10, per_domain=17, noise=3.0, shift=0.5)
+    turned = features @ torch.linalg.qr(torch.randn(4096, 10, dtype=torch.float64))[0].T
+    for left_out, (few, many) in enumerate(
+        zip(leave_one_domain_out(features, labels, domains), leave_one_domain_out(turned, labels, domains), strict=True)
+    ):
+        assert many["labels"] == pytest.approx(few["labels"], rel=1e-7)
+        old = features[domains != left_out].numpy()
+        new = features[domains == left_out].numpy() - old.mean(0)
+        old = old - old.mean(0)
+        plain = old.T @ old / len(old)
+        scale = np.trace(plain) / 4096
+        share = shrinkage(scale, (plain**2).sum() / 4096**2, len(old), 4096)
+        inside = (1 - share) * plain / scale + share * np.eye(10)
+        misfit = [np.einsum("nd,de,ne->n", x, np.linalg.inv(inside), x).mean() / scale for x in (new, old)]
+        volume = np.linalg.slogdet(inside)[1] + (4096 - 10) * np.log(share)
+        assert many["density"] == pytest.approx(-0.5 * (np.log(2 * np.pi) + (volume + misfit[0]) / 4096), rel=1e-9)
+        assert many["stability"] == pytest.approx(0.5 * (misfit[1] - misfit[0]) / 4096, rel=1e-7, abs=1e-12)
 
 
 def mean_score(features, labels, domains, part="score"):

@@ -1,0 +1,61 @@
+"""The usual sets of domain generalisation: read from the Hub by name, counted, and what is said where that fails."""
+
+import io
+
+import datasets
+import pytest
+from domain_pictures import CLASSES, DOMAINS, PLACES, picture
+from hub_server import HubServer
+
+from hf_dpssl.domains.known_sets import KNOWN_SETS, KnownSet, account, load_set
+
+
+@pytest.fixture
+def data_hub(hub: HubServer, monkeypatch, tmp_path) -> HubServer:
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return hub
+
+
+def publish(hub: HubServer, spec: KnownSet, folder) -> None:
+    """Pictures of three domains as a set of the table has them: columns image, domain and label."""
+    columns = {"image": [], spec.domain_column: [], "label": []}
+    for domain, label, number in PLACES:
+        file = io.BytesIO()
+        picture(domain, label, number).save(file, "PNG")
+        columns["image"].append({"bytes": file.getvalue(), "path": None})
+        columns[spec.domain_column].append(DOMAINS[domain])
+        columns["label"].append(label)
+    types = {"image": datasets.Image(), spec.domain_column: datasets.Value("string")}
+    types["label"] = datasets.ClassLabel(names=CLASSES)
+    (folder / "data").mkdir(parents=True)
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(types))
+    table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    hub.add_repo("dataset", spec.hub_id, folder)
+
+
+def test_a_set_is_read_by_its_name_and_only_a_whole_one_compares(data_hub, tmp_path, monkeypatch):
+    for name, spec in KNOWN_SETS.items():
+        assert not spec.verified, name  # none of these ids could be loaded and counted
+        if spec.hub_id is not None:
+            publish(data_hub, spec, tmp_path / name)
+            given = load_set(name)
+            assert given.domain_names == DOMAINS and given.class_names == CLASSES and len(given.rows) == len(PLACES)
+            text = account(name, given)
+            assert f"{name}: not the whole set, so that published figures do not compare" in text
+            assert f"The Hub id {spec.hub_id} was not checked by us" in text
+    assert load_set("pacs", clusters=2).domain_names == ["cluster 0", "cluster 1"]
+    monkeypatch.setitem(KNOWN_SETS, "pacs", KnownSet(3, 2, len(PLACES), "flwrlabs/pacs", "domain", verified=True))
+    assert account("pacs", load_set("pacs")) == f"pacs: the whole set, as published ({len(PLACES)} images)."
+    assert account("mine", load_set("pacs")) is None
+
+
+def test_what_cannot_be_had_says_what_to_download_and_how_to_sort_it(data_hub):
+    for name, spec in KNOWN_SETS.items():
+        with pytest.raises(FileNotFoundError) as refused:
+            load_set(name)
+        text = str(refused.value)
+        assert f"download it ({spec.domains} domains, {spec.classes} classes, {spec.images:,} images" in text, text
+        assert "sorted as DOMAIN/CLASS/image" in text
+        assert "no Hub id that we know of" in text if spec.hub_id is None else f"{spec.hub_id} of the Hub" in text
+        assert spec.hub_id is None or "which was not checked by us" in text
