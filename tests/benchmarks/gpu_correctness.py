@@ -21,7 +21,6 @@ from training_steps import CASES, batch
 from hf_dpssl import VAEGAN, LatentMLP, PatchDiscriminator, PatchDiscriminatorConfig, VAEGANConfig
 from hf_dpssl.contrastive import losses, matching
 from hf_dpssl.contrastive.drifting import drift_loss
-from hf_dpssl.contrastive.similarities import gaussian_similarities
 from hf_dpssl.data.views import MODES, PRESETS, TwoViews
 from hf_dpssl.models.modeling_contrastive import ContrastiveEncoder
 
@@ -91,7 +90,7 @@ def loss_cases() -> Iterator[Case]:
     t_kernel = {"kernel": "student_t", "temperature": 5.0, "dof": 5.0}
     labels = torch.arange(48) % 6
     # P is of fixed points: it is no part of what is differentiated.
-    p = {name: gaussian_similarities(normal(48, 16), 8.0, normalization=name) for name in ("anchor", "joint")}
+    p = {name: matching.gaussian_similarities(normal(48, 16), 8.0, normalization=name) for name in ("anchor", "joint")}
 
     def of_student(points: Tensor, normalization: str) -> Tensor:
         options = {"kernel": "student_t", "temperature": 4.0, "dof": 3.0}
