@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test mutants mutants-sample test-slow test-sample test-lowest test-browser test-mixins check bench bench-gpu claims clean
+.PHONY: demo test mutants mutants-sample test-slow test-sample test-lowest test-browser test-mixins check bench bench-gpu claims gpu-plan clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -85,6 +85,11 @@ bench-gpu: $(INSTALLED)
 # The claims at scale quick: about an hour of one core; a killed run goes on.
 claims: $(INSTALLED)
 	$(BIN)/hf-dpssl reproduce all --scale quick --output_dir outputs/claims
+
+# The claims that fit into 15 minutes of one GPU: tried at a thousandth on a CPU; PLAN_ARGS= runs them on a GPU.
+PLAN_ARGS ?= --size 0.001
+gpu-plan: $(INSTALLED)
+	$(BIN)/python training/evidence/gpu_plan.py $(PLAN_ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-lowest outputs

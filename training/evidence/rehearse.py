@@ -113,7 +113,7 @@ def memory_of(asked: Asked, number: int, process: Process) -> dict:
 
 
 def step_memory(step: Step, process: Process) -> dict:
-    """{"parameters": that learn, "operations": of a step, "bytes": {part: bytes} of its second step}."""
+    """{"parameters": that learn, "operations", "launches": of a step, "bytes": {part: bytes} of its second step}."""
     with memory_rehearsal() as memory:
         move(step, memory.fake_module_, lambda tensor: tensor.to("cuda"))
         for name, value in step.read.items():
@@ -139,7 +139,8 @@ def step_memory(step: Step, process: Process) -> dict:
         for name in ("parameters", "gradients", "optimizer", "averages"):
             parts[name] = -(-parts[name] // process.count)
     count = sum(parameter.numel() for parameter in dict.fromkeys(learned))
-    return {"parameters": count, "operations": counter.total, "bytes": parts | {"total": sum(parts.values())}}
+    counted = {"parameters": count, "operations": counter.total, "launches": counter.launches}
+    return counted | {"bytes": parts | {"total": sum(parts.values())}}
 
 
 def move(step: Step, module_, tensor) -> None:

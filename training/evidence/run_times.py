@@ -32,15 +32,20 @@ _DRAW = ("dae_dit", "dae_drift")  # a token model waits for launches, a token at
 
 
 class OperationCounter(TorchDispatchMode):
-    """Operations in `total`, by the formulas of FlopCounterMode, whose hooks on modules bear no inner gradients."""
+    """Operations in `total`, by the formulas of FlopCounterMode, whose hooks on modules bear no inner gradients.
+
+    `launches` are the calls of what is no view, about as many as kernels are started.
+    """
 
     def __init__(self):
         super().__init__()
         self.total = 0
+        self.launches = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.launches += not func.is_view
         if (count := flop_registry.get(func.overloadpacket)) is not None:
             self.total += count(*args, **kwargs, out_val=result)
         return result
