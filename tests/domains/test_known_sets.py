@@ -43,10 +43,13 @@ def test_a_set_is_read_by_its_name_and_only_a_whole_one_compares(data_hub, tmp_p
             assert given.domain_names == DOMAINS and given.class_names == CLASSES and len(given.rows) == len(PLACES)
             text = account(name, given)
             assert f"{name}: not the whole set, so that published figures do not compare" in text
-            assert f"The Hub id {spec.hub_id} was not checked by us" in text
+            assert f"The Hub id {spec.hub_id} was not checked by us" in text and "t-MoCo-v2" not in text
     assert load_set("pacs", clusters=2).domain_names == ["cluster 0", "cluster 1"]
-    monkeypatch.setitem(KNOWN_SETS, "pacs", KnownSet(3, 2, len(PLACES), "flwrlabs/pacs", "domain", verified=True))
+    counts, where = (3, 2, len(PLACES)), ("flwrlabs/pacs", "domain")
+    monkeypatch.setitem(KNOWN_SETS, "pacs", KnownSet(*counts, *where, verified=True))
     assert account("pacs", load_set("pacs")) == f"pacs: the whole set, as published ({len(PLACES)} images)."
+    monkeypatch.setitem(KNOWN_SETS, "pacs", KnownSet(*counts, *where, published=(1.0, 2.5)))
+    assert account("pacs", load_set("pacs")).endswith("(frozen features?): MoCo-v2 1.0, t-MoCo-v2 2.5.")
     assert account("mine", load_set("pacs")) is None
 
 
