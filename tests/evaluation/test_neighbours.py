@@ -58,6 +58,17 @@ def test_neighbours_are_those_of_float64(metric, k):
         assert bool((similarities.diff(dim=1) <= 0).all()) and all(len(row.unique()) == k for row in indices)
 
 
+@for_each("count", [1000, 1003, 1007])  # columns that folds leave over, and none
+def test_the_largest_of_folded_rows_are_those_of_topk(count):
+    values = random(32, count)
+    values[0] = 0.0
+    values[1, ::8] = 2.0  # more of one value than are asked for, all in one fold
+    values[2, -3:] = 9.0
+    found, places = neighbours._largest_of_each(values, 20)
+    assert torch.equal(found, values.topk(20).values) and torch.equal(values.gather(1, places), found)
+    assert all(len(row.unique()) == 20 for row in places)
+
+
 def test_close_neighbours_far_from_the_middle_keep_their_distances_to_the_last_digits():
     # Where a product in float32 has an error of a tenth of the squared distances.
     bank, queries = CLOUDS["tight clusters"]
