@@ -41,6 +41,7 @@ from hf_dpssl.runs.results import write_results
 
 SEED, STEPS, EVERY = 0, 5001, 1000
 PLAN = [("erm", "-90%"), ("irm", "-90%"), ("vrex", "-90%"), ("erm", "+90%"), ("arm", "+90%")]  # the questions first
+PLAN += [("irm", "+90%"), ("vrex", "+90%"), ("arm", "-90%")]
 PUBLISHED = {  # DomainBed 7df6f06, results/2020_10_06_7df6f06
     "training_domains": {
         "erm": {"+90%": 71.7, "-90%": 10.0},
@@ -104,6 +105,8 @@ def write_report(folder: Path, tensors: DomainTensors) -> dict:
     seconds = {f"{run['algorithm']} {run['targets'][0]}": run["seconds"] for run in runs}
     protocol = {"draws": 1, "steps": STEPS, "evaluation_steps": EVERY, "convolutions": "bfloat16"}
     protocol |= {"seconds_of_runs": known["protocol"].get("seconds_of_runs", {}) | seconds}
+    ran = {(row["algorithm"], row["target"]) for row in rows}
+    protocol |= {"not_run": [f"{algorithm} {target}" for algorithm, target in PLAN if (algorithm, target) not in ran]}
     metrics = {f"{row['algorithm']}_{row['selection']}_{row['target']}": row["accuracy"] for row in rows}
     samples = {name: len(labels) for name, labels in of_domains.items()}
     about = {"dataset": "colored_mnist", "seed": SEED, "samples": samples, "protocol": protocol}

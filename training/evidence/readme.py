@@ -583,6 +583,8 @@ def colored_mnist_table(report: dict) -> str:
         "\\* adapts to batches of the target at test time. " if any(row["adapts"] for row in report["rows"]) else ""
     )
     about = f"{adapts}{len(report['protocol']['seconds_of_runs'])} runs, {seconds / 60:.0f} minutes."
+    if lacking := report["protocol"]["not_run"]:
+        about += f" Not run: {', '.join(lacking)}."
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
 
 
