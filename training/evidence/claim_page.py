@@ -6,6 +6,7 @@ A result is what `claim_cells.write_study` wrote. Verdicts are taken when the pa
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -73,11 +74,20 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def sections(results: list[dict], pictures: str = "") -> str:
-    """A section for each claim, in Markdown; `pictures` is the folder of the plots, as links name it."""
-    entries = verdicts(results)
+def sections(results: list[dict], pictures: str = "", studies: Collection[str] | None = None) -> str:
+    """A section for each claim, in Markdown.
+
+    Args:
+        results: all of them, over which families of claims are corrected.
+        pictures: folder of the plots, as links name it.
+        studies: whose claims are wanted; None: all.
+    """
+    parts = []
     of_claim = {name: result for result in results for name in result["stated"]["claims"]}
-    return "\n".join(_section(name, entry, of_claim[name], pictures) for name, entry in entries.items())
+    for name, entry in verdicts(results).items():
+        if studies is None or of_claim[name]["stated"]["claims"][name]["study"] in studies:
+            parts.append(_section(name, entry, of_claim[name], pictures))
+    return "\n".join(parts)
 
 
 def summary(entry: dict) -> str:

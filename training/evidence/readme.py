@@ -79,7 +79,7 @@ PAGES = {  # which tables stand on which page
         "solvers",
     ],
     "training/evidence/claims.md": ["claim_sections", "encoders"],
-    "training/evidence/one_step.md": ["one_step"],
+    "training/evidence/one_step.md": ["one_step_claims", "one_step", "one_step_features", "one_step_photographs"],
     "training/evidence/domains.md": ["pacs", "colored_mnist"],
     "tests/benchmarks/README.md": ["speed"],
 }
@@ -431,10 +431,13 @@ def take_over_claims(folder: Path) -> None:
 
 
 def claim_blocks() -> dict[str, str]:
-    """Verdicts of the claims that have results: a table, and a section each."""
+    """Verdicts of the claims that have results: a table, and a section each, on two pages."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CLAIMS.glob("*.json"))]
     pictures = f"{CLAIMS.relative_to(EVIDENCE).as_posix()}/"
-    return {"claims": claim_page.table(results), "claim_sections": claim_page.sections(results, pictures).strip()}
+    studies = {claim["study"] for result in results for claim in result["stated"]["claims"].values()}
+    pages = {"claim_sections": studies.difference(ONE_STEP_STUDIES), "one_step_claims": ONE_STEP_STUDIES}
+    parts = {name: claim_page.sections(results, pictures, wanted).strip() for name, wanted in pages.items()}
+    return {"claims": claim_page.table(results)} | parts
 
 
 ONE_STEP = {  # metric: heading, format
