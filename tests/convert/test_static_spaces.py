@@ -44,16 +44,14 @@ def test_generator_page_holds_the_pipeline_and_names_nothing_elsewhere(runtime, 
     facts = facts_of_page(page)
     assert facts == {"noise": [4, 8, 8], "image": [3, 16, 16], "classes": [HOSTILE, "one"], "noClass": 2}
     assert "<b onclick" not in page and page.count("</script>") == 5 and "trained on digits" in page
-    assert "numbers in its checkpoint, here float32" in page
+    assert "numbers in its checkpoint, here rounded to" in page
     assert yaml.safe_load((out / "README.md").read_text(encoding="utf-8").split("---")[1])["sdk"] == "static"
     assert "import(" not in page and "fetch(" not in page
     assert parts_of(out / "runtime-packed.js")["module"] == f"/* {browser_runtime.MODULE} */".encode()
 
     model = parts_of(out / "model-packed.js")["model"]
     weights = [np.frombuffer(one.raw_data, np.uint32) for one in onnx.load_from_string(model).graph.initializer]
-    assert (
-        np.concatenate([one for one in weights if len(one) > 256]) & 0xF
-    ).any()  # whole: rounded ones turn codes over
+    assert not (np.concatenate([one for one in weights if len(one) > 256]) & 0xFF).any()  # rounded to 16 bits or fewer
     session = onnxruntime.InferenceSession(model)
     noise = torch.randn(4, 4, 8, 8)
     given = {"noise": noise.numpy(), "class_labels": np.array([0, 1, 1, 0])}
@@ -61,7 +59,7 @@ def test_generator_page_holds_the_pipeline_and_names_nothing_elsewhere(runtime, 
     pipeline = VQDriftPipeline.from_pretrained(tmp_path / "drift")
     for output_type, found in (("latent", latents), ("pt", images)):
         expected = pipeline([0, 1, 1, 0], latents=noise, output_type=output_type).images.numpy()
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * max(1, abs(expected).max()))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * max(1, abs(expected).max()))
 
     record = json.loads((out / RECORD).read_text())
     for wrong, reason in (
