@@ -246,12 +246,12 @@ def test_losses_on_a_gpu_wait_once_at_most_and_with_a_cosine_never(rehearse):
 
 
 def test_exact_views_wait_once_for_jitter_and_never_for_blur_with_the_pixels_of_a_cpu(rehearse):
-    rehearse(functools.partial(_exact_views, ["natural"]))
+    rehearse(functools.partial(_exact_views, ["imagenet"]))
 
 
 @pytest.mark.extended
 def test_exact_views_of_all_augmentations_wait_once_for_jitter_with_the_pixels_of_a_cpu(rehearse):
-    rehearse(functools.partial(_exact_views, [name for name in PRESETS if name != "natural"]))
+    rehearse(functools.partial(_exact_views, [name for name in PRESETS if name != "imagenet"]))
 
 
 def test_a_training_step_of_every_script_mixes_no_devices_and_waits_no_more_than_its_budget(rehearse):
