@@ -12,6 +12,7 @@ from tiny_checkpoints import drift_pipeline, finish, save_checkpoints
 
 from hf_dpssl import VQDriftPipeline
 from hf_dpssl.cli.commands import main
+from hf_dpssl.convert import static_spaces
 from hf_dpssl.pages import browser_runtime
 from hf_dpssl.runs.written_folders import RECORD
 
@@ -76,6 +77,32 @@ def test_generator_page_holds_the_pipeline_and_names_nothing_elsewhere(runtime, 
     errors = capsys.readouterr().err
     assert "is there already: choose another folder, or pass --overwrite" in errors
     assert "holds 1 files of others (notes.txt) and is not replaced" in errors
+
+
+def test_weights_keep_as_few_bits_as_leave_all_but_a_share_of_the_outputs_what_they_are():
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    # 1 in 100 rows is the difference of numbers a thousand times as large, which 16 bits do not hold.
+    parts = {"weights": np.full((2, 1), 1000.3, np.float32), "large": np.full((1,), 1000.3, np.float32)}
+    weights = [onnx.numpy_helper.from_array(value, name) for name, value in parts.items()]
+    weights[1].ClearField("raw_data")
+    weights[1].float_data.extend([1000.3])  # is not rounded
+    nodes = [
+        onnx.helper.make_node("MatMul", ["rows", "weights"], ["products"]),
+        onnx.helper.make_node("Mul", ["large", "share"], ["taken"]),
+        onnx.helper.make_node("Sub", ["products", "taken"], ["images"]),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    given = [onnx.helper.make_tensor_value_info(name, kind, ["n", size]) for name, size in (("rows", 2), ("share", 1))]
+    graph = onnx.helper.make_graph(
+        nodes, "differences", given, [onnx.helper.make_tensor_value_info("images", kind, ["n", 1])], weights
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    rows = np.zeros((100, 2), np.float32)
+    rows[3, 0] = 1.0
+    values = {"rows": rows, "share": rows[:, :1]}
+    found = [static_spaces._smaller(model.SerializeToString(), values, "images", turned)[1] for turned in (0.0, 0.02)]
+    assert found == [20, 11]
 
 
 REFUSALS = [
