@@ -1,8 +1,8 @@
 """What every tiny run would do again and other tests are about, done once in a process: the same results, sooner.
 
 Decoded digits and counted operations are kept by what they depend on. Curves are drawn by our own code and only their
-rendering, which is matplotlib's, is left out: a white picture of the figure's size. With the fixture `drawn`, in the
-demo and in what a command starts they are rendered.
+rendering, which is matplotlib's, is left out: a white picture of the figure's size. With the fixture `drawn` and
+in what a command starts they are rendered.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def transfer(
         )
     if steps < 1 or batch_size < 1 or not learning_rates or min(learning_rates) <= 0 or min(weight_decays) < 0:
         raise ValueError("steps, batch_size and learning rates must be larger than 0, weight decays 0 or larger.")
-    embedder = ImageEmbedder(encoder)
+    embedder = ImageEmbedder(encoder, mixed_precision=True)
     kept = _Kept(Path(folder))
     settings = grid(learning_rates, weight_decays)
     training = {"steps": steps, "batch_size": batch_size, "seed": seed}

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 from ..contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from ..data.decoding import to_square_tensor
 from ..data.views import normalize
+from ..models.matrix_products import gpu_computes_in_bfloat16
 from ..models.modeling_contrastive import ContrastiveConfig, check_sees_pictures
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from ..runs.lineage import well_formed
@@ -91,6 +92,8 @@ class ImageEmbedder:
         kind: "features" (pooled output of the backbone; of a CLIP-like model its image features) or
             "embeddings" (after the head; needs the subfolder `pretraining`).
         device: where it runs; default: the accelerator, or the CPU.
+        mixed_precision: a GPU that computes in bfloat16 does so (autocast), as suits accuracies and rankings; features
+            then differ in their third digit from those of other machines. `rounded` says whether it does.
 
     Raises:
         ValueError: no such encoder, no image encoder, an unknown kind, no head, weights that lack, or an
@@ -98,7 +101,14 @@ class ImageEmbedder:
             each time.
     """
 
-    def __init__(self, encoder: str, *, kind: str = "features", device: torch.device | str | None = None):
+    def __init__(
+        self,
+        encoder: str,
+        *,
+        kind: str = "features",
+        device: torch.device | str | None = None,
+        mixed_precision: bool = False,
+    ):
         if kind not in KINDS:
             raise ValueError(f"features must be one of {KINDS}, got {kind!r}.")
         name = str(encoder)
@@ -113,6 +123,7 @@ class ImageEmbedder:
             self.preprocess = Preprocessor(name, revision)
             self.model = load(name, revision).eval().requires_grad_(False)
         self.device = torch.device(device or best_device())
+        self.rounded = mixed_precision and self.device.type == "cuda" and gpu_computes_in_bfloat16()
         hashes = tensor_sha256(self.model.state_dict())
         settings = json.dumps(self.preprocess.settings, sort_keys=True, default=str)
         self.fingerprint = combined_sha256(
@@ -168,7 +179,8 @@ class ImageEmbedder:
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """float32 (B, D) on the CPU, of pixel_values (B, 3, H, W)."""
-        return self.embed(pixel_values.to(self.device)).float().cpu()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.rounded):
+            return self.embed(pixel_values.to(self.device)).float().cpu()
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """(B, D) of pixel_values (B, 3, H, W), where these are, with gradient if one is asked for."""

@@ -41,7 +41,7 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
         data.require_classes(f"{', '.join(labelled)} need: use --protocol geometry views, or mend the labels")
     if data.evaluation is None:
         raise ValueError(f"{args.dataset!r} has no held-out images to evaluate on.")
-    embedder = ImageEmbedder(encoder, kind=args.features)
+    embedder = ImageEmbedder(encoder, kind=args.features, mixed_precision=True)
     digest = hashlib.sha256()
     rows = data.random_rows(data.evaluation, args.evaluation_images, seed=args.seed)
     reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
@@ -72,6 +72,8 @@ def measure_encoder(encoder: str, args: argparse.Namespace) -> Measured:
     if not metrics:
         raise ValueError(" ".join(notes))
     how = "the encoder's own image processor"
+    if embedder.rounded:
+        notes.append("The encoder computed in bfloat16 (autocast).")
     return Measured(metrics, samples, embedder.fingerprint, digest.hexdigest(), how, notes=notes, splits=data.splits)
 
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..data.keyed_random import derive_seed
 from ..embedding.embedder import best_device
-from ..models.matrix_products import allow_tf32
+from ..models.matrix_products import allow_tf32, gpu_computes_in_bfloat16
 from ..models.weight_hashes import combined_sha256, tensor_sha256
 from ..runs.lineage import read_json, well_formed
 from ..runs.local_processes import divide_work, stop_without_parent
@@ -47,8 +47,7 @@ _PIPELINES = {
 
 
 def _default_dtype() -> str:
-    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if fast else "float32"
+    return "bfloat16" if gpu_computes_in_bfloat16() else "float32"
 
 
 @dataclass(frozen=True)

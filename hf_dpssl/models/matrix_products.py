@@ -67,6 +67,11 @@ def allow_tf32(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = True
 
 
+def gpu_computes_in_bfloat16() -> bool:
+    """Whether there is a GPU that computes in bfloat16 itself."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are fast and summed in float32: CPUs with AMX or AVX512-BF16."""
     checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")

@@ -49,7 +49,22 @@ if TYPE_CHECKING:
     from ..data.image_data import ImageData
 
 logger = logging.getLogger(__name__)
-_PATIENCE = timedelta(hours=2)  # of processes with one that measures alone
+_PATIENCE = timedelta(minutes=30)  # of processes with one that writes, or does not come
+_PATIENCE_PER_IMAGE = timedelta(seconds=0.1)  # with one that measures alone what all have embedded or drawn
+_PATIENCE_WITH_DOWNLOADS = timedelta(hours=4)  # of a data set, by nodes of which each loads its own
+
+
+def patience(args: RunArguments) -> timedelta:
+    """How long processes wait for one another before the run ends with an error, by what the run does.
+
+    Half an hour; a tenth of a second for each image that is measured at the end, of all images for 100,000; and four
+    hours where each node downloads a data set first. What hangs is noticed so late, which is why it is no constant.
+    """
+    images = 100_000 if args.evaluation_images is None else args.evaluation_images
+    images += sum(getattr(args, name, 0) for name in ("num_generated", "validation_images"))
+    here = [part == "digits" or Path(part).exists() for part in args.dataset.split("+")]
+    downloads = not args.streaming and not all(here)
+    return _PATIENCE + images * _PATIENCE_PER_IMAGE + downloads * _PATIENCE_WITH_DOWNLOADS
 
 
 def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Accelerator:
@@ -82,7 +97,7 @@ def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Ac
         # While one process draws pictures and measures, the others wait, longer than NCCL's 10 minutes.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=_PATIENCE),
+            InitProcessGroupKwargs(timeout=patience(args)),
         ],
         step_scheduler_with_optimizer=False,
     )
@@ -279,7 +294,7 @@ class TrainingLoop:
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
         self._disk = (
-            PartsOnDisk(torch.distributed.new_group(backend="gloo", timeout=_PATIENCE))
+            PartsOnDisk(torch.distributed.new_group(backend="gloo", timeout=patience(args)))
             if is_sharded(accelerator)
             else None
         )

@@ -102,7 +102,7 @@ def _scores(entry: dict) -> list[float]:
 
 def _measured(entry: ZooEntry, given: DomainData, kind: str, cache, reading: dict, seed: int) -> dict:
     start = time.perf_counter()
-    embedder = ImageEmbedder(entry.encoder, kind=kind)
+    embedder = ImageEmbedder(entry.encoder, kind=kind, mixed_precision=True)
     found, rows, cached = features_of(embedder, given, cache, reading)
     domains = given.domains[rows]
     if given.labels is None:

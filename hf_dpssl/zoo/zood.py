@@ -84,7 +84,7 @@ def zood(
 
     def measure(entry: ZooEntry) -> dict:
         start = time.perf_counter()
-        embedder = ImageEmbedder(entry.encoder, kind=features)
+        embedder = ImageEmbedder(entry.encoder, kind=features, mixed_precision=True)
         values, rows, _ = features_of(embedder, given, cache, reading)
         check_clouds(values)
         if bool((values == values[0]).all()):

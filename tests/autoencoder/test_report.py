@@ -86,6 +86,7 @@ def test_latents_that_are_the_classes_are_fully_informative_and_constant_ones_ar
     assert metrics["latent_linear_top1"] == 100
 
 
+@pytest.mark.extended
 def test_slow_parts_measure_images_of_every_class_of_a_sorted_set():
     """Half of the images are black, the rest noise: the first few have no distance, and nothing to keep."""
     black, noise = -torch.ones(30, 3, 16, 16), torch.rand(30, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -140,6 +141,7 @@ def write_pictures(folder, value, count=12):
             Image.fromarray(pixels).save(folder / split / f"{number}.png")
 
 
+@pytest.mark.extended
 def test_five_pictures_are_reported_and_evaluated_as_far_as_they_allow(folders, tmp_path, capsys):
     random = np.random.default_rng(0)
     for number in range(5):  # one of each class

@@ -65,6 +65,7 @@ def test_step_flops_of_a_convolution_are_two_per_multiplication_and_thrice_with_
     assert frozen == forward["encoder"] + 3 * forward["decoder"] - last
 
 
+@pytest.mark.extended
 def test_operations_of_checkpointed_activations_are_not_counted_twice():
     model = make()
     plain = step_flops(model, 16, train_encoder=True)

@@ -78,6 +78,7 @@ def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_la
     assert all(again[e["name"]]["cached"] and again[e["name"]]["score"] == e["score"] for e in found[:2])
 
 
+@pytest.mark.extended
 def test_random_weights_of_timm_are_ranked_without_network_and_said_to_be_random(pictures, zoo, tmp_path, capsys):
     flags = ["rank", str(pictures), "--output_dir", str(tmp_path), "--zoo"]
     assert main([*flags, "untrained:test_vit", zoo[1]]) == 0
@@ -90,6 +91,7 @@ def test_random_weights_of_timm_are_ranked_without_network_and_said_to_be_random
     assert "nothing: its weights are random, and no trained encoder is better" in capsys.readouterr().out
 
 
+@pytest.mark.extended
 def test_domains_of_a_column_give_what_folders_give(pictures, zoo, tmp_path, capsys):
     def png(place) -> dict:
         file = io.BytesIO()

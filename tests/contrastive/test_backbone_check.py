@@ -77,6 +77,7 @@ def test_a_vision_transformer_made_for_224_trains_on_other_pictures_and_loads_wi
         torch.testing.assert_close(stock(images), encoder(images).pooler_output, rtol=0, atol=1e-6)
 
 
+@pytest.mark.extended
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
 def test_gradient_checkpointing_changes_no_gradient_and_no_statistic(model_class):

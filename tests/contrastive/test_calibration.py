@@ -275,6 +275,7 @@ def test_bad_dissimilarities_are_refused():
             temperature_of_perplexity(torch.tensor([[1.0, bad]]), share=0.5)
 
 
+@pytest.mark.extended
 def test_script_writes_the_calibrated_temperature_and_the_learned_dof(run_script, tmp_path):
     flags = ["--temperature", "auto", "--learnable_dof", "--max_train_steps", 3, "--batch_size", 32]
     run_script("contrastive", ["--output_dir", tmp_path, *flags])

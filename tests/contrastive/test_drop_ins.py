@@ -212,6 +212,7 @@ def train(model, folder, dataset, **options) -> Trainer:
     return trainer
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("model_class", [SimCLRForPreTraining, MoCoForPreTraining])
 def test_trainer_gives_what_a_loop_by_hand_gives_and_reports_the_evaluation_loss(model_class, tmp_path):
     data = pairs(8)  # one batch an epoch, whose order changes nothing

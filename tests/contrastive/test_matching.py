@@ -324,6 +324,7 @@ BUILDERS = {
 }
 
 
+@pytest.mark.extended
 @for_each("name", BUILDERS)
 def test_every_cell_of_this_p_trains_on_the_mixture(name):
     for normalization, kernel, divergence in itertools.product(NORMALIZATIONS, KERNELS, DIVERGENCES):

@@ -194,6 +194,7 @@ def test_free_embeddings_end_on_the_regular_polygon_or_the_simplex(samples, colu
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)  # uniformity
 
 
+@pytest.mark.extended
 def test_simclr_on_the_mixture_nearly_reaches_alignment_and_uniformity():
     x, generator = mixture(), torch.Generator().manual_seed(1)
     with torch.random.fork_rng():

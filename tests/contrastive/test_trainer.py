@@ -72,6 +72,7 @@ def train(model: torch.nn.Module, folder, *, rows: int, **options) -> Trainer:
     return trainer
 
 
+@pytest.mark.extended
 @for_each("name", MODELS)
 def test_trainer_lowers_the_loss_and_its_checkpoint_loads(name, tmp_path):
     model = MODELS[name]()
@@ -89,6 +90,7 @@ def test_trainer_lowers_the_loss_and_its_checkpoint_loads(name, tmp_path):
     torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["simclr", "vq"])
 def test_accumulating_over_equal_batches_with_labels_takes_the_same_step_as_one_batch(name, tmp_path):
     weights = []

@@ -98,7 +98,7 @@ def moco_state(student: bool = False, mlp: bool = True) -> tuple[dict, nn.Module
     return state, *encoders
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=pytest.mark.extended)])
 def test_moco_file_gives_backbone_heads_momentum_branch_and_queue(tmp_path, zipped):
     state, query, key = moco_state()
     content = {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {"lr": 0.03}}
@@ -136,6 +136,7 @@ def test_imported_folder_loads_with_stock_automodel_and_timm(tmp_path):
     assert config["dpssl"]["method"]["kernel"] == "cosine" and len(imported["sha256"]) == 64
 
 
+@pytest.mark.extended
 def test_t_moco_file_shares_its_batch_norm_between_the_branches(tmp_path):
     state, query, key = moco_state(student=True)
     torch.save({"state_dict": state}, tmp_path / "t.pth.tar")
@@ -152,6 +153,7 @@ def test_t_moco_file_shares_its_batch_norm_between_the_branches(tmp_path):
     assert (model.config.temperature, model.config.dof) == (5.0, 10.0) and "5 and dof 10" in report.notes[0]
 
 
+@pytest.mark.extended
 def test_moco_v1_head_is_one_linear_layer(tmp_path):
     state, query, _ = moco_state(mlp=False)
     torch.save({"state_dict": state}, tmp_path / "v1.pth.tar")
@@ -211,6 +213,7 @@ def test_solo_learn_cifar_file_keeps_its_padded_stem(tmp_path, momentum):
     assert model.config.pretrained_cfg["std"] == [0.247, 0.2435, 0.2616]
 
 
+@pytest.mark.extended
 def test_momentum_branch_and_methods_that_are_not_ours_are_left_out_by_name(tmp_path):
     tensors, projection = resnet10().state_dict(), head()
     state = under("backbone.", tensors) | under("projector.", projection.state_dict())
@@ -260,6 +263,7 @@ def test_folder_with_a_foreign_stem_loads_with_remote_code(tmp_path):
         assert torch.allclose(remote(images).pooler_output, forward_by_names(small_resnet(), padded), atol=1e-4)
 
 
+@pytest.mark.extended
 def test_command_line_imports_prints_the_report_and_refuses_with_status_2(tmp_path, capsys):
     state, *_ = moco_state()
     torch.save({"state_dict": copy.deepcopy(state)}, tmp_path / "moco.pth.tar")

@@ -60,6 +60,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.extended
 def test_timm_export_holds_no_code_and_gives_equal_features_where_hf_dpssl_cannot_be_imported(folders, tmp_path):
     report = export(folders["encoder"], tmp_path / "out", "timm")
     export(folders["encoder"] / "pretraining", tmp_path / "again", "timm")
@@ -166,6 +167,7 @@ def test_onnx_halves_of_an_autoencoder_give_our_latents_codes_and_images(folders
     torch.testing.assert_close(found["pixel_values"], expected.pixel_values, rtol=0, atol=1e-5)
 
 
+@pytest.mark.extended
 def test_onnx_generator_draws_the_pipelines_images_for_any_batch_with_and_without_class(folders, tmp_path):
     pytest.importorskip("onnxscript")
     report = export(folders["drift"], tmp_path / "out", "onnx")

@@ -107,6 +107,7 @@ def refusal(tmp_path, state: dict, **options) -> str:
     return str(refused.value)
 
 
+@pytest.mark.extended
 def test_backbone_that_does_not_fit_is_refused_with_the_names(tmp_path):
     state = timm.create_model("resnet18", num_classes=0, layers=[1, 1, 1, 1]).state_dict()
     missing = {name: value for name, value in state.items() if name not in ("bn1.bias", "layer4.0.bn2.weight")}

@@ -112,6 +112,7 @@ def test_slices_of_two_processes_make_one_batch_of_double_size(make):
             assert first["epoch"] == second["epoch"] == whole["epoch"]
 
 
+@pytest.mark.extended
 def test_workers_change_nothing(make):
     """Of a stream too, although iter() of a `datasets` stream in a worker leaves out other workers' shards."""
     for num_workers in [1, 2]:
@@ -132,6 +133,7 @@ def test_workers_change_nothing_for_a_stream_of_several_files(tmp_path, monkeypa
     assert_same(take(ImageSource(data, num_workers=2, **options), 9), plain)
 
 
+@pytest.mark.extended
 def test_two_processes_with_two_workers_read_each_picture_of_a_stream_once(make):
     halves = [take(make("stream", 28, process=(index, 2), batch_size=7, num_workers=2), 2) for index in (0, 1)]
     assert sorted(marks(halves[0]) + marks(halves[1])) == list(range(28))

@@ -63,6 +63,7 @@ def quantile(values, q):
     return values.flatten().kthvalue(round(q * values.numel())).values
 
 
+@pytest.mark.extended
 def test_fused_views_differ_from_exact_ones_by_what_is_stated():
     for size in [32, 96]:
         images = photograph_patches(100, size)

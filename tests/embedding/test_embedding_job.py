@@ -105,6 +105,7 @@ def start(context, encoder, pictures, folder, world: int = 1, dies_at: int | Non
     return started
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_run_goes_on_to_the_same_bytes(world, fork_server, encoder, pictures, whole, tmp_path):
     folder = tmp_path / "killed"
@@ -131,6 +132,7 @@ def test_two_processes_started_by_the_command_write_the_bytes_of_one(encoder, pi
     assert shards(tmp_path / "two") == shards(whole)
 
 
+@pytest.mark.extended
 def test_finished_run_is_not_repeated_and_another_one_is_refused(encoder, whole, tmp_path, capsys):
     folder, mine = tmp_path / "mine", write_pictures(tmp_path / "pictures", 5)
     argv = [str(encoder), str(mine), "--output_dir", str(folder), "--rows_per_shard", "2"]

@@ -136,6 +136,7 @@ def test_encoders_of_timm_and_transformers_are_measured(tmp_path, capsys):
         assert evaluations(tmp_path / name) == [found]
 
 
+@pytest.mark.extended
 def test_what_is_wrong_is_said_in_one_line(encoder, tmp_path, capsys):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

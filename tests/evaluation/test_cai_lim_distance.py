@@ -135,6 +135,7 @@ def test_scaling_law_and_seed():
     assert all(scaled[key] == pytest.approx(10 * plain[key], rel=1e-3) for key in KEYS)
 
 
+@pytest.mark.extended
 def test_example_of_the_docstring():
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 

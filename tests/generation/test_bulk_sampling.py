@@ -174,6 +174,7 @@ def test_finished_run_is_not_repeated(folder, whole, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads((whole / "manifest.json").read_text())
 
 
+@pytest.mark.extended
 def test_npz_holds_all_images_and_labels_as_its_readers_expect(token_folder, tmp_path):
     out = tmp_path / "npz"
     assert (

@@ -92,6 +92,7 @@ def test_numbers_of_our_autoencoder_are_those_of_the_report(folders, capsys):
     assert again["fingerprint"] == about and again["metrics"] == pytest.approx(found["metrics"] | uncertain, rel=1e-3)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name, model_class", [("kl", AutoencoderKL), ("vqmodel", VQModel)])
 @torch.no_grad()
 def test_autoencoders_of_diffusers_are_measured_as_diffusers_runs_them(folders, capsys, name, model_class):

@@ -160,6 +160,7 @@ def test_interpolation_ends_in_the_images_of_its_classes_and_seeds(pipeline):
     assert pipeline.interpolate(None, None, 2, generator=[1, 2], **options).images.shape == (2, 4, 8, 8)
 
 
+@pytest.mark.extended
 def test_compiled_and_offloaded_models_give_the_same_images():
     pipeline = make_dit()
     expected = latents_of(pipeline, [0, 1])

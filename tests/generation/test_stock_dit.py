@@ -63,6 +63,7 @@ def ours(stock, tmp_path_factory):
     return pipeline
 
 
+@pytest.mark.extended
 @for_each("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
 @for_each("labels", [[207], [207, 1, 999, 207]])
 @for_each("guidance_scale", [1.0, 4.0])

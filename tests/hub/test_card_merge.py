@@ -116,6 +116,7 @@ VALUES = (
 )
 
 
+@pytest.mark.extended
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(PLAIN, PLAIN, st.dictionaries(KEYS, VALUES), st.dictionaries(KEYS, VALUES), st.dictionaries(KEYS, VALUES))
 def test_merging_twice_is_merging_once_and_loses_no_word(above, below, old, theirs, new):

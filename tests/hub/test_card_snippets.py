@@ -104,6 +104,7 @@ def test_snippets_run_by_id_at_a_commit_in_a_fresh_process(trained, tmp_path):
         assert run_snippets(given, tmp_path / "client", HF_ENDPOINT=hub.endpoint) == SHAPES
 
 
+@pytest.mark.extended
 def test_snippets_run_on_folders_without_a_network(trained, tmp_path):
     given = []
     for name in RUNS:
@@ -113,6 +114,7 @@ def test_snippets_run_on_folders_without_a_network(trained, tmp_path):
 
 
 @for_each("name", RUNS)
+@pytest.mark.extended
 def test_remote_code_is_pinned_to_a_commit_and_really_trained_cards_are_clean(name, trained):
     calls = [call for text in snippets_of(trained / name) for call in re.findall(r"from_pretrained\(.*\)", text)]
     remote = [call for call in calls if "trust_remote_code" in call]

@@ -90,6 +90,7 @@ def test_a_pull_request_leaves_the_branch_and_figures_on_a_data_set_of_the_hub_h
     assert "--create_pr is for --push" in capsys.readouterr().err
 
 
+@pytest.mark.extended
 def test_the_next_push_of_the_folder_keeps_what_the_card_was_given(hub, folders):
     push(folders["encoder"], "org/kept")
     assert main(["evaluate", "org/kept", *FEW, "--push"]) == 0

@@ -50,6 +50,7 @@ def contents(folder) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if name not in PRIVATE}
 
 
+@pytest.mark.extended
 @for_each("kind", KINDS)
 def test_push_to_hub_of_every_class_gives_the_repository_of_its_folder(hub, folders, kind):
     made = {"encoder": encoder_model, "autoencoder": autoencoder_model, "dit": dit_pipeline}

@@ -278,6 +278,7 @@ def test_what_does_not_go_together_is_refused():
         )
 
 
+@pytest.mark.extended
 def test_forward_of_the_transformer_is_one_graph():
     """By torch's tracer alone: fullgraph refuses a second one; nothing is compiled."""
     transformer = make_transformer(num_classes=10, **SIZE).train()

@@ -115,6 +115,7 @@ def run_all() -> dict[str, torch.Tensor]:
     return {f"{name} {key}": value for name in OBJECTIVES for key, value in train(name, 8).items()}
 
 
+@pytest.mark.extended
 def test_two_processes_follow_one_of_twice_the_batch(run_in_two):
     both = run_in_two(run_all)
     for name in OBJECTIVES:

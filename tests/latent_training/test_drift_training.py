@@ -179,6 +179,7 @@ def test_a_finished_folder_has_a_card_its_progress_and_a_pipeline(run_script, au
     assert VQDriftPipeline.from_pretrained(folder)(num_images=2, output_type="pt").images.shape == (2, 3, 16, 16)
 
 
+@pytest.mark.extended
 def test_training_starts_from_a_flow_and_refuses_what_does_not_fit(run_script, refusal, starts, tmp_path):
     flow = make_dit([str(digit) for digit in range(10)])
     flow.save_pretrained(tmp_path / "dit")

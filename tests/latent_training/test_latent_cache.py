@@ -208,6 +208,7 @@ def test_folder_of_something_else_is_not_trusted(autoencoder, table, tmp_path):
     assert_holds(build(autoencoder, table, folder), autoencoder, range(COUNT))
 
 
+@pytest.mark.extended
 @for_each("preload", [False, True])
 @for_each("broken", [[0], [3, 4, 12, 22], list(range(8, 16))])
 def test_unreadable_pictures_are_left_out(autoencoder, tmp_path, broken, preload):

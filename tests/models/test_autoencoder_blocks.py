@@ -146,6 +146,7 @@ def test_presets_have_as_many_parameters_as_the_published_first_stages():
         assert model.config.downsampling_factor == int(preset[1:])
 
 
+@pytest.mark.extended
 def test_presets_take_images_of_16_to_256_pixels():
     for size in [16, 256]:
         for preset in VQ_PRESETS:

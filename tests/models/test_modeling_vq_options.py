@@ -50,6 +50,7 @@ def test_variance_of_gaussian_latents_stays_finite_and_the_decoder_alone_trains_
     assert torch.equal(model(images()).pixel_values, model(images()).pixel_values)
 
 
+@pytest.mark.extended
 def test_kl_weight_pulls_the_latents_to_the_standard_normal():
     reached = {}
     for weight in (0.0, 10.0):

@@ -26,6 +26,7 @@ def test_default_settings_reach_the_divergence_of_scikit_learns_t_sne_in_the_med
     assert median(reached) < 1.1 * peer.kl_divergence_
 
 
+@pytest.mark.extended
 def test_student_t_leaves_larger_gaps_between_digits_than_the_gaussian_within_80_steps():
     points, labels = map_data("digits")
     gaps = {}

@@ -118,6 +118,7 @@ def test_controls_out_of_range_are_refused(generator, models, change, said):
         list(generator.draw(models(generator), "dit", *values))
 
 
+@pytest.mark.extended
 def test_sliders_that_change_nothing_are_off_with_the_reason(generator, models):
     """In every state: the pictures of two values of a slider differ where it is on, and only there."""
     loaded, others = models(generator), {"guidance": 6.0, "steps": 2, "temperature": 0.5, "top_k": 2}
@@ -232,6 +233,7 @@ def test_latent_lab_refuses_a_generator_of_other_latents(latents, both_latents, 
     assert set(latents.Models().generators) == {"dae"}  # the demo's is left out, since nobody has named it
 
 
+@pytest.mark.extended
 def test_controls_of_the_latent_lab_that_change_nothing_are_off_with_the_reason(
     latents, both_latents, monkeypatch, tmp_path
 ):

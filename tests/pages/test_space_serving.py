@@ -67,6 +67,7 @@ def test_a_file_of_the_server_that_nobody_uploaded_is_not_opened(url, calls, tmp
     assert "event: error" in told and "<img" not in told and not calls
 
 
+@pytest.mark.extended
 def test_a_full_queue_tells_those_who_come_too_late(monkeypatch):
     from hf_dpssl.pages import space_page
 

@@ -43,6 +43,7 @@ def test_each_control_of_the_matching_lab_has_a_label_that_a_screen_reader_reads
     assert len(controls) == 11 and all(block.label for block in controls)
 
 
+@pytest.mark.extended
 def test_sliders_that_do_not_change_the_divergence_are_off_with_what_they_are_for(matching):
     """In every state: a step with another value of a slider is another one where it is on, and only there."""
     others = {"perplexity": 40, "dof": 4.0, "alpha": 0.9}

@@ -58,6 +58,7 @@ def test_losses_models_and_pipelines_on_a_gpu_have_the_values_of_a_cpu_and_in_bf
     rehearse(_losses_models_and_pipelines)
 
 
+@pytest.mark.extended
 def test_views_on_a_gpu_have_the_pixels_of_a_cpu_in_both_modes_of_all_presets(rehearse):
     rehearse(_views)
 

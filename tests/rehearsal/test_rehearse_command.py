@@ -191,10 +191,12 @@ def test_mean_flow_takes_the_memory_of_its_forward_derivatives_and_waits_for_not
     rehearse(_of_mean_flow)
 
 
+@pytest.mark.extended
 def test_weights_queue_and_momentum_branch_of_an_encoder_equal_closed_forms(rehearse):
     rehearse(_of_an_encoder)
 
 
+@pytest.mark.extended
 def test_both_sides_and_averages_of_a_gan_equal_closed_forms_in_each_stage(rehearse):
     rehearse(_of_a_gan)
 
@@ -224,6 +226,7 @@ def test_every_recipe_of_a_rehearsed_script_is_rehearsed():
     assert {path.stem for path in folder.glob("*.yaml")} - others == set(RECIPES)
 
 
+@pytest.mark.extended
 def test_the_command_prints_and_a_run_that_does_not_fit_is_told(capfd):
     small = ["--num_layers", "1", "--batch_size", "4"]
     assert main(["rehearse", "dae_dit", *small, *ELSEWHERE, "--memory", "0.001"]) == 0

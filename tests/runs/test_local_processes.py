@@ -40,6 +40,7 @@ def wait_for_ever(job: Job, rank: int, world: int, start_others) -> None:
         stop_without_parent()
 
 
+@pytest.mark.extended
 def test_every_process_has_its_share_and_of_the_threads_and_an_error_of_one_is_named(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(4)

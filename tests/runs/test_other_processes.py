@@ -62,6 +62,7 @@ def test_one_process_then_two_then_one_end_with_the_weights_of_one(name, run_scr
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.extended
 def test_another_number_of_processes_is_refused_where_the_weights_depend_on_it(run_script, refusal, tmp_path):
     flags = ["--dataset", "digits", "--evaluation_images", 16, "--batch_size", 8, "--lr_scheduler", "constant"]
     flags += ["--max_train_steps", 1, "--output_dir", tmp_path]

@@ -45,11 +45,14 @@ RUNS = {  # script, flags, processes
     "dae_drift_two_processes": ("dae_drift", [*DRIFT, "--guidance_scale", 1.5, "--validation_steps", 3], 2),
     "dae_dit_two_workers": ("dae_dit", [*DIT, *TWO_WORKERS], 1),
 }
-FAST = ["t_simclr_two_processes", "t_simclr_stream_two_workers", "dae_gan", "dae_dit"]
+FEW = ["t_simclr_two_processes", "t_simclr_stream_two_workers", "dae_gan"]
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"), [(n, 1) for n in FAST] + [pytest.param(n, 10, marks=pytest.mark.slow) for n in RUNS]
+    ("name", "kills"),
+    [("dae_dit", 1)]
+    + [pytest.param(name, 1, marks=pytest.mark.extended) for name in FEW]
+    + [pytest.param(name, 10, marks=pytest.mark.slow) for name in RUNS],
 )
 def test_killed_and_resumed_run_is_bit_identical(name, kills, launch, tmp_path):
     script, flags, processes = RUNS[name]

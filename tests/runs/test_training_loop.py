@@ -9,7 +9,7 @@ import torch
 
 from hf_dpssl.runs import training_loop
 from hf_dpssl.runs.recipe import RunArguments, option
-from hf_dpssl.runs.training_loop import TrainingLoop, start_accelerator
+from hf_dpssl.runs.training_loop import TrainingLoop, patience, start_accelerator
 
 
 @dataclass
@@ -128,3 +128,18 @@ def test_processes_of_a_sharded_model_wait_for_each_other_as_long_as_all_others(
     TrainingLoop(arguments(tmp_path), accelerator, "line", 1, numbers, {})
     assert asked == [{"backend": "gloo", "timeout": accelerator.init_handler.timeout}]
     assert accelerator.init_handler.timeout.total_seconds() >= 3600
+
+
+def test_processes_wait_as_long_as_the_run_measures_and_downloads(tmp_path):
+    hours = {
+        0.5 + 360 / 36_000: {"evaluation_images": 360},
+        0.5 + 50_000 / 36_000: {"evaluation_images": 50_000, "dataset": str(tmp_path)},
+        4.5 + 360 / 36_000: {"evaluation_images": 360, "dataset": f"{tmp_path}+imagenet-1k"},
+        0.5 + 720 / 36_000: {"evaluation_images": 720, "dataset": "imagenet-1k", "streaming": True},
+        0.5 + 100_000 / 36_000: {},  # all, of a set that nobody has counted
+    }
+    for expected, options in hours.items():
+        assert patience(Arguments(**options)).total_seconds() == pytest.approx(3600 * expected), options
+    args = Arguments(evaluation_images=360)
+    args.num_generated = 1000
+    assert patience(args).total_seconds() == pytest.approx(1800 + 136)

@@ -55,7 +55,7 @@ def nats_by_hand(folder, split: str, unconditional: bool = False) -> float:
     return total / len(codes)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.extended)])
 def test_script_writes_a_complete_folder_with_the_nats_of_its_weights(architecture, autoencoder, run_script, tmp_path):
     flags = [*SMALL, "--architecture", architecture, "--output_dir", tmp_path]
     output = run_script("dae_ar", [*flags, "--autoencoder", autoencoder])
@@ -87,7 +87,11 @@ def test_measuring_held_out_codes_leaves_training_alone(autoencoder, run_script,
 
 @pytest.mark.parametrize(
     ("kills", "processes"),
-    [(1, 1), pytest.param(10, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+    [
+        pytest.param(1, 1, marks=pytest.mark.extended),
+        pytest.param(10, 1, marks=pytest.mark.slow),
+        pytest.param(4, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_and_resumed_run_is_bit_identical(kills, processes, autoencoder, run_script, launch, tmp_path):
     flags = [*SMALL, "--max_train_steps", 16, "--autoencoder", autoencoder]
@@ -115,6 +119,7 @@ def test_halves_of_a_batch_leave_the_trajectory_unchanged(way, autoencoder, run_
         torch.testing.assert_close(halves[key], tensor, rtol=0, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.extended
 def test_classes_can_be_ignored_and_images_are_judged(autoencoder, run_script, tmp_path):
     judge = tmp_path / "judge"
     seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -165,6 +170,7 @@ def test_pictures_without_labels_train_in_bfloat16_and_broken_ones_are_skipped(a
     assert read(tmp_path / "run" / "skipped_images.json")["count"] == 1
 
 
+@pytest.mark.extended
 def test_constant_codes_of_a_class_are_learned(autoencoder, run_script, tmp_path):
     """Classes that decide every code: the trained model draws them, and guidance does not break them."""
     for number in range(64):

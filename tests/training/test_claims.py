@@ -90,7 +90,7 @@ def test_a_method_that_does_nothing_is_supported_in_no_claim():
         metrics = claim_statements.metrics_of(study)
         size = claim_statements.families({name: claim}, scale)[claim["family"]]
         for spread in (0.0, 0.01, 0.05, 0.3):  # of one cell, in shares of the metric or, of percents, ten points
-            for _ in range(50 if spread else 1):
+            for _ in range(15 if spread else 1):
                 arms = [*study["arms"], *claim_statements.forecasts(study)]
                 cells = {arm: {seed: {"metrics": {}} for seed in range(claim["seeds"])} for arm in arms}
                 for metric, about in metrics.items():

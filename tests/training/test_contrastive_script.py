@@ -23,7 +23,7 @@ def final_state(folder) -> dict[str, torch.Tensor]:
     return torch.load(next((folder / "checkpoints").rglob("step-00000003/state.pt")), weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("method", ["t_simclr", "t_moco"])
+@pytest.mark.parametrize("method", ["t_moco", pytest.param("t_simclr", marks=pytest.mark.extended)])
 def test_two_processes_with_global_batch_norm_follow_one_process_of_twice_the_batch(
     method, run_script, launch, tmp_path
 ):
@@ -82,11 +82,13 @@ def test_neighbours_mean_the_same_in_training_and_in_evaluate(run_script, tmp_pa
         assert found["samples"] == {"evaluation": 360, "bank": 1437}
 
 
+@pytest.mark.extended
 def test_stream_gets_the_largest_queue_and_says_that_its_age_is_not_known(run_script, tmp_path):
     flags = [*COMMON, *MOCO, "--batch_size", 64, "--streaming", "--output_dir", tmp_path]
     assert "queue of 65,536 keys (chosen); its age in epochs is not known" in run_script("contrastive", flags)
 
 
+@pytest.mark.extended
 def test_split_batch_norm_trains_and_its_encoder_is_stock(run_script, tmp_path):
     split = ["--batch_norm", "split", "--batch_norm_splits", 4, "--projection_batch_norm"]
     run_script("contrastive", [*COMMON, *split, "--batch_size", 64, "--output_dir", tmp_path])

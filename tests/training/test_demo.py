@@ -13,11 +13,13 @@ import torch
 import yaml
 from documents import steps_of
 from PIL import Image
+from repeated_work import Unrendered
 from transformers import TrainingArguments
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQDiTPipeline, VQDriftPipeline
 from hf_dpssl.cli import train
 from hf_dpssl.cli.commands import main
+from hf_dpssl.runs import plots
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -42,7 +44,8 @@ def short_demo(tmp_path_factory, spawn_forked):
         name: (place, pipeline, options | {"num_inference_steps": 4} if "num_inference_steps" in options else options)
         for name, (place, pipeline, options) in demo.GENERATORS.items()
     }
-    with mock.patch.multiple(demo, NUM_SAMPLES=100, GENERATORS=generators, spawn=spawn_forked):
+    few = mock.patch.multiple(demo, NUM_SAMPLES=100, GENERATORS=generators, spawn=spawn_forked)
+    with few, mock.patch.object(plots, "Figure", Unrendered):
         return demo.main(["--output_dir", str(folder / "out"), "--recipe", str(recipe)])
 
 

@@ -89,6 +89,7 @@ def test_a_trial_is_small_and_a_plan_with_unknown_numbers_or_without_a_gpu_is_re
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.extended
 def test_a_plan_whose_time_is_over_has_whole_cells_and_a_valid_page_and_goes_on(tmp_path, monkeypatch, capsys):
     """The cells are written by a stand-in for their scripts: what is tested is when they begin."""
     import claim_cells

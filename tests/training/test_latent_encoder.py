@@ -93,6 +93,7 @@ def test_it_is_that_of_a_plain_loop_on_latents_of_the_views_measured_there_and_l
     assert 100 * alone.mean() <= found <= 100 * right.mean()
 
 
+@pytest.mark.extended
 def test_it_resumes_bit_by_bit_and_not_on_another_autoencoder(run_script, refusal, trained, vae, tmp_path):
     weights = load_file(trained[0] / "model.safetensors")
     shutil.rmtree(trained[0])

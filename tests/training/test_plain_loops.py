@@ -102,6 +102,7 @@ def test_saved_autoencoder_is_that_of_two_plain_loops_with_a_codebook_of_running
     np.testing.assert_allclose(saved.config.latent_std, latents.std((0, 2, 3)), rtol=1e-4)
 
 
+@pytest.mark.extended
 def test_discriminator_of_a_vqgan_follows_a_schedule_of_its_own(run_script, tmp_path):
     """It learns from step 1 on, and so has 3 of the 4 steps: the rate falls along a cosine of that length."""
     flags = ["--arm", "joint", "--stage_1_steps", 2, "--stage_2_steps", 2, "--adversarial", "non_saturating"]

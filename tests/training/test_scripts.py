@@ -87,7 +87,8 @@ def test_bf16_on_the_cpu_trains_an_encoder(run_script, tmp_path):
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
 
 
-@pytest.mark.parametrize("script", ["dae_dit", pytest.param("dae_vq", marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("script", ["dae_dit", "dae_vq"])
 def test_accumulation_leaves_the_trajectory_unchanged(script, run_script, starts, tmp_path):
     """Batch 32 and twice 16 see the same images, noise, timesteps and dropped labels."""
     if script == "dae_dit":

@@ -132,6 +132,7 @@ def test_two_processes_share_the_images_and_find_the_measures_and_statistics_of_
         torch.testing.assert_close(second, first, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.extended
 def test_images_are_drawn_and_embedded_in_the_precision_of_the_run_and_judged_in_float32(alone, tmp_path):
     (tmp_path / "bf16").mkdir()
     alone("bf16", precision="bf16")

@@ -35,9 +35,8 @@ def export(source, format: str, target):
     return target
 
 
-@pytest.mark.parametrize(
-    ("quantizer", "stock_class"), [("vq", VQModel), pytest.param("kl", AutoencoderKL, marks=pytest.mark.extended)]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize(("quantizer", "stock_class"), [("vq", VQModel), ("kl", AutoencoderKL)])
 def test_a_trained_autoencoder_and_its_dit_load_in_diffusers_and_give_the_same_pictures(
     run_script, tmp_path, quantizer, stock_class
 ):
