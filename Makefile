@@ -31,7 +31,7 @@ test-slow: $(PEERS)
 
 # Of those that take seconds another sample after every commit.
 test-sample: $(PEERS)
-	$(BIN)/python -m pytest -q -m extended --numprocesses 2 --sample 16 --sample_seed $$(git rev-list --count HEAD || echo 0)
+	$(BIN)/python -m pytest -q -m extended --numprocesses 2 --sample 24 --sample_seed $$(git rev-list --count HEAD || echo 0)
 
 # Planted defects, each of which the tests named for it must notice; the sample is another one after every commit.
 mutants: $(PEERS)
@@ -76,6 +76,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/frechet.py
 	$(BIN)/python tests/benchmarks/token_guidance.py
 	$(BIN)/python tests/benchmarks/dit.py
+	$(BIN)/python tests/benchmarks/compiled.py
 	$(BIN)/python tests/benchmarks/front_door.py
 
 # All that needs a GPU, in one run for 15 minutes of one; GPU_ARGS="--scale 0.001" tries it on a CPU.

@@ -40,6 +40,7 @@ SPEED = {  # results of make bench: the job's heading
     "token_guidance": "token transformer",
     "frechet": "Frechet distance, 2,048 dimensions",
     "dit": "latent DiT, 12 layers of width 384",
+    "compiled": "training step, compiled by torch.compile",
     "ranking": "score of one encoder, 10,000 samples, 2,048 features",
 }
 MODES = RESULTS / "augmentation_modes.json"
