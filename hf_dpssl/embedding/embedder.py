@@ -159,6 +159,8 @@ class ImageEmbedder:
         pixel_values = self.preprocess([Image.linear_gradient("L").convert("RGB")] * 8)
         try:
             first = self(pixel_values)
+        except torch.OutOfMemoryError:  # a RuntimeError too, which says itself what lacks
+            raise
         except RuntimeError as error:
             raise ValueError(
                 f"{self.name!r} cannot take the pixel_values {tuple(pixel_values.shape)} that its own processor makes "

@@ -30,6 +30,13 @@ def exact_similarities(bank, queries, metric) -> torch.Tensor:
     return -torch.cdist(queries, bank, compute_mode="donot_use_mm_for_euclid_dist")
 
 
+def nearly_orthogonal() -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows whose cosines with all queries are about .001, and differ by a hundredth of that."""
+    direction = normalize(random(1, 48), dim=1)
+    across = normalize(random(1024, 48) - random(1024, 48) @ direction.T @ direction, dim=1)
+    return across + (1e-3 + 1e-5 * random(1024, 1, seed=1)) * direction, random(64, 1, seed=2).exp() * direction
+
+
 CLOUDS = {
     "gaussian": (random(1024, 48), random(64, 48, seed=1)),
     "few columns": (random(1024, 2), random(64, 2, seed=1)),
@@ -37,25 +44,61 @@ CLOUDS = {
     "far from the origin": (random(1024, 48) + 1000, random(64, 48, seed=1) + 1000),
     "around one direction": (around(random(1, 48), 1e-3, 1).repeat(16, 1), around(random(1, 48), 1e-3, 2)),
     "tight clusters": (around(random(16, 48), 1e-3, 1), around(random(16, 48), 1e-3, 2)[::16]),
+    "nearly orthogonal": nearly_orthogonal(),
     "one outlier": (torch.cat([random(1023, 48), 1e4 * random(1, 48)]), random(64, 48, seed=1)),
     "rows of the bank": (random(1024, 48), random(1024, 48)[:64]),
     "tiny": (1e-15 * random(1024, 48), 1e-15 * random(64, 48, seed=1)),
 }
 
 
+def check_nearest(cloud: str, k: int, metric: str) -> None:
+    bank, queries = CLOUDS[cloud]
+    similarities, indices = nearest_neighbours(bank, queries, k=k, metric=metric)
+    exact = exact_similarities(bank, queries, metric)
+    scale = 1.0 if metric == "cosine" else float(exact.abs().median())
+    # What is returned is the similarity of the row that is named, and no other row is nearer than float32 can tell.
+    named, best = exact.gather(1, indices), exact.topk(k).values
+    kept = named.sort(dim=1, descending=True).values
+    for found, wanted in ((similarities.double(), named), (kept, best)):
+        torch.testing.assert_close(found / scale, wanted / scale, rtol=2e-6, atol=1e-6, msg=cloud)
+    assert bool((similarities.diff(dim=1) <= 0).all()) and all(len(row.unique()) == k for row in indices)
+
+
 @for_each("metric", METRICS)
 @for_each("k", [1, 20, 1024])
 def test_neighbours_are_those_of_float64(metric, k):
+    for cloud in CLOUDS:
+        check_nearest(cloud, k, metric)
+
+
+@pytest.fixture
+def rounded(monkeypatch):
+    """Cosines go through bfloat16, of however few rows; the rows that each tile compares again in float32."""
+    monkeypatch.setattr(neighbours, "_NARROW", 1)
+    monkeypatch.setattr(neighbours, "_FEW_PRODUCTS", 0)
+    monkeypatch.setattr(neighbours, "has_fast_bfloat16", lambda device: True)
+    compared, exactly = [], neighbours._sampled_product
+
+    def counted(rows, columns, row, column):
+        compared.append(len(row))
+        return exactly(rows, columns, row, column)
+
+    monkeypatch.setattr(neighbours, "_sampled_product", counted)
+    return compared
+
+
+@for_each("k", [1, 20, 200, 1024])
+@for_each("tile", [2**24, 2 * 48 * 100])
+def test_neighbours_that_bfloat16_leaves_are_those_of_float64(k, tile, rounded, monkeypatch):
+    monkeypatch.setattr(neighbours, "_TILE_ELEMENTS", tile)
+    monkeypatch.setattr(neighbours, "_ROUNDED_QUERIES", 1024 if tile > 2**20 else 7)
     for cloud, (bank, queries) in CLOUDS.items():
-        similarities, indices = nearest_neighbours(bank, queries, k=k, metric=metric)
-        exact = exact_similarities(bank, queries, metric)
-        scale = 1.0 if metric == "cosine" else float(exact.abs().median())
-        # What is returned is the similarity of the row that is named, and no other row is nearer than float32 can tell.
-        named, best = exact.gather(1, indices), exact.topk(k).values
-        kept = named.sort(dim=1, descending=True).values
-        for found, wanted in ((similarities.double(), named), (kept, best)):
-            torch.testing.assert_close(found / scale, wanted / scale, rtol=2e-6, atol=1e-6, msg=cloud)
-        assert bool((similarities.diff(dim=1) <= 0).all()) and all(len(row.unique()) == k for row in indices)
+        rounded.clear()
+        check_nearest(cloud, k, "cosine")
+        if cloud == "gaussian" and tile > 2**20 and k == 20:
+            assert k <= sum(rounded) / len(queries) < 3 * k < len(bank) / 8  # which is what is gained
+        if cloud == "around one direction" and k == 1:
+            assert not rounded  # bfloat16 tells none apart
 
 
 @for_each("count", [1000, 1003, 1007])  # columns that folds leave over, and none
