@@ -136,7 +136,7 @@ def _largest_cosines(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Ten
 
 
 def _rounded(rows: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of unit length in bfloat16, and the largest norm of what that leaves out; a block at a time, in the cache."""
+    """Rows of unit length in bfloat16, and the largest norm of what that leaves out; block by block, in the cache."""
     rounded, lost = torch.empty_like(rows, dtype=torch.bfloat16), torch.zeros(())
     step = max(1, _BLOCK_ELEMENTS // rows.shape[1])
     for first in range(0, len(rows), step):

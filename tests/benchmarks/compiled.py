@@ -3,8 +3,8 @@
     python tests/benchmarks/compiled.py [--rounds 7] [--threads 1]
 
 Networks of the recipes' kinds, made small enough for a CPU. Seconds are those of the processor, after compilation,
-which takes up to some minutes the first time. Recipes set `compile` for the kinds of network that gain here; nothing has been
-measured on a GPU. Writes tests/benchmarks/results/compiled.json.
+which takes up to some minutes the first time. Recipes set `compile` for the kinds of network that gain here; nothing
+has been measured on a GPU. Writes tests/benchmarks/results/compiled.json.
 """
 
 from __future__ import annotations
