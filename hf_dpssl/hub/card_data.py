@@ -2,7 +2,8 @@
 
 Front matter: https://github.com/huggingface/hub-docs/blob/main/modelcard.md. Energy is an estimate by nameplate: the
 thermal design power that the makers state for accelerators, and _WATTS_PER_THREAD for processors, whose design power
-lies between 2 and 6 W per thread in servers of the last ten years. Nothing is metered. Emissions follow from it by the
+lies between 2 and 6 W per thread in servers of the last ten years. Nothing is metered:
+codecarbon would have to run while one trains. Emissions follow from the estimate by the
 world's average of 2023, 480 g CO2e per kWh (Ember, Global Electricity Review 2024).
 """
 

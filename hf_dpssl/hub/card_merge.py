@@ -1,7 +1,8 @@
 """A model card with a generated part between two marks, and what a person wrote around it.
 
 The begin mark holds digests of the front matter as it was generated, so that the next generation tells a value that a
-person has changed (his is kept) from one that is only old (it is replaced).
+person has changed (his is kept) from one that is only old (it is replaced). A round trip through ruamel.yaml would keep
+comments too, but not text byte by byte, and which lines are a person's would be asked here all the same.
 """
 
 from __future__ import annotations

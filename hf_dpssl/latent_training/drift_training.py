@@ -64,8 +64,9 @@ class DriftSets(torch.utils.data.Dataset):
         if few:
             label, count = min(few.items(), key=lambda item: item[1])
             what = f"class {label} has {count} training images" if num_classes else f"there are {count} training images"
+            cure = f"lower --real_per_set to at most {count}" if count > 1 else "a set has at least two: add images"
             raise ValueError(
-                f"{what}, fewer than the {args.real_per_set} of a set: lower --real_per_set to at most {count}"
+                f"{what}, fewer than the {args.real_per_set} of a set: {cure}"
                 + (f" ({len(few)} classes have too few), or leave classes out." if len(few) > 1 else ".")
             )
         of_class = max(len(table) // args.real_per_set, least)

@@ -1,6 +1,7 @@
 """Flags from a dataclass: `option` declares a field with its help and group, `add_flags` gives it to argparse.
 
-No library is imported here: `--help` and a wrong flag are answered without waiting for one.
+No library is imported here: `--help` and a wrong flag are answered without waiting for one. That is why it is argparse
+and not typer, which brings click and rich with it.
 """
 
 from __future__ import annotations
