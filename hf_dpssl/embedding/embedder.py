@@ -126,9 +126,10 @@ class ImageEmbedder:
         self.rounded = mixed_precision and self.device.type == "cuda" and gpu_computes_in_bfloat16()
         hashes = tensor_sha256(self.model.state_dict())
         settings = json.dumps(self.preprocess.settings, sort_keys=True, default=str)
-        self.fingerprint = combined_sha256(
-            hashes | {"kind": kind, "input": hashlib.sha256(settings.encode()).hexdigest()}
-        )
+        about = {"kind": kind, "input": hashlib.sha256(settings.encode()).hexdigest()}
+        if self.rounded:  # other numbers, which no cache may give for those of float32
+            about["precision"] = "bfloat16"
+        self.fingerprint = combined_sha256(hashes | about)
         self.model.to(self.device)
         self.dimension = self._check()
 

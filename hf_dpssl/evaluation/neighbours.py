@@ -23,6 +23,7 @@ _NARROW, _FEW_PRODUCTS = 64, 2**31  # numbers of a row, and products in all, bel
 _ROUNDED_QUERIES = 1024  # with a tile of the bank: 32 MiB of bfloat16 products at once
 _BLOCK_ELEMENTS = 2**17  # rounded at once
 _TOO_MANY = 8  # rows that may be among the k nearest, for each of them
+_MOST_PAIRS = 2**21  # of a query and such a row, compared at once
 _NEAR = 1 / 4  # share of the squared norm below which a squared distance loses too much in a float32 product
 _VOTE_CHUNK = 4096  # queries whose votes are counted at once
 
@@ -32,7 +33,7 @@ def nearest_neighbours(bank: Tensor, queries: Tensor, *, k: int, metric: str = "
     """The k rows of `bank` nearest to each query: all rows are compared, in float32.
 
     A row that is left out is not nearer than the last one found by more than 1e-6, of the cosine or relatively of the
-    distance. Memory beyond the arguments and the result is bounded (about 0.2 GB), however many rows there are.
+    distance. Memory beyond the arguments and the result is bounded (about 0.3 GB), however many rows there are.
 
     Args:
         bank: (M, D) features; half precision is widened tile by tile.
@@ -124,7 +125,8 @@ def _largest_cosines(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Ten
             # |q.b - q'.b'| <= |q - q'| |b| + |q'| |b - b'|, and sums of D float32 products.
             margin = (given - given.bfloat16()).norm(dim=1) + 1.01 * lost + bank.shape[1] * ROUNDING[torch.float32] * 2
             where = _may_be_largest(similarity, best[part], margin, k)
-            if len(where) > _TOO_MANY * k * len(given):  # near to each other beyond what bfloat16 tells apart
+            # Too many: near to each other beyond what bfloat16 tells apart, or nearly all are asked for.
+            if len(where) > min(_TOO_MANY * k * len(given), _MOST_PAIRS):
                 found, places = _largest_of_each(product(given, tile / norms[:, None]), min(k, len(tile)))
             else:
                 query, row = where // len(tile), where % len(tile)

@@ -12,7 +12,6 @@ the backbone alone on as many ready images. Writes tests/benchmarks/results/augm
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from dataclasses import replace
@@ -23,7 +22,7 @@ import timm
 import torch
 from lightly.transforms import SimCLRTransform
 from PIL import Image
-from timing import Comparison, compare
+from timing import Comparison, compare, parser
 
 from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
 from hf_dpssl.data.batches import ImageSource
@@ -103,10 +102,7 @@ def step_row(batch_size: int, mode: str) -> Comparison:
 
 def main() -> None:
     """Run all comparisons and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds of each comparison")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    args = parser.parse_args()
+    args = parser(__doc__, 9).parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = [*view_rows(32, 256), *view_rows(224, 32), *(step_row(128, mode) for mode in MODES)]

@@ -13,7 +13,6 @@ Time is the processor's. Writes tests/benchmarks/results/autoencoder.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersQuantizer
-from timing import Comparison, compare
+from timing import Comparison, compare, parser
 from vector_quantize_pytorch import VectorQuantize
 
 from hf_dpssl import VectorQuantizer, VQAutoencoder, VQConfig
@@ -200,10 +199,7 @@ def training_rows() -> list[Comparison]:
 
 def main() -> None:
     """Run all comparisons and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds of each comparison")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    args = parser.parse_args()
+    args = parser(__doc__, 7).parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = [row for num_codes in FORWARD_AIMS for row in (*forward_rows(num_codes), *step_rows(num_codes))]

@@ -9,14 +9,13 @@ has been measured on a GPU. Writes tests/benchmarks/results/compiled.json.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from timing import Comparison, compare
+from timing import Comparison, compare, parser
 from torch import nn
 
 from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
@@ -102,10 +101,7 @@ def comparison(name: str) -> Comparison:
 
 def main() -> None:
     """Compare all networks and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds of each comparison")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    args = parser.parse_args()
+    args = parser(__doc__, 7).parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     for name in NETWORKS:

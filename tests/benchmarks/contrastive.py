@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import Comparison, compare
+from timing import Comparison, compare, parser
 from torch import Tensor
 
 from hf_dpssl.contrastive.losses import info_nce, moco, t_simclr
@@ -144,11 +144,9 @@ def memory_rows() -> list[dict]:
 
 def main() -> None:
     """Run all comparisons and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds of each comparison")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--peak-of", choices=LOSSES, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    flags = parser(__doc__, 9)
+    flags.add_argument("--peak-of", choices=LOSSES, help=argparse.SUPPRESS)
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak_of:
         print(peak_of(args.peak_of))

@@ -15,7 +15,6 @@ Time is the processor's. Writes tests/benchmarks/results/dit.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from diffusers.training_utils import EMAModel
-from timing import Comparison, compare
+from timing import Comparison, compare, parser
 
 from hf_dpssl import VQAutoencoder, VQConfig, VQDiTPipeline
 from hf_dpssl.data.batches import ordered_batches
@@ -235,11 +234,9 @@ def script_row(folder: Path, rounds: int) -> dict:
 
 def main() -> None:
     """Run all comparisons and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds of each comparison")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--only", choices=["pipeline", "cache", "script"], help="some comparisons, and write nothing")
-    args = parser.parse_args()
+    flags = parser(__doc__, 7)
+    flags.add_argument("--only", choices=["pipeline", "cache", "script"], help="some comparisons, and write nothing")
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
     measured, agreement = [], {}
     with tempfile.TemporaryDirectory() as folder:

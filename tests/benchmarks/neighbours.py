@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lightly.utils.benchmarking import knn_predict
-from timing import Comparison, compare
+from timing import Comparison, compare, parser
 
 from hf_dpssl.evaluation import knn, nearest_neighbours
 from hf_dpssl.runs.results import write_results
@@ -110,11 +110,9 @@ def peak_of(name: str) -> float:
 
 def main() -> None:
     """Run all comparisons and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="alternating rounds of each comparison")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    flags = parser(__doc__, 9)
+    flags.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = flags.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak_of:
         print(peak_of(args.peak_of))

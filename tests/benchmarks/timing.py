@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
+
+
+def parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """--rounds and --threads, which benchmarks have in common."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--rounds", type=int, default=rounds, help="alternating rounds of each comparison")
+    made.add_argument("--threads", type=int, default=1, help="threads of torch")
+    return made
 
 
 @dataclass

@@ -11,11 +11,10 @@ Writes tests/benchmarks/results/token_guidance.json.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
-from timing import Comparison, compare
+from timing import Comparison, compare, parser
 from transformers import LogitsProcessorList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from hf_dpssl.generation.pipeline_vq_token import CodeSampler, make_language_model
@@ -71,10 +70,7 @@ def comparisons() -> list[Comparison]:
 
 def main() -> None:
     """Run all comparisons and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="alternating rounds of each comparison")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    args = parser.parse_args()
+    args = parser(__doc__, 7).parse_args()
     torch.set_num_threads(args.threads)
     measured = compare(comparisons(), args.rounds)
     RESULTS.parent.mkdir(exist_ok=True)

@@ -103,6 +103,16 @@ def test_stock_encoder_equals_the_model_called_by_hand(name, tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
+def test_want_of_memory_is_not_called_an_encoder_that_does_not_fit(tmp_path, monkeypatch):
+    def call(embedder, pixel_values):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    save_ours(tmp_path)
+    monkeypatch.setattr(ImageEmbedder, "__call__", call)
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        ImageEmbedder(tmp_path, device="cpu")
+
+
 def test_what_cannot_embed_pictures_is_refused_with_the_reason(tmp_path):
     ViTMAEModel(ViTMAEConfig(**SMALL, **SMALL_IMAGES)).save_pretrained(tmp_path / "masked")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "masked")

@@ -90,6 +90,7 @@ def rounded(monkeypatch):
 @for_each("k", [1, 20, 200, 1024])
 @for_each("tile", [2**24, 2 * 48 * 100])
 def test_neighbours_that_bfloat16_leaves_are_those_of_float64(k, tile, rounded, monkeypatch):
+    monkeypatch.setattr(neighbours, "_MOST_PAIRS", 2**15)  # half of all where k is all rows
     monkeypatch.setattr(neighbours, "_TILE_ELEMENTS", tile)
     monkeypatch.setattr(neighbours, "_ROUNDED_QUERIES", 1024 if tile > 2**20 else 7)
     for cloud, (bank, queries) in CLOUDS.items():
@@ -97,6 +98,7 @@ def test_neighbours_that_bfloat16_leaves_are_those_of_float64(k, tile, rounded, 
         check_nearest(cloud, k, "cosine")
         if cloud == "gaussian" and tile > 2**20 and k == 20:
             assert k <= sum(rounded) / len(queries) < 3 * k < len(bank) / 8  # which is what is gained
+        assert all(pairs <= neighbours._MOST_PAIRS for pairs in rounded)
         if cloud == "around one direction" and k == 1:
             assert not rounded  # bfloat16 tells none apart
 

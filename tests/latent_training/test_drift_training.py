@@ -209,6 +209,11 @@ def test_training_starts_from_a_flow_and_refuses_what_does_not_fit(run_script, r
     assert (tmp_path / "run" / "drift" / "model_index.json").exists(), "a refused run leaves the finished one"
 
 
+def test_a_class_of_one_image_is_refused_with_advice_that_can_be_followed(tmp_path):
+    with pytest.raises(ValueError, match="class 1 has 1 training images.*: a set has at least two: add images"):
+        DriftSets(make_table(tmp_path, (40, 1, 50)), 3, DriftArguments(real_per_set=6))
+
+
 def test_unlabelled_data_with_guidance_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is between classes, and this data set has none"):
         DriftSets(make_table(tmp_path), 0, DriftArguments(guidance_scale=2.0))

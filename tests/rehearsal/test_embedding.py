@@ -13,7 +13,8 @@ from hf_dpssl.runs.rehearsal import rehearsal
 
 def _on_a_gpu(folder):
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    expected = ImageEmbedder(folder, device="cpu")(images)
+    on_cpu = ImageEmbedder(folder, device="cpu")
+    expected = on_cpu(images)
     for mixed_precision, has_bfloat16 in ((True, True), (True, False), (False, True)):
         with mock.patch.object(embedder, "gpu_computes_in_bfloat16", lambda has=has_bfloat16: has):
             assert not ImageEmbedder(folder, device="cpu", mixed_precision=mixed_precision).rounded
@@ -25,6 +26,8 @@ def _on_a_gpu(folder):
             found = on_gpu(rehearsed.fake_of(images)).rehearsed
         error = float((found - expected).norm() / expected.norm())
         assert found.dtype == torch.float32
+        same_cache = on_gpu.fingerprint == on_cpu.fingerprint
+        assert same_cache == (not on_gpu.rounded)
         assert (1e-4 < error < 2e-2) if mixed_precision and has_bfloat16 else error < 1e-6, error
 
 
