@@ -54,7 +54,7 @@ class Launched:
         self.processes = []
         for rank in range(num_processes):
             of_rank = {}
-            if num_processes > 1:
+            if num_processes > 1 or "ACCELERATE_USE_FSDP" in (environment or {}):  # as torchrun does for one, too
                 of_rank = {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
                     "LOCAL_WORLD_SIZE": str(num_processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -89,6 +89,17 @@ class Launched:
             raise AssertionError(f"timed out after {timeout} s:\n{output}")
         assert codes == [0] * len(codes), f"exit codes {codes}:\n{output}"
         return output
+
+
+def variables(config: str, *overrides) -> dict[str, str]:
+    """What accelerate's launcher tells the processes of a configuration in training/accelerate, beside their ranks."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    argv = ["--config_file", REPOSITORY / "training/accelerate" / config, *overrides, "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(list(map(str, argv))))
+    given = prepare_multi_gpu_env(args)
+    return {name: value for name, value in given.items() if os.environ.get(name) != value}
 
 
 def forget_accelerator() -> None:

@@ -94,7 +94,6 @@ def main(argv: list[str] | None = None) -> Path:
         sources={"autoencoder": autoencoder.fingerprint()},
     )  # fmt: skip
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
-    ema.to(accelerator.device)
 
     # Loop
     model.train()

@@ -119,7 +119,6 @@ def main(argv: list[str] | None = None) -> Path:
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     best = {"monitor": monitor} if monitor else {}
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema, **best)
-    ema.to(accelerator.device)
     sampled.to(accelerator.device)
 
     # Loop

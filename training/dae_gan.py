@@ -147,7 +147,6 @@ def train(
     adversary = make_adversary(args, stage, steps, source, accelerator)
     ema = weight_averages(model.generator.parameters(), args.ema_decay)
     loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, ema=ema, **adversary.kept())
-    ema.to(accelerator.device)
 
     for batch in loop:
         real = to_model_range(batch["images"], batch["sample_ids"], batch["epoch"], seed=args.seed, flip=flip)

@@ -49,18 +49,40 @@ def common_part(target) -> dict:
 
 
 def load_(target, modules: Iterable[nn.Module], own: dict, common: dict) -> None:
-    """Set the state of which `own_part` (with the values of the checkpoint) and `common_part` are the halves."""
-    if not _is_sharded(target):
-        # Modules copy; others may keep the tensors they get, which here lie in a file that will be removed.
-        copies = isinstance(target, nn.Module)
-        target.load_state_dict(common if copies else tree_map_only(Tensor, torch.clone, common))
-    elif isinstance(target, nn.Module):
-        set_model_state_dict(target, own)
+    """Set the state of which `own_part` (with the values of the checkpoint) and `common_part` are the halves.
+
+    Tensors go from the file to where they belong, one by one: no process has a second copy of its state, or another
+    one's part.
+    """
+    sharded = _is_sharded(target)
+    if isinstance(target, nn.Module):
+        if sharded:
+            set_model_state_dict(target, own)
+        else:
+            target.load_state_dict(common)
     elif isinstance(target, torch.optim.Optimizer):
-        set_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target), own)
+        if sharded:
+            set_optimizer_state_dict(nn.ModuleList(modules), _unwrapped(target), own)
+        else:
+            target.load_state_dict(common)
+            _leave_file_(_unwrapped(target))
+    elif hasattr(target, "shadow_params"):
+        if sharded:
+            set_model_state_dict(nn.ParameterList(target.shadow_params), own)  # in place
+        else:
+            copy_whole_(target.shadow_params, common["shadow_params"])
+        # It would copy tensors that it is given, and keep those on the CPU.
+        target.load_state_dict(common | {"shadow_params": None})
     else:
-        set_model_state_dict(nn.ParameterList(target.shadow_params), own)  # in place
-        target.load_state_dict(common | {"shadow_params": target.shadow_params})
+        target.load_state_dict(tree_map_only(Tensor, torch.clone, common))
+
+
+def _leave_file_(optimizer: torch.optim.Optimizer) -> None:
+    """What an optimiser has kept of the tensors it was given lies in a file that will be removed."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                state[name] = value.clone()
 
 
 class PartsOnDisk:

@@ -87,8 +87,9 @@ def start_accelerator(args: RunArguments, *, can_be_sharded: bool = False) -> Ac
     sharded = _check_sharding(can_be_sharded)
     asked_for = args.num_processes or int(os.environ.get("WORLD_SIZE", 1))
     accelerator = Accelerator(
-        # Without this, processes of a machine without GPU do not find each other, and each trains alone.
-        cpu=asked_for > 1 and not torch.accelerator.is_available(),
+        # Without this, processes of a machine without GPU do not find each other, and each trains alone; one that
+        # spreads its model over itself, to go on with another number later, needs a group too.
+        cpu=(asked_for > 1 or sharded) and not torch.accelerator.is_available(),
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.log_with or None,

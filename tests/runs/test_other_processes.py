@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from launches import variables
+from safetensors.torch import load_file
 from tiny_autoencoders import make
 
 ENCODER = ["--model_args", '{"channels": [8, 8, 16, 16]}', "--optimizer", "sgd", "--learning_rate", 0.05]
@@ -58,6 +60,30 @@ def test_one_process_then_two_then_one_end_with_the_weights_of_one(name, run_scr
     )
     largest = max(float((found[key] - value).abs().max()) for key, value in expected.items())
     print(f"{name}: largest difference {largest:.2g}")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.slow
+def test_sharded_run_of_one_process_goes_on_with_two_and_with_one_again(launch, run_script, tmp_path):
+    """Each reads its part of what others have written; the run ends with the averages of one that was never sharded."""
+    make(latent_mean=[0.0] * 3, latent_std=[1.0] * 3).save_pretrained(tmp_path / "autoencoder")
+    flags = [*DIT, "--autoencoder", tmp_path / "autoencoder", "--dataset", "digits", "--evaluation_images", 16]
+    flags += ["--checkpointing_steps", 2, "--checkpoints_total_limit", 9]
+    run_script("dae_dit", [*flags, "--batch_size", 32, "--output_dir", tmp_path / "whole"])
+    flags += ["--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest"]
+    for steps, processes in ((0, 1), (2, 2), (4, 1)):
+        for step in range(steps + 2, 7, 2):  # as if the run had been killed after so many steps
+            shutil.rmtree(tmp_path / f"run/checkpoints/dit/step-{step:08d}", ignore_errors=True)
+        environment = variables("fsdp_8_bf16.yaml", "--num_processes", processes, "--mixed_precision", "no")
+        batch = ["--batch_size", 32 // processes]
+        printed = launch("dae_dit", [*flags, *batch], processes, **environment).wait()
+        assert not steps or f"resumed at step {steps}" in printed, printed
+        parts = tmp_path / f"run/checkpoints/dit/step-{steps + 2:08d}/parts"
+        assert len(list(parts.glob("*.distcp"))) == processes
+    found, expected = (
+        load_file(tmp_path / run / "dit/transformer/diffusion_pytorch_model.safetensors") for run in ("run", "whole")
+    )
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from launches import REPOSITORY
+from launches import REPOSITORY, variables
 from safetensors.torch import load_file
 from tiny_autoencoders import make
 
@@ -30,14 +30,6 @@ def autoencoder(tmp_path):
     model = make(latent_mean=[0.0] * 3, latent_std=[1.0] * 3)
     model.save_pretrained(tmp_path / "autoencoder")
     return ["--autoencoder", tmp_path / "autoencoder", "--image_size", 8]
-
-
-def variables(config: str, *overrides) -> dict[str, str]:
-    """What accelerate's launcher tells the processes of a configuration, beside their ranks."""
-    argv = ["--config_file", FOLDER / config, *overrides, "script.py"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(list(map(str, argv))))
-    given = prepare_multi_gpu_env(args)
-    return {name: value for name, value in given.items() if os.environ.get(name) != value}
 
 
 @pytest.mark.extended
