@@ -2,9 +2,10 @@
 
     make bench-gpu    # or: python tests/benchmarks/gpu.py [--parts correctness drift] [--output FILE]
 
-A part that fails leaves its error in the results and the next one goes on; they are written after every part, so that
-a killed run keeps what it has. On a CPU `--scale 0.001` tries the script itself at a thousandth of the size, by a
-backend of torch.compile that needs no compiler: its figures mean nothing.
+Parts run in a process of their own, which ends with a part that fails, hangs or takes too long; the error stands in the
+results beside what the part had measured, and the next one goes on. Results are written after every figure, so that a
+killed run keeps what it has. After --seconds all is over. On a CPU `--scale 0.001` tries the script itself at a
+thousandth of the size, by a backend of torch.compile that needs no compiler: its figures mean nothing.
 
 Writes tests/benchmarks/results/gpu.json, or where --output says; a trial writes outputs/gpu-trial.json.
 """
@@ -12,6 +13,7 @@ Writes tests/benchmarks/results/gpu.json, or where --output says; a trial writes
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -37,8 +40,11 @@ import gpu_training
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 TRIAL = Path("outputs/gpu-trial.json")
 LARGEST_TRIAL = 0.01  # scale up to which a CPU is enough
+GRACE = 10  # seconds for a part to end by itself when its time is over
+UNFINISHED = {"passed": False, "error": "not finished", "figures": {}}
+Part = Callable[[torch.device, float], Iterator[dict]]  # yields figures as they are measured; "passed" is one
 # In this order: what is worth most comes first.
-PARTS: dict[str, Callable[[torch.device, float], dict]] = {
+PARTS: dict[str, Part] = {
     "correctness": gpu_correctness.measure,
     "training": gpu_training.measure,
     "loss": gpu_speed.loss,
@@ -64,20 +70,81 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def run_part(name: str, device: torch.device, scale: float, seconds: float) -> dict:
-    """{"passed", "seconds", "figures" or "error"} of a part; no error leaves it."""
+def run_part(part: Part, device: torch.device, scale: float, seconds: float, tell: Callable[[dict], None]) -> None:
+    """Tell {"passed", "seconds", "figures", "error" where there is one} after each figure and at the end."""
     start = time.perf_counter()
+    figures: dict = {}
+    error: dict = {}
     try:
         with at_most(seconds):
-            figures = PARTS[name](device, scale)
-        found = {"passed": figures.pop("passed", True), "figures": figures}
-    except Exception as error:
+            for more in part(device, scale):
+                figures |= more
+                tell(UNFINISHED | {"figures": figures})
+    except Exception as problem:
         lines = traceback.format_exc().splitlines()
-        found = {"passed": False, "error": f"{type(error).__name__}: {error}", "traceback": lines[-12:]}
-    torch._dynamo.reset()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return found | {"seconds": round(time.perf_counter() - start, 1)}
+        error = {"error": f"{type(problem).__name__}: {problem}", "traceback": lines[-12:]}
+    passed = figures.pop("passed", True) and not error
+    tell({"passed": passed, "figures": figures, "seconds": round(time.perf_counter() - start, 1)} | error)
+
+
+def work(pipe: Connection, parts: dict[str, Part], device: torch.device, scale: float, end: float, most: float) -> None:
+    """In a process of its own: send (part, seconds that it may take) and (part, what is known of it) until one fails.
+
+    A part gets at most `most` seconds, and none beyond `end` (by time.monotonic, the same for all processes).
+    """
+    found: dict = {}
+
+    def tell(news: dict) -> None:
+        found.update({name: news})
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # no half of a message is sent
+        try:
+            pipe.send((name, news))
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+    for name, part in parts.items():
+        seconds = min(most, end - time.monotonic())
+        if seconds <= 0:
+            return
+        pipe.send((name, seconds))
+        run_part(part, device, scale, seconds, tell)
+        if "error" in found[name]:  # the GPU may be in no state to go on
+            return
+        torch._dynamo.reset()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run_parts(names: list[str], device: torch.device, scale: float, end: float, most: float) -> Iterator[dict]:
+    """{part: what is known of it}, one part at a time, whenever more is known; nothing of parts that are not begun."""
+    left = list(names)
+    while left and time.monotonic() < end:
+        pipe, sender = multiprocessing.Pipe(duplex=False)
+        given = sender, {name: PARTS[name] for name in left}, device, scale, end, most
+        process = multiprocessing.get_context("spawn").Process(target=work, args=given)
+        process.start()
+        sender.close()
+        name, found = left[0], UNFINISHED
+        begun, until = time.monotonic(), end
+        why = f"TimeoutError: killed after {GRACE} s more than it had"
+        try:
+            while pipe.poll(max(0, until + GRACE - time.monotonic())):
+                name, news = pipe.recv()
+                found = UNFINISHED
+                if isinstance(news, dict):
+                    found = news
+                else:
+                    begun, until = time.monotonic(), time.monotonic() + news
+                yield {name: found}
+        except EOFError:
+            process.join(GRACE)
+            why = f"the process ended with {process.exitcode}"
+        finally:
+            process.kill()
+            process.join()
+        if "seconds" not in found:  # it did not end by itself
+            yield {name: found | {"error": why, "seconds": round(time.monotonic() - begun, 1)}}
+        left = left[left.index(name) + 1 :]
 
 
 def about(device: torch.device) -> dict:
@@ -96,11 +163,11 @@ def about(device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Run the parts and write the JSON after each; returns {part: what `run_part` gave}."""
+    """Run the parts and write the JSON after every figure; returns {part: what `run_part` gave}."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     parser.add_argument("--scale", type=float, default=1.0, help="1: for a GPU; up to 0.01: a trial, on a CPU too")
-    parser.add_argument("--seconds", type=float, default=840, help="no part begins after so many seconds")
+    parser.add_argument("--seconds", type=float, default=840, help="of the whole: a part that is not done is ended")
     parser.add_argument("--part_seconds", type=float, default=300, help="a part that takes longer has failed")
     parser.add_argument("--output", type=Path, default=None, help="the JSON file")
     args = parser.parse_args(argv)
@@ -111,19 +178,23 @@ def main(argv: list[str] | None = None) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = args.output or (RESULTS if args.scale == 1 else TRIAL)
     output.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    found: dict[str, dict] = {}
-    for name in (part for part in PARTS if part in args.parts):
-        if time.perf_counter() - start > args.seconds:
-            found[name] = {"passed": False, "error": f"not begun: {args.seconds:.0f} s were over", "seconds": 0.0}
-        else:
-            found[name] = run_part(name, device, args.scale, args.part_seconds)
-        state = "passed" if found[name]["passed"] else found[name].get("error", "failed, see the figures")
-        print(f"{name}: {state} ({found[name]['seconds']} s)", flush=True)
+    start = time.monotonic()
+    asked = [part for part in PARTS if part in args.parts]
+    found = {part: {"passed": False, "error": f"not begun within {args.seconds:.0f} s"} for part in asked}
+
+    def write() -> None:
+        more = {"seconds": round(time.monotonic() - start, 1), "about": about(device), "aims": gpu_speed.AIMS}
         samples = {"scale": args.scale, "device": device.type}
-        seconds = round(time.perf_counter() - start, 1)
-        more = {"seconds": seconds, "about": about(device), "aims": gpu_speed.AIMS}
         write_results(output, {"parts": found}, dataset="random numbers, digits", seed=0, samples=samples, **more)
+
+    write()
+    for news in run_parts(asked, device, args.scale, start + args.seconds, args.part_seconds):
+        found |= news
+        write()
+        for name, part in news.items():
+            if "seconds" in part:
+                state = "passed" if part["passed"] else part.get("error", "failed, see the figures")
+                print(f"{name}: {state} ({part['seconds']} s)", flush=True)
     return found
 
 

@@ -21,6 +21,7 @@ from training_steps import CASES, batch
 from hf_dpssl import VAEGAN, LatentMLP, PatchDiscriminator, PatchDiscriminatorConfig, VAEGANConfig
 from hf_dpssl.contrastive import losses, matching
 from hf_dpssl.contrastive.drifting import drift_loss
+from hf_dpssl.contrastive.isotropy import lejepa, random_directions, sigreg
 from hf_dpssl.data.views import MODES, PRESETS, TwoViews
 from hf_dpssl.models.modeling_contrastive import ContrastiveEncoder
 
@@ -115,6 +116,8 @@ def loss_cases() -> Iterator[Case]:
         "matching anchor": lambda x, y: matching.match(
             p["anchor"].to(y.device), of_student(y, "anchor"), "jensen_shannon", smoothing=0.1
         ),
+        "lejepa": lambda x, y: lejepa(x, y, random_directions(32, 16, step=0), weight=0.1),
+        "sigreg": lambda x, y: sigreg(y, random_directions(32, 16, step=0)),
         "drift_loss": lambda x, y: drift_loss(x.view(4, 12, 16), y.detach().view(4, 12, 16)).loss,
     }
     return (Case(name, "loss", loss_check(loss)) for name, loss in found.items())
@@ -272,14 +275,18 @@ def row_of(case: Case, device: torch.device, rounded: bool) -> dict:
         with exact_float32(device):
             found = case.check(device, rounded)
         error = error_of(found, expected)
+    except TimeoutError:  # of the whole part
+        raise
     except Exception as problem:
         return row | {"passed": False, "error": f"{type(problem).__name__}: {problem}"[:500]}
     return row | {"passed": error <= row["tolerance"], "error": error}
 
 
-def measure(device: torch.device, scale: float) -> dict:
-    """{"passed", "checks", "failed", "rows"}; all checks are tiny at any scale."""
-    cases = [*loss_cases(), *view_cases(), *model_cases(), *step_cases(), *pipeline_cases()]
-    rows = [row_of(case, device, rounded) for case in cases for rounded in ([False, True] if case.rounded else [False])]
-    failed = [row["what"] for row in rows if not row["passed"]]
-    return {"passed": not failed, "checks": len(rows), "failed": failed, "rows": rows}
+def measure(device: torch.device, scale: float) -> Iterator[dict]:
+    """{"passed", "checks", "failed", "rows"} after every kind of checks; all are tiny at any scale."""
+    rows: list[dict] = []
+    for cases in (loss_cases(), view_cases(), model_cases(), step_cases(), pipeline_cases()):
+        for case in cases:
+            rows += [row_of(case, device, rounded) for rounded in ([False, True] if case.rounded else [False])]
+        failed = [row["what"] for row in rows if not row["passed"]]
+        yield {"passed": not failed, "checks": len(rows), "failed": failed, "rows": rows}

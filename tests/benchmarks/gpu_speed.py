@@ -7,7 +7,7 @@ measured here; where the card's own figure is known, over that too. Operations a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_dpssl.contrastive.drifting import drift_loss
+from hf_dpssl.contrastive.isotropy import DIRECTIONS, lejepa, random_directions
 from hf_dpssl.contrastive.losses import clip, t_simclr
 from hf_dpssl.contrastive.modeling_pretraining import SimCLRForPreTraining
 from hf_dpssl.data.views import NATURAL, TwoViews
@@ -30,7 +31,11 @@ from hf_dpssl.latent_training.dit_sizes import DiTSize, preset
 from hf_dpssl.latent_training.drift_training import generate
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
 
-AIMS = {"simclr views_per_second": 40_000, "dit-b-2 share_of_matrix_rate": 0.35}
+AIMS = {
+    "simclr views_per_second": 40_000,
+    "dit-b-2 share_of_matrix_rate": 0.35,
+    "dit-xl-2 share_of_matrix_rate": 0.35,
+}
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16 without sparsity, of NVIDIA's data sheets (SXM)
 WARM_UP = 5  # steps: compilation and the choice of kernels
 NUM_CLASSES, CHANNELS, OBJECTIVE = 1000, 4, "epsilon"
@@ -100,8 +105,8 @@ def dense_t_simclr(view_1: Tensor, view_2: Tensor, *, temperature: float, dof: f
     return log_k.masked_fill(itself, -torch.inf).flatten().logsumexp(0) - positives
 
 
-def loss(device: torch.device, scale: float) -> dict:
-    """t-SimCLR of 16,384 pairs beside the dense one; clip beside open_clip's, where that is installed."""
+def loss(device: torch.device, scale: float) -> Iterator[dict]:
+    """t-SimCLR of 16,384 pairs beside the dense one; clip beside open_clip's, where that is installed; LeJEPA."""
     pairs = scaled(16_384, scale, 16)
     repeats = scaled(20, scale, 2)
     views = [torch.randn(pairs, 128, device=device, requires_grad=True) for _ in range(2)]
@@ -118,28 +123,32 @@ def loss(device: torch.device, scale: float) -> dict:
         return work
 
     kernel = {"temperature": 8.0, "dof": 5.0}
-    found = {"pairs": pairs, "ours": timed(call("ours", t_simclr, **kernel), repeats, device)}
-    found["dense"] = timed(call("dense", dense_t_simclr, **kernel), repeats, device)
-    found["clip, ours"] = timed(call("clip, ours", clip, temperature=0.07), repeats, device)
+    yield {"pairs": pairs, "ours": timed(call("ours", t_simclr, **kernel), repeats, device)}
+    yield {"dense": timed(call("dense", dense_t_simclr, **kernel), repeats, device)}
+    difference = float((values["ours"] - values["dense"]).abs() / values["dense"].abs())
+    yield {"difference_to_dense": difference, "passed": difference < 1e-4}
+    yield {"clip, ours": timed(call("clip, ours", clip, temperature=0.07), repeats, device)}
     try:
         from open_clip.loss import ClipLoss
     except ImportError:
-        found["clip, open_clip"] = "open_clip is not installed"
+        yield {"clip, open_clip": "open_clip is not installed"}
     else:
         peer, scale_of_logits = ClipLoss(), torch.tensor(1 / 0.07, device=device)
 
         def theirs(image: Tensor, text: Tensor) -> Tensor:
             return peer(F.normalize(image, dim=1), F.normalize(text, dim=1), scale_of_logits)
 
-        found["clip, open_clip"] = timed(call("clip, open_clip", theirs), repeats, device)
-    difference = float((values["ours"] - values["dense"]).abs() / values["dense"].abs())
-    return found | {"difference_to_dense": difference, "passed": difference < 1e-4}
+        yield {"clip, open_clip": timed(call("clip, open_clip", theirs), repeats, device)}
+        apart = float((values["clip, ours"] - values["clip, open_clip"]).abs() / values["clip, open_clip"].abs())
+        yield {"difference_to_open_clip": apart, "passed": max(difference, apart) < 1e-4}
+    directions = random_directions(DIRECTIONS, 128, step=0)
+    yield {"lejepa": timed(call("lejepa", lejepa, directions=directions, weight=0.05), repeats, device)}
 
 
 # Training steps
 
 
-def simclr(device: torch.device, scale: float) -> dict:
+def simclr(device: torch.device, scale: float) -> Iterator[dict]:
     """SimCLR, ResNet-18 with the small-image stem, 32 px: views, forward in bfloat16, backward and update."""
     images = scaled(2048, scale, 4)
     repeats = scaled(50, scale, 2)
@@ -162,8 +171,8 @@ def simclr(device: torch.device, scale: float) -> dict:
         optimizer.zero_grad()
 
     found = timed(step, repeats, device)
-    alone = seconds_each(lambda: views(pixels, ids, 0), repeats, device)
-    return {"images": images, "views_per_second": 2e3 * images / found["ms"], "augmentation_ms": 1e3 * alone} | found
+    yield {"images": images, "views_per_second": 2e3 * images / found["ms"]} | found
+    yield {"augmentation_ms": 1e3 * seconds_each(lambda: views(pixels, ids, 0), repeats, device)}
 
 
 def transformer_of(size: DiTSize, latent_size: int, device: torch.device, **options) -> nn.Module:
@@ -206,13 +215,13 @@ def dit_step(model: nn.Module, latents: Tensor) -> Callable[[], None]:
     return step
 
 
-def dit(device: torch.device, scale: float) -> dict:
+def dit(device: torch.device, scale: float) -> Iterator[dict]:
     """Images per second of DiT-B/2 and XL/2 on latents of 32 x 32 x 4, and their share of the bfloat16 peak."""
     latent_size = 32 if scale == 1 else 8
     rate = matrix_rate(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     nominal = next((peak for card, peak in PEAKS.items() if card in name), None)
-    found: dict = {"matrix_teraflops": rate / 1e12, "nominal_teraflops": nominal and nominal / 1e12}
+    yield {"matrix_teraflops": rate / 1e12, "nominal_teraflops": nominal and nominal / 1e12}
     for title, batch in (("dit-b-2", 256), ("dit-xl-2", 128)):
         size = preset(title) if scale == 1 else TINY
         images = scaled(batch, scale, 2)
@@ -225,12 +234,11 @@ def dit(device: torch.device, scale: float) -> dict:
         row |= {"batch": images, "images_per_second": per_second, "gigaflop_per_image": operations / 1e9}
         row["share_of_matrix_rate"] = per_second * operations / rate
         row["share_of_nominal_peak"] = nominal and per_second * operations / nominal
-        found[title] = row
+        yield {title: row}
         del model, step
-    return found
 
 
-def drift(device: torch.device, scale: float) -> dict:
+def drift(device: torch.device, scale: float) -> Iterator[dict]:
     """A step of a one-step generator: DiT-S/2 in bfloat16, the field of sets of latents in float32, and the update."""
     latent_size = 32 if scale == 1 else 8
     sets, count, real_count = scaled(16, scale, 2), scaled(16, scale, 3), scaled(64, scale, 4)
@@ -251,4 +259,4 @@ def drift(device: torch.device, scale: float) -> dict:
         optimizer.zero_grad()
 
     row = timed(step, scaled(30, scale, 2), device)
-    return row | {"sets": sets, "images": sets * count, "images_per_second": 1e3 * sets * count / row["ms"]}
+    yield row | {"sets": sets, "images": sets * count, "images_per_second": 1e3 * sets * count / row["ms"]}

@@ -113,19 +113,18 @@ def run(script: str, argv: list[str], watch: Watch) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def measure(device: torch.device, scale: float) -> dict:
-    """{script: {loop: figures, "seconds": of the whole script}}; a script that fails leaves its error there."""
+def measure(device: torch.device, scale: float) -> Iterator[dict]:
+    """{script: {loop: figures, "seconds": of the whole script}} one by one; a script that fails leaves its error."""
     steps = scaled(STEPS, scale, 5)
-    found, passed = {}, True
     with tempfile.TemporaryDirectory() as folder, compiled_by("inductor" if scale == 1 else "eager"):
         for script in ("contrastive", "dae_vq", "dae_dit"):
             watch, start = Watch(device), time.perf_counter()
             try:
                 run(script, flags(script, Path(folder), steps, scale < 1, device.type == "cuda"), watch)
-            except TimeoutError:
+            except TimeoutError:  # of the whole part
+                yield {script: watch.loops}
                 raise
             except (Exception, SystemExit) as error:
-                passed = False
                 watch.loops["error"] = f"{type(error).__name__}: {error}"[:500]
-            found[script] = watch.loops | {"seconds": round(time.perf_counter() - start, 1)}
-    return {"passed": passed, **found}
+                yield {"passed": False}
+            yield {script: watch.loops | {"seconds": round(time.perf_counter() - start, 1)}}

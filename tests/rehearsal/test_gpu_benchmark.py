@@ -1,14 +1,18 @@
 """tests/benchmarks/gpu.py without a GPU: it runs whole at a thousandth of its size, and would find a wrong device."""
 
 import contextlib
+import functools
 import json
+import multiprocessing
+import operator
+import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from dit_operations import multiplications
-from launches import forget_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dpssl.latent_training.dit_sizes import DiTSize
@@ -34,6 +38,11 @@ def written(path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def whole(figures) -> dict:
+    """All that a part has measured."""
+    return functools.reduce(operator.or_, figures)
+
+
 class RoundedProducts(TorchDispatchMode):
     """A device that rounds the operands of float32 products to 10 bits, as TF32 does."""
 
@@ -50,11 +59,7 @@ class RoundedProducts(TorchDispatchMode):
 
 @pytest.mark.slow
 def test_every_part_runs_at_a_thousandth_of_its_size_and_leaves_its_figures(gpu, output):
-    forget_accelerator()
-    try:
-        found = gpu.main(["--scale", "0.001", "--output", str(output)])
-    finally:
-        forget_accelerator()
+    found = gpu.main(["--scale", "0.001", "--output", str(output)])
     content = written(output)
     assert content["metrics"]["parts"] == json.loads(json.dumps(found))
     assert {name: part.get("error", part["passed"]) for name, part in found.items()} == dict.fromkeys(gpu.PARTS, True)
@@ -66,7 +71,9 @@ def test_every_part_runs_at_a_thousandth_of_its_size_and_leaves_its_figures(gpu,
         for name in names:
             loop = figures["training"][script][name]
             assert loop["steps_per_second"] > 0 and loop["synchronisations_per_step"]["aten::_local_scalar_dense"] > 0
-    assert figures["loss"]["dense"]["ms"] > 0 and "clip, open_clip" in figures["loss"]
+    assert figures["loss"]["dense"]["ms"] > 0 and figures["loss"]["lejepa"]["ms"] > 0
+    assert "clip, open_clip" in figures["loss"]
+    assert {"lejepa", "sigreg"} <= {row["what"] for row in figures["correctness"]["rows"]}
     assert figures["simclr"]["views_per_second"] > 0 and figures["drift"]["images_per_second"] > 0
     for size in ("dit-b-2", "dit-xl-2"):
         assert figures["dit"][size]["images_per_second"] > 0 and figures["dit"][size]["share_of_matrix_rate"] > 0
@@ -80,7 +87,7 @@ def test_correctness_fails_where_a_device_rounds_its_products(gpu, monkeypatch):
             yield
 
     monkeypatch.setattr(gpu.gpu_correctness, "exact_float32", as_tf32)
-    found = gpu.gpu_correctness.measure(torch.device("cpu"), 0.001)
+    found = whole(gpu.gpu_correctness.measure(torch.device("cpu"), 0.001))
     failed = {row["what"] for row in found["rows"] if row["precision"] == "fp32" and not row["passed"]}
     expected = {"info_nce", "t_simclr joint", "t-moco", "clip", "sup_con", "sne", "t_sne", "drift_loss"}
     expected |= {f"encoder {name}" for name in ("convnext", "resnet", "vit", "swin", "rope")}
@@ -99,25 +106,78 @@ def test_without_a_gpu_only_a_trial_is_run(gpu, capsys, monkeypatch):
         assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_part_that_fails_or_hangs_leaves_its_error_and_the_next_goes_on(gpu, output, monkeypatch):
-    def fails(device, scale):
-        raise RuntimeError("no memory")
+def _fails(device, scale):
+    yield {"before": 1}
+    raise RuntimeError("no memory")
 
-    def hangs(device, scale):
-        time.sleep(60)
 
-    def finds_the_others(device, scale):
-        parts = written(output)["metrics"]["parts"]  # as a run that is killed now would leave them
-        return {"before": sorted(parts), "passed": parts["fails"]["passed"]}
+def _sleeps(device, scale):
+    yield {"before": 2}
+    time.sleep(60)
 
-    monkeypatch.setattr(gpu, "PARTS", {"fails": fails, "hangs": hangs, "last": finds_the_others})
-    flags = ["--scale", "0.001", "--output", str(output)]
-    found = gpu.main([*flags, "--parts", "fails", "hangs", "last", "--part_seconds", "0.5"])
-    assert found["fails"]["error"] == "RuntimeError: no memory" and "fails" in str(found["fails"]["traceback"])
-    assert found["hangs"]["error"].startswith("TimeoutError")
-    assert found["last"] | {"seconds": 0} == {"passed": False, "figures": {"before": ["fails", "hangs"]}, "seconds": 0}
-    late = gpu.main([*flags, "--parts", "last", "--seconds", "-1"])
-    assert late["last"]["error"].startswith("not begun") and list(written(output)["metrics"]["parts"]) == ["last"]
+
+def _hangs(device, scale):
+    """As a call of a driver that never comes back: no signal reaches Python."""
+    yield {"before": 3}
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    time.sleep(60)
+
+
+def _ends(device, scale):
+    yield {"before": 4}
+    os._exit(7)
+
+
+def _passes(device, scale):
+    yield {"first": 5}
+    yield {"second": 6, "passed": True}
+
+
+@pytest.fixture
+def quick(gpu, monkeypatch):
+    """Parts of all fates, in forks, which need not import all again; a process of the real script is a fresh one."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(gpu.multiprocessing, "get_context", lambda method: fork)
+    parts = {"fails": _fails, "sleeps": _sleeps, "hangs": _hangs, "ends": _ends, "passes": _passes, "again": _passes}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    return gpu
+
+
+def test_a_part_that_fails_hangs_or_dies_leaves_figures_and_error_and_the_next_goes_on(quick, output):
+    quick.main(["--scale", "0.001", "--output", str(output), "--part_seconds", "0.5"])
+    found = written(output)["metrics"]["parts"]
+    assert found["fails"]["error"] == "RuntimeError: no memory" and "_fails" in str(found["fails"]["traceback"])
+    assert found["sleeps"]["error"] == "TimeoutError: not finished after 0 s"
+    assert found["hangs"]["error"].startswith("TimeoutError: killed")
+    assert found["ends"]["error"] == "the process ended with 7"
+    for number, name in enumerate(("fails", "sleeps", "hangs", "ends"), 1):
+        assert not found[name]["passed"] and found[name]["figures"] == {"before": number}
+        assert found[name]["seconds"] < 10
+    for name in ("passes", "again"):
+        assert found[name].pop("seconds") < 1
+        assert found[name] == {"passed": True, "figures": {"first": 5, "second": 6}}
+
+
+def test_all_ends_when_its_seconds_are_over_with_what_was_measured_in_the_file(quick, output, monkeypatch):
+    before = []
+    write_results = quick.write_results
+
+    def noted(path, metrics, **more):
+        write_results(path, metrics, **more)
+        before.append({name: part["figures"] for name, part in metrics["parts"].items() if "figures" in part})
+
+    monkeypatch.setattr(quick, "write_results", noted)
+    start = time.monotonic()
+    flags = ["--scale", "0.001", "--output", str(output), "--parts", "again", "hangs", "passes"]
+    quick.main([*flags, "--seconds", "2"])
+    assert 2 < time.monotonic() - start < 6
+    found = written(output)["metrics"]["parts"]
+    assert found["hangs"]["error"].startswith("TimeoutError") and found["hangs"]["figures"] == {"before": 3}
+    assert found["passes"]["error"] == found["again"]["error"] == "not begun within 2 s"
+    assert {"hangs": {"before": 3}} in before[:-1]  # as a run that is killed would leave it
+    quick.main([*flags, "--seconds", "-1"])
+    assert {part["error"] for part in written(output)["metrics"]["parts"].values()} == {"not begun within -1 s"}
 
 
 def test_counted_operations_are_those_of_the_formula(gpu):
@@ -130,5 +190,5 @@ def test_counted_operations_are_those_of_the_formula(gpu):
 
 
 def test_the_dense_loss_that_ours_is_timed_beside_is_the_same_one(gpu):
-    found = gpu.gpu_speed.loss(torch.device("cpu"), 0.004)
+    found = whole(gpu.gpu_speed.loss(torch.device("cpu"), 0.004))
     assert found["pairs"] == 66 and found["difference_to_dense"] < 1e-6
