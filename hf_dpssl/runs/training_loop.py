@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import copy
 import logging
+import math
 import os
 import time
 import warnings
@@ -245,6 +246,18 @@ def _listed(sample_ids: torch.Tensor | None) -> str:
     return "" if sample_ids is None else f", images {sample_ids.tolist()}"
 
 
+def _is_away(value: float | torch.Tensor) -> bool:
+    return torch.is_tensor(value) and value.device.type != "cpu"
+
+
+def _read(values: list[float | torch.Tensor]) -> list[float]:
+    """Numbers and tensors () as numbers; a GPU is waited for once."""
+    away = [i for i, value in enumerate(values) if _is_away(value)]
+    arrived = torch.stack([values[i].detach().float() for i in away]).tolist() if away else []
+    found = dict(zip(away, arrived, strict=True))
+    return [found[i] if i in found else float(value) for i, value in enumerate(values)]
+
+
 class TrainingLoop:
     """Yields batches from where the run stands, and after each does progress bar, log and checkpoint.
 
@@ -290,7 +303,7 @@ class TrainingLoop:
         self._clock = time.perf_counter()
         self.skipped = skipped
         self._pending: dict[str, float | torch.Tensor] = {}
-        self._unchecked: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
+        self._unchecked: list[tuple[int, bool | torch.Tensor, torch.Tensor | None]] = []
         self._readers: dict[int, dict] = {}  # by worker: where it stands in its shards of a stream
         self._last_ids: torch.Tensor | None = None
         self._kept: dict[str, object] = {}
@@ -405,20 +418,23 @@ class TrainingLoop:
 
     def _note_finite(self, sample_ids: torch.Tensor | None) -> None:
         """Remember whether this step's values are finite; read at once on a CPU, else before logs and checkpoints."""
-        values = [torch.as_tensor(value).detach().float() for value in self._pending.values() if value is not None]
+        values = [value for value in self._pending.values() if value is not None]
+        away = [value.detach().float() for value in values if _is_away(value)]
         if values:
-            device = next((value.device for value in values if value.device.type != "cpu"), values[0].device)
-            finite = torch.stack([value.to(device) for value in values]).isfinite().all()
+            # Numbers of the host are not sent to a GPU, which would be a wait in every step.
+            finite = all(math.isfinite(value) for value in values if not _is_away(value))
+            finite = torch.stack(away).isfinite().all() if finite and away else finite
             self._unchecked.append((self.step + 1, finite, sample_ids))
             read = any((self.step + 1) % n == 0 for n in (self.args.logging_steps, self.args.checkpointing_steps))
-            if device.type == "cpu" or read or self.step + 1 == self.total_steps:
+            if finite is False or not away or read or self.step + 1 == self.total_steps:
                 self._check_finite()
 
     def _check_finite(self) -> None:
         """FloatingPointError at the first step whose logged values were not finite; checkpoints before it are kept."""
-        for step, finite, sample_ids in self._unchecked:
+        flags = _read([finite for _, finite, _ in self._unchecked])
+        for (step, _, sample_ids), finite in zip(self._unchecked, flags, strict=True):
             if not finite:
-                values = {name: float(value) for name, value in self._pending.items() if value is not None}
+                values = self._logged_values()
                 raise FloatingPointError(
                     f"{self.name}: a loss is not finite at step {step}{_listed(sample_ids)} (last values {values}). "
                     f"{self._advice()}"
@@ -434,7 +450,8 @@ class TrainingLoop:
                 continue
             tensors = {key: tensor for key, tensor in value.state_dict().items() if tensor.is_floating_point()}
             local = {key: t.to_local() if isinstance(t, DTensor) else t for key, t in tensors.items()}
-            bad = [key for key, tensor in local.items() if not tensor.isfinite().all()]
+            flags = _read([tensor.isfinite().all() for tensor in local.values()])
+            bad = [key for key, finite in zip(local, flags, strict=True) if not finite]
             if self._disk:
                 bad = sorted({key for part in gather_object([bad]) for key in part})
             if bad:
@@ -455,8 +472,12 @@ class TrainingLoop:
         """Values of this step for bar, trackers and curves; read every `logging_steps` only."""
         self._pending = values
 
+    def _logged_values(self) -> dict[str, float]:
+        given = {name: value for name, value in self._pending.items() if value is not None}
+        return dict(zip(given, _read(list(given.values())), strict=True))
+
     def _write_log(self, bar: tqdm) -> None:
-        values = {k: float(v) for k, v in self._pending.items() if v is not None}
+        values = self._logged_values()
         self.history.append({"step": self.step, **values})
         bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
         self.accelerator.log({f"{self.name}/{k}": v for k, v in values.items()}, step=self.step)

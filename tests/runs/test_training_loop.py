@@ -1,5 +1,6 @@
 """What the loop of all scripts notes, and what it refuses: losses and weights that are not finite, other settings."""
 
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 
 from hf_dpssl.runs import training_loop
 from hf_dpssl.runs.recipe import RunArguments, option
+from hf_dpssl.runs.rehearsal import rehearsal
 from hf_dpssl.runs.training_loop import TrainingLoop, patience, start_accelerator
 
 
@@ -75,6 +77,44 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path):
     assert [path.name for path in kept][-1] == "step-00000004"
     state = torch.load(kept[-1] / "state.pt", weights_only=True)["model"]
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def _waits_of_eight_steps(folder):
+    """Of which two are logged; two values lie on a GPU, one does not."""
+    args = arguments(folder, logging_steps=4)
+    args.checkpointing_steps = 100
+    loop = TrainingLoop(args, start_accelerator(args), "line", 100, lambda start: numbers((0, 10)), {})
+    values = torch.tensor([1.5, 2.5])
+    with rehearsal() as rehearsed:
+        loss, part = rehearsed.fake_of(values)
+        for _, batch in zip(range(9), loop, strict=False):
+            loop.log(loss=loss, part=part, learning_rate=0.1)
+            assert batch["sample_ids"].device.type == "cpu"
+        waits = [line for line in rehearsed.syncs if "training_loop.py" in line]
+    assert loop.history == [{"step": step, "loss": 1.5, "part": 2.5, "learning_rate": 0.1} for step in (4, 8)]
+    assert len(waits) == 4, waits  # flags of four steps at once, then all values
+
+
+def test_loop_waits_for_a_gpu_twice_when_it_logs_and_in_no_other_step(rehearse, tmp_path):
+    rehearse(functools.partial(_waits_of_eight_steps, str(tmp_path)))
+
+
+def _not_finite_on_a_gpu(folder):
+    args = arguments(folder, logging_steps=4)
+    args.checkpointing_steps = 100
+    values = torch.tensor([1.0, float("inf")])
+    for bad in ("loss", "learning_rate"):
+        loop = TrainingLoop(args, start_accelerator(args), bad, 100, lambda start: numbers((0, 10)), {})
+        with rehearsal() as rehearsed, pytest.raises(FloatingPointError, match="not finite at step 3"):
+            fine, infinite = rehearsed.fake_of(values)
+            for step, _ in enumerate(loop, 1):
+                given = {"loss": fine, "learning_rate": 0.1}
+                loop.log(**given | ({bad: infinite if bad == "loss" else float("nan")} if step == 3 else {}))
+                assert step <= 4
+
+
+def test_value_that_is_not_finite_on_a_gpu_is_named_with_its_step_when_flags_are_read(rehearse, tmp_path):
+    rehearse(functools.partial(_not_finite_on_a_gpu, str(tmp_path)))
 
 
 def test_seconds_of_a_resumed_run_go_on_from_the_checkpoint_and_are_unknown_after_one_without_them(tmp_path):
