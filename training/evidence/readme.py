@@ -455,7 +455,13 @@ ONE_STEP = {  # metric: heading, format
     "encoder_rank": ("its effective rank", "{:.1f}"),
     "encoder_uniformity": ("its uniformity", "{:.2f}"),
 }
-ONE_STEP_STUDIES = ("one_step", "one_step_features", "one_step_photographs")
+ONE_STEP_STUDIES = (
+    "one_step",
+    "one_step_features",
+    "one_step_photographs",
+    "one_step_joint",
+    "one_step_joint_photographs",
+)
 
 
 def one_step_table(report: dict) -> str:
