@@ -16,9 +16,14 @@ that regresses on x + V is flat by construction, and `Drift.squares` is what fal
 Kernels: "exponential" exp(-d / scale), and as in `log_similarities` with scale as the temperature "gaussian"
 exp(-d^2 / scale) and "student_t" (1 + d^2 / (scale dof))^(-(dof + 1)/2).
 
-What it descends: of these only the Gaussian field per anchor is a gradient, that of -log Q(real | x_i) times
-scale Q(real | x_i) / 2, where Q are SNE's similarities of x_i and all targets. The kernel of t-SNE's gradient has a
-further factor 1 / (1 + d^2), which this field has not; a symmetric field depends on the other generated samples too.
+What it descends: let the mean distance, the sizes that scales are brought to and all other samples be held, so that V_i
+is a function of x_i alone. With the Gaussian kernel per anchor and one scale, s in squared units of the space, it is a
+gradient: V_i = s / 2 times that of Q(real | x_i) = sum_real w_j k_ij / sum_l w_l k_il, of SNE's similarities of x_i and
+all targets; a step descends -log Q(real | x_i), at the rate s Q(real | x_i) / 2. No other field here is a gradient. Of
+every kernel per anchor V_i = Q(real | x_i) sum_j (p_ij - q_ij) t_j, q of all targets, p of the real ones among them:
+SNE's coefficients, attraction minus repulsion. t-SNE's gradient has each of them times 1 / (1 + d_ij^2), a factor that
+"student_t" has not here. A symmetric field depends on the other generated samples too; and as training moves them all
+at once, no field is the gradient of one objective of the generator.
 
 Source: Deng et al. 2026, arXiv 2602.04770 (field, normalisation); van der Maaten and Hinton 2008 (attraction and
 repulsion).

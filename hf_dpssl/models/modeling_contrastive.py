@@ -139,6 +139,8 @@ class ContrastiveConfig(TimmWrapperConfig):
         self.dpssl = dpssl or {}
         self.pretrained_cfg = pretrained_cfg or {}
         self._check()
+        if model_args:  # as timm writes them: transformers would pass the number of classes twice
+            model_args = {name: value for name, value in model_args.items() if name != "num_classes"}
         super().__init__(architecture=architecture, model_args=model_args, **kwargs)
 
     def _check(self) -> None:

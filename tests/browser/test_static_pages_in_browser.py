@@ -18,12 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from pictures import noise
 from tiny_checkpoints import drift_pipeline, finish, save_checkpoints
 
-from hf_dpssl import VQDriftPipeline
+from hf_dpssl import VQAutoencoder, VQConfig, VQDriftPipeline
 from hf_dpssl.cli.commands import main
 from hf_dpssl.convert.static_spaces import PICTURES
 from hf_dpssl.embedding.embedder import Preprocessor
 from hf_dpssl.embedding.embedding_job import EmbedJob, embed_images
 from hf_dpssl.embedding.embeddings_table import search_images
+from hf_dpssl.generation.latent_mlp import LatentMLP
 from hf_dpssl.generation.per_image_noise import spherical_path
 from hf_dpssl.pages import browser_runtime
 
@@ -82,10 +83,10 @@ def open_page(browser, pages):
     """open_page(name, address=None, width=..., scheme=...) -> tab, ready; its problems fail the test at the end."""
     problems, contexts = [], []
 
-    def open_tab(name: str, address: str | None = None, width: int = 1280, scheme: str = "light"):
+    def open_tab(name: str, address: str | None = None, width: int = 1280, scheme: str = "light", touch: bool = False):
         address = f"{address}/{name}/" if address else f"{pages[name][0].as_uri()}/"
         context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
+            viewport={"width": width, "height": 900}, color_scheme=scheme, has_touch=touch, accept_downloads=True
         )
         context.set_default_timeout(120_000)
         contexts.append(context)
@@ -144,6 +145,49 @@ def test_pictures_are_those_of_the_pipeline_from_a_disk_and_from_a_host(open_pag
             torch.testing.assert_close(found, picture, rtol=0, atol=1e-3)
         print(page.inner_text("#status"))
     assert torch.stack(expected).std() > 0.02 and (expected[0] - expected[4]).abs().max() > 1e-3
+
+
+def test_a_page_with_a_generator_of_the_demos_size_has_8_mb_and_draws_a_picture_in_100_ms(open_page, pages, tmp_path):
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": [16, 32], "decoder_block_out_channels": [24, 48], "num_codes": 128}
+    statistics = {"latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}
+    vae = VQAutoencoder(VQConfig(image_size=16, norm_num_groups=8, **widths, **statistics)).eval()
+    transformer = LatentMLP(in_channels=4, sample_size=8, num_layers=3, width=256, num_embeds_ada_norm=10)
+    VQDriftPipeline(transformer, vae, {i: str(i) for i in range(10)}).save_pretrained(tmp_path / "drift")
+    finish(tmp_path / "drift", "drift")
+    argv = ["space", "image_generator", "--static", tmp_path / "page", "--model", tmp_path / "drift"]
+    assert main([str(part) for part in argv]) == 0
+    pages["demo"] = (tmp_path / "page", tmp_path / "drift")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "page").iterdir()}
+    page = open_page("demo")
+    draw = "async () => { for (let i = 0; i < 20; i++) await page.generate(new Float32Array(256).fill(i / 20), 3); }"
+    page.evaluate(draw)
+    page.get_by_role("button", name="New noise").click()
+    page.wait_for_function("() => !document.querySelector('#caption').textContent.includes('noise 0')")
+    milliseconds = float(page.inner_text("#status").split()[0])
+    print(f"{sum(sizes.values()):,} bytes, {milliseconds} ms per picture")
+    assert sum(sizes.values()) <= 8e6, sizes
+    assert milliseconds <= 100
+
+
+def test_a_finger_on_the_pad_morphs_as_a_mouse_does(open_page):
+    page = open_page("image_generator", width=390, touch=True)
+    page.locator("#pad").scroll_into_view_if_needed()
+    box = page.locator("#pad").bounding_box()
+    fingers = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        points = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in places]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    scrolled = page.evaluate("scrollY")
+    touch("touchStart", (0.5, 0.5))
+    page.get_by_text("place 50 | 50").wait_for()
+    touch("touchMove", (0.6, 0.4))
+    touch("touchMove", (0.68, 0.32))
+    page.get_by_text("place 75 | 25").wait_for()
+    touch("touchEnd")
+    assert page.evaluate("scrollY") == scrolled
 
 
 def test_the_way_between_noises_is_the_pipelines(open_page):
@@ -239,6 +283,13 @@ def test_neighbours_are_those_of_the_table_from_a_disk_and_from_a_host(open_page
         assert [float(cosine) for _, cosine in shown] == pytest.approx(similarities, abs=2e-3)
         assert [name for name, _ in shown][:1] == [expected[0]["label"]]
         print(page.inner_text("#status"))
+    dropped = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    first = page.get_attribute("#shown", "src")
+    hand = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        hand.send("Input.dispatchDragEvent", {"type": kind, "x": 200, "y": 300, "data": dropped})
+    page.wait_for_function("(first) => document.querySelector('#shown').src !== first", arg=first)
+    assert [text.split(" · ") for text in page.locator("figcaption").all_inner_texts()] == shown
     page.locator("#examples button").nth(2).press("Enter")
     page.wait_for_function("() => document.querySelector('figcaption').textContent.includes('1.000')")
     page.locator("#file").set_input_files(files=[{"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"}])

@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from largest_tensor import LargestTensor
 from loops import points, similarity, squared_distance
+from sklearn.manifold._t_sne import _kl_divergence
 
 from hf_dpssl.contrastive import drift_field, drift_loss, drifting
 from hf_dpssl.contrastive.matching import q_similarities
@@ -152,6 +155,47 @@ def test_the_gaussian_field_per_anchor_ascends_the_share_of_real_neighbours_as_s
     (gradient,) = torch.autograd.grad(log_q[0, :5].exp().sum(), x)
     found = raw_field(x.detach()[0], real, negatives, "gaussian", 1.5, symmetric=False)
     torch.testing.assert_close(found, 1.5 / 2 * gradient[0])
+
+
+def test_the_field_has_the_coefficients_of_sne_and_t_snes_gradient_those_times_the_kernel():
+    """V = Q(real) sum_j (p_j - q_j) t_j, with q of the neighbours and p of the real ones among them; t-SNE's gradient,
+    as scikit-learn computes it, has another factor k_j = 1 / (1 + d_j^2) of each target, and -4 / Q(real) of all.
+
+    In nine dimensions a field has the coefficients of ten points alone, so that they can be found.
+    """
+    real, negatives, x = points(5, 9, seed=1), points(4, 9, seed=2), points(1, 9, seed=3)[0]
+    targets = torch.cat([real, negatives])
+    equations = torch.cat([targets.T, torch.ones(1, 9, dtype=torch.float64)])  # their sum is 0
+    for kernel in ("student_t", "gaussian"):
+        field = raw_field(x, real, negatives, kernel, 1.0, symmetric=False)
+        found = torch.linalg.lstsq(equations, torch.cat([field, field.new_zeros(1)])[:, None]).solution[:, 0]
+        squared = (targets - x).square().sum(1)
+        k = 1 / (1 + squared) if kernel == "student_t" else (-squared).exp()
+        q, of_real = k / k.sum(), k[:5].sum() / k.sum()
+        p = torch.cat([q[:5] / of_real, q.new_zeros(4)])
+        torch.testing.assert_close(found, of_real * (p - q))
+        if kernel == "gaussian":
+            continue
+        together = torch.cat([x[None], targets])
+        pairs = np.triu_indices(10, 1)
+        similarity_of_pairs = 1 / (1 + torch.cdist(together, together).square().numpy()[pairs])
+        share = float(k.sum()) / (2 * similarity_of_pairs.sum())  # of Q over ordered pairs that x has
+        joint = np.full(45, 0.01)  # of pairs without x, which move x by nothing
+        joint[:9] = share * p.numpy()
+        _, gradient = _kl_divergence(together.numpy().ravel(), joint, 1, 10, 9)
+        expected = -4 * share / of_real * ((found * k)[:, None] * (targets - x)).sum(0)
+        torch.testing.assert_close(torch.from_numpy(gradient[:9]), expected)
+
+
+def test_memory_of_field_and_loss_grows_with_the_samples_and_not_with_their_pairs(monkeypatch):
+    monkeypatch.setattr(drifting, "_TILE", 4096)
+    for count in (300, 600):
+        generated, real, negatives = torch.randn(3, 2, count, 4)
+        generated.requires_grad_()
+        for options in OPTIONS:
+            with LargestTensor() as largest:
+                drift_loss(generated, real, negatives=negatives, **options).loss.backward()
+            assert 0 < largest.elements <= 24 * count, "all targets of both sets; pairs are 6 count squared"
 
 
 def test_the_loss_is_flat_and_its_gradient_is_the_field_through_the_feature_spaces():

@@ -6,8 +6,8 @@ import loops
 import pytest
 import torch
 from cases import for_each
+from largest_tensor import LargestTensor
 from loops import points
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dpssl.contrastive import tiles
 from hf_dpssl.contrastive.kernels import KERNELS, Kernel
@@ -137,19 +137,6 @@ def test_float32_agrees_with_float64_where_sums_of_kernels_would_vanish(kind):
             share = 5e-3 if kind == "distance 1e4" and dof >= 1e3 else 1e-4
             largest = float(exact_gradient.abs().max())
             torch.testing.assert_close(gradient, exact_gradient, rtol=1e-3, atol=share * largest + 1e-9)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Watches the size of every tensor that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given = {arg.untyped_storage().data_ptr() for arg in args if torch.is_tensor(arg)}
-        if torch.is_tensor(result) and result.untyped_storage().data_ptr() not in given:
-            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
-        return result
 
 
 def test_no_tensor_grows_with_the_square_of_the_batch(monkeypatch):

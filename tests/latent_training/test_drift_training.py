@@ -1,17 +1,20 @@
 """Training of a one-step generator: its sets, guidance, a plain loop, feature spaces, progress, and bad input."""
 
+import json
 import logging
 import pickle
 
 import dae_drift
 import numpy as np
 import pytest
+import timm
 import torch
+from plain_loop import Average, all_digits
 from safetensors.torch import load_file
 from tiny_checkpoints import encoder_model
 from tiny_pipelines import make_dit
 
-from hf_dpssl import VQAutoencoder, VQDriftPipeline, drift_loss
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQDriftPipeline, drift_loss
 from hf_dpssl.data import keyed_random
 from hf_dpssl.generation.latent_mlp import LatentMLP
 from hf_dpssl.latent_training.drift_arguments import DriftArguments
@@ -19,6 +22,7 @@ from hf_dpssl.latent_training.drift_training import (
     DecodedFeatures,
     DriftSets,
     Progress,
+    encoder_features,
     generate,
     initial_transformer,
     progress,
@@ -104,6 +108,7 @@ def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path
         0,
     ]
     flags += ["--kernel", "student_t", "--symmetric", "false", "--guidance_scale", 1.5, "--autoencoder", autoencoder]
+    flags += ["--ema_decay", 0.2]
     run_script("dae_drift", [*flags, "--output_dir", tmp_path])
     model = starts["drift"]["model"].train()
     vae = VQAutoencoder.from_pretrained(autoencoder).eval()
@@ -111,6 +116,7 @@ def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path
     sets = DriftSets(LatentTable(tmp_path / "latents"), 10, args)
     order = keyed_random.permutation(len(sets), seed=0, epoch=0).tolist()
     optimizer = torch.optim.AdamW(model.parameters(), 0.01, (0.9, 0.99), weight_decay=0)
+    average = Average(model.parameters(), 0.2)
     for step in range(3):
         loss = 0
         batch = sets.__getitems__([(0, number) for number in order[4 * step : 4 * step + 4]])
@@ -128,9 +134,32 @@ def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        average.step(model.parameters())
     saved = load_file(tmp_path / "drift" / "transformer" / "diffusion_pytorch_model.safetensors")
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(saved[name], tensor, rtol=0, atol=2e-5)
+    for (name, _), mean in zip(model.named_parameters(), average.values, strict=True):
+        torch.testing.assert_close(saved[name], mean, rtol=0, atol=2e-5)
+    apart = [float((mean - p).abs().max()) for mean, p in zip(average.values, model.parameters(), strict=True)]
+    assert max(apart) > 1e-3
+
+
+def test_what_tells_progress_falls_in_a_training_that_works_while_the_loss_does_not(run_script, autoencoder, tmp_path):
+    vae = VQAutoencoder.from_pretrained(autoencoder)
+    with torch.no_grad():
+        latents = vae.encode_latents(all_digits()[0][:500])
+    vae.config.latent_mean, vae.config.latent_std = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
+    vae.save_pretrained(tmp_path / "autoencoder")
+    flags = ["--architecture", "mlp", "--num_layers", 2, "--width", 128, "--learning_rate", 3e-3, "--warmup_steps", 0]
+    flags += ["--batch_size", 128, "--images_per_set", 16, "--real_per_set", 24, "--logging_steps", 1, "--ema_decay", 0]
+    flags += ["--max_train_steps", 60, "--grid_images_per_class", 1, "--output_dir", tmp_path]
+    run_script("dae_drift", [*flags, "--autoencoder", tmp_path / "autoencoder"])
+    (state,) = (tmp_path / "checkpoints" / "drift").rglob("*.json")
+    history = json.loads(state.read_text())["history"]
+    first, last = (
+        {name: np.mean([entry[name] for entry in part]) for name in part[0]} for part in (history[:5], history[-5:])
+    )
+    assert last["field_square"] < 0.5 * first["field_square"]
+    assert last["two_sample"] < 0.5 * first["two_sample"]
+    assert last["loss"] > 0.8 * first["loss"]
 
 
 def test_samples_of_a_new_generator_have_unit_deviation_and_are_driven_by_the_noise():
@@ -229,6 +258,29 @@ def test_decoded_features_are_those_of_the_pictures_and_have_a_gradient():
     found = space(latents)
     torch.testing.assert_close(found, expected)
     assert torch.autograd.grad(found.sum(), latents)[0].abs().min() > 0
+
+
+def test_a_model_of_timm_sees_decoded_pictures_as_timm_runs_it(tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet").eval()
+    timm.models.save_for_hf(network, tmp_path)
+    vae = make_dit().vae
+    latents = torch.randn(2, 4, 8, 8)
+    pictures = vae.decode(vae.denormalize_latents(latents)).pixel_values / 2 + 0.5
+    side = network.pretrained_cfg["input_size"][1:]
+    large = torch.nn.functional.interpolate(pictures, side, mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    expected = network.forward_head(network.forward_features((large - mean) / std), pre_logits=True)
+    torch.testing.assert_close(encoder_features(str(tmp_path), vae)(latents), expected)
+
+
+def test_an_encoder_of_other_channels_than_the_pictures_is_refused():
+    cfg = encoder_model().encoder.config.pretrained_cfg | {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.5]}
+    grey = ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 8, 16, 16], "in_chans": 1}, cfg))
+    with pytest.raises(
+        ValueError, match="takes pictures of 1 channels, the autoencoder makes 3: choose another encoder"
+    ):
+        DecodedFeatures(grey, make_dit().vae)
 
 
 def test_the_two_sample_statistic_is_the_formula_and_its_noise_that_of_equal_distributions():
