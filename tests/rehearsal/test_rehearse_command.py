@@ -261,6 +261,26 @@ def _listed_waits():
     assert [line.split(":")[0] for line in waits] == ["hf_dpssl/models/quantizer.py"]
 
 
+def test_waits_are_counted_in_the_precision_of_the_run(rehearse):
+    rehearse(_waits_in_bfloat16)
+
+
+def _waits_in_bfloat16():
+    sys.path.insert(0, str(EVIDENCE))
+    import rehearse
+    import torch
+
+    def waits_for_bfloat16(module, inputs, output):
+        if torch.is_tensor(output) and output.dtype == torch.bfloat16:
+            float(output.sum())
+
+    hook = torch.nn.modules.module.register_module_forward_hook(waits_for_bfloat16)
+    for more, waits in (([], False), (["--mixed_precision", "bf16"], True), (EIGHT, True)):
+        asked = rehearse.parsed(["dae_dit", *more, *ELSEWHERE])
+        assert bool(rehearse.waits_of(asked, 0)) == waits, more
+    hook.remove()
+
+
 @pytest.mark.extended
 def test_moco_waits_as_often_as_with_the_full_queue_that_it_has_for_most_of_a_run(rehearse):
     rehearse(_waits_of_moco)

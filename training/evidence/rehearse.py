@@ -3,7 +3,8 @@
     python training/evidence/rehearse.py dae_dit --recipe dit-b2-imagenet --json    # as hf-dpssl rehearse
 
 Memory: the script's own models, optimisers and averages at full size on tensors without values; the second of two steps
-on a batch of one process is counted. Waits: two steps of the same run made small, with values; the second is counted.
+on a batch of one process is counted. Waits: two steps of the same run made small, with values, in its precision; the
+second is counted.
 """
 
 from __future__ import annotations
@@ -179,12 +180,14 @@ def cast_(module: nn.Module, precision: str) -> None:
 
 
 def waits_of(asked: Asked, number: int) -> list[str]:
-    """What the host waits for in the second step of a stage of the run made small."""
+    """What the host waits for in the second step of a stage of the run made small, in the run's precision."""
     _, step = next(islice(STEPS[asked.script](reduced(asked.script, asked.args), "cpu"), number, None))
     for name, value in step.read.items():  # a full queue is known to be so without asking the GPU
         getattr(step.learning[0], name).fill_(value)
     with rehearsal() as rehearsed:
         move(step, rehearsed.fake_module_, rehearsed.fake_of)
+        for module in step.learning:
+            cast_(module, process_of(asked).precision)
         started = step.start()
         given = {key: rehearsed.fake_of(v) if isinstance(v, Tensor) else v for key, v in step.batch().items()}
         for _ in range(2):
