@@ -33,14 +33,14 @@ def info_nce(view_1: Tensor, view_2: Tensor, *, temperature: float | Tensor, wei
         view_1: (N, D) embeddings of one view, N >= 1; normalised here.
         view_2: (N, D) embeddings of the other view, same order.
         temperature: > 0, divides the cosine.
-        weights: (N,) weight of each pair, used relative to its mean; None weighs all alike.
+        weights: (N,) weight of each pair, none negative, used relative to its mean; None weighs all alike.
 
     Returns:
         Scalar; log(2N - 1) when all embeddings coincide.
 
     Raises:
-        ValueError: on unequal shapes, no pair, embeddings that are not finite or a bad temperature.
-            On a GPU, where reading a value waits, the loss of embeddings that are not finite is NaN instead.
+        ValueError: on unequal shapes, no pair, embeddings that are not finite, a bad temperature or bad weights.
+            On a GPU, where reading a value waits, the loss of such embeddings or weights is NaN instead.
 
     Source: Chen et al. 2020 (SimCLR); as SNE: Hu et al., ICLR 2023, section 3.
     Relations: the Student-t form is `t_simclr`; with a queue of negatives see `moco`; over two modalities `clip`.
@@ -188,6 +188,7 @@ def sup_con(
 
     Raises:
         ValueError: on shapes that do not fit, no two points of one class, or an option out of range.
+            On a GPU, where reading a value waits, the loss of labels without a class of two is NaN instead.
 
     Source: Khosla et al. 2020, L_out (equation 2), without its constant temperature / base_temperature.
     The positives' term holds an (N, N) matrix.
@@ -199,7 +200,7 @@ def sup_con(
         )
     same = (labels[:, None] == labels).fill_diagonal_(False)
     counts = same.sum(1)
-    if not bool(counts.any()):
+    if counts.device.type == "cpu" and not bool(counts.any()):
         raise ValueError("labels holds no class twice: there is no positive pair.")
     chosen = _chosen_kernel(kernel, temperature, dof)
     (embeddings,) = in_float32(embeddings)
@@ -275,14 +276,16 @@ def alignment(view_1: Tensor, view_2: Tensor, *, alpha: float = 2.0) -> Tensor:
 def uniformity(embeddings: Tensor, *, t: float = 2.0) -> Tensor:
     """log mean over pairs of exp(-t |x_i - x_j|^2), L2-normalised embeddings (N, D); in [-4t, 0], lower is better.
 
-    Source: Wang and Isola 2020. Raises ValueError for fewer than two points or t <= 0.
+    Source: Wang and Isola 2020. Raises ValueError for fewer than two points, t <= 0 or embeddings that are not finite;
+    on a GPU, where reading a value waits, the value of the last is NaN instead.
     """
     if embeddings.ndim != 2 or len(embeddings) < 2:
         raise ValueError(f"embeddings must be (N, D) with N >= 2, got {tuple(embeddings.shape)}.")
     check_positive(t=t)
     points = F.normalize(in_float32(embeddings)[0], dim=1)
     count = len(points)
-    return log_partition(points, Kernel("gaussian", t), joint=True) - math.log(count * (count - 1))
+    reach = 2 * t**0.5  # of unit vectors from their mean
+    return log_partition(points, Kernel("gaussian", t), joint=True, reach=reach) - math.log(count * (count - 1))
 
 
 def _pair_loss(view_1: Tensor, view_2: Tensor, kernel: Kernel, normalization: str, weights: Tensor | None) -> Tensor:
@@ -323,9 +326,11 @@ def _shares(weights: Tensor | None, like: Tensor) -> Tensor:
         return like.new_full(like.shape, 1 / len(like))
     if weights.shape != like.shape:
         raise ValueError(f"weights must have shape {tuple(like.shape)}, got {tuple(weights.shape)}.")
-    if bool((weights < 0).any()) or not bool(weights.sum() > 0):
+    fine = (weights >= 0).all() & (weights.sum() > 0)
+    if fine.device.type == "cpu" and not bool(fine):
         raise ValueError("weights must be non-negative with a positive sum.")
-    return weights.to(like) / weights.to(like).sum()
+    shares = weights.to(like) / weights.to(like).sum()
+    return shares.where(fine.to(like.device), math.nan)  # a GPU is not waited for
 
 
 def _check_similarities(similarities: Tensor, embeddings: Tensor, *, rows: bool) -> tuple[Tensor, Tensor]:
@@ -338,8 +343,10 @@ def _check_similarities(similarities: Tensor, embeddings: Tensor, *, rows: bool)
             f"{tuple(similarities.shape)} and {tuple(embeddings.shape)}."
         )
     sums = similarities.sum(1) if rows else similarities.sum()
-    if not bool((similarities >= 0).all()) or bool(similarities.diagonal().any()):
+    wrong = (similarities < 0).any() | similarities.isnan().any() | similarities.diagonal().any()
+    negative, elsewhere = torch.stack([wrong, ((sums - 1).abs() >= 1e-3).any()]).tolist()
+    if negative:
         raise ValueError("similarities must be non-negative with a diagonal of 0.")
-    if not bool(((sums - 1).abs() < 1e-3).all()):
+    if elsewhere:
         raise ValueError(f"similarities must sum to 1 {'in every row' if rows else 'over all pairs'}.")
     return similarities, embeddings

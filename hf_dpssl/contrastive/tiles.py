@@ -40,7 +40,9 @@ _CPU_BANK_TILE = (256, 1024)  # queries, and points of the bank
 _GPU_BANK_TILE = (4096, 4096)
 
 
-def log_partition(points: Tensor, kernel: Kernel, *, joint: bool, weights: Tensor | None = None) -> Tensor:
+def log_partition(
+    points: Tensor, kernel: Kernel, *, joint: bool, weights: Tensor | None = None, reach: float | None = None
+) -> Tensor:
     """Weighted sum of the anchors' log sum over j != i of k(x_i, x_j), or the log sum over all ordered pairs.
 
     Args:
@@ -48,6 +50,7 @@ def log_partition(points: Tensor, kernel: Kernel, *, joint: bool, weights: Tenso
         kernel: its scale and exponent get their gradient where they are tensors.
         joint: one sum over all pairs i != j instead of one per anchor; weights are not read then.
         weights: (M,) of the anchors, constants; None is 1/M each.
+        reach: no point of `kernel.scaled` is further from their mean than that; None: it is read from the device.
 
     Returns:
         Scalar, once differentiable.
@@ -59,7 +62,7 @@ def log_partition(points: Tensor, kernel: Kernel, *, joint: bool, weights: Tenso
     (points,) = kernel.scaled(points)
     weights = points.new_full((len(points),), 1 / len(points)) if weights is None else weights.detach().to(points)
     exponent = _as_tensor(kernel.exponent, points)
-    return _LogPartition.apply(points, None, exponent, weights, None, kernel, joint)
+    return _LogPartition.apply(points, None, exponent, weights, None, kernel, joint, reach)
 
 
 def log_cross_partition(
@@ -72,7 +75,8 @@ def log_cross_partition(
     """
     left, right = kernel.scaled(left, right)
     exponent = _as_tensor(kernel.exponent, left)
-    return _LogPartition.apply(left, right, exponent, weights.to(left), right_weights.to(left), kernel, False)
+    weights, right_weights = weights.to(left), right_weights.to(left)
+    return _LogPartition.apply(left, right, exponent, weights, right_weights, kernel, False, None)
 
 
 def log_bank_partition(query: Tensor, bank: Tensor, kernel: Kernel) -> Tensor:
@@ -161,10 +165,11 @@ def _power_(target: Tensor, base: Tensor, exponent: float) -> Tensor:
     return target if exponent == whole else target.mul_(base.sqrt())
 
 
-def _read(kernel: Kernel, *points: Tensor) -> tuple[float, float, list[float]]:
+def _read(kernel: Kernel, *points: Tensor, reach: float | None = None) -> tuple[float, float, list[float]]:
     """Scale, exponent, and the largest squared norm of each set of scaled points, in one read of the device.
 
-    Nothing is read where all is known: of a cosine of given temperature the norms are the root of the scale. On a CPU,
+    Nothing is read where all is known: of a cosine of given temperature the norms are the root of the scale; `reach`
+    says how large they are at most. On a CPU,
     which has nothing to wait for, they are read nevertheless, so that a NaN is found here and not in the loss.
 
     Raises:
@@ -172,8 +177,10 @@ def _read(kernel: Kernel, *points: Tensor) -> tuple[float, float, list[float]]:
     """
     given = [kernel.scale, 1.0 if kernel.form == "cosine" else kernel.exponent]
     learned = [value.detach().to(points[0]) for value in given if isinstance(value, Tensor)]
-    if kernel.form == "cosine" and not learned and points[0].device.type != "cpu":
-        return float(kernel.scale), 1.0, [float(kernel.scale)] * len(points)
+    known = kernel.scale if kernel.form == "cosine" else reach and reach**2
+    if known is not None and not learned and points[0].device.type != "cpu":
+        scale, exponent = map(float, given)
+        return scale, exponent, [float(known)] * len(points)
     values = torch.stack([*learned, *(part.pow(2).sum(1).max().to(points[0]) for part in points)]).tolist()
     scale, exponent = (values.pop(0) if isinstance(value, Tensor) else float(value) for value in given)
     if not all(map(math.isfinite, values)):
@@ -336,12 +343,12 @@ class _Pairs:
 
 class _LogPartition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, left, right, exponent, weights, right_weights, kernel: Kernel, joint: bool) -> Tensor:
+    def forward(ctx, left, right, exponent, weights, right_weights, kernel: Kernel, joint: bool, reach) -> Tensor:
         dtype = left.dtype
         wanted = ctx.needs_input_grad
         with torch.autocast(left.device.type, enabled=False):
             points = [left] if right is None else [left, right]
-            _, power_of_kernel, squares = _read(kernel, *points)
+            _, power_of_kernel, squares = _read(kernel, *points, reach=reach)
             points = _precise(kernel.form, power_of_kernel, squares, *points)
             sides = [_Points(points[0], weights.to(points[0]))]
             if right is not None:
@@ -362,7 +369,7 @@ class _LogPartition(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         _refuse_second_derivatives()
         left, *right, exponent = (upstream * gradient for gradient in ctx.saved_tensors)
-        return left, (right[0] if right else None), exponent, None, None, None, None
+        return left, (right[0] if right else None), exponent, None, None, None, None, None
 
 
 class _Bank:

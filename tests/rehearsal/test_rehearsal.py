@@ -156,12 +156,19 @@ def _losses():
     torch.manual_seed(0)
     views = torch.randn(16, 8), torch.randn(16, 8)
     t_kernel = {"kernel": "student_t", "dof": 5.0}
+    rows = (1 - torch.eye(16)) / 15
     cases = {
         "info_nce": (0, lambda x, y: losses.info_nce(x, y, temperature=0.5)),
         "clip": (0, lambda x, y: losses.clip(x, y, temperature=0.5)),
         "moco": (0, lambda x, y: losses.moco(x, y.detach(), y.detach(), temperature=0.2)),
         "t_simclr": (1, lambda x, y: losses.t_simclr(x, y, temperature=1.0, dof=5.0)),
         "t-moco": (1, lambda x, y: losses.moco(x, y.detach(), y.detach(), temperature=5.0, **t_kernel)),
+        "weighted info_nce": (0, lambda x, y: losses.info_nce(x, y, temperature=0.5, weights=y.detach()[:, 0].abs())),
+        "sup_con": (0, lambda x, y: losses.sup_con(x, (16 * y[:, 0]).long() % 3, temperature=0.5)),
+        "uniformity": (0, lambda x, y: losses.uniformity(torch.cat([x, y]))),
+        "uniformity, far": (0, lambda x, y: losses.uniformity(torch.cat([x, y]), t=9.0)),
+        "alignment": (0, lambda x, y: losses.alignment(x, y)),
+        "sne": (2, lambda x, y: losses.sne(rows.to(x.device, non_blocking=True), x + y)),
         "lejepa": (0, lambda x, y: lejepa(x, y, random_directions(16, 8, step=0), weight=0.1)),
     }
     for name, (most, loss) in cases.items():
@@ -176,6 +183,16 @@ def _losses():
             assert len(rehearsed.syncs) <= most, (name, rehearsed.syncs)
         torch.testing.assert_close(value.rehearsed, expected.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(on_gpu[0].grad.rehearsed, on_cpu[0].grad, rtol=1e-4, atol=1e-6)
+    with rehearsal() as rehearsed:  # what a CPU refuses is not waited for, and is no number
+        x, y = map(rehearsed.fake_of, views)
+        refused = [
+            losses.info_nce(x, y, temperature=0.5, weights=x[:, 0]),
+            losses.info_nce(x, y, temperature=0.5, weights=torch.zeros_like(x[:, 0])),
+            losses.sup_con(x, torch.arange(16, device="cuda"), temperature=0.5),
+            losses.uniformity(x / torch.zeros_like(x)),
+        ]
+        assert not rehearsed.syncs, rehearsed.syncs
+    assert all(torch.isnan(value.rehearsed) for value in refused), refused
 
 
 def _exact_views(names):
