@@ -1,5 +1,7 @@
 """A GPU that is not there: code runs on tensors "on cuda" without one, and what it would wait for is counted.
 
+    python -m hf_dpssl.runs.rehearsal dae_dit --recipe dit-b2-imagenet    # as hf-dpssl rehearse
+
 Devices and their rules are those of torch's FakeTensorMode. Beside every fake tensor runs a real one on the CPU, so
 that values which are read are true ones and the code takes the branches it would take.
 
@@ -13,6 +15,8 @@ are the casts of torch.autocast("cuda"), which asks a driver that does not know 
 
 from __future__ import annotations
 
+import runpy
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -346,3 +350,8 @@ def rehearsal() -> Iterator[Rehearsal]:
         rehearsed,
     ):
         yield rehearsed
+
+
+if __name__ == "__main__":  # the command is of a room above
+    sys.argv[1:1] = ["rehearse"]
+    runpy.run_module("hf_dpssl.cli", run_name="__main__", alter_sys=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cases import for_each
+from forked_processes import run_forked
 
 from hf_dpssl.cli.commands import main
 from hf_dpssl.cli.rehearse import REHEARSED
@@ -231,6 +232,26 @@ def test_the_command_prints_and_a_run_that_does_not_fit_is_told(capfd):
     small = ["--num_layers", "1", "--batch_size", "4"]
     assert main(["rehearse", "dae_dit", *small, *ELSEWHERE, "--memory", "0.001"]) == 0
     assert "does NOT fit into 0.001 GiB" in capfd.readouterr().out
+
+
+def both_ways(*words: str) -> list[tuple]:
+    """What the module and the command print, and their statuses."""
+    commands = ["hf_dpssl.runs.rehearsal"], ["hf_dpssl.cli", "rehearse"]
+    found = [run_forked(["-m", *command, *words]) for command in commands]
+    return [(process.returncode, process.stdout, process.stderr) for process in found]
+
+
+def test_the_module_is_the_command():
+    for words in ((), ("dae_dit", "--memory", "0")):
+        module, command = both_ways(*words)
+        assert module == command and "rehearse" in module[1] + module[2], words
+        assert module[0] == 2, words
+
+
+@pytest.mark.extended
+def test_the_module_prints_what_the_command_does():
+    module, command = both_ways("dae_dit", "--num_layers", "1", "--batch_size", "4", *ELSEWHERE)
+    assert module == command and module[0] == 0 and "waits for the GPU in a step" in module[1]
 
 
 def test_what_cannot_be_rehearsed_is_one_line(capfd):
