@@ -96,7 +96,7 @@ def test_rows_of_runs_that_are_not_there_stay_and_those_of_new_runs_take_their_p
     rows = colored_mnist.rows_of([run | {"diverged": False, "seconds": 1.0, "records": records}], known)
 
     def split(given: list[dict]) -> tuple[list[float], list[dict]]:
-        new = [row["algorithm"] == "irm" and row["target"] == "-90%" for row in given]
+        new = [(row["algorithm"], row["target"], row["draws"]) == ("irm", "-90%", [0]) for row in given]
         others = [row for row, is_new in zip(given, new, strict=True) if not is_new]
         return [row["accuracy"] for row, is_new in zip(given, new, strict=True) if is_new], others
 
@@ -107,15 +107,30 @@ def test_a_network_that_gives_one_class_for_all_answers_no_question():
     def rows(accuracy: float) -> list[dict]:
         found = {"erm": 25.0, "irm": accuracy}
         return [
-            {"target": "-90%", "selection": "oracle", "algorithm": name, "accuracy": value}
+            {"target": "-90%", "selection": "oracle", "algorithm": name, "draws": [0], "accuracy": value}
             for name, value in found.items()
         ]
 
     for accuracy, met in ((49.6, False), (50.4, False), (51.0, True), (39.0, False)):
         (found,) = colored_mnist.answers(rows(accuracy), {"-90%": 50.4})
         assert found["met"] == met and found["difference"] == accuracy - 25
-    stored = {question["algorithm"]: question["met"] for question in results("colored_mnist")["questions"]}
-    assert stored == {"irm": False, "vrex": False, "arm": True}
+    stored = [question for question in results("colored_mnist")["questions"] if question["draws"] == [0]]
+    assert {question["algorithm"]: question["met"] for question in stored} == {"irm": False, "vrex": False, "arm": True}
+
+
+def test_of_several_draws_the_oracle_takes_the_one_whose_fifth_is_best_and_none_lacks():
+    def run(draw: int, fifth: float, accuracy: float) -> dict:
+        records = [
+            {"step": 0, "loss": 0.0, "held_out": {"+90%": 60.0, "+80%": 60.0},
+             "targets": {"-90%": {"accuracy": accuracy, "fifth": fifth}}}
+        ]  # fmt: skip
+        about = {"algorithm": "irm", "targets": ["-90%"], "draw": draw, "seed": 0, "adapts": False}
+        return about | {"hyperparameters": {}, "diverged": False, "seconds": 1.0, "records": records}
+
+    first, second = run(2, 50.0, 40.0), run(3, 49.0, 60.0)
+    (found,) = (row for row in colored_mnist.rows_of([first, second], []) if row["selection"] == "oracle")
+    assert (found["draws"], found["chosen_draw"], found["accuracy"]) == ([2, 3], 2, 40.0)
+    assert colored_mnist.rows_of([first], []) == []
 
 
 def test_encoders_agree_with_their_images_by_kendalls_tau_of_each_seed():

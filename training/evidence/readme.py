@@ -577,25 +577,34 @@ def _means_of_seeds(of_sets: dict[str, list], place: int) -> list[float]:
 
 def colored_mnist_table(report: dict) -> str:
     """Rows of colored_mnist.py that have run, beside the published ones, and its questions."""
-    lines = ["| selection | target | algorithm | here | published |", "|---|---|---|---|---|"]
+    lines = ["| selection | target | algorithm | draws | here | published |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
         published = "" if row["published"] is None else f"{row['published']:.1f}"
         name = row["algorithm"] + (" *" if row["adapts"] else "")
         rule = row["selection"].replace("_", " ")
-        lines.append(f"| {rule} | {row['target']} | {name} | {row['accuracy']:.1f} | {published} |")
-    lines += ["", "| asked | difference | at least | one class for all, % | |", "|---|---|---|---|---|"]
+        draws = _draws(row)
+        lines.append(f"| {rule} | {row['target']} | {name} | {draws} | {row['accuracy']:.1f} | {published} |")
+    lines += ["", "| asked | draws | difference | at least | one class for all, % | |", "|---|---|---|---|---|---|"]
     for asked in report["questions"]:
         what = f"{asked['algorithm']} over erm, {asked['selection'].replace('_', ' ')}, {asked['target']}"
         met = "met" if asked["met"] else "**missed**"
-        lines.append(f"| {what} | {asked['difference']:.1f} | {asked['at_least']} | {asked['constant']:.1f} | {met} |")
+        cells = [what, _draws(asked), f"{asked['difference']:.1f}", asked["at_least"], f"{asked['constant']:.1f}", met]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     seconds = sum(report["protocol"]["seconds_of_runs"].values())
     adapts = (
         "\\* adapts to batches of the target at test time. " if any(row["adapts"] for row in report["rows"]) else ""
     )
-    about = f"{adapts}{len(report['protocol']['seconds_of_runs'])} runs, {seconds / 60:.0f} minutes."
+    about = f"{adapts}Draw 0: DomainBed's defaults. "
+    about += f"{len(report['protocol']['seconds_of_runs'])} runs, {seconds / 60:.0f} minutes."
     if lacking := report["protocol"]["not_run"]:
         about += f" Not run: {', '.join(lacking)}."
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
+
+
+def _draws(row: dict) -> str:
+    """The draws of a row, the one it took of several in bold."""
+    several = len(row["draws"]) > 1 and "chosen_draw" in row
+    return ", ".join(f"**{draw}**" if several and draw == row["chosen_draw"] else str(draw) for draw in row["draws"])
 
 
 def main() -> None:
