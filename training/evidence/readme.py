@@ -56,6 +56,7 @@ PACS = {  # results of pacs.py: a line above the table
     "pacs_algorithms": "Frozen features of one encoder, a linear head.",
     "pacs_fine_tuning": "The same encoder, fine-tuned.",
 }
+SIZES = RESULTS / "size_costs.json"
 SOLVERS = RESULTS / "solvers.json"
 GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, format
     "fid_resnet56-cifar10": ("FID, resnet56-cifar10", "{:.2f}"),
@@ -68,8 +69,10 @@ GAN_MEASURES = {  # start of the key (of each extractor, or of one): heading, fo
 }
 PICTURES = ("samples.png", "map.png")
 PAGES = {  # which tables stand on which page
-    "README.md": ["demo"],
+    "README.md": ["generators"],
+    "training/README.md": ["sizes"],
     "training/evidence/README.md": [
+        "demo",
         "claims",
         "defaults",
         "modes",
@@ -86,8 +89,31 @@ PAGES = {  # which tables stand on which page
 }
 
 
+def sizes_table(report: dict) -> str:
+    """Which size for how many images, with its memory and hours."""
+    heads = ["images", "side, px", "encoder", "autoencoder", "generator", "batch, on GPUs", "steps of each stage"]
+    heads += ["recipes to look at", "GB of a GPU: encoder, autoencoder, generator", "hours on A100s, in that order"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in report["rows"]:
+        flags = [f"`{row[script]}`" for script in row["costs"]]
+        cells = [f"{row['images']:,}", row["side"], *flags, f"{row['batch']} on {row['gpus']}", f"{row['steps']:,}"]
+        cells.append(", ".join(f"[{name}](recipes/{name}.yaml)" for name in row["recipes"]))
+        cells.append(", ".join(f"{costs['bytes'] / 1e9:.1f}" for costs in row["costs"].values()))
+        hours = [costs["hours"]["A100"]["0.2"] for costs in row["costs"].values()]
+        cells.append(", ".join(f"{value:.1f}" if value >= 0.1 else "< .1" for value in hours))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(
+        [*lines, "", f"Command `{report['command']}`, torch {report['environment']['libraries']['torch']}."]
+    )
+
+
+def generators_block(report: dict) -> str:
+    """What the demo's generators draw, on held-out digits, in Markdown."""
+    return "\n".join([*generators_table(report["metrics"]), "", circumstances(report)])
+
+
 def demo_table(report: dict) -> str:
-    """Targets of the demo, reconstruction quality and seconds, in Markdown."""
+    """Targets of the demo, accuracies, reconstruction quality and seconds, in Markdown."""
     metrics, samples = report["metrics"], report["samples"]
     lines = ["| measure, on held-out digits | reached | target | |", "|---|---|---|---|"]
     for name, entry in report["targets"].items():
@@ -108,7 +134,6 @@ def demo_table(report: dict) -> str:
     }
     lines += ["", "| autoencoder | reconstruction PSNR, dB |", "|---|---|"]
     lines += [f"| {title} | {decibels[name]:.1f} |" for name, title in titles.items()]
-    lines += ["", *generators_table(metrics)]
     return "\n".join([*lines, "", circumstances(report), "", seconds(metrics["seconds"], samples)])
 
 
@@ -371,7 +396,9 @@ def circumstances(report: dict) -> str:
 
 def tables() -> dict[str, str]:
     """{name of the block: its Markdown}, for each result that is there."""
-    blocks = {"demo": demo_table(read(DEMO))} if DEMO.exists() else {}
+    blocks = {"sizes": sizes_table(read(SIZES))}
+    if DEMO.exists():
+        blocks |= {"demo": demo_table(read(DEMO)), "generators": generators_block(read(DEMO))}
     found = {name: BENCHMARKS / f"{name}.json" for name in SPEED if (BENCHMARKS / f"{name}.json").exists()}
     if found:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
