@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..runs.console import printable
+from ..runs.console import one_line, printable
 from ..runs.shipped_folders import shipped_folder
 
 FAILURE, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -45,7 +45,7 @@ def reported(program: str, command: Callable[[], object]) -> int:
         ours = _raised_by_us(error)
         if debugging() or not (isinstance(error, _expected()) or ours and isinstance(error, _EXPECTED_OF_OURS)):
             raise
-        message = printable(" ".join(str(error).split())) or type(error).__name__
+        message = printable(one_line(error)) if str(error).strip() else type(error).__name__
         hint = "" if ours else f" ({type(error).__name__}; DPSSL_DEBUG=1 shows the traceback)"
         print(f"{program}: {message}{hint}", file=sys.stderr)
         return exit_status(error)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..embedding.choices import BAD_IMAGES, KINDS, PROTOCOLS
 from ..evaluation.choices import CLASSIFIERS, METRICS, SOLVERS, WEIGHTINGS
-from ..runs.console import printable
+from ..runs.console import one_line, printable
 from .dg_suite import add_dg_flags, main_of_dg, refuse_dg_flags
 from .parsing import command_parser, parse_command
 from .transfer_suite import FINETUNE, add_suite_flags, main_of_suite, refuse_suite_flags
@@ -186,10 +186,9 @@ def _find(source: str) -> _Checkpoint:
         except (ValueError, FileNotFoundError):
             raise
         except Exception as error:  # the client's many kinds
-            text = " ".join(str(error).split()) or "no message"
             raise OSError(
-                f"cannot read {source} from the Hub ({type(error).__name__}: {text}). Is the name right? A private "
-                "repository needs `hf auth login` or HF_TOKEN."
+                f"cannot read {source} from the Hub ({type(error).__name__}: {one_line(error)}). Is the name right? A "
+                "private repository needs `hf auth login` or HF_TOKEN."
             ) from error
     raise AssertionError("unreachable")
 

@@ -31,6 +31,7 @@ from ..evaluation.neighbours import nearest_neighbours
 from ..evaluation.probes import STRENGTHS
 from ..models.weight_hashes import combined_sha256
 from ..runs.atomic_files import atomic_file, write_json
+from ..runs.console import one_line
 from ..runs.lineage import read_json
 from ..runs.redaction import without_folders
 from .fine_tuning import LEARNING_RATES, WEIGHT_DECAYS, Setting, accuracy, fine_tune, grid
@@ -102,7 +103,7 @@ def transfer(
                     kept.put(name, found)
                 rows.append(_about(given, protocol) | found)
         except (ValueError, OSError, ArithmeticError) as error:  # the other sets go on
-            rows.append({"set": key, "error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+            rows.append({"set": key, "error": f"{type(error).__name__}: {one_line(error)}"})
     if all("error" in row for row in rows):
         raise ValueError("no set could be measured: " + " ".join(f"{row['set']}: {row['error']}" for row in rows))
     return {"rows": rows, "fingerprint": embedder.fingerprint}

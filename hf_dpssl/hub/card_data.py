@@ -35,21 +35,21 @@ _GENERATION = (
     "unconditional-image-generation"  # the Hub's task of generators that read no text, with classes or without
 )
 _TAGS = {
-    "encoder": "image-feature-extraction timm transformers self-supervised contrastive-learning",
-    "autoencoder": "vq-vae autoencoder decoupled-autoencoder",
-    "dit": "image-generation dit latent-diffusion",
-    "drift": "image-generation one-step-generation dit",
-    "token": "image-generation autoregressive vq",
-    "gan": "gan image-generation",
+    "encoder": ["image-feature-extraction", "timm", "transformers", "self-supervised", "contrastive-learning"],
+    "autoencoder": ["vq-vae", "autoencoder", "decoupled-autoencoder"],
+    "dit": ["image-generation", "dit", "latent-diffusion"],
+    "drift": ["image-generation", "one-step-generation", "dit"],
+    "token": ["image-generation", "autoregressive", "vq"],
+    "gan": ["gan", "image-generation"],
 }
 # What a card of a kind always lists, "not measured" where it was not.
 _EXPECTED = {
-    "encoder": "knn_top1 knn_top1_embeddings",
-    "autoencoder": "psnr ssim",
-    "dit": "fid class_consistency",
-    "drift": "fid class_consistency",
-    "token": "nats_per_image fid",
-    "gan": "fid copies",
+    "encoder": ["knn_top1", "knn_top1_embeddings"],
+    "autoencoder": ["psnr", "ssim"],
+    "dit": ["fid", "class_consistency"],
+    "drift": ["fid", "class_consistency"],
+    "token": ["nats_per_image", "fid"],
+    "gan": ["fid", "copies"],
 }
 _WATTS = {  # the first fragment that the accelerator's name contains
     "H100 PCIe": 350, "H100": 700, "H200": 700, "B200": 1000, "A100": 400, "V100": 300, "L40S": 350, "L40": 300,
@@ -113,7 +113,7 @@ def figures(kind: str, metrics: dict, elsewhere: Iterable[str] = ()) -> list[Fig
 
     What is among the keys `elsewhere` (of later evaluations) does not count as not measured.
     """
-    expected = _EXPECTED.get(kind, "").split()
+    expected = _EXPECTED.get(kind, [])
 
     def stands_for(key: str, name: str) -> bool:  # a Frechet distance does in whatever features it was measured
         return key == name or (name == "fid" and key.startswith("fid_"))
@@ -225,7 +225,7 @@ def front_matter(
         **licence_entries(licence, license_link, licences),
         library_name=_LIBRARIES.get(kind, "transformers"),
         pipeline_tag={"autoencoder": None}.get(kind, _TASKS.get(kind, _GENERATION)),
-        tags=[*_TAGS.get(kind, "").split(), "hf_dpssl"],
+        tags=[*_TAGS.get(kind, []), "hf_dpssl"],
         datasets=sorted(datasets - {None}) or None,
         base_model=bases or None,
         **({"base_model_relation": relation} if bases else {}),

@@ -17,6 +17,8 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
+from ..runs.console import one_line
+
 _NAME = "hf_dpssl:generated"
 _MARK = re.compile(rf"^[ \t]*<!-- {_NAME}:(begin|end)\b(.*?)-->[ \t]*$", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
@@ -120,18 +122,12 @@ def _split(card: str, what: str) -> tuple[dict, str, str]:
     try:
         values = yaml.safe_load(match[1]) or {}
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"the front matter of {what} is no YAML ({_one_line(error)}): mend it, or remove it."
-        ) from None
+        raise ValueError(f"the front matter of {what} is no YAML ({one_line(error)}): mend it, or remove it.") from None
     if not isinstance(values, dict):
         raise ValueError(
             f"the front matter of {what} must be keys with values, not a {type(values).__name__}: mend it."
         )
     return values, match[1], card[match.end() :]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _marks(text: str, what: str) -> tuple[re.Match, re.Match]:

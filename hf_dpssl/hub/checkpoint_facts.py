@@ -15,9 +15,9 @@ from .replay import FILE_NAME, checkpoint_kind
 KINDS = ("encoder", "autoencoder", "dit", "drift", "token", "gan")
 PARTS = ("", "pretraining", "vae", "transformer", "language_model")  # folders of a checkpoint that hold weights
 CONFIG_FILES = (
-    "model_index.json config.json pretraining/config.json vae/config.json transformer/config.json "
-    "language_model/config.json scheduler/scheduler_config.json results.json recipe.yaml"
-).split()
+    "model_index.json", "config.json", "pretraining/config.json", "vae/config.json", "transformer/config.json",
+    "language_model/config.json", "scheduler/scheduler_config.json", "results.json", "recipe.yaml",
+)  # fmt: skip
 _DIFFUSERS_AUTOENCODERS = ("VQModel", "AutoencoderKL")
 
 

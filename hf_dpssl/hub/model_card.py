@@ -28,9 +28,9 @@ from .licences import KEYS as LICENCE_KEYS
 from .licences import is_restricted, licence_entries
 
 _OF_THE_MACHINE = (  # what a recipe says of the machine and not of the model
-    "output_dir overwrite num_workers preload_gb log_with logging_steps checkpointing_steps checkpoints_total_limit "
-    "resume_from_checkpoint num_processes"
-).split()
+    "output_dir", "overwrite", "num_workers", "preload_gb", "log_with", "logging_steps", "checkpointing_steps",
+    "checkpoints_total_limit", "resume_from_checkpoint", "num_processes",
+)  # fmt: skip
 _PICTURE = re.compile(r"(curves|samples|reconstructions|map)(-[\w-]+)?\.png")  # as runs name them
 _CAPTIONS = {
     ("autoencoder", "reconstructions.png"): "Held-out images above, their reconstructions below.",

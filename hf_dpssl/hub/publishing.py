@@ -25,6 +25,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import get_token
 
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
+from ..runs.console import one_line
 from ..runs.lineage import well_formed
 from . import eval_files, model_card, replay
 from .published_files import publishable_files, without_machine
@@ -190,7 +191,7 @@ class Target:
             )
         if not isinstance(error, HfHubHTTPError):
             return f"The connection to {endpoint} failed while pushing to {repo_id} ({_short(error)})."
-        return f"{self._answer(error.response.status_code)} The Hub's own words: {reason_of(error)}."
+        return f"{self._answer(error.response.status_code)} The Hub's own words: {one_line(error)}."
 
     def _answer(self, status: int) -> str:
         """What an answer of this status means for a push, and what to do."""
@@ -223,12 +224,7 @@ def _holds(files: dict[str, str], add: CommitOperationAdd) -> bool:
 
 
 def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {reason_of(error)}"
-
-
-def reason_of(error: BaseException) -> str:
-    """The whole of what an error of the client says, in one line: a request's number comes first, the reason last."""
-    return " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _retried(call: Callable[[], Result], attempts: int | None = None) -> Result:

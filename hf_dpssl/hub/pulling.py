@@ -9,6 +9,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from ..runs.atomic_files import atomic_folder
+from ..runs.console import one_line
 from . import replay
 
 
@@ -54,9 +55,8 @@ def download(repo_id: str, revision: str | None = None, **options) -> Path:
     except HFValidationError:
         raise
     except Exception as error:
-        found = " ".join(str(error).split()) or "no message"
         raise OSError(
             f"cannot pull {repo_id} at revision {revision or 'main'!r} from {constants.ENDPOINT} "
-            f"({type(error).__name__}: {found}). Is the name right? A private repository needs `hf auth login` or "
-            "HF_TOKEN."
+            f"({type(error).__name__}: {one_line(error)}). Is the name right? A private repository needs "
+            "`hf auth login` or HF_TOKEN."
         ) from error

@@ -39,6 +39,7 @@ from ..generation.pipeline_vq_token import VQTokenPipeline, code_nats
 from ..models.modeling_contrastive import ContrastiveEncoder
 from ..models.modeling_vaegan import VAEGAN
 from ..models.modeling_vq import VQAutoencoder
+from ..runs.console import one_line
 from ..runs.lineage import read_json
 
 FILE_NAME = "replay.safetensors"
@@ -152,7 +153,7 @@ def _open(folder: str | os.PathLike, kind: str) -> tuple[Callable, Callable, obj
     try:
         return draw, torch.no_grad()(run), load(Path(folder))
     except _MALFORMED as error:
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error)[:200]
         raise ValueError(
             f"{folder} cannot be loaded ({type(error).__name__}: {what}): its files are damaged."
         ) from error

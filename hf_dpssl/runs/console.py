@@ -1,4 +1,4 @@
-"""What runs tell on the terminal: lines of progress, which `--quiet` switches off together with progress bars."""
+"""What runs tell on the terminal: lines of progress, which `--quiet` switches off with progress bars; errors' words."""
 
 from __future__ import annotations
 
@@ -35,3 +35,8 @@ def printable(text: str) -> str:
     """Text for a terminal: what a file said cannot move the cursor, colour or hide lines; line ends and blanks stay."""
     kept = "\n\t\u00a0"
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """The whole of what an error says, in one line: clients put a request's number first and the reason last."""
+    return " ".join(str(error).split()) or "no message"

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from ..models.configuration_vq import VQConfig
 from ..models.modeling_vq import latent_fingerprint
+from .console import one_line
 from .redaction import without_folders
 
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError)
@@ -138,7 +139,7 @@ def well_formed(source: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except _MALFORMED as error:
-        what = " ".join(str(error).split())[:200]
+        what = one_line(error)[:200]
         raise ValueError(
             f"{source} holds files that cannot be read ({type(error).__name__}: {what}): write or copy them again."
         ) from error

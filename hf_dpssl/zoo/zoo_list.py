@@ -18,6 +18,7 @@ from typing import NamedTuple
 import yaml
 
 from ..embedding.embedder import UNTRAINED
+from ..runs.console import one_line
 from ..runs.redaction import without_folders
 
 DEFAULT = (  # of the Hub: small to medium, of different data and tasks
@@ -53,7 +54,7 @@ def read_zoo(source: str | os.PathLike | Sequence[str]) -> list[ZooEntry]:
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{path} is no YAML: {one_line(error)}") from None
         given = content.get("encoders") if isinstance(content, dict) and set(content) == {"encoders"} else content
         if not isinstance(given, list):
             raise ValueError(f"{path} must hold a list of encoders under the one key 'encoders'.")

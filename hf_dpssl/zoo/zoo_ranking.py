@@ -18,6 +18,7 @@ from ..embedding.encoder_evaluation import extract_views
 from ..evaluation.geometry import effective_rank
 from ..evaluation.neighbours import nearest_neighbours
 from ..evaluation.student_interval import student_interval
+from ..runs.console import one_line
 from .baselines import accuracy_in_domain, h_score, knn_across_domains, log_me, nce_of_clusters, trans_rate
 from .encoder_facts import encoder_facts
 from .ranking import leave_one_domain_out
@@ -90,7 +91,7 @@ def for_every_encoder(zoo: Sequence[ZooEntry], measure: Callable[[ZooEntry], dic
         except BadImageError:
             raise
         except Exception as error:  # libraries and the Hub raise many kinds, and the other encoders go on
-            entries.append(who | {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+            entries.append(who | {"error": f"{type(error).__name__}: {one_line(error)}"})
     if all("error" in entry for entry in entries):
         raise ValueError("no encoder could be measured: " + "; ".join(f"{e['encoder']}: {e['error']}" for e in entries))
     return entries
