@@ -30,7 +30,7 @@ from hf_dpssl.models.codebook_search import nearest_codes
 from hf_dpssl.runs.results import write_results
 
 RESULTS = Path(__file__).parent / "results" / "autoencoder.json"
-FORWARD_AIMS = {1024: 0.7, 16384: 0.4}
+FORWARD_AIMS = {256: 1.0, 1024: 0.7, 16384: 0.4}
 WIDTHS, LATENT_CHANNELS, NUM_CODES = (64, 128, 128), 64, 1024
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
 import colored_mnist
 import paired_seeds
 import readme
+import size_costs
 
 EVIDENCE = REPOSITORY / "training" / "evidence"
 
@@ -101,6 +102,16 @@ def test_rows_of_runs_that_are_not_there_stay_and_those_of_new_runs_take_their_p
         return [row["accuracy"] for row, is_new in zip(given, new, strict=True) if is_new], others
 
     assert split(rows) == ([71.0, 71.0], split(known)[1])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("number", range(2))
+def test_flags_of_the_table_of_sizes_run_and_cost_what_it_states(number):
+    stored = results("size_costs")["rows"]
+    size = size_costs.SIZES[number]
+    costs = {script: size_costs.costs_of(size, script) for script in size_costs.SCRIPTS}
+    assert json.loads(json.dumps(size | {"costs": costs})) == stored[number]
+    assert [row["images"] for row in stored] == [size["images"] for size in size_costs.SIZES]
 
 
 def test_a_network_that_gives_one_class_for_all_answers_no_question():

@@ -79,7 +79,9 @@ def test_a_generator_that_goes_on_completes_an_autoencoder_that_was_not_measured
     results = tmp_path / "autoencoder" / "results.json"
     assert not results.exists()
     run_script("dae_dit", [*flags, "--resume_from_checkpoint", "latest"])
-    assert json.loads(results.read_text())["metrics"]["psnr"] > 0
+    run_script("dae_vq", [*VQ, *SHORT, "--output_dir", tmp_path / "whole"])
+    whole = json.loads((tmp_path / "whole/autoencoder/results.json").read_text())
+    assert json.loads(results.read_text())["metrics"] == whole["metrics"]
 
 
 @pytest.mark.extended
