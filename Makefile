@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: demo test mutants mutants-sample test-slow test-sample test-lowest test-browser test-mixins check bench bench-gpu claims gpu-plan clean
+.PHONY: demo test mutants mutants-sample test-slow test-sample test-commands test-lowest test-browser test-mixins check bench bench-gpu claims gpu-plan clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
@@ -32,6 +32,10 @@ test-slow: $(PEERS)
 # Of those that take seconds another sample after every commit.
 test-sample: $(PEERS)
 	$(BIN)/python -m pytest -q -m extended --numprocesses 2 --sample 24 --sample_seed $$(git rev-list --count HEAD || echo 0)
+
+# The commands and snippets of README.md and training/README.md, one after the other in a fresh folder: minutes.
+test-commands: $(PEERS)
+	$(BIN)/python -m pytest -q -m slow tests/training/test_demo.py -k commands_and_snippets
 
 # Planted defects, each of which the tests named for it must notice; the sample is another one after every commit.
 mutants: $(PEERS)

@@ -14,7 +14,7 @@ from hf_dpssl.pages.live_map import DATA, SIMILARITIES, LiveMap, MapSettings, cl
 
 
 @pytest.mark.parametrize(
-    "seeds, count, perplexity, steps", [(3, 100, 10, 300), pytest.param(8, 256, 20, 400, marks=pytest.mark.slow)]
+    "seeds, count, perplexity, steps", [(3, 100, 10, 300), pytest.param(8, 256, 20, 400, marks=pytest.mark.extended)]
 )
 def test_default_settings_reach_the_divergence_of_scikit_learns_t_sne_in_the_median_of_seeds(
     seeds, count, perplexity, steps
