@@ -81,6 +81,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/token_guidance.py
 	$(BIN)/python tests/benchmarks/dit.py
 	$(BIN)/python tests/benchmarks/compiled.py
+	$(BIN)/python tests/benchmarks/waits.py
 	$(BIN)/python tests/benchmarks/front_door.py
 
 # All that needs a GPU, in one run for 15 minutes of one; GPU_ARGS="--scale 0.001" tries it on a CPU.

@@ -242,8 +242,8 @@ class SagNet(ERM):
     def _losses_of_styles(self, minibatches: Minibatches, random: np.random.Generator, what: str) -> Tensor:
         images, labels = _as_one(minibatches)
         features = self.featurizer(images)  # (n, F)
-        share = torch.from_numpy(random.random((len(features), 1))).to(features)
-        other = torch.from_numpy(random.permutation(len(features))).to(features.device)
+        share = torch.from_numpy(random.random((len(features), 1))).to(features, non_blocking=True)
+        other = torch.from_numpy(random.permutation(len(features))).to(features.device, non_blocking=True)
         if what == "content":
             return F.cross_entropy(self.classifier(_other_style(features, share, other)), labels)
         logits = self.style_classifier(_other_content(features, other))

@@ -174,14 +174,18 @@ class Trainer:
 
     def _reader(self, splits, sources) -> Callable[[Tensor], Tensor]:
         if self.protocol == "network":
-            return lambda images: images.to(self.device).float() / 255
+            return lambda images: self._sent(images).float() / 255
         if self.protocol == "fine_tune":
-            return lambda images: self.encoder.normalized(images.to(self.device))
+            return lambda images: self.encoder.normalized(self._sent(images))
         seen = torch.cat([self.tensors.inputs[domain][splits[domain][0]] for domain in sources]).double()
         mean, deviation = seen.mean(0), seen.std(0, correction=0)
         scale = torch.where(deviation > 1e-12, deviation, 1.0)  # what is constant in training says nothing
         mean, scale = mean.float().to(self.device), scale.float().to(self.device)
-        return lambda features: (features.to(self.device) - mean) / scale
+        return lambda features: (self._sent(features) - mean) / scale
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device, without waiting for what it is doing."""
+        return values.to(self.device, non_blocking=True)
 
     def _minibatches(self, cell: Cell, given: Hyperparameters, prepare, splits, sources, step: int):
         random = np.random.default_rng([cell.seed, cell.draw, step])
@@ -190,10 +194,10 @@ class Trainer:
             rows = splits[domain][0][torch.from_numpy(random.integers(0, len(splits[domain][0]), given.batch_size))]
             inputs, labels = self.tensors.inputs[domain][rows], self.tensors.labels[domain][rows]
             if self.protocol == "fine_tune":
-                inputs = self.encoder.augmented(inputs.to(self.device), rows, step)
+                inputs = self.encoder.augmented(self._sent(inputs), rows, step)
             else:
                 inputs = prepare(inputs)
-            found.append((inputs, labels.to(self.device)))
+            found.append((inputs, self._sent(labels)))
         return found
 
     @torch.no_grad()

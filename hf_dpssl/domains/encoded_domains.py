@@ -81,4 +81,4 @@ class PretrainedEncoder:
 
     def augmented(self, images: Tensor, rows: Tensor, step: int) -> Tensor:
         """pixel_values of a random view of each uint8 picture (n, 3, S, S), by its row and the step."""
-        return self.views(images, rows.to(images.device), step)[0]
+        return self.views(images, rows.to(images.device, non_blocking=True), step)[0]

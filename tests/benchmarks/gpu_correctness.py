@@ -226,8 +226,9 @@ def step_cases() -> Iterator[Case]:
 
         return check
 
-    # In bfloat16 an adversary's gradients of few pixels are mostly rounding.
-    return (Case(f"step of {name}", "step", check_of(name), "adv" not in name) for name in WITHOUT_A_DRAW)
+    # In bfloat16 an adversary's gradients of few pixels are mostly rounding; domains.py rounds its featurizer alone.
+    in_float32 = [name for name in WITHOUT_A_DRAW if "adv" in name or name.startswith("domains")]
+    return (Case(f"step of {name}", "step", check_of(name), name not in in_float32) for name in WITHOUT_A_DRAW)
 
 
 def pipeline_cases() -> Iterator[Case]:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from training_steps import CASES, autoencoder, batch
+from training_steps import CASES, Graphs, autoencoder, batch
 
 from hf_dpssl.data.views import NATURAL, TwoViews
 from hf_dpssl.models import matrix_products
@@ -21,17 +21,6 @@ CODEBOOKS = [
         {"codebook_update": "gradient", "code_distance": "cosine", "entropy_weight": 0.1}, marks=pytest.mark.extended
     ),
 ]
-
-
-class Graphs:
-    """A backend of torch.compile that runs what was traced as it is, and counts the graphs that hold an operation."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, inputs):
-        self.count += any(node.op.startswith("call") for node in graph.graph.nodes)
-        return graph.forward
 
 
 @pytest.fixture(autouse=True)

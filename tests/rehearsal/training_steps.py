@@ -1,5 +1,7 @@
 """One training step of every script, tiny, on whatever device a model and a batch lie on."""
 
+import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import dae_dit
@@ -12,6 +14,10 @@ from hf_dpssl.autoencoder.adversarial_term import AdversarialTerm, Adversary, Re
 from hf_dpssl.autoencoder.perceptual import PerceptualDistance
 from hf_dpssl.contrastive.modeling_pretraining import MoCoForPreTraining, SimCLRForPreTraining
 from hf_dpssl.data.views import NATURAL, TwoViews
+from hf_dpssl.domains.algorithms import ALGORITHMS
+from hf_dpssl.domains.cells import Cell, Trainer
+from hf_dpssl.domains.domain_tensors import DomainTensors
+from hf_dpssl.domains.hyperparameters import hyperparameters
 from hf_dpssl.generation.latent_mlp import LatentMLP
 from hf_dpssl.generation.pipeline_vq_token import code_nats, make_language_model
 from hf_dpssl.latent_training.diffusion import dropped_labels, make_scheduler, make_transformer
@@ -23,6 +29,7 @@ from hf_dpssl.models.modeling_contrastive import ContrastiveConfig, ContrastiveE
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hf_dpssl.models.modeling_vaegan import VAEGAN, VAEGANConfig
 from hf_dpssl.models.modeling_vq import VQAutoencoder
+from hf_dpssl.runs.rehearsal import rehearsal
 
 SIDE = 16
 COUNT = 8
@@ -177,6 +184,30 @@ def gan(latent, **settings):
     return [model, adversary.bare], prepare, step
 
 
+def domains(algorithm: str):
+    """Of training/domains.py, from reading the minibatches on: small pictures of two domains, a third is held out."""
+    given = batch()
+    images, labels = given["images"], given["labels"]
+    tensors = DomainTensors(["a", "b", "c"], 3 * [images], 3 * [labels], ["x", "y", "z"])
+    trainer = Trainer(tensors, "network", steps=3, every=3)
+    cell = Cell(algorithm, (2,), 0, 0)
+    settings = replace(hyperparameters(algorithm, "network", 0, 0), batch_size=COUNT // 2)
+    model, prepare_inputs, splits = trainer._begin(cell, settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def prepare():  # its optimisers have its weights as they were before it was moved
+        moved = dict(model.named_parameters())
+        for optimizer in (value for value in vars(model).values() if isinstance(value, torch.optim.Optimizer)):
+            for group in optimizer.param_groups:
+                group["params"] = [moved[names[id(parameter)]] for parameter in group["params"]]
+
+    def step(given):
+        trainer.device = given["images"].device
+        model.update(trainer._minibatches(cell, settings, prepare_inputs, splits, [0, 1], model.steps))
+
+    return [model], prepare, step
+
+
 CASES = {
     "contrastive SimCLR": lambda: contrastive(kernel="cosine", temperature=0.5),
     "contrastive t-SimCLR": lambda: contrastive(kernel="student_t", temperature=1.0, dof=5.0, normalization="joint"),
@@ -208,4 +239,34 @@ CASES = {
     "dae_gan noise": lambda: gan("noise"),
     "dae_gan vae": lambda: gan("vae"),
     "dae_gan simclr": lambda: gan("simclr"),
-}
+} | {f"domains {name}": functools.partial(domains, name) for name in ALGORITHMS if name != "swad"}  # erm, averaged
+
+
+def waits_of(name: str) -> list[str]:
+    """What the host waits for in a later step of a case: forward, backward, clipping and update."""
+    modules, prepare, step = CASES[name]()
+    with rehearsal() as rehearsed:
+        for module in modules:
+            rehearsed.fake_module_(module)
+        prepare()
+        learned = [parameter for parameter in modules[0].parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(learned)
+        given = {key: rehearsed.fake_of(value) for key, value in batch().items()}
+        for _ in range(6 if "MoCo" in name else 3):  # the first starts codebook and temperature, four fill the queue
+            rehearsed.clear()
+            step(given)
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(rehearsed.syncs)
+
+
+class Graphs:
+    """A backend of torch.compile that runs what was traced as it is, and counts the graphs that hold an operation."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, graph, inputs):
+        self.count += any(node.op.startswith("call") for node in graph.graph.nodes)
+        return graph.forward

@@ -32,6 +32,7 @@ REPOSITORY = EVIDENCE.parent.parent
 RESULTS = EVIDENCE / "results"
 DEMO = RESULTS / "demo.json"
 BENCHMARKS = REPOSITORY / "tests" / "benchmarks" / "results"
+WAITS = BENCHMARKS / "waits.json"
 SPEED = {  # results of make bench: the job's heading
     "contrastive": "loss, forward + backward",
     "augmentation": "two-view augmentation, training step",
@@ -85,7 +86,7 @@ PAGES = {  # which tables stand on which page
     "training/evidence/claims.md": ["claim_sections", "encoders"],
     "training/evidence/one_step.md": ["one_step_claims", "one_step", "one_step_features", "one_step_photographs"],
     "training/evidence/domains.md": ["pacs", "colored_mnist"],
-    "tests/benchmarks/README.md": ["speed"],
+    "tests/benchmarks/README.md": ["waits", "speed"],
 }
 
 
@@ -183,6 +184,16 @@ def speed_table(report: dict, heading: str) -> str:
         lines += ["", f"Extra memory{where}: {parts}."]
     rounds = report["samples"]["rounds"]
     return "\n".join([*lines, "", f"Minimum of {rounds} alternating rounds. {circumstances(report)}"])
+
+
+def waits_table(report: dict) -> str:
+    """Waits for a GPU and graphs of each training step, and what they were, in Markdown."""
+    lines = ["| training step | waits | before | graphs | before |", "|---|---|---|---|---|"]
+    for row in report["metrics"]["steps"]:
+        numbers = (row[name] for name in ("waits", "waits_before", "graphs", "graphs_before"))
+        cells = " | ".join("" if number is None else str(number) for number in numbers)
+        lines.append(f"| {row['what']} | {cells} |")
+    return "\n".join([*lines, "", circumstances(report)])
 
 
 ARMS = {"simclr": "SimCLR", "gaussian_anchor": "Gaussian per anchor", "t_anchor": "t per anchor", "t_joint": "t-SimCLR"}
@@ -402,6 +413,8 @@ def tables() -> dict[str, str]:
     found = {name: BENCHMARKS / f"{name}.json" for name in SPEED if (BENCHMARKS / f"{name}.json").exists()}
     if found:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
+    if WAITS.exists():
+        blocks["waits"] = waits_table(read(WAITS))
     if CLAIMS.is_dir():
         blocks |= claim_blocks()
     for study in ONE_STEP_STUDIES:
