@@ -8,7 +8,16 @@ import torch
 from cases import for_each
 from kills import weights
 
-from hf_dpssl import VAEGAN, ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline
+from hf_dpssl import (
+    VAEGAN,
+    ContrastiveConfig,
+    ContrastiveEncoder,
+    VQAutoencoder,
+    VQConfig,
+    VQDiTPipeline,
+    VQDriftPipeline,
+    VQTokenPipeline,
+)
 from hf_dpssl.latent_training.generation_monitor import GenerationMonitor
 
 SHORT = ["--batch_size", 16, "--evaluation_images", 32]
@@ -42,6 +51,12 @@ def killed_at(call: int, measure):
     return measured
 
 
+def given_autoencoder(folder) -> None:
+    shape = dict(image_size=16, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
+    statistics = dict(latent_mean=[0.0] * 4, latent_std=[1.0] * 4)
+    VQAutoencoder(VQConfig(**shape, **statistics, norm_num_groups=4, num_codes=16)).save_pretrained(folder)
+
+
 def run_with_kill(run_script, monkeypatch, script: str, flags: list, measure: str, call: int) -> None:
     module = importlib.import_module(script)
     with monkeypatch.context() as patched, pytest.raises(Killed):
@@ -56,8 +71,7 @@ def test_a_run_that_ends_while_it_measures_leaves_its_weights_and_goes_on(script
     name, flags, measure, call, kind = RUNS[script]
     flags = [*SHORT, *flags, "--output_dir", tmp_path]
     if script == "dae_ar":
-        shape = dict(image_size=16, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
-        VQAutoencoder(VQConfig(**shape, norm_num_groups=4, num_codes=16)).save_pretrained(tmp_path / "given")
+        given_autoencoder(tmp_path / "given")
         flags += ["--autoencoder", tmp_path / "given"]
     run_with_kill(run_script, monkeypatch, script, flags, measure, call)
     folder = tmp_path / name
@@ -92,9 +106,7 @@ def test_the_last_checkpoint_is_there_before_its_validation_which_a_run_that_goe
     seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
     config = ContrastiveConfig("resnet18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}, seen)
     ContrastiveEncoder(config).save_pretrained(tmp_path / "judge")
-    shape = dict(image_size=16, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
-    statistics = dict(latent_mean=[0.0] * 4, latent_std=[1.0] * 4)
-    VQAutoencoder(VQConfig(**shape, **statistics, norm_num_groups=4)).save_pretrained(tmp_path / "given")
+    given_autoencoder(tmp_path / "given")
     flags = [*SHORT, *TOKENS[:-4], "--max_train_steps", 3, "--autoencoder", tmp_path / "given", "--sampling_steps", 1]
     flags += ["--grid_images_per_class", 1, "--validation_steps", 2, "--validation_images", 20]
     flags += ["--validation_extractor", tmp_path / "judge", "--output_dir", tmp_path]
@@ -111,6 +123,31 @@ def test_the_last_checkpoint_is_there_before_its_validation_which_a_run_that_goe
     assert found[0]["metrics"] == {"fid_judge": found[0]["validations"][1]["fid_judge"]}
 
 
+GENERATORS = {  # script: flags, folder, how it is loaded
+    "dae_dit": (["--sampling_steps", 1], "dit", VQDiTPipeline),
+    "dae_drift": (["--images_per_set", 8, "--real_per_set", 8], "drift", VQDriftPipeline),
+}
+
+
+@pytest.mark.parametrize("script", ["dae_dit", pytest.param("dae_drift", marks=pytest.mark.extended)])
+def test_a_generator_that_ends_while_it_draws_its_pictures_leaves_its_weights_and_goes_on(
+    script, run_script, monkeypatch, tmp_path
+):
+    more, name, kind = GENERATORS[script]
+    given_autoencoder(tmp_path / "given")
+    flags = [*SHORT, *TOKENS[:-2], *more, "--grid_images_per_class", 1, "--autoencoder", tmp_path / "given"]
+    flags += ["--output_dir", tmp_path]
+    run_with_kill(run_script, monkeypatch, script, flags, "sample_grid", 1)
+    folder = tmp_path / name
+    kind.from_pretrained(folder)
+    before = weights(folder)
+    assert not list(folder.glob("samples*.png")) and {"recipe.yaml", "README.md"} <= {f.name for f in folder.iterdir()}
+    assert "resumed at step 1" in run_script(script, [*flags, "--resume_from_checkpoint", "latest"])
+    assert (folder / "samples.png").exists() and "samples.png" in (folder / "README.md").read_text(encoding="utf-8")
+    after = weights(folder)
+    assert after.keys() == before.keys() and all(after[key].equal(value) for key, value in before.items())
+
+
 LAST_VALIDATIONS = [  # script, what validates, loop, key of the figure
     ("dae_vq", "validate", "autoencoder/stage-2", "validation_psnr"),
     ("dae_ar", "nats_per_image", "ar", "nats_per_image"),
@@ -124,8 +161,7 @@ def test_a_stage_that_ends_in_its_last_validation_has_its_checkpoint_and_takes_t
 ):
     flags = [*SHORT, *RUNS[script][1], "--output_dir", tmp_path]
     if script == "dae_ar":
-        shape = dict(image_size=16, encoder_block_out_channels=[8, 8], decoder_block_out_channels=[8, 8])
-        VQAutoencoder(VQConfig(**shape, norm_num_groups=4, num_codes=16)).save_pretrained(tmp_path / "given")
+        given_autoencoder(tmp_path / "given")
         flags += ["--autoencoder", tmp_path / "given"]
     run_with_kill(run_script, monkeypatch, script, flags, measure, 2 if script == "dae_vq" else 1)
     checkpoint = tmp_path / f"checkpoints/{loop}/step-00000001"

@@ -413,8 +413,6 @@ def tables() -> dict[str, str]:
     found = {name: BENCHMARKS / f"{name}.json" for name in SPEED if (BENCHMARKS / f"{name}.json").exists()}
     if found:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
-    if WAITS.exists():
-        blocks["waits"] = waits_table(read(WAITS))
     if CLAIMS.is_dir():
         blocks |= claim_blocks()
     for study in ONE_STEP_STUDIES:
@@ -424,22 +422,18 @@ def tables() -> dict[str, str]:
         blocks["encoders"] = encoders_tables(read(CLAIMS / "encoders.json"))
     if (RESULTS / "pacs_zood.json").exists():
         blocks["pacs"] = pacs_tables()
-    if DEFAULTS.exists():
-        blocks["defaults"] = defaults_table(read(DEFAULTS))
-    if COLORED_MNIST.exists():
-        blocks["colored_mnist"] = colored_mnist_table(read(COLORED_MNIST))
-    if MODES.exists():
-        blocks["modes"] = modes_line(read(MODES))
-    if LATENTS.exists():
-        blocks["latents"] = latents_table(read(LATENTS))
-    if GAN_LATENTS.exists():
-        blocks["gan_latents"] = gan_latents_table(read(GAN_LATENTS))
-    if DIT.exists():
-        blocks["dit"] = dit_table(read(DIT))
-    if SOLVERS.exists():
-        blocks["solvers"] = solvers_table(read(SOLVERS))
-    if DIMENSIONS.exists():
-        blocks["dimensions"] = dimensions_table(read(DIMENSIONS))
+    of_one_file = {
+        "waits": (WAITS, waits_table),
+        "defaults": (DEFAULTS, defaults_table),
+        "colored_mnist": (COLORED_MNIST, colored_mnist_table),
+        "modes": (MODES, modes_line),
+        "latents": (LATENTS, latents_table),
+        "gan_latents": (GAN_LATENTS, gan_latents_table),
+        "dit": (DIT, dit_table),
+        "solvers": (SOLVERS, solvers_table),
+        "dimensions": (DIMENSIONS, dimensions_table),
+    }
+    blocks |= {name: made(read(path)) for name, (path, made) in of_one_file.items() if path.exists()}
     return blocks
 
 
