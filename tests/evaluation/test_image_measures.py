@@ -14,6 +14,7 @@ from hf_dpssl.evaluation import (
     image_quality,
     inception_score,
     kernel_distance,
+    manifold,
     manifold_overlap,
     polynomial_mmd,
     quality_fingerprint,
@@ -90,23 +91,55 @@ def test_precision_and_recall_equal_torch_fidelity():
         assert (found["precision"], found["recall"]) == pytest.approx(theirs, abs=1e-6)
 
 
-def test_overlaps_equal_the_loops():
-    real, generated = random(40, 3).double(), 0.4 + random(50, 3, seed=1).double()
-    k = 4
+def clouds() -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
+    """Pairs of clouds and k: what is enclosed by products, what is not, and ties, of which all or none count."""
+    real, generated = random(40, 3), 0.4 + random(50, 3, seed=1)
+    lattice = torch.cartesian_prod(*[torch.arange(4)] * 3).float()
+    outlier = torch.cat([real, torch.full((1, 3), 3e4)])  # beside which all others are near
+    wide, other = random(60, 300), random(50, 300, seed=1)
+    collapsed = generated[:2].repeat(30, 1)
+    return {
+        "random": (real, generated, 4),
+        "float64": (real.double() / 3, generated.double() / 3, 4),
+        "many neighbours": (real, generated, 30),
+        "wide": (wide, 0.97 * other, 5),
+        "outlier": (outlier, generated, 2),
+        "far": (real + 1000, generated + 1000, 3),
+        "tiny": (1e-30 * real, 1e-30 * generated, 3),
+        "large": (1e30 * real, 1e30 * generated, 3),
+        "lattice": (lattice, lattice[::2] + 1, 3),
+        "the same": (real, real, 3),
+        "collapsed": (real, collapsed, 3),
+        "points": (torch.zeros(6, 2), torch.zeros(5, 2), 2),
+    }
+
+
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_overlaps_equal_the_loops(chunk, monkeypatch):
+    monkeypatch.setattr(manifold, "_CHUNK", chunk)
+    monkeypatch.setattr(manifold, "_MANY", 20 * chunk)
+    for name, (real, generated, k) in clouds().items():
+        assert manifold_overlap(real, generated, k=k) == overlaps_by_loops(real, generated, k), name
+
+
+def overlaps_by_loops(real: torch.Tensor, generated: torch.Tensor, k: int) -> dict[str, float]:
+    """In float64, pair by pair."""
+    real, generated = real.double(), generated.double()
+    distance = [[float((x - y).norm()) for y in generated] for x in real]
 
     def radius(x, i):
         return sorted(float((x[i] - x[j]).norm()) for j in range(len(x)) if j != i)[k - 1]
 
-    real_radii = [radius(real, i) for i in range(40)]
-    generated_radii = [radius(generated, i) for i in range(50)]
-    inside = [[float((x - y).norm()) <= r for x, r in zip(real, real_radii, strict=True)] for y in generated]
-    recalled = [any(float((x - y).norm()) <= r for y, r in zip(generated, generated_radii, strict=True)) for x in real]
-    assert manifold_overlap(real, generated, k=k) == pytest.approx({
-        "precision": sum(any(row) for row in inside) / 50,
-        "recall": sum(recalled) / 40,
-        "density": sum(sum(row) for row in inside) / (k * 50),
-        "coverage": sum(any(row[i] for row in inside) for i in range(40)) / 40,
-    })  # fmt: skip
+    real_radii = [radius(real, i) for i in range(len(real))]
+    generated_radii = [radius(generated, j) for j in range(len(generated))]
+    inside = [[d <= r for d in row] for row, r in zip(distance, real_radii, strict=True)]
+    recalled = [any(d <= r for d, r in zip(row, generated_radii, strict=True)) for row in distance]
+    return {
+        "precision": sum(any(column) for column in zip(*inside, strict=True)) / len(generated),
+        "recall": sum(recalled) / len(real),
+        "density": sum(map(sum, inside)) / len(generated) / k,
+        "coverage": sum(map(any, inside)) / len(real),
+    }
 
 
 def test_overlaps_of_equal_distributions_have_their_closed_forms():
@@ -115,7 +148,6 @@ def test_overlaps_of_equal_distributions_have_their_closed_forms():
     expected = 1 - math.prod((2000 - i) / (4000 - i) for i in range(1, 6))
     assert found["density"] == pytest.approx(1, abs=0.05)
     assert found["coverage"] == pytest.approx(expected, abs=0.02)
-    assert manifold_overlap(real, real, k=5)["coverage"] == 1
     far = manifold_overlap(real, fresh + 100, k=5)
     assert set(far.values()) == {0.0}
 
