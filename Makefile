@@ -80,6 +80,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/frechet.py
 	$(BIN)/python tests/benchmarks/token_guidance.py
 	$(BIN)/python tests/benchmarks/dit.py
+	$(BIN)/python tests/benchmarks/drifting.py
 	$(BIN)/python tests/benchmarks/compiled.py
 	$(BIN)/python tests/benchmarks/waits.py
 	$(BIN)/python tests/benchmarks/front_door.py

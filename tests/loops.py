@@ -125,3 +125,38 @@ def divergence(p: list[float], q: list[float], name: str, alpha: float) -> float
 
 def close(value, expected: float, tolerance: float = 1e-10) -> bool:
     return math.isclose(float(value), expected, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def field_by_loops(generated, real, negatives, weights, *, kernel, scales, dof, symmetric) -> list[list[float]]:
+    """The formula of drifting.py, for one set, in lists of floats."""
+    targets = [*real, *negatives, *generated]
+    weights = [*weights, *[1.0] * len(generated)]
+    own = len(real) + len(negatives)
+    pairs = [(i, j) for i in range(len(generated)) for j in range(len(targets)) if j != own + i]
+    distance = {(i, j): math.sqrt(squared_distance(generated[i], targets[j])) for i, j in pairs}
+    mean = math.fsum(weights[j] * d for (_, j), d in distance.items()) / math.fsum(weights[j] for _, j in pairs)
+    unit = mean / math.sqrt(len(real[0]))
+    total = [[0.0] * len(real[0]) for _ in generated]
+    for scale in scales:
+        k_of = {"exponential": lambda a, b, s=scale: math.exp(-abs(b[0] - a[0]) / s)}
+        k_of = k_of.get(kernel) or similarity(kernel, scale, dof)
+        k = {pair: k_of([0.0], [d / mean]) for pair, d in distance.items()}
+        rows = [math.fsum(weights[j] * k[i, j] for a, j in pairs if a == i) for i in range(len(generated))]
+        columns = [math.fsum(k[i, j] for i, b in pairs if b == j) for j in range(len(targets))]
+        affinity = {
+            (i, j): weights[j]
+            * (math.sqrt(k[i, j] / rows[i] * k[i, j] / columns[j]) if symmetric else k[i, j] / rows[i])
+            for i, j in pairs
+        }
+        raw = []
+        for i in range(len(generated)):
+            attracting = math.fsum(affinity[i, j] for a, j in pairs if a == i and j < len(real))
+            repelling = math.fsum(affinity[i, j] for a, j in pairs if a == i and j >= len(real))
+            of_target = {
+                j: a * repelling if j < len(real) else -a * attracting for (b, j), a in affinity.items() if b == i
+            }
+            assert abs(math.fsum(of_target.values())) < 1e-14
+            raw.append([math.fsum(w * targets[j][d] for j, w in of_target.items()) / unit for d in range(len(real[0]))])
+        size = math.sqrt(math.fsum(v * v for row in raw for v in row) / (len(raw) * len(raw[0])))
+        total = [[t + v / size for t, v in zip(*both, strict=True)] for both in zip(total, raw, strict=True)]
+    return total

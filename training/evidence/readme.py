@@ -31,6 +31,7 @@ EVIDENCE = Path(__file__).parent
 REPOSITORY = EVIDENCE.parent.parent
 RESULTS = EVIDENCE / "results"
 DEMO = RESULTS / "demo.json"
+DEMO_BEFORE = RESULTS / "demo_before.json"  # of the demo that trained a DiT alone, for longer
 BENCHMARKS = REPOSITORY / "tests" / "benchmarks" / "results"
 WAITS = BENCHMARKS / "waits.json"
 SPEED = {  # results of make bench: the job's heading
@@ -42,6 +43,7 @@ SPEED = {  # results of make bench: the job's heading
     "frechet": "Frechet distance, 2,048 dimensions",
     "dit": "latent DiT, 12 layers of width 384",
     "compiled": "training step, compiled by torch.compile",
+    "drifting": "training step of a generator, 4 x 8 x 8 latents",
     "ranking": "score of one encoder, 10,000 samples, 2,048 features",
 }
 MODES = RESULTS / "augmentation_modes.json"
@@ -84,7 +86,14 @@ PAGES = {  # which tables stand on which page
         "solvers",
     ],
     "training/evidence/claims.md": ["claim_sections", "encoders"],
-    "training/evidence/one_step.md": ["one_step_claims", "one_step", "one_step_features", "one_step_photographs"],
+    "training/evidence/one_step.md": [
+        "one_step_claims",
+        "one_step",
+        "one_step_features",
+        "one_step_photographs",
+        "drifting",
+        "demo_before",
+    ],
     "training/evidence/domains.md": ["pacs", "colored_mnist"],
     "tests/benchmarks/README.md": ["waits", "speed"],
 }
@@ -138,20 +147,22 @@ def demo_table(report: dict) -> str:
     return "\n".join([*lines, "", circumstances(report), "", seconds(metrics["seconds"], samples)])
 
 
+GENERATORS_OF_DEMO = {
+    "one_step": "one step, DAE's latents",
+    "one_step_joint": "one step, joint training's latents",
+    "dit": "DiT, DAE's latents",
+    "dit_guided": "the same DiT, guidance 2",
+}
+
+
 def generators_table(metrics: dict) -> list[str]:
     """What each generator of the demo draws, and what that costs, in lines of Markdown."""
-    titles = {
-        "one_step": "one step, DAE's latents",
-        "one_step_joint": "one step, joint training's latents",
-        "dit": "DiT, DAE's latents",
-        "dit_guided": "the same DiT, guidance 2",
-    }
     lines = [
         "| generator | passes | seconds of training | of 300 samples | class consistency, % | diversity of real | "
         "copies, % | Frechet distance |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, title in titles.items():
+    for name, title in GENERATORS_OF_DEMO.items():
         row = metrics["generators"][name]
         lines.append(
             f"| {title} | {row['passes']} | {row['training_seconds']:.0f} | {row['sampling_seconds']:.2f} | "
@@ -162,6 +173,48 @@ def generators_table(metrics: dict) -> list[str]:
     lines.append(f"| 300 real training digits | | | | | | | {real:.3f} |")
     lines += ["", "One seed: no verdict on the order of the rows. What decides is `hf-dpssl reproduce`."]
     return lines
+
+
+def demo_before_table(before: dict, report: dict) -> str:
+    """The DiT that the demo trained alone and for longer, beside what it trains now, in Markdown."""
+    lines = [
+        "| demo | generator | passes | seconds of training | class consistency, % | diversity of real | copies, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    trained = before["metrics"]["seconds"]["latent DiT"]
+    for title, passes, end in (("DiT", 25, ""), ("the same DiT, guidance 2", 50, "_guided")):
+        values = (before["metrics"][f"{name}{end}"] for name in ("class_consistency", "diversity", "copies"))
+        consistency, diversity, copies = values
+        lines.append(
+            f"| before | {title} | {passes} | {trained:.0f} | {consistency:.1f} | {diversity:.2f} | {copies:.1f} |"
+        )
+    for name, title in GENERATORS_OF_DEMO.items():
+        row = report["metrics"]["generators"][name]
+        lines.append(
+            f"| now | {title} | {row['passes']} | {row['training_seconds']:.0f} | {row['class_consistency']:.1f} | "
+            f"{row['diversity']:.2f} | {row['copies']:.1f} |"
+        )
+    whole = [part["metrics"]["seconds"]["total"] for part in (before, report)]
+    about = (
+        f"The whole demo took {whole[0]:.0f} s and takes {whole[1]:.0f} s. One seed each; before, no Frechet distance "
+    )
+    about += "was measured."
+    return "\n".join([*lines, "", about, "", f"Before: {circumstances(before)} Now: {circumstances(report)}"])
+
+
+def drifting_table(report: dict) -> str:
+    """Errors of the field beside plain loops, and steps of one-step generators beside a DiT's, in Markdown."""
+    metrics = report["metrics"]
+    lines = ["| largest error of the field | float64 | float32 |", "|---|---|---|"]
+    for name, row in metrics["field_errors"].items():
+        lines.append(f"| {name} | {row['float64']:.1e} | {row['float32']:.1e} |")
+    lines += ["", "| step of training | ms | beside | ms | ratio |", "|---|---|---|---|---|"]
+    for row in metrics["comparisons"]:
+        times = f"{row['ours_ms']:.0f} | {row['peer']} | {row['theirs_ms']:.0f}"
+        lines.append(f"| {row['what']} | {times} | {row['ratio']:.2f} |")
+    sizes = ", ".join(f"{name} {count:,}" for name, count in metrics["parameters"].items())
+    about = f"Parameters: {sizes}. Minimum of {report['samples']['rounds']} alternating rounds, processor's time."
+    return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
 
 
 def seconds(parts: dict, samples: dict) -> str:
@@ -410,6 +463,7 @@ def tables() -> dict[str, str]:
     blocks = {"sizes": sizes_table(read(SIZES))}
     if DEMO.exists():
         blocks |= {"demo": demo_table(read(DEMO)), "generators": generators_block(read(DEMO))}
+        blocks["demo_before"] = demo_before_table(read(DEMO_BEFORE), read(DEMO))
     found = {name: BENCHMARKS / f"{name}.json" for name in SPEED if (BENCHMARKS / f"{name}.json").exists()}
     if found:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
@@ -424,6 +478,7 @@ def tables() -> dict[str, str]:
         blocks["pacs"] = pacs_tables()
     of_one_file = {
         "waits": (WAITS, waits_table),
+        "drifting": (BENCHMARKS / "drifting.json", drifting_table),
         "defaults": (DEFAULTS, defaults_table),
         "colored_mnist": (COLORED_MNIST, colored_mnist_table),
         "modes": (MODES, modes_line),
