@@ -48,3 +48,10 @@ def counts_of(given: DomainData) -> dict[str, int]:
     """Pictures of each domain."""
     domains = given.domains[list(given.rows)]
     return {name: int((domains == number).sum()) for number, name in enumerate(given.domain_names)}
+
+
+def precision_lines(measured: list[dict]) -> list[str]:
+    """What stands below a table where a GPU computed features in bfloat16."""
+    if all(entry.get("precision") != "bfloat16" for entry in measured):
+        return []
+    return ["features were computed in bfloat16 (autocast): their third digit is not that of other machines"]

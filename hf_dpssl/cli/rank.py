@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..runs.console import printable, say
-from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of
+from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of, precision_lines
 from .parsing import command_parser, parse_command
 
 _PARTS = [  # columns, where they were measured
@@ -112,6 +112,8 @@ def _print_table(entries: list[dict], unit: str) -> None:
     for entry in entries:
         if entry.get("contaminated") == "yes":
             print(printable(f"{entry['name']} has seen pictures like these: {entry['contaminated_because']}"))
+    for line in precision_lines(entries):
+        print(line)
 
 
 def _interval(value: dict[str, float]) -> str:

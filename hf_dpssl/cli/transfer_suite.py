@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ..runs.console import printable, say
+from .domain_flags import precision_lines
 
 FINETUNE = "finetune"  # protocol of the suite only
 _PROTOCOLS = ("knn", "linear", FINETUNE)
@@ -72,7 +73,7 @@ def main_of_suite(given: dict, defaults: dict) -> int:
     if given["json"]:
         print(json.dumps(found, indent=2))
         return 0
-    print(printable("\n".join(_lines(found["rows"]))))
+    print(printable("\n".join([*_lines(found["rows"]), *precision_lines([found])])))
     say(f"written to {folder / 'transfer.json'}")
     return 0
 

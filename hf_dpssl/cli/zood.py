@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..runs.console import printable, say
-from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of
+from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of, precision_lines
 from .parsing import command_parser, parse_command
 
 
@@ -88,7 +88,7 @@ def _lines(found: dict) -> list[str]:
     if not found["agreement"]:
         lines.append("agreement is not stated: three encoders are needed.")
     lines.append("intervals are of 95 %, over the domains that were left out")
-    return lines
+    return lines + precision_lines(found["encoders"])
 
 
 def _interval(value: dict[str, float]) -> str:

@@ -68,7 +68,8 @@ def transfer(
     Returns:
         {"rows": for each set and protocol {"set", "title", "source", "whole", "difference", "protocol", "metric",
         "mean", "low", "high", "train", "validation", "test" images, "classes", "chosen" settings, "published":
-        {"MoCo-v2", "t-MoCo-v2"} of whole sets that were fine-tuned}, or {"set", "error"}; "fingerprint": the encoder's}
+        {"MoCo-v2", "t-MoCo-v2"} of whole sets that were fine-tuned}, or {"set", "error"}; "fingerprint": the encoder's;
+        "precision" in which it computed features, "float32" or "bfloat16" (fine-tuning is float32)}
 
     Raises:
         ValueError: unknown or repeated sets or protocols, sources of other sets, an encoder that cannot be loaded, or
@@ -106,7 +107,7 @@ def transfer(
             rows.append({"set": key, "error": f"{type(error).__name__}: {one_line(error)}"})
     if all("error" in row for row in rows):
         raise ValueError("no set could be measured: " + " ".join(f"{row['set']}: {row['error']}" for row in rows))
-    return {"rows": rows, "fingerprint": embedder.fingerprint}
+    return {"rows": rows, "fingerprint": embedder.fingerprint, "precision": embedder.precision}
 
 
 class _Kept:

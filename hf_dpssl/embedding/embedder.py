@@ -133,6 +133,11 @@ class ImageEmbedder:
         self.model.to(self.device)
         self.dimension = self._check()
 
+    @property
+    def precision(self) -> str:
+        """In which the encoder computes; features are float32 always."""
+        return "bfloat16" if self.rounded else "float32"
+
     def _load(self, name: str, revision: str | None) -> nn.Module:
         if name.startswith(UNTRAINED):
             return _untrained(name)

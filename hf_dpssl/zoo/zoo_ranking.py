@@ -54,7 +54,8 @@ def rank_zoo(
     Returns:
         For each encoder {"name", "encoder", "score": {"mean", "low", "high"} over domains, "domains": {its parts},
         "behind": the same three of the first one's score minus this one's, domain by domain, "width", "parameters",
-        "megabytes" of weights, "seconds", "cached", "fingerprint", and what `encoder_facts` says} and, with labels,
+        "megabytes" of weights, "seconds", "cached", "fingerprint", "precision" in which the encoder computed
+        ("float32", or "bfloat16" on a GPU that does), and what `encoder_facts` says} and, with labels,
         "labels", "stability", "knn_top1" and what baselines.py measures, without them "effective_rank" and "views"
         (`held_out_views`); or {"name", "encoder", "error"}.
 
@@ -127,6 +128,7 @@ def _measured(entry: ZooEntry, given: DomainData, kind: str, cache, reading: dic
         "seconds": time.perf_counter() - start,
         "cached": cached,
         "fingerprint": embedder.fingerprint,
+        "precision": embedder.precision,
         **encoder_facts(entry, given.data.name, given.class_names),
     }
 

@@ -66,11 +66,11 @@ def zood(
         seed: of draws, clusters and probes.
 
     Returns:
-        {"encoders": for each one {"name", "encoder", "width", "seconds", "trained", "fingerprint" and what
-        `encoder_facts` says} or "error"; "targets": by name {"samples", "encoders": {name: {"accuracy", "score", and
-        the measures}}, and of each method "accuracy" and what it took}; "methods": accuracy of each {"mean", "low",
-        "high"} over targets; "agreement": {"all", and "trained" where some are not: {measure: {"tau": the same three,
-        "regret"}}}}.
+        {"encoders": for each one {"name", "encoder", "width", "seconds", "trained", "fingerprint", "precision" as of
+        `rank_zoo`, and what `encoder_facts` says} or "error"; "targets": by name {"samples", "encoders": {name:
+        {"accuracy", "score", and the measures}}, and of each method "accuracy" and what it took}; "methods": accuracy
+        of each {"mean", "low", "high"} over targets; "agreement": {"all", and "trained" where some are not: {measure:
+        {"tau": the same three, "regret"}}}}.
 
     Raises:
         ValueError: fewer than three domains, no labels, a class that two domains lack, or numbers out of range.
@@ -92,7 +92,7 @@ def zood(
         found[entry.name] = values
         kept_rows.append(rows)
         about = {"width": embedder.dimension, "seconds": time.perf_counter() - start, "trained": entry.trained}
-        about["fingerprint"] = embedder.fingerprint
+        about |= {"fingerprint": embedder.fingerprint, "precision": embedder.precision}
         return about | encoder_facts(entry, given.data.name, given.class_names)
 
     encoders = for_every_encoder(zoo, measure)

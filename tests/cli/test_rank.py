@@ -79,6 +79,22 @@ def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_la
 
 
 @pytest.mark.extended
+def test_tables_say_when_encoders_computed_in_bfloat16(pictures, zoo, tmp_path, capsys, monkeypatch):
+    """As on a GPU that does; here the CPU is made to."""
+    said = "features were computed in bfloat16"
+    common = [str(pictures), "--zoo", *zoo[1:], "--output_dir"]
+    assert main(["rank", *common, str(tmp_path / "exact")]) == 0
+    assert said not in capsys.readouterr().out
+    monkeypatch.setattr(ImageEmbedder, "rounded", property(lambda self: True, lambda self, value: None), raising=False)
+    for command, arguments in {"rank": common, "zood": ["--dataset", *common]}.items():
+        folder = tmp_path / command
+        assert main([command, *arguments, str(folder)]) == 0
+        assert said in capsys.readouterr().out, command
+        metrics = json.loads((folder / f"{command}.json").read_text())["metrics"]
+        entries = metrics["encoders"] if command == "zood" else metrics.values()
+        assert {entry["precision"] for entry in entries} == {"bfloat16"}, command
+
+
 def test_random_weights_of_timm_are_ranked_without_network_and_said_to_be_random(pictures, zoo, tmp_path, capsys):
     flags = ["rank", str(pictures), "--output_dir", str(tmp_path), "--zoo"]
     assert main([*flags, "untrained:test_vit", zoo[1]]) == 0

@@ -216,6 +216,12 @@ def test_suite_measures_what_scikit_learn_measures_and_goes_on_where_it_was(enco
                  "dtd", *data[:2]]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert f"not {TRANSFER_SETS['dtd'].title}" in printed and "published figures stand beside" in printed
+    assert json.loads((tmp_path / "out/transfer.json").read_text())["metrics"]["precision"] == "float32"
+    monkeypatch.undo()
+    monkeypatch.setattr(ImageEmbedder, "rounded", property(lambda self: True, lambda self, value: None), raising=False)
+    assert main(["evaluate", str(encoder), "--suite", "transfer", "--output_dir", str(tmp_path / "rounded"), "--sets",
+                 "dtd", *data[:2], "--protocol", "knn"]) == 0  # fmt: skip
+    assert "bfloat16" in capsys.readouterr().out and "bfloat16" not in printed
 
 
 def test_fine_tuning_learns_chooses_on_validation_and_trains_the_encoder(encoder, tmp_path, capsys, monkeypatch):
