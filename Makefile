@@ -87,6 +87,7 @@ bench: $(INSTALLED)
 
 # All that needs a GPU, in one run for 15 minutes of one; GPU_ARGS="--scale 0.001" tries it on a CPU.
 bench-gpu: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/gpu.py $(GPU_ARGS)
 
 # The claims at scale quick: about an hour of one core; a killed run goes on.

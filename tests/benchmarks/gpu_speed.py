@@ -29,6 +29,7 @@ from hf_dpssl.latent_training.diffusion import (
 )
 from hf_dpssl.latent_training.dit_sizes import DiTSize, preset
 from hf_dpssl.latent_training.drift_training import generate
+from hf_dpssl.models.matrix_products import full_float32
 from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
 
 AIMS = {
@@ -106,7 +107,16 @@ def dense_t_simclr(view_1: Tensor, view_2: Tensor, *, temperature: float, dof: f
 
 
 def loss(device: torch.device, scale: float) -> Iterator[dict]:
-    """t-SimCLR of 16,384 pairs beside the dense one; clip beside open_clip's, where that is installed; LeJEPA."""
+    """t-SimCLR of 16,384 pairs beside the dense one; clip beside open_clip's, where that is installed; LeJEPA.
+
+    All in float32 without TF32, which the training scripts before may have turned on, and which ours never use.
+    """
+    with full_float32():
+        yield from losses_of(device, scale)
+
+
+def losses_of(device: torch.device, scale: float) -> Iterator[dict]:
+    """As `loss`, in whatever precision products have."""
     pairs = scaled(16_384, scale, 16)
     repeats = scaled(20, scale, 2)
     views = [torch.randn(pairs, 128, device=device, requires_grad=True) for _ in range(2)]
@@ -131,7 +141,7 @@ def loss(device: torch.device, scale: float) -> Iterator[dict]:
     try:
         from open_clip.loss import ClipLoss
     except ImportError:
-        yield {"clip, open_clip": "open_clip is not installed"}
+        yield {"clip, open_clip": "open_clip is not installed: pip install 'hf_dpssl[bench]'"}
     else:
         peer, scale_of_logits = ClipLoss(), torch.tensor(1 / 0.07, device=device)
 

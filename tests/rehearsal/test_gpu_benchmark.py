@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import importlib.util
 import json
 import multiprocessing
 import operator
 import os
 import signal
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,17 @@ def test_counted_operations_are_those_of_the_formula(gpu):
     assert counted == pytest.approx(formula, rel=0.2)
 
 
-def test_the_dense_loss_that_ours_is_timed_beside_is_the_same_one(gpu):
-    found = whole(gpu.gpu_speed.loss(torch.device("cpu"), 0.004))
+def test_losses_that_ours_are_timed_beside_are_the_same_ones_in_full_float32(gpu):
+    torch.set_float32_matmul_precision("medium")  # as a training script may have left it
+    try:
+        found = whole(gpu.gpu_speed.loss(torch.device("cpu"), 0.004))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert found["pairs"] == 66 and found["difference_to_dense"] < 1e-6
+    extras = tomllib.loads((gpu.TESTS.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert any(name.startswith("open_clip_torch") for name in extras["bench"])
+    if importlib.util.find_spec("open_clip"):
+        assert found["difference_to_open_clip"] < 1e-5 and found["passed"]
+    else:
+        assert "hf_dpssl[bench]" in found["clip, open_clip"]
