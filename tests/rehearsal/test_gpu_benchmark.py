@@ -18,6 +18,7 @@ from dit_operations import multiplications
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_dpssl.latent_training.dit_sizes import DiTSize
+from hf_dpssl.models import matrix_products
 
 PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "mkldnn._linear_pointwise")
 
@@ -191,13 +192,22 @@ def test_counted_operations_are_those_of_the_formula(gpu):
     assert counted == pytest.approx(formula, rel=0.2)
 
 
-def test_losses_that_ours_are_timed_beside_are_the_same_ones_in_full_float32(gpu):
+def test_losses_are_compared_in_full_float32_whatever_ran_before(gpu, monkeypatch):
+    def precision(device, scale):
+        yield {"settings": matrix_products._precision()}
+
+    monkeypatch.setattr(gpu.gpu_speed, "losses_of", precision)
     torch.set_float32_matmul_precision("medium")  # as a training script may have left it
     try:
-        found = whole(gpu.gpu_speed.loss(torch.device("cpu"), 0.004))
+        found = whole(gpu.gpu_speed.loss(torch.device("cpu"), 1))
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert set(found["settings"]) <= set(matrix_products._FULL)
+
+
+def test_losses_that_ours_are_timed_beside_are_the_same_ones(gpu):
+    found = whole(gpu.gpu_speed.loss(torch.device("cpu"), 0.004))
     assert found["pairs"] == 66 and found["difference_to_dense"] < 1e-6
     extras = tomllib.loads((gpu.TESTS.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert any(name.startswith("open_clip_torch") for name in extras["bench"])
