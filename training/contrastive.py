@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 from hf_dpssl.cli.errors import reported
@@ -47,25 +48,6 @@ from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves
 from hf_dpssl.runs.results import Measures, logged_curve, write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
-
-_CONFIG_FLAGS = [  # fields of ContrastiveConfig that are flags of the same names
-    "stem",
-    "kernel",
-    "normalization",
-    "feature_norm",
-    "temperature",
-    "perplexity",
-    "dof",
-    "learnable_dof",
-    "momentum",
-    "projection_dim",
-    "projection_hidden_dim",
-    "projection_layers",
-    "projection_batch_norm",
-    "batch_norm",
-    "batch_norm_splits",
-    "sigreg_weight",
-]
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -195,21 +177,20 @@ def make_model(
         channels, image_size = autoencoder.config.latent_channels, autoencoder.config.latent_size
         mean, std = [0.0] * channels, [1.0] * channels  # they are normalised
         model_args = (model_args or {}) | {"in_chans": channels}
-    config = ContrastiveConfig(
-        architecture=args.architecture,
-        model_args=fitting_model_args(args.architecture, model_args, image_size),
-        pretrained_cfg={
-            "input_size": [channels, image_size, image_size],
-            "mean": list(mean),
-            "std": list(std),
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-        },
-        vae_fingerprint=None if autoencoder is None else autoencoder.fingerprint(),
-        **{name: getattr(args, name) for name in _CONFIG_FLAGS},
-        **({"queue_size": args.queue_size} if args.queue_size else {}),
-    )
+    flags = {name: value for name, value in vars(args).items() if name in signature(ContrastiveConfig).parameters}
+    if not args.queue_size:
+        del flags["queue_size"]
+    flags["model_args"] = fitting_model_args(args.architecture, model_args, image_size)
+    preprocessing = {
+        "input_size": [channels, image_size, image_size],
+        "mean": list(mean),
+        "std": list(std),
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+    fingerprint = None if autoencoder is None else autoencoder.fingerprint()
+    config = ContrastiveConfig(**flags, pretrained_cfg=preprocessing, vae_fingerprint=fingerprint)
     model = (MoCoForPreTraining if args.negatives == "queue" else SimCLRForPreTraining)(config)
     if args.init_encoder:
         start_from_encoder_(model, ContrastiveEncoder.from_pretrained(args.init_encoder))

@@ -24,7 +24,6 @@ if __name__ == "__main__":
     announce(DiTArguments, __doc__)  # help and wrong flags end here, before the libraries are imported
 
 import dae_vq
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiTTransformer2DModel, SchedulerMixin
@@ -47,6 +46,7 @@ from hf_dpssl.latent_training.latent_run import (
     autoencoder_of_run,
     cached_training_images,
     classes_of_run,
+    make_optimizer,
     new_transformer,
     weight_averages,
 )
@@ -158,12 +158,6 @@ def transformer_of(args: DiTArguments, autoencoder: VQAutoencoder, num_classes: 
     return transformer
 
 
-def make_optimizer(args: DiTArguments, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over all that the model learns."""
-    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
-    return torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
-
-
 def align(
     args: DiTArguments, transformer: DiTTransformer2DModel, accelerator: Accelerator
 ) -> tuple[TokenAlignedTransformer, SpatialFeatures]:
@@ -223,7 +217,19 @@ def save(
     """Write the complete pipeline folder with sample grids; all processes call this, and draw the grids together."""
     target = Path(args.output_dir) / args.name
     if loop.accelerator.is_main_process:
-        write_pipeline(pipeline, args, data, num_latents, loop, monitor, autoencoder_folder, target)
+        ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
+        metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
+        if monitor and monitor.metrics:
+            metrics = monitor.metrics
+            about |= monitor.summary(loop)
+        about["curve"] = logged_curve(loop.history, "error" if args.objective == "mean_flow" else "loss")
+        about["samples"] = {"train": num_latents}
+        with atomic_folder(target) as folder:
+            pipeline.save_pretrained(folder)
+            save_recipe(args, folder / "recipe.yaml")
+            plot_curves(loop.history, folder / "curves.png", title=f"DiT, {args.objective}")
+            write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
+            write_card(folder)
     # The weights are safe before pictures are drawn, which takes minutes for a large model.
     for name, options in (("samples.png", args.grid), ("samples-unguided.png", args.sampling)):
         grid = sample_grid(pipeline, args.grid_images_per_class, options, args, loop.accelerator)
@@ -232,32 +238,6 @@ def save(
     if loop.accelerator.is_main_process:
         write_card(target)  # now with the pictures
         say(f"{target}: pipeline and sample grids written")
-
-
-def write_pipeline(
-    pipeline: VQDiTPipeline,
-    args: DiTArguments,
-    data: ImageData,
-    num_latents: int,
-    loop: TrainingLoop,
-    monitor: GenerationMonitor | None,
-    autoencoder_folder: str | Path,
-    target: Path,
-) -> None:
-    """The pipeline folder without pictures."""
-    ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
-    metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
-    if monitor and monitor.metrics:
-        metrics = monitor.metrics
-        about |= monitor.summary(loop)
-    about["curve"] = logged_curve(loop.history, "error" if args.objective == "mean_flow" else "loss")
-    with atomic_folder(target) as folder:
-        pipeline.save_pretrained(folder)
-        save_recipe(args, folder / "recipe.yaml")
-        plot_curves(loop.history, folder / "curves.png", title=f"DiT, {args.objective}")
-        samples = {"train": num_latents}
-        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        write_card(folder)
 
 
 if __name__ == "__main__":

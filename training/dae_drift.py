@@ -50,6 +50,7 @@ from hf_dpssl.latent_training.latent_run import (
     autoencoder_of_run,
     cached_training_images,
     classes_of_run,
+    make_optimizer,
     weight_averages,
 )
 from hf_dpssl.models.modeling_vq import VQAutoencoder
@@ -130,19 +131,12 @@ def main(argv: list[str] | None = None) -> Path:
         monitor.finish(loop, ema)
 
     # Save
-    target_folder = Path(args.output_dir) / args.name
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     copy_whole_(sampled.parameters(), ema.shadow_params)
     sampled.eval()
-    save(pipeline, args, data, len(latents), loop, monitor, target_folder, autoencoder_folder)
+    save(pipeline, args, data, len(latents), loop, monitor, autoencoder_folder)
     finish(accelerator, args, skipped)
-    return target_folder
-
-
-def make_optimizer(args: DriftArguments, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW over all that the model learns."""
-    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
-    return torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
+    return Path(args.output_dir) / args.name
 
 
 def step_loss(
@@ -173,46 +167,32 @@ def save(
     num_latents: int,
     loop: TrainingLoop,
     monitor: GenerationMonitor | None,
-    target: Path,
     autoencoder_folder: str | Path,
 ) -> None:
     """Write the complete pipeline folder with a sample grid; all processes call this, and draw the grid together."""
+    target = Path(args.output_dir) / args.name
     if loop.accelerator.is_main_process:
-        write_pipeline(pipeline, args, data, num_latents, loop, monitor, target, autoencoder_folder)
+        ancestors = {"autoencoder": autoencoder_folder, "initial transformer": args.init_from}
+        ancestors |= {f"features of the field, {i + 1}": name for i, name in enumerate(args.encoders)}
+        metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
+        if monitor and monitor.metrics:
+            metrics = monitor.metrics
+            about |= monitor.summary(loop)
+        about["curve"] = logged_curve(loop.history, "two_sample")  # the loss is flat by construction
+        about["progress"] = [entry for entry in loop.history if "spread" in entry][-1]
+        about["samples"] = {"train": num_latents}
+        with atomic_folder(target) as folder:
+            pipeline.save_pretrained(folder)
+            save_recipe(args, folder / "recipe.yaml")
+            plot_curves(loop.history, folder / "curves.png", title=f"One-step generator, {args.kernel}")
+            write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, **about)
+            write_card(folder)
     # The weights are safe before pictures are drawn.
     grid = sample_grid(pipeline, args.grid_images_per_class, args.grid, args, loop.accelerator)
     if loop.accelerator.is_main_process:
         save_grid(grid, target / "samples.png", columns=args.grid_images_per_class, min_side=64)
         write_card(target)  # now with the pictures
         say(f"{target}: pipeline and sample grid written")
-
-
-def write_pipeline(
-    pipeline: VQDriftPipeline,
-    args: DriftArguments,
-    data: ImageData,
-    num_latents: int,
-    loop: TrainingLoop,
-    monitor: GenerationMonitor | None,
-    target: Path,
-    autoencoder_folder: str | Path,
-) -> None:
-    """The pipeline folder without pictures."""
-    ancestors = {"autoencoder": autoencoder_folder, "initial transformer": args.init_from}
-    ancestors |= {f"features of the field, {i + 1}": name for i, name in enumerate(args.encoders)}
-    metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
-    if monitor and monitor.metrics:
-        metrics = monitor.metrics
-        about |= monitor.summary(loop)
-    about["curve"] = logged_curve(loop.history, "two_sample")  # the loss is flat by construction
-    about["progress"] = [entry for entry in loop.history if "spread" in entry][-1]
-    with atomic_folder(target) as folder:
-        pipeline.save_pretrained(folder)
-        save_recipe(args, folder / "recipe.yaml")
-        plot_curves(loop.history, folder / "curves.png", title=f"One-step generator, {args.kernel}")
-        samples = {"train": num_latents}
-        write_results(folder / "results.json", metrics, dataset=data.name, seed=args.seed, samples=samples, **about)
-        write_card(folder)
 
 
 if __name__ == "__main__":

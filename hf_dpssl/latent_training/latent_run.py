@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from diffusers import DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
@@ -96,6 +97,12 @@ def new_transformer(
         num_classes=num_classes,
         **options,
     )
+
+
+def make_optimizer(args: TransformerRunArguments, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW over all that a generator by diffusion or in one step learns."""
+    settings = {"betas": (0.9, args.adam_beta2), "weight_decay": args.weight_decay, "fused": True}
+    return torch.optim.AdamW(model.parameters(), args.learning_rate, **settings)
 
 
 def weight_averages(parameters: Iterable[nn.Parameter], decay: float) -> EMAModel:
