@@ -90,6 +90,7 @@ PAGES = {  # which tables stand on which page
         "one_step_claims",
         "one_step",
         "one_step_features",
+        "one_step_joint",
         "one_step_photographs",
         "one_step_joint_photographs",
         "drifting",
