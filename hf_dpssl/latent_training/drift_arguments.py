@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..models.choices import FIELD_KERNELS, FIELD_SCALES
 from ..runs.flags import option
@@ -14,9 +14,10 @@ from .transformer_arguments import TransformerRunArguments
 class DriftArguments(TransformerRunArguments):
     """Autoencoder, one-step generator, field and optimiser; the defaults generate the embedded digits."""
 
-    architecture: str = option(
-        "dit",
-        "of the generator: dit; or mlp, --num_layers dense blocks of --width over the whole latent, for small ones",
+    architecture: str | None = option(
+        None,
+        "of the generator: dit; or mlp, --num_layers dense blocks of --width over the whole latent, for small ones; "
+        "default: mlp for the embedded digits without --autoencoder or a flag of the DiT, else dit",
         choices=["dit", "mlp"],
         group="model",
     )
@@ -68,8 +69,14 @@ class DriftArguments(TransformerRunArguments):
             raise ValueError(f"--guidance_scale must be at least 1 (1 = no guidance), got {self.guidance_scale}.")
         if self.guidance_scale > 1 and self.unconditional:
             raise ValueError("--guidance_scale is between classes: leave it out with --unconditional.")
+        of_dit = ("preset", "init_from", "gradient_checkpointing")
+        if self.architecture is None:
+            tiny = self.dataset == "digits" and not self.autoencoder
+            defaults = {field.name: field.default for field in fields(self)}
+            asked = any(getattr(self, name) != defaults[name] for name in (*of_dit, "num_heads", "patch_size"))
+            self.architecture = "mlp" if tiny and not asked else "dit"
         if self.architecture == "mlp":
-            for name in ("preset", "init_from", "gradient_checkpointing"):
+            for name in of_dit:
                 if getattr(self, name):
                     raise ValueError(f"--{name} is of a DiT: leave it out, or --architecture mlp.")
         if not self.features:

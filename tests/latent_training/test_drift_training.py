@@ -138,7 +138,7 @@ def test_a_run_is_that_of_a_plain_loop(run_script, starts, autoencoder, tmp_path
     saved = load_file(tmp_path / "drift" / "transformer" / "diffusion_pytorch_model.safetensors")
     for (name, _), mean in zip(model.named_parameters(), average.values, strict=True):
         torch.testing.assert_close(saved[name], mean, rtol=0, atol=2e-5)
-    apart = [float((mean - p).abs().max()) for mean, p in zip(average.values, model.parameters(), strict=True)]
+    apart = [float((mean - p.detach()).abs().max()) for mean, p in zip(average.values, model.parameters(), strict=True)]
     assert max(apart) > 1e-3
 
 
@@ -160,6 +160,19 @@ def test_what_tells_progress_falls_in_a_training_that_works_while_the_loss_does_
     assert last["field_square"] < 0.5 * first["field_square"]
     assert last["two_sample"] < 0.5 * first["two_sample"]
     assert last["loss"] > 0.8 * first["loss"]
+
+
+def test_no_arguments_train_dense_layers_and_a_given_autoencoder_or_data_set_a_dit():
+    for given, architecture in (
+        ({}, "mlp"),
+        ({"autoencoder": "folder"}, "dit"),
+        ({"dataset": "mnist"}, "dit"),
+        ({"preset": "dit-s-2"}, "dit"),
+        ({"patch_size": 1}, "dit"),
+        ({"autoencoder": "folder", "architecture": "mlp"}, "mlp"),
+        ({"architecture": "dit"}, "dit"),
+    ):
+        assert DriftArguments(**given).architecture == architecture
 
 
 def test_samples_of_a_new_generator_have_unit_deviation_and_are_driven_by_the_noise():
