@@ -21,7 +21,7 @@ DIT += ["--autoencoder_args", "--stage_1_steps 4 --stage_2_steps 4 --checkpointi
 DIT_OPTIONS = ["--objective", "epsilon", "--learned_variance", True, "--min_snr_gamma", 5, "--validation_steps", 3]
 DIT_OPTIONS += ["--grid_images_per_class", 1, "--gradient_accumulation_steps", 2, "--gradient_checkpointing", True]
 DRIFT = [*DIT[: DIT.index("--sampling_steps")], *DIT[DIT.index("--autoencoder_args") :], "--batch_size", 32]
-DRIFT += ["--images_per_set", 8, "--real_per_set", 8, "--grid_images_per_class", 1]
+DRIFT += ["--images_per_set", 8, "--real_per_set", 8, "--grid_images_per_class", 1, "--architecture", "dit"]
 RUNS = {  # script, flags, processes
     "t_simclr": ("contrastive", CONTRASTIVE, 1),
     "t_simclr_calibrated": ("contrastive", [*CONTRASTIVE, "--temperature", "auto", "--learnable_dof"], 1),
