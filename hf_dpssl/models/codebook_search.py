@@ -16,7 +16,8 @@ from .matrix_products import ROUNDING, has_fast_bfloat16, product
 
 _TILE_VECTORS, _TILE_CODES, _BLOCK = 2048, 2048, 128  # measured: 8 MiB of bfloat16 products stay in the cache
 _GPU_TILE = 8192  # vectors, and codes, of a tile on a GPU
-_MANY_CODES = 2048  # from which on candidates are faster than one product and its extremes (measured)
+# From which on candidates, found in that precision, are faster than one product and its extremes (measured).
+_MANY_CODES = {torch.bfloat16: 512, torch.float32: 2048, torch.float64: 2048}
 _MOST_CANDIDATES = {torch.bfloat16: 8, torch.float32: 16, torch.float64: 16}  # of a vector in a tile, on average
 _COMPARED_AT_ONCE = 2**17  # elements: within the second-level cache
 
@@ -25,12 +26,12 @@ _COMPARED_AT_ONCE = 2**17  # elements: within the second-level cache
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the Euclidean-nearest row of `codebook` (K, D) for each of `vectors` (N, D): (N,) int64.
 
-    Nearest by the sum of squared differences, in the inputs' precision and at least float32. From 2,048 codes on
-    exactly: of equals the first wins, and where more than 16 codes per vector agree to the rounding of a product, any
-    of them may be returned. Of fewer codes, among which a search for candidates is slower than all products, any may
-    be returned that agrees with the nearest to this rounding: about 1e-6 of the squared norms around the codes' mean.
-    An offset of all numbers does no harm. Beyond a copy of the codebook, memory is bounded by tiles: 128 MiB (1 GiB on
-    a GPU). A vector with a NaN gets code 0.
+    Nearest by the sum of squared differences, in the inputs' precision and at least float32. From 2,048 codes on, and
+    from 512 where a CPU is fast in bfloat16, exactly: of equals the first wins, and where more than 16 codes per vector
+    agree to the rounding of a product, any of them may be returned. Of fewer codes, among which a search for candidates
+    is slower than all products, any may be returned that agrees with the nearest to this rounding: about 1e-6 of the
+    squared norms around the codes' mean. An offset of all numbers does no harm. Beyond a copy of the codebook, memory
+    is bounded by tiles: 128 MiB (1 GiB on a GPU). A vector with a NaN gets code 0.
 
     Raises:
         ValueError: shapes that do not fit, or an empty codebook.
@@ -47,13 +48,14 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
 def _nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     full = torch.promote_types(torch.promote_types(vectors.dtype, codebook.dtype), torch.float32)
     parts = vectors.split(_TILE_VECTORS if vectors.device.type == "cpu" else _GPU_TILE)
-    if len(codebook) < _MANY_CODES:
+    fast = full == torch.float32 and has_fast_bfloat16(codebook.device)
+    searched = torch.bfloat16 if fast else full
+    if len(codebook) < _MANY_CODES[searched]:
         centre = codebook.to(full).mean(0)
         codes = codebook.to(full) - centre
         halves = codes.square().sum(1) / 2
         return torch.cat([product(part.to(full) - centre, codes, -halves).argmax(1) for part in parts])
-    fast = full == torch.float32 and has_fast_bfloat16(codebook.device)
-    search = _Search(codebook.to(full), torch.bfloat16 if fast else full)
+    search = _Search(codebook.to(full), searched)
     found = []
     for part in parts:
         nearest = search.nearest(part.to(full))

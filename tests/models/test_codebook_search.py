@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_dpssl import VectorQuantizer
 from hf_dpssl.models.codebook_search import _Search, code_statistics, k_means, nearest_codes
 
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)  # in which candidates are found
+
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -41,7 +43,7 @@ CLOUDS = {  # vectors, codebook
 
 def test_distance_to_the_code_is_the_smallest_of_float64(monkeypatch):
     for many in (1, 2048):  # by candidates, and by the smallest product
-        monkeypatch.setattr(sys.modules["hf_dpssl.models.codebook_search"], "_MANY_CODES", many)
+        monkeypatch.setattr(sys.modules["hf_dpssl.models.codebook_search"], "_MANY_CODES", dict.fromkeys(DTYPES, many))
         for cloud, (vectors, codebook) in CLOUDS.items():
             squared = squared_distances(vectors, codebook)
             found = squared.gather(1, nearest_codes(vectors, codebook)[:, None])[:, 0]
@@ -149,7 +151,9 @@ def test_nearest_codes_equal_brute_force_also_in_tiles(tile, monkeypatch):
         vectors, codebook = random(rows, columns), random(codes, columns, seed=1)
         squared = (vectors.double()[:, None] - codebook.double()[None]).pow(2).sum(2)
         for many in (1, 2048):
-            monkeypatch.setattr(sys.modules["hf_dpssl.models.codebook_search"], "_MANY_CODES", many)
+            monkeypatch.setattr(
+                sys.modules["hf_dpssl.models.codebook_search"], "_MANY_CODES", dict.fromkeys(DTYPES, many)
+            )
             assert torch.equal(nearest_codes(vectors, codebook), squared.argmin(1))
 
 

@@ -16,7 +16,7 @@ METHODS = ["t-MoCo"] + [
 ]
 CODEBOOKS = [
     {},
-    pytest.param({"num_codes": 2500}, marks=pytest.mark.extended),  # from 2,048 codes on candidates are searched for
+    pytest.param({"num_codes": 2500}, marks=pytest.mark.extended),  # with so many codes candidates are searched for
     pytest.param(
         {"codebook_update": "gradient", "code_distance": "cosine", "entropy_weight": 0.1}, marks=pytest.mark.extended
     ),
