@@ -31,7 +31,7 @@ test-slow: $(PEERS)
 
 # Of those that take seconds another sample after every commit.
 test-sample: $(PEERS)
-	$(BIN)/python -m pytest -q -m extended --numprocesses 2 --sample 24 --sample_seed $$(git rev-list --count HEAD || echo 0)
+	$(BIN)/python -m pytest -q -m extended --numprocesses 2 --sample 16 --sample_seed $$(git rev-list --count HEAD || echo 0)
 
 # The commands and snippets of README.md and training/README.md, one after the other in a fresh folder: minutes.
 test-commands: $(PEERS)
