@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -193,6 +195,8 @@ def test_commands_and_snippets_of_the_readmes_run_in_order(readers_folder):
         for step in steps_of(REPOSITORY / page):
             if step.python:
                 exec(compile(step.python, page, "exec"), names)
+            elif step.words[0] == "python":
+                assert subprocess.run([sys.executable, *step.words[1:]], timeout=300).returncode == 0, step.words
             elif not any(step.words[: len(start)] == start for start in NOT_RUN):
                 command = " ".join(step.words).removeprefix("hf-dpssl ")
                 budget = [str(flag) for start, flags in BUDGETS.items() if command.startswith(start) for flag in flags]
