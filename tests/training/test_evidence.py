@@ -10,7 +10,7 @@ from launches import REPOSITORY
 from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
-import colored_mnist
+import mnist_domains
 import paired_seeds
 import readme
 import size_costs
@@ -87,14 +87,16 @@ def test_the_pages_words_on_a_difference_follow_its_seeds():
 
 def test_rows_of_runs_that_are_not_there_stay_and_those_of_new_runs_take_their_place():
     known = results("colored_mnist")["rows"]
-    assert colored_mnist.rows_of([], known) == known
+    assert mnist_domains.rows_of([], known, mnist_domains.COLORED) == known
     records = [
         {"step": step, "loss": 0.0, "held_out": {"+90%": 60.0 + step, "+80%": 60.0 + step},
          "targets": {"-90%": {"accuracy": 70.0 + step, "fifth": 70.0 + step}}}
         for step in (0, 1)
     ]  # fmt: skip
     run = {"algorithm": "irm", "targets": ["-90%"], "draw": 0, "seed": 0, "adapts": False, "hyperparameters": {}}
-    rows = colored_mnist.rows_of([run | {"diverged": False, "seconds": 1.0, "records": records}], known)
+    rows = mnist_domains.rows_of(
+        [run | {"diverged": False, "seconds": 1.0, "records": records}], known, mnist_domains.COLORED
+    )
 
     def split(given: list[dict]) -> tuple[list[float], list[dict]]:
         new = [(row["algorithm"], row["target"], row["draws"]) == ("irm", "-90%", [0]) for row in given]
@@ -123,7 +125,7 @@ def test_a_network_that_gives_one_class_for_all_answers_no_question():
         ]
 
     for accuracy, met in ((49.6, False), (50.4, False), (51.0, True), (39.0, False)):
-        (found,) = colored_mnist.answers(rows(accuracy), {"-90%": 50.4})
+        (found,) = mnist_domains.differences(rows(accuracy), {"-90%": 50.4})
         assert found["met"] == met and found["difference"] == accuracy - 25
     stored = [question for question in results("colored_mnist")["questions"] if question["draws"] == [0]]
     assert {question["algorithm"]: question["met"] for question in stored} == {"irm": False, "vrex": False, "arm": True}
@@ -139,9 +141,22 @@ def test_of_several_draws_the_oracle_takes_the_one_whose_fifth_is_best_and_none_
         return about | {"hyperparameters": {}, "diverged": False, "seconds": 1.0, "records": records}
 
     first, second = run(2, 50.0, 40.0), run(3, 49.0, 60.0)
-    (found,) = (row for row in colored_mnist.rows_of([first, second], []) if row["selection"] == "oracle")
+    (found,) = (
+        row for row in mnist_domains.rows_of([first, second], [], mnist_domains.COLORED) if row["selection"] == "oracle"
+    )
     assert (found["draws"], found["chosen_draw"], found["accuracy"]) == ([2, 3], 2, 40.0)
-    assert colored_mnist.rows_of([first], []) == []
+    assert mnist_domains.rows_of([first], [], mnist_domains.COLORED) == []
+
+
+def test_only_a_row_within_a_point_of_the_published_one_agrees_with_it():
+    def row(accuracy: float, published: float | None = 95.9, selection: str = "training_domains") -> dict:
+        about = {"algorithm": "erm", "target": "0", "selection": selection, "draws": [3]}
+        return about | {"accuracy": accuracy, "published": published}
+
+    for accuracy, met in ((94.8, False), (95.0, True), (96.8, True), (97.0, False)):
+        (found,) = mnist_domains.agreements([row(accuracy)])
+        assert found["met"] == met and found["difference"] == pytest.approx(accuracy - 95.9)
+    assert mnist_domains.agreements([row(95.9, published=None), row(95.9, selection="oracle")]) == []
 
 
 def test_encoders_agree_with_their_images_by_kendalls_tau_of_each_seed():

@@ -681,7 +681,7 @@ def _means_of_seeds(of_sets: dict[str, list], place: int) -> list[float]:
 
 
 def colored_mnist_table(report: dict) -> str:
-    """Rows of colored_mnist.py that have run, beside the published ones, and its questions."""
+    """Rows of mnist_domains.py that have run, beside the published ones, and its questions."""
     lines = ["| selection | target | algorithm | draws | here | published |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
         published = "" if row["published"] is None else f"{row['published']:.1f}"
