@@ -57,7 +57,7 @@ from hf_dpssl.models.modeling_vq import VQAutoencoder
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.lineage import lineage_of_run
 from hf_dpssl.runs.plots import plot_curves, save_grid
-from hf_dpssl.runs.results import Measures, write_results
+from hf_dpssl.runs.results import Measures, logged_curve, write_results
 from hf_dpssl.runs.training_loop import TrainingLoop, finish, start_accelerator
 
 
@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> Path:
     ema.copy_to(language_model.parameters())
     pipeline = VQTokenPipeline(language_model, autoencoder, dict(enumerate(class_names)), autoencoder.fingerprint())
     about = lineage_of_run(accelerator, data, [loop.seconds], {"autoencoder": autoencoder_folder})
+    about["curve"] = logged_curve(loop.history, "nats_per_image_train")
     with torch.compiler.set_stance("force_eager"):
         save(pipeline, args, data, codes, held_out, loop, target, about)
     finish(accelerator, args, skipped)

@@ -1,8 +1,8 @@
-"""Train an autoencoder: decoupled (DAE: weak auxiliary decoder, freeze, real decoder) or jointly, VQ, KL or plain.
+"""Train an autoencoder: jointly or decoupled (DAE: weak auxiliary decoder, freeze, real decoder), VQ, KL or plain.
 
-    python training/dae_vq.py                                    # DAE on digits, CPU, minutes
-    python training/dae_vq.py --arm joint                        # ordinary training, the SUM of both stages' steps
-    python training/dae_vq.py --arm joint --budget encoder       # joint for stage 1's steps, then the decoder alone
+    python training/dae_vq.py                          # digits, CPU, minutes: jointly, then the decoder alone
+    python training/dae_vq.py --arm dae                # DAE: stage 1 against a weak decoder, then the real one
+    python training/dae_vq.py --budget total           # jointly to the end, the SUM of both stages' steps
     python training/dae_vq.py --adversarial hinge --perceptual outputs/demo/encoder    # a VQGAN
     python training/dae_vq.py --init_from path/to/VQModel        # a new decoder for an autoencoder one has
     accelerate launch training/dae_vq.py --dataset path/to/images --image_size 64
@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> Path:
     if args.init_from is None:
         initialize_codebook(model, source, args)
     say(f"{args.label}: " + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages))
+    if unused := args.unused_weakness():
+        say(f"not used: --{', --'.join(unused)}, since {args.label} has no such weak decoder (--arm dae has)")
 
     # Stages
     history = []
@@ -306,7 +308,7 @@ def save(
     held_out = source.evaluation_table() or training_table
     train_rows, held_out_rows = (t.random_rows(args.evaluation_images) for t in (training_table, held_out))
     measure_latents(model, training_table, train_rows, args.latent_normalization)
-    about = {"scheme": args.scheme, "arm": args.label, "class_names": data.class_names, "metrics": {}}
+    about = {"arm": args.label, "class_names": data.class_names, "metrics": {}}
     model.config.dpssl |= about | {"dataset": data.name, "licence_of_data": data.entry.licence}
 
     def write_weights(folder: Path) -> None:

@@ -56,12 +56,12 @@ KNN = {"k": 20, "metric": "euclidean"}
 ENCODER_2D = "comparison/encoder-2d"
 ONE_STEP = ["--architecture", "mlp", "--num_layers", "3", "--width", "256", "--learning_rate", "3e-3"]
 AUTOENCODERS: dict[str, tuple[str, list[str]]] = {  # name in the report: name of the run, and its flags
-    "dae": ("autoencoder", []),
-    "joint": ("comparison/joint", ["--scheme", "joint", "--budget", "encoder"]),  # of equal steps in both stages
+    "joint": ("autoencoder", []),
+    "dae": ("comparison/dae", ["--arm", "dae"]),  # of equal steps in both stages
 }
 GENERATORS = {  # name in the report: folder, its pipeline, and how it is called
     "one_step": ("drift", VQDriftPipeline, {}),
-    "one_step_joint": ("comparison/joint-drift", VQDriftPipeline, {}),
+    "one_step_dae": ("comparison/dae-drift", VQDriftPipeline, {}),
     "dit": ("dit", VQDiTPipeline, {"num_inference_steps": 25, "guidance_scale": 1.0}),
     "dit_guided": ("dit", VQDiTPipeline, {"num_inference_steps": 25, "guidance_scale": 2.0}),
 }
@@ -77,18 +77,18 @@ def main(argv: list[str] | None = None) -> Path:
 
     images = load_splits()
     with watch("autoencoder"):
-        dae = train_autoencoder(base, steps, "dae")
-        judge_autoencoders({"dae": dae}, images, folder / "reconstructions.png")
+        joint = train_autoencoder(base, steps, "joint")
+        judge_autoencoders({"joint": joint}, images, folder / "reconstructions.png")
         say(f"{folder}/reconstructions.png: held-out digits, and below them what the autoencoder makes of them")
     with encoders_beside(base, steps, folder / "encoders.log") as wait:
         with watch("one-step generator"):
-            train_one_step(base, steps, dae, "drift")
+            train_one_step(base, steps, joint, "drift")
         with watch("latent DiT"):
-            dae_dit.main([*base, "--autoencoder", str(dae), "--max_train_steps", str(steps["dit"])])
-        with watch("joint training"):
-            joint = train_autoencoder(base, steps, "joint")
-            train_one_step(base, steps, joint, "comparison/joint-drift")
-            report = judge_autoencoders({"dae": dae, "joint": joint}, images, folder / "reconstructions.png")
+            dae_dit.main([*base, "--autoencoder", str(joint), "--max_train_steps", str(steps["dit"])])
+        with watch("DAE and its one-step generator"):
+            dae = train_autoencoder(base, steps, "dae")
+            train_one_step(base, steps, dae, "comparison/dae-drift")
+            report = judge_autoencoders({"joint": joint, "dae": dae}, images, folder / "reconstructions.png")
         with watch("encoders, beside the others"):
             wait()
             encoders = {32: folder / "encoder", 2: folder / ENCODER_2D}
@@ -294,7 +294,7 @@ def train_one_step(base: list[str], steps: dict, autoencoder: Path, name: str) -
 
 @torch.no_grad()
 def judge_autoencoders(folders: dict[str, Path], images: dict[str, Tensor], picture: Path) -> dict:
-    """PSNR of every run and code statistics of the DAE; writes originals and reconstructions, a row each."""
+    """PSNR of every run and code statistics of the first; writes originals and reconstructions, a row each."""
     held_out = images["held_out"] * 2 - 1
     report, rows = {"reconstruction_psnr": {}}, [held_out[:10]]
     for name, folder in folders.items():
@@ -302,7 +302,7 @@ def judge_autoencoders(folders: dict[str, Path], images: dict[str, Tensor], pict
         reconstructions = autoencoder(held_out).pixel_values.clamp(-1, 1)
         report["reconstruction_psnr"][name] = psnr(held_out, reconstructions, value_range=2.0)["psnr"]
         rows.append(reconstructions[:10])
-        if name == "dae":
+        if name == "joint":
             metrics = autoencoder.config.dpssl["metrics"]
             report |= {key: metrics[key] for key in ("code_usage", "code_perplexity", "dead_codes")}
     save_grid(torch.cat(rows), picture, columns=10, min_side=64)

@@ -1,4 +1,4 @@
-"""Arguments of training/dae_vq.py: scheme, architecture, losses and optimiser of an autoencoder."""
+"""Arguments of training/dae_vq.py: arm, architecture, losses and optimiser of an autoencoder."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ CONFIG_FLAGS = (
     "reconstruction_loss",
     "num_channels",
 )
+WEAK_DECODER = {"auxiliary_channels": [16, 32], "auxiliary_dropout": 0.05, "auxiliary_dropout_kind": "element"}
 
 
 @dataclass
 class VQArguments(RunArguments):
-    """Scheme, architecture and optimiser; the defaults are a decoupled autoencoder of the embedded digits."""
+    """Arm, architecture and optimiser; the defaults are an autoencoder of the embedded digits."""
 
     num_channels: int = option(3, "1: images are made grey", group="data")
 
@@ -52,10 +53,14 @@ class VQArguments(RunArguments):
     norm_num_groups: int = option(8, "groups of the group norms")
     mid_block_attention: bool = option(False, "self-attention at the lowest resolution")
     attention_levels: list[int] = option([], "levels with self-attention, 0 = full resolution")
-    auxiliary_channels: list[int] = option([16, 32], "width of each level of stage 1's narrow decoder")
-    auxiliary_dropout: float = option(0.05, "share of what a weak decoder loses in training")
+    auxiliary_channels: list[int] = option(
+        WEAK_DECODER["auxiliary_channels"], "width of each level of stage 1's narrow decoder"
+    )
+    auxiliary_dropout: float = option(
+        WEAK_DECODER["auxiliary_dropout"], "share of what a weak decoder loses in training"
+    )
     auxiliary_dropout_kind: str = option(
-        "element",
+        WEAK_DECODER["auxiliary_dropout_kind"],
         "what that is: activations, channels or residual branches; or its input becomes noise, or masked positions",
         choices=VQ_CHOICES["decoder_dropout_kind"],
     )
@@ -78,17 +83,17 @@ class VQArguments(RunArguments):
     init_config: str | None = option(None, "YAML of a taming or latent-diffusion file given to --init_from")
     init_decoder: str = option("keep", "with --init_from: train its decoder, or a fresh one", choices=["keep", "fresh"])
 
-    scheme: str = option("dae", "short for --arm dae or --arm joint", choices=["dae", "joint"], group="optimiser")
-    arm: str | None = option(
-        None,
-        "how it is trained; in two stages, with stage 1's decoder as strong as the real one (decoupled), narrow "
-        "(weak_width), with dropout (weak_dropout) or both (dae); or jointly, without or with dropout",
+    arm: str = option(
+        "joint",
+        "how it is trained: jointly, without or with dropout; or in two stages, with stage 1's decoder as strong as "
+        "the real one (decoupled), narrow (weak_width), with dropout (weak_dropout) or both (dae)",
         choices=ARMS,
+        group="optimiser",
     )
-    budget: str = option(
-        "total",
-        "steps of a joint arm: the sum of both stages' (total), stage 1's and then stage 2's for the decoder alone "
-        "(encoder), or as many as cost what both stages of a decoupled run cost (flops)",
+    budget: str | None = option(
+        None,
+        "steps of a joint arm: stage 1's and then stage 2's for the decoder alone (encoder, its default), the sum of "
+        "both stages' (total), or as many as cost what both stages of a decoupled run cost (flops)",
         choices=BUDGETS,
     )
     stage_1_steps: int = option(400, "optimiser steps of stage 1")
@@ -137,14 +142,14 @@ class VQArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.arm = self.arm or self.scheme
-        self.scheme = "dae" if ARMS[self.arm][0] else "joint"
         for name in ("stage_1_steps", "stage_2_steps", "validation_steps", "validation_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas are two numbers in [0, 1), got {self.adam_betas}.")
-        if self.budget != "total" and (ARMS[self.arm][0] or self.init_from):
+        if self.is_joint:
+            self.budget = self.budget or "encoder"
+        elif self.budget is not None:
             raise ValueError(f"--budget {self.budget} is of the joint arms; the steps of the others are given.")
         if self.num_channels not in (1, 3):
             raise ValueError(f"--num_channels must be 1 or 3, got {self.num_channels}.")
@@ -159,6 +164,17 @@ class VQArguments(RunArguments):
                     setattr(self, name, list(self.encoder_channels))
             self.preset = None  # the resolved recipe holds what it stood for
         self.adversarial_settings(1)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether encoder and real decoder begin together."""
+        return not (ARMS[self.arm][0] or self.init_from)
+
+    def unused_weakness(self) -> list[str]:
+        """Flags of a weak decoder, set to something else than their defaults, of which this arm makes no use."""
+        _, narrow, dropout = (False, False, False) if self.init_from else ARMS[self.arm]
+        unused = [name for name in WEAK_DECODER if not (narrow if name == "auxiliary_channels" else dropout)]
+        return [name for name in unused if getattr(self, name) != WEAK_DECODER[name]]
 
     @property
     def label(self) -> str:
@@ -202,7 +218,7 @@ class VQArguments(RunArguments):
         settings = self.adversarial_settings(stages[-1].steps)
         return {
             "arm": self.label,
-            "budget": None if self.init_from or ARMS[self.arm][0] else self.budget,
+            "budget": self.budget,
             "stages": {stage.name: stage.steps for stage in stages},
             "operations": operations | {"total": sum(cost["total"] for cost in operations.values())},
             "kept_decoder": stages[-1].kept_decoder,

@@ -48,10 +48,10 @@ from hf_dpssl.pages.uploads import FORMATS, MAX_BYTES, MAX_PIXELS, read_upload
 from hf_dpssl.runs.lineage import well_formed
 
 TITLES = {
-    "dae": "decoupled (DAE): the encoder learnt against a weak decoder, then the decoder",
     "joint": "joint: encoder and decoder learnt together",
+    "dae": "decoupled (DAE): the encoder learnt against a weak decoder, then the decoder",
 }
-WAYS = {"dae": "through the decoupled latents", "joint": "through the joint latents"}
+WAYS = {"joint": "through the joint latents", "dae": "through the decoupled latents"}
 GENERATORS = {name: f"{name} generator" for name in TITLES}
 KINDS = {  # of generators: what they are, and the script that trains them
     VQDiTPipeline: ("a latent DiT", "dae_dit"),

@@ -156,9 +156,10 @@ def test_a_curve_is_flat_when_the_last_fifth_of_its_steps_gains_less_than_half_a
     assert plateau(history([10, 11]), "joint") is None and plateau(history([1, 2, 3]), "stage-1") is None
 
 
-def test_arguments_resolve_scheme_preset_and_the_start_of_the_adversarial_term():
-    assert VQArguments().arm == "dae" and VQArguments(scheme="joint").arm == "joint"
-    assert VQArguments(arm="weak_width").scheme == "dae"
+def test_arguments_resolve_budget_preset_and_the_start_of_the_adversarial_term():
+    assert (VQArguments().arm, VQArguments().budget) == ("joint", "encoder")
+    assert (VQArguments(budget="total").budget, VQArguments(arm="dae").budget) == ("total", None)
+    assert VQArguments(init_from="folder").budget is None
     args = VQArguments(preset="f16")
     assert args.encoder_channels == [128, 128, 256, 256, 512] and args.num_codes == 1024
     assert args.decoder_channels == args.encoder_channels and args.preset is None
@@ -173,3 +174,18 @@ def test_arguments_resolve_scheme_preset_and_the_start_of_the_adversarial_term()
     ):
         with pytest.raises(ValueError, match=named):
             VQArguments(**wrong)
+
+
+@pytest.mark.parametrize(
+    "arm, unused",
+    [
+        ("joint", ["auxiliary_channels", "auxiliary_dropout", "auxiliary_dropout_kind"]),
+        ("joint_dropout", ["auxiliary_channels"]),
+        ("weak_width", ["auxiliary_dropout", "auxiliary_dropout_kind"]),
+        ("dae", []),
+    ],
+)
+def test_flags_of_a_weak_decoder_that_an_arm_does_not_use_are_named(arm, unused):
+    given = {"auxiliary_channels": [4, 8], "auxiliary_dropout": 0.1, "auxiliary_dropout_kind": "mask"}
+    assert VQArguments(arm=arm, **given).unused_weakness() == unused
+    assert VQArguments(arm=arm).unused_weakness() == []

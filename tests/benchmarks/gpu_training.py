@@ -78,7 +78,8 @@ def flags(script: str, folder: Path, steps: int, small: bool, rounded: bool) -> 
         full = ["--architecture", "resnet18", "--stem", "small_image", "--model_args", "{}", "--batch_size", "512"]
         return [*found, "--max_train_steps", str(steps), *(TINY_ENCODER if small else full)]
     if script == "dae_vq":
-        stages = ["--stage_1_steps", str(steps), "--stage_2_steps", str(steps), "--validation_steps", "1000"]
+        stages = ["--arm", "dae", "--stage_1_steps", str(steps), "--stage_2_steps", str(steps)]
+        stages += ["--validation_steps", "1000"]
         return [*found, *stages, *(["--batch_size", "8", *TINY_WIDTHS] if small else [])]
     drawn = ["--sampling_steps", "2", "--grid_images_per_class", "1"]
     size = ["--num_layers", "1", "--width", "16", "--num_heads", "2", "--batch_size", "16"]

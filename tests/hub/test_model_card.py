@@ -40,7 +40,7 @@ RUNS = {
 STAGES = [Stage("stage-1", 3, True), Stage("stage-2", 4, False, "fresh")]
 ABOUT = {  # what only this kind of run says about itself
     "autoencoder": {"arm": "dae", "quantizer": "vq", "codes": 16}
-    | dae_vq.VQArguments().summary(STAGES, processes=1)
+    | dae_vq.VQArguments(arm="dae").summary(STAGES, processes=1)
     | curve_summary([], STAGES),
     "gan": {"latent": "dae", "sampled_from": "prior", "densities": {"held_out": {"copies": 5.5}}},
 }

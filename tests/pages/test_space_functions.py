@@ -32,7 +32,7 @@ def demo(tmp_path_factory):
     make_drift().save_pretrained(folder / "drift")
     make_tokens().save_pretrained(folder / "ar")
     make_vae(0).save_pretrained(folder / "autoencoder")
-    make_vae(1).save_pretrained(folder / "comparison" / "joint")
+    make_vae(1).save_pretrained(folder / "comparison" / "dae")
     save_ours(folder / "encoder")
     save_ours(folder / "comparison" / "encoder-2d", projection_dim=2)
     return folder
@@ -163,7 +163,7 @@ def test_latent_lab_compares_both_autoencoders_and_morphs(latents, models, pictu
 def test_latent_lab_with_one_autoencoder_says_which_is_missing(latents, demo, monkeypatch, tmp_path):
     (tmp_path / "autoencoder").symlink_to(demo / "autoencoder")
     monkeypatch.setenv("DPSSL_DEMO", str(tmp_path))
-    assert "joint is missing" in latents.Models().note
+    assert "dae is missing" in latents.Models().note
     assert "There is no such autoencoder here" in latents.missing_generators(latents.Models())
 
 
@@ -173,7 +173,7 @@ def both_latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     for pipeline, place, latents in (
         (make_dit(), "drift", "autoencoder"),
-        (make_tokens(["dog", "cat"]), "comparison/joint-drift", "comparison/joint"),
+        (make_tokens(["dog", "cat"]), "comparison/dae-drift", "comparison/dae"),
     ):
         pipeline.save_pretrained(folder / place)
         pipeline.vae.save_pretrained(folder / latents)
@@ -204,7 +204,7 @@ def test_latent_lab_names_the_command_that_trains_a_missing_generator_and_then_s
     for place in ("autoencoder", "drift"):
         shutil.copytree(both_latents / place, tmp_path / "demo" / place)
     statistics = {"latent_mean": [0.0] * 4, "latent_std": [1.0] * 4}
-    make_vae(1, **statistics).save_pretrained(tmp_path / "demo" / "comparison" / "joint")
+    make_vae(1, **statistics).save_pretrained(tmp_path / "demo" / "comparison" / "dae")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DPSSL_DEMO", "demo")
     small = {"num_layers": 1, "width": 16, "num_heads": 2, "max_train_steps": 1, "dataset": "digits"}
@@ -219,18 +219,18 @@ def test_latent_lab_names_the_command_that_trains_a_missing_generator_and_then_s
     loaded = latents.Models()
     assert set(loaded.generators) == {"dae", "joint"} and latents.missing_generators(loaded) == ""
     monkeypatch.setenv("DPSSL_DEMO", str(tmp_path / "demo"))  # of a server, whose folders mean nothing to a visitor
-    shutil.rmtree(tmp_path / "demo" / "comparison" / "joint-drift")
+    shutil.rmtree(tmp_path / "demo" / "comparison" / "dae-drift")
     assert str(tmp_path) not in latents.missing_generators(latents.Models())
 
 
 def test_latent_lab_refuses_a_generator_of_other_latents(latents, both_latents, monkeypatch):
     monkeypatch.setenv("DPSSL_DEMO", str(both_latents))
-    monkeypatch.setenv("DPSSL_JOINT_GENERATOR", str(both_latents / "drift"))
-    with pytest.raises(ValueError, match="not trained on the latents of .*DPSSL_JOINT and DPSSL_JOINT_GENERATOR"):
+    monkeypatch.setenv("DPSSL_DAE_GENERATOR", str(both_latents / "drift"))
+    with pytest.raises(ValueError, match="not trained on the latents of .*DPSSL_DAE and DPSSL_DAE_GENERATOR"):
         latents.Models()
-    monkeypatch.delenv("DPSSL_JOINT_GENERATOR")
-    monkeypatch.setenv("DPSSL_JOINT", str(both_latents / "autoencoder"))
-    assert set(latents.Models().generators) == {"dae"}  # the demo's is left out, since nobody has named it
+    monkeypatch.delenv("DPSSL_DAE_GENERATOR")
+    monkeypatch.setenv("DPSSL_DAE", str(both_latents / "autoencoder"))
+    assert set(latents.Models().generators) == {"joint"}  # the demo's is left out, since nobody has named it
 
 
 @pytest.mark.extended
@@ -248,18 +248,18 @@ def test_controls_of_the_latent_lab_that_change_nothing_are_off_with_the_reason(
     loaded = latents.Models()
     guidance, steps = latents.fit_controls(loaded, latents.NONE)
     assert not guidance.interactive and "none is asked for" in guidance.info and steps.interactive
-    del loaded.generators["dae"]  # the token model stays
+    del loaded.generators["joint"]  # the token model stays
     assert [slider.interactive for slider in latents.fit_controls(loaded, "cat")] == [True, False]
-    for seed, place in enumerate(("autoencoder", "comparison/joint")):
+    for seed, place in enumerate(("autoencoder", "comparison/dae")):
         make_vae(seed, quantizer=("kl", "none")[seed]).save_pretrained(tmp_path / place)
     monkeypatch.setenv("DPSSL_DEMO", str(tmp_path))
     shown = controls()
     for name in ("class", "pictures", "seed of the first", "guidance", "steps", "snap to codes on the way"):
         assert not shown[name].interactive and shown[name].info, name
     assert not shown["Draw"].interactive and shown["snap to codes on the way"].value is False
-    monkeypatch.setenv("DPSSL_JOINT", str(both_latents / "comparison" / "joint"))
+    monkeypatch.setenv("DPSSL_DAE", str(both_latents / "comparison" / "dae"))
     snapping = controls()["snap to codes on the way"]
-    assert snapping.interactive and snapping.info == "dae has no codebook"
+    assert snapping.interactive and snapping.info == "joint has no codebook"
 
 
 def test_explorer_shows_neighbours_and_a_map_of_each_encoder(explorer, models, picture):

@@ -30,7 +30,7 @@ def url(latents, calls, monkeypatch, tmp_path):
     from hf_dpssl.pages.space_page import launch
 
     make_vae(0).save_pretrained(tmp_path / "autoencoder")
-    make_vae(1).save_pretrained(tmp_path / "comparison" / "joint")
+    make_vae(1).save_pretrained(tmp_path / "comparison" / "dae")
     monkeypatch.setenv("DPSSL_DEMO", str(tmp_path))
     compare = latents.compare
     monkeypatch.setattr(latents, "compare", lambda *arguments: calls.append(1) or compare(*arguments))

@@ -102,7 +102,7 @@ CODE = """
 )
 def test_space_works_behind_the_decorator_and_its_errors_stay_readable(tmp_path, name, granted, shown, said):
     save_checkpoints(tmp_path / "demo", ("encoder", "autoencoder", "dit"))
-    autoencoder_model(seed=1).save_pretrained(tmp_path / "demo" / "comparison" / "joint")
+    autoencoder_model(seed=1).save_pretrained(tmp_path / "demo" / "comparison" / "dae")
     (tmp_path / "packages" / "spaces").mkdir(parents=True)
     (tmp_path / "packages" / "spaces" / "__init__.py").write_text(textwrap.dedent(PACKAGE))
     variables = {

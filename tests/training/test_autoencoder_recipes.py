@@ -26,10 +26,10 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", FACES)
-def test_faces_recipes_are_the_published_set_up_in_both_schemes(name):
+def test_faces_recipes_are_the_published_set_up_decoupled_and_joint(name):
     args = parse(VQArguments, ["--recipe", name], "")
     assert {key: getattr(args, key) for key in PUBLISHED} == PUBLISHED
-    assert args.scheme == ("dae" if "dae" in name else "joint")
+    assert (args.arm, args.budget) == (("weak_dropout", None) if "dae" in name else ("joint", "total"))
     options = {key: getattr(args, key) for key in CONFIG_FLAGS}
     config = VQConfig(
         **options, image_size=256, encoder_block_out_channels=args.encoder_channels,
@@ -41,7 +41,8 @@ def test_faces_recipes_are_the_published_set_up_in_both_schemes(name):
 
 
 def test_the_other_recipes_are_read():
-    assert parse(VQArguments, ["--recipe", "vq-dae-f8-imagenet"], "").encoder_channels == [128, 256, 256, 512]
+    args = parse(VQArguments, ["--recipe", "vq-dae-f8-imagenet"], "")
+    assert (args.arm, args.encoder_channels) == ("dae", [128, 256, 256, 512])
     assert parse(GANArguments, ["--recipe", "gan-cifar10-jpeg"], "").max_train_steps == 4000
 
 

@@ -22,6 +22,7 @@ from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQDiT
 from hf_dpssl.cli import train
 from hf_dpssl.cli.commands import main
 from hf_dpssl.runs import plots
+from hf_dpssl.runs.lineage import read_json
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -59,8 +60,10 @@ def test_demo_writes_complete_checkpoints_pictures_and_report(short_demo):
     assert VQAutoencoder.from_pretrained(short_demo / "autoencoder").config.num_codes == 256
     assert len(VQDiTPipeline.from_pretrained(short_demo / "dit").class_names) == 10
     one_step = VQDriftPipeline.from_pretrained(short_demo / "drift")
-    joint = VQDriftPipeline.from_pretrained(short_demo / "comparison" / "joint-drift")
-    assert one_step.vae.fingerprint() != joint.vae.fingerprint()
+    decoupled = VQDriftPipeline.from_pretrained(short_demo / "comparison" / "dae-drift")
+    assert one_step.vae.fingerprint() != decoupled.vae.fingerprint()
+    arms = [read_json(short_demo / name / "results.json")["arm"] for name in ("autoencoder", "comparison/dae")]
+    assert arms == ["joint", "dae"]
     for name in pictures:
         assert min(Image.open(short_demo / name).size) > 200
 
@@ -77,7 +80,7 @@ def test_report_has_every_measure_with_its_circumstances(short_demo):
     assert {"class_consistency_ceiling", "classifier_accuracy", "code_usage", "code_perplexity"} <= set(metrics)
     assert {name: row["passes"] for name, row in metrics["generators"].items()} == {
         "one_step": 1,
-        "one_step_joint": 1,
+        "one_step_dae": 1,
         "dit": 4,
         "dit_guided": 8,
     }

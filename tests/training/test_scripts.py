@@ -96,7 +96,7 @@ def test_accumulation_leaves_the_trajectory_unchanged(script, run_script, starts
         flags = [*SMALL_DIT, "--max_train_steps", 5, "--autoencoder", tmp_path / "autoencoder"]
         loop, flags = "dit", [*flags, "--lr_scheduler", "constant"]
     else:
-        loop, flags = "autoencoder/stage-1", [*SHORT_STAGES, "--auxiliary_dropout", 0, "--batch_size", 32]
+        loop, flags = "autoencoder/stage-1", [*SHORT_STAGES, "--arm", "decoupled", "--batch_size", 32]
     run_script(script, [*flags, "--output_dir", tmp_path / "whole"])
     start = starts[loop]["model"].state_dict()
     halves = ["--batch_size", 16, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "halves"]
@@ -118,7 +118,7 @@ def final_weights(folder, loop: str) -> dict:
 
 @pytest.mark.slow  # in the fast tests two processes train a VQGAN and encoders
 def test_two_processes_follow_one_process_of_twice_the_batch(run_script, launch, tmp_path):
-    flags = [*SHORT_STAGES, "--auxiliary_dropout", 0]
+    flags = [*SHORT_STAGES, "--arm", "decoupled"]
     two = launch("dae_vq", [*flags, "--batch_size", 16, "--num_processes", 2, "--output_dir", tmp_path / "two"], 2)
     run_script("dae_vq", [*flags, "--batch_size", 32, "--output_dir", tmp_path / "one"])
     two.wait()

@@ -31,7 +31,7 @@ def test_arms_of_one_seed_start_from_the_same_encoder_and_record_their_stages(ru
         results, weights, _ = run(run_script, tmp_path / arm, *flags, "--arm", arm)
         found[arm] = {name: t for name, t in weights.items() if name.startswith(("encoder.", "quant_conv."))}
         assert results["arm"] == arm
-        assert results["stages"] == ({"joint": 8} if arm == "joint" else {"stage-1": 4, "stage-2": 4})
+        assert results["stages"] == ({"joint": 4, "decoder": 4} if arm == "joint" else {"stage-1": 4, "stage-2": 4})
     assert all(torch.equal(found["joint"][name], found["weak_width"][name]) for name in found["joint"])
 
 
@@ -93,7 +93,7 @@ def test_loss_that_is_not_finite_stops_the_run_with_step_and_images_and_keeps_th
     flags += ["--checkpointing_steps", 1, "--lr_scheduler", "constant"]
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+, images \[\d+"):
         run(run_script, tmp_path, *flags)
-    kept = sorted((tmp_path / "checkpoints" / "autoencoder" / "stage-1").glob("step-*"))
+    kept = sorted((tmp_path / "checkpoints" / "autoencoder" / "joint").glob("step-*"))
     state = torch.load(kept[-1] / "state.pt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["model"].values() if tensor.is_floating_point())
     assert not (tmp_path / "autoencoder").exists()
@@ -101,7 +101,8 @@ def test_loss_that_is_not_finite_stops_the_run_with_step_and_images_and_keeps_th
 
 def test_two_processes_train_the_vqgan_of_one(run_script, launch, tmp_path):
     """Two steps of both sides; the autoencoder's first is without the adversarial term."""
-    terms = ["--adversarial", "hinge", "--adversarial_start", 0, "--discriminator_warmup", 1, "--arm", "joint"]
+    terms = ["--adversarial", "hinge", "--adversarial_start", 0, "--discriminator_warmup", 1]
+    terms += ["--arm", "joint", "--budget", "total"]
     terms += ["--discriminator_width", 8, "--r1_weight", 0.1, "--warmup_steps", 0, "--lr_scheduler", "constant"]
     terms += ["--stage_1_steps", 1, "--stage_2_steps", 1, "--revival_threshold", 0]
     two = ["--batch_size", 8, "--num_processes", 2, "--output_dir", tmp_path / "two"]

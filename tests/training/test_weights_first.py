@@ -23,7 +23,7 @@ from hf_dpssl.latent_training.generation_monitor import GenerationMonitor
 SHORT = ["--batch_size", 16, "--evaluation_images", 32]
 ENCODER = ["--model_args", '{"channels": [8, 8, 16, 16]}', "--max_train_steps", 1]
 VQ = [word for part in ("encoder", "decoder", "auxiliary") for word in (f"--{part}_channels", 8, 8)]
-VQ += ["--norm_num_groups", 4, "--num_codes", 16, "--stage_1_steps", 1, "--stage_2_steps", 1]
+VQ += ["--norm_num_groups", 4, "--num_codes", 16, "--arm", "dae", "--stage_1_steps", 1, "--stage_2_steps", 1]
 GAN = ["--width", 8, "--max_train_steps", 1, "--num_generated", 8]
 TOKENS = ["--width", 16, "--num_layers", 1, "--num_heads", 2, "--max_train_steps", 1, "--samples_per_class", 1]
 RUNS = {  # folder, flags, what measures and the number of its call at the end, how the folder is loaded

@@ -50,7 +50,7 @@ def correlations(cells: Cells, study: dict, seeds: list[int]) -> dict[str, dict[
     """{forecast: {"all_TARGET", "worse_half_TARGET"}} of the autoencoders of some seeds; 1 orders them rightly.
 
     A measure that is better when higher counts as its negative, as all targets are better when lower. One that some
-    arms have not (of codes, of an autoencoder without) is judged over the others.
+    arms have not (of codes, of an autoencoder without) is judged over the others, and so is a target.
     """
     rows = [(arm, seed) for arm in study["arms"] for seed in seeds]
     names = study["forecast"]["measures"]
@@ -58,8 +58,11 @@ def correlations(cells: Cells, study: dict, seeds: list[int]) -> dict[str, dict[
     found: dict[str, dict[str, float]] = {name: {} for name in forecasts(study)}
     for target, metric in study["forecast"]["targets"].items():
         wanted = np.array([goodness(cells[arm][seed], metric, study) for arm, seed in rows])
-        predicted = {"forecast": from_other_arms(measures, wanted, [arm for arm, _ in rows])}
-        predicted |= {name: measures[:, column] for column, name in enumerate(names)}
+        has = np.isfinite(wanted)
+        wanted = wanted[has]
+        arms = [arm for (arm, _), reached in zip(rows, has, strict=True) if reached]
+        predicted = {"forecast": from_other_arms(measures[has], wanted, arms)}
+        predicted |= {name: measures[has, column] for column, name in enumerate(names)}
         worse = wanted <= np.median(wanted)
         for name, values in predicted.items():
             there = np.isfinite(values)

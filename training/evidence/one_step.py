@@ -1,4 +1,4 @@
-"""Measure a generator of the study one_step: how good its images are, by a judge that it has not seen, and their cost.
+"""Measure a generator: how good its images are, by a judge that it has not seen, and what they cost.
 
     python training/evidence/one_step.py PIPELINE --judge FOLDER --dataset FOLDER --output measured.json
     hf-dpssl reproduce one_step --scale quick             # the whole study: autoencoders, judge, generators, seeds
@@ -21,7 +21,7 @@ from diffusers import DPMSolverMultistepScheduler
 from judge_network import features_of, load_judge
 from torch import Tensor, nn
 
-from hf_dpssl import VQDiTPipeline, VQDriftPipeline
+from hf_dpssl import VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
 from hf_dpssl.autoencoder.measures import load_pictures
 from hf_dpssl.cli.errors import reported
 from hf_dpssl.data import keyed_random
@@ -34,6 +34,7 @@ from hf_dpssl.evaluation import (
 )
 from hf_dpssl.runs.atomic_files import write_json
 
+Pipeline = VQDiTPipeline | VQDriftPipeline | VQTokenPipeline
 PERCENTILES = (1, 5, 25)
 BATCH = 100
 
@@ -41,7 +42,7 @@ BATCH = 100
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=Path, help="folder of a VQDiTPipeline or VQDriftPipeline")
+    parser.add_argument("pipeline", type=Path, help="folder of a VQDiTPipeline, VQDriftPipeline or VQTokenPipeline")
     parser.add_argument("--judge", type=Path, required=True, help="folder that judge_network.py wrote")
     parser.add_argument("--dataset", required=True, help="with a split to train on and one that is held out")
     parser.add_argument("--num_images", type=int, default=1000, help="drawn")
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     results = json.loads((args.pipeline / "results.json").read_text(encoding="utf-8"))
     found |= {
         "images_per_second": args.num_images / seconds,
-        "parameters": sum(parameter.numel() for parameter in pipeline.transformer.parameters()),
+        "parameters": sum(parameter.numel() for parameter in network_of(pipeline).parameters()),
         "training_seconds": results["training"]["seconds"],
         "frechet_distance_of_real": float(frechet(judge, train[: args.num_images], held_out)),
         "samples": {"generated": args.num_images, "held_out": len(held_out), "train": len(train)},
@@ -76,13 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_pipeline(folder: Path, args: argparse.Namespace) -> VQDiTPipeline | VQDriftPipeline:
+def load_pipeline(folder: Path, args: argparse.Namespace) -> Pipeline:
     """The pipeline of a folder, with the solver that was asked for; ValueError for flags of the other kind."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    one_step = "VQDriftPipeline" in index["_class_name"]
-    if one_step and (args.num_inference_steps or args.dpm_solver):
+    kinds = {kind.__name__: kind for kind in (VQDiTPipeline, VQDriftPipeline, VQTokenPipeline)}
+    (kind,) = (kinds[name] for name in kinds if name in index["_class_name"])
+    if kind is not VQDiTPipeline and (args.num_inference_steps or args.dpm_solver):
         raise ValueError("--num_inference_steps and --dpm_solver are of a VQDiTPipeline: leave them out.")
-    pipeline = (VQDriftPipeline if one_step else VQDiTPipeline).from_pretrained(folder)
+    pipeline = kind.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if args.dpm_solver:
         options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
@@ -90,9 +92,16 @@ def load_pipeline(folder: Path, args: argparse.Namespace) -> VQDiTPipeline | VQD
     return pipeline
 
 
-def draw(pipeline: VQDiTPipeline | VQDriftPipeline, ids: Tensor, args: argparse.Namespace) -> tuple[Tensor, float]:
+def network_of(pipeline: Pipeline) -> nn.Module:
+    """What was trained to generate."""
+    return pipeline.language_model if isinstance(pipeline, VQTokenPipeline) else pipeline.transformer
+
+
+def draw(pipeline: Pipeline, ids: Tensor, args: argparse.Namespace) -> tuple[Tensor, float]:
     """Images (N, 3, S, S) in [0, 1] of class ids (N,), and the CPU seconds that they took after a first batch."""
-    options: dict = {"output_type": "pt", "batch_size": BATCH}
+    options: dict = {"output_type": "pt"}
+    if not isinstance(pipeline, VQTokenPipeline):
+        options["batch_size"] = BATCH
     if isinstance(pipeline, VQDiTPipeline):
         options |= {"num_inference_steps": args.num_inference_steps or 25, "guidance_scale": 1.0}
     seeds = [keyed_random.derive_seed(args.seed, "one step", number) for number in range(len(ids))]

@@ -142,8 +142,8 @@ def demo_table(report: dict) -> str:
     lines += [f"| {name} | {values['plain']:.1f} | {values['moved']:.1f} |" for name, values in rows.items()]
     decibels = metrics["reconstruction_psnr"]
     titles = {
-        "dae": "DAE: encoder against a weak decoder, frozen, then the decoder",
-        "joint": "joint training of equal steps: encoder and decoder, then the decoder alone",
+        "joint": "encoder and decoder together, then the decoder alone",
+        "dae": "DAE of equal steps: encoder against a weak decoder, frozen, then the decoder",
     }
     lines += ["", "| autoencoder | reconstruction PSNR, dB |", "|---|---|"]
     lines += [f"| {title} | {decibels[name]:.1f} |" for name, title in titles.items()]
@@ -151,9 +151,9 @@ def demo_table(report: dict) -> str:
 
 
 GENERATORS_OF_DEMO = {
-    "one_step": "one step, DAE's latents",
-    "one_step_joint": "one step, joint training's latents",
-    "dit": "DiT, DAE's latents",
+    "one_step": "one step, joint training's latents",
+    "one_step_dae": "one step, DAE's latents",
+    "dit": "DiT, joint training's latents",
     "dit_guided": "the same DiT, guidance 2",
 }
 

@@ -29,7 +29,7 @@ SIZES = [
     {
         "images": 1_000, "side": 64, "gpus": 1, "batch": 64, "steps": 5_000,
         "contrastive": "--architecture resnet18",
-        "dae_vq": "--encoder_channels 32 64 64 --decoder_channels 48 96 96 --auxiliary_channels 32 64 64",
+        "dae_vq": "--encoder_channels 32 64 64 --decoder_channels 48 96 96",
         "dae_dit": "--num_layers 6 --width 256",
         "recipes": ["digits"],
     },
