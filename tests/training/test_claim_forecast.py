@@ -61,6 +61,16 @@ def test_a_measure_that_some_arms_have_not_is_judged_over_the_others_and_helps_t
         claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])
 
 
+def test_a_target_that_an_arm_has_not_is_forecast_and_judged_over_the_others():
+    cells = planted(0)
+    for seed in cells["arm_7"]:
+        del cells["arm_7"][seed]["metrics"]["fd"]
+    found = claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4])
+    left = {arm: of_arm for arm, of_arm in cells.items() if arm != "arm_7"}
+    assert found == claim_forecast.correlations(left, STUDY | {"arms": dict.fromkeys(left)}, [0, 1, 2, 3, 4])
+    assert found["forecast"]["all_dit"] > 0.9
+
+
 def test_the_worse_half_is_that_of_the_largest_distances():
     order = [1.0, 2.0, 3.0, 4.0, -1.0, -2.0, -3.0, -4.0]  # right among the four worst, wrong among the four best
     distances = [5.0, 6.0, 7.0, 8.0, 1.0, 2.0, 3.0, 4.0]

@@ -16,12 +16,14 @@ import yaml
 from cases import for_each
 from launches import REPOSITORY
 from scipy.stats import ttest_1samp
+from tiny_pipelines import make_tokens
 
 from hf_dpssl.autoencoder.measures import load_pictures
 from hf_dpssl.cli import reproduce as reproduce_command
 from hf_dpssl.cli.commands import command_module
 from hf_dpssl.cli.errors import BAD_INPUT, reported
 from hf_dpssl.cli.train import SCRIPTS
+from hf_dpssl.data import keyed_random
 from hf_dpssl.data.image_data import TABLE
 from hf_dpssl.domains.known_sets import KNOWN_SETS
 from hf_dpssl.runs.recipe import parse
@@ -416,6 +418,21 @@ def test_arms_share_a_generator_and_are_measured_with_the_same_noise(tmp_path):
     )
     assert again["frechet_distance"] == pytest.approx(0, abs=1e-4) and again["precision"] == again["recall"] == 1
     assert again["diversity"] == pytest.approx(1) and about["frechet_distance"] > 0.1
+
+
+def test_a_token_model_is_measured_by_its_own_pipeline(tmp_path):
+    make_tokens().save_pretrained(tmp_path)
+    flags = ["--judge", "", "--dataset", "", "--output", ""]
+    args = one_step.parser().parse_args([str(tmp_path), *flags])
+    pipeline = one_step.load_pipeline(args.pipeline, args)
+    assert one_step.network_of(pipeline) is pipeline.language_model
+    ids = torch.tensor([2, 0, 1])
+    images, _ = one_step.draw(pipeline, ids, args)
+    seeds = [keyed_random.derive_seed(0, "one step", number) for number in range(3)]
+    torch.testing.assert_close(images, make_tokens()([2, 0, 1], generator=seeds, output_type="pt").images)
+    wrong = one_step.parser().parse_args([str(tmp_path), *flags, "--num_inference_steps", "4"])
+    with pytest.raises(ValueError, match="--num_inference_steps and --dpm_solver are of a VQDiTPipeline"):
+        one_step.load_pipeline(wrong.pipeline, wrong)
 
 
 def test_an_arm_without_a_run_reads_what_others_of_its_seed_have_found(tmp_path):
