@@ -171,7 +171,7 @@ def _printed():
         assert found["total"] == max(stage["bytes"]["total"] for stage in found["stages"].values())
         assert set(found["waits"]) == set(found["stages"])
         said = rehearse.text_of(found)
-        assert re.search(r"(stage-1|generator|a step) +[\d.]+ ms \([\d.]+ ms\)", said), said
+        assert re.search(r"(joint|stage-1|generator|a step) +[\d.]+ ms \([\d.]+ ms\)", said), said
         assert ("GB on disk" in said) == (script in ("dae_ar", "dae_dit", "dae_drift"))
         assert "fits into 80 GiB" in said and "waits for the GPU in a step" in said, script
 
