@@ -3,7 +3,7 @@
     python training/dae_vq.py                          # digits, CPU, minutes: jointly, then the decoder alone
     python training/dae_vq.py --arm dae                # DAE: stage 1 against a weak decoder, then the real one
     python training/dae_vq.py --budget total           # jointly to the end, the SUM of both stages' steps
-    python training/dae_vq.py --adversarial hinge --perceptual outputs/demo/encoder    # a VQGAN
+    python training/dae_vq.py --budget total --adversarial hinge --perceptual outputs/demo/encoder    # a VQGAN
     python training/dae_vq.py --init_from path/to/VQModel        # a new decoder for an autoencoder one has
     accelerate launch training/dae_vq.py --dataset path/to/images --image_size 64
 
@@ -131,13 +131,13 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
         decoder_dropout_kind=args.auxiliary_dropout_kind,
     )
     flops = {}
-    if not decoupled and args.budget == "flops":
+    if args.steps_of_joint_arm == "flops":
         reference = VQAutoencoder(full)
         whole, alone = (step_flops(reference, source.image_size, train_encoder=learns) for learns in (True, False))
         flops = {"joint": whole, "stage_1": whole, "stage_2": alone}
     set_seed(args.seed)  # the encoder is drawn first: it is the same in every arm
     model = VQAutoencoder(first)
-    return model, stages_of(args.arm, args.budget, args.stage_1_steps, args.stage_2_steps, flops)
+    return model, stages_of(args.arm, args.steps_of_joint_arm, args.stage_1_steps, args.stage_2_steps, flops)
 
 
 def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:

@@ -1,4 +1,4 @@
-"""Decoupled training of autoencoders (DAE): the encoder against a weak decoder, frozen, then the real decoder.
+"""Training of autoencoders, jointly or decoupled (DAE: the encoder against a weak decoder, frozen, then the real one).
 
 Read training.py first (arms, budgets, stages), then adversarial_term.py and perceptual.py (VQGAN's terms) and
 measures.py (what a latent is worth). latent_codec.py is one face for our autoencoders and diffusers'. May import

@@ -147,10 +147,11 @@ class VQArguments(RunArguments):
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas are two numbers in [0, 1), got {self.adam_betas}.")
-        if self.is_joint:
-            self.budget = self.budget or "encoder"
-        elif self.budget is not None:
-            raise ValueError(f"--budget {self.budget} is of the joint arms; the steps of the others are given.")
+        if self.budget is not None and self.steps_of_joint_arm is None:
+            raise ValueError(
+                f"--budget {self.budget} is of the joint arms, and this is {self.label}, whose steps are those of its "
+                "stages: leave it out, of a recipe too."
+            )
         if self.num_channels not in (1, 3):
             raise ValueError(f"--num_channels must be 1 or 3, got {self.num_channels}.")
         if self.preset:
@@ -159,16 +160,16 @@ class VQArguments(RunArguments):
             self.layers_per_block = layout["encoder_layers_per_block"]
             for name in ("norm_num_groups", "mid_block_attention", "attention_levels", "latent_channels", "num_codes"):
                 setattr(self, name, layout[name])
-            for name in ("decoder_channels", "auxiliary_channels"):
+            for name in ("decoder_channels", "auxiliary_channels") if ARMS[self.arm][1] else ("decoder_channels",):
                 if len(getattr(self, name)) != len(self.encoder_channels):
                     setattr(self, name, list(self.encoder_channels))
             self.preset = None  # the resolved recipe holds what it stood for
         self.adversarial_settings(1)
 
     @property
-    def is_joint(self) -> bool:
-        """Whether encoder and real decoder begin together."""
-        return not (ARMS[self.arm][0] or self.init_from)
+    def steps_of_joint_arm(self) -> str | None:
+        """The budget, of BUDGETS, where encoder and real decoder begin together; None elsewhere."""
+        return None if ARMS[self.arm][0] or self.init_from else self.budget or "encoder"
 
     def unused_weakness(self) -> list[str]:
         """Flags of a weak decoder, set to something else than their defaults, of which this arm makes no use."""
@@ -218,7 +219,7 @@ class VQArguments(RunArguments):
         settings = self.adversarial_settings(stages[-1].steps)
         return {
             "arm": self.label,
-            "budget": self.budget,
+            "budget": self.steps_of_joint_arm,
             "stages": {stage.name: stage.steps for stage in stages},
             "operations": operations | {"total": sum(cost["total"] for cost in operations.values())},
             "kept_decoder": stages[-1].kept_decoder,

@@ -1,4 +1,4 @@
-"""What may be chosen of decoupled training and of the report. No library is imported here: command lines read them."""
+"""What may be chosen of an autoencoder's training and report. No library is imported here: command lines read them."""
 
 # arm: (decoupled, stage 1's decoder is narrow, stage 1's decoder has dropout)
 ARMS = {

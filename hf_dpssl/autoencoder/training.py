@@ -50,7 +50,9 @@ class Stage:
     seconds: float | None = None  # `TrainingLoop.seconds`
 
 
-def stages_of(arm: str, budget: str, stage_1_steps: int, stage_2_steps: int, flops: dict[str, float]) -> list[Stage]:
+def stages_of(
+    arm: str, budget: str | None, stage_1_steps: int, stage_2_steps: int, flops: dict[str, float]
+) -> list[Stage]:
     """The stages of an arm under a budget.
 
     Args:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..autoencoder.choices import ARMS
 from .licences import licence_entries
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,7 +37,7 @@ _GENERATION = (
 )
 _TAGS = {
     "encoder": ["image-feature-extraction", "timm", "transformers", "self-supervised", "contrastive-learning"],
-    "autoencoder": ["vq-vae", "autoencoder", "decoupled-autoencoder"],
+    "autoencoder": ["vq-vae", "autoencoder"],
     "dit": ["image-generation", "dit", "latent-diffusion"],
     "drift": ["image-generation", "one-step-generation", "dit"],
     "token": ["image-generation", "autoregressive", "vq"],
@@ -214,18 +215,24 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def is_decoupled(results: dict) -> bool:
+    """Whether an autoencoder's encoder learned before its decoder (DAE), by its results."""
+    return ARMS.get(results.get("arm"), (False,))[0]
+
+
 def front_matter(
     facts: dict, results: dict, title: str, *, licence: str | None = None, license_link: str | None = None
 ) -> ModelCardData:
     """Metadata of the card; see the top of this file. licence, license_link: see `licence_entries`."""
     kind, licences = facts["kind"], licences_of(facts)
+    decoupled = ["decoupled-autoencoder"] if kind == "autoencoder" and is_decoupled(results) else []
     datasets = {*facts["hub_datasets"], *(hub_dataset(name) for whole in licences for name in whole.split("+"))}
     found, (bases, relation), emitted = eval_results(facts, results), _bases(facts["lineage"]), emissions(facts)
     return ModelCardData(
         **licence_entries(licence, license_link, licences),
         library_name=_LIBRARIES.get(kind, "transformers"),
         pipeline_tag={"autoencoder": None}.get(kind, _TASKS.get(kind, _GENERATION)),
-        tags=[*_TAGS.get(kind, []), "hf_dpssl"],
+        tags=[*_TAGS.get(kind, []), *decoupled, "hf_dpssl"],
         datasets=sorted(datasets - {None}) or None,
         base_model=bases or None,
         **({"base_model_relation": relation} if bases else {}),

@@ -1,4 +1,4 @@
-"""VQ autoencoder for decoupled training (DAE): encoder, quantiser, and a decoder that can be exchanged.
+"""VQ autoencoder for joint and decoupled training (DAE): encoder, quantiser, and a decoder that can be exchanged.
 
 Blocks are diffusers', the quantiser is ours. DAE (Hu et al., NeurIPS 2023): after training with a weakened
 decoder, encoder, pre-quantiser convolution and codebook are frozen and the real decoder learns.
@@ -344,7 +344,7 @@ class VQAutoencoder(PreTrainedModel):
         frozen = (name for name in expected.keys() | found.keys() if name.split(".")[0] in self.frozen_modules)
         changed = sorted(name for name in frozen if expected.get(name) != found.get(name))
         if changed:
-            raise RuntimeError(f"{len(changed)} frozen tensors have changed since stage 1: {changed[:5]}.")
+            raise RuntimeError(f"{len(changed)} frozen tensors have changed since they were frozen: {changed[:5]}.")
 
     def replace_decoder(
         self, block_out_channels: list[int], layers_per_block: int, dropout: float = 0.0, dropout_kind: str = "element"

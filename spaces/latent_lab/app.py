@@ -65,10 +65,10 @@ INTRODUCTION = f"""# Latent lab
 
 An autoencoder with a codebook writes a picture as a small map of **codes** and reads it back. Two ways of training are
 compared. Trained **jointly**, the decoder reads back more: its reconstructions are closer. The **decoupled** encoder
-learns against a weak decoder, which costs decibels; it is made for what comes next, a **generator** that learns to
-draw new latents. So look at both: errors and codes of a picture, what lies **between** two pictures, and what
-generators of the two latents **draw** from the same seeds. Pictures are cropped to a square; {", ".join(FORMATS)}, up
-to {MAX_BYTES // 2**20} MiB and {MAX_PIXELS // 10**6} megapixels.
+learns against a weak decoder, which costs decibels; it is meant for what comes next, a **generator** that learns to
+draw new latents, though on pictures this small no gain is decided. So look at both: errors and codes of a picture,
+what lies **between** two pictures, and what generators of the two latents **draw** from the same seeds. Pictures are
+cropped to a square; {", ".join(FORMATS)}, up to {MAX_BYTES // 2**20} MiB and {MAX_PIXELS // 10**6} megapixels.
 """
 GENERATION = """## New pictures, from both latents
 

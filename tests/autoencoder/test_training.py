@@ -157,9 +157,9 @@ def test_a_curve_is_flat_when_the_last_fifth_of_its_steps_gains_less_than_half_a
 
 
 def test_arguments_resolve_budget_preset_and_the_start_of_the_adversarial_term():
-    assert (VQArguments().arm, VQArguments().budget) == ("joint", "encoder")
-    assert (VQArguments(budget="total").budget, VQArguments(arm="dae").budget) == ("total", None)
-    assert VQArguments(init_from="folder").budget is None
+    budgets = [VQArguments(**given).steps_of_joint_arm for given in ({}, {"budget": "total"}, {"arm": "dae"})]
+    assert VQArguments().arm == "joint" and budgets == ["encoder", "total", None]
+    assert VQArguments(init_from="folder").steps_of_joint_arm is None and VQArguments().budget is None
     args = VQArguments(preset="f16")
     assert args.encoder_channels == [128, 128, 256, 256, 512] and args.num_codes == 1024
     assert args.decoder_channels == args.encoder_channels and args.preset is None
@@ -169,7 +169,8 @@ def test_arguments_resolve_budget_preset_and_the_start_of_the_adversarial_term()
     for wrong, named in (
         ({"num_channels": 4}, "num_channels"),
         ({"adam_betas": [0.9]}, "adam_betas"),
-        ({"arm": "weak_width", "budget": "flops"}, "--budget flops is of the joint arms"),
+        ({"arm": "weak_width", "budget": "flops"}, "--budget flops is of the joint arms, and this is weak_width"),
+        ({"init_from": "folder", "budget": "total"}, "this is decoder alone, .* leave it out, of a recipe too"),
         ({"validation_steps": 0}, "validation_steps"),
     ):
         with pytest.raises(ValueError, match=named):
@@ -188,4 +189,4 @@ def test_arguments_resolve_budget_preset_and_the_start_of_the_adversarial_term()
 def test_flags_of_a_weak_decoder_that_an_arm_does_not_use_are_named(arm, unused):
     given = {"auxiliary_channels": [4, 8], "auxiliary_dropout": 0.1, "auxiliary_dropout_kind": "mask"}
     assert VQArguments(arm=arm, **given).unused_weakness() == unused
-    assert VQArguments(arm=arm).unused_weakness() == []
+    assert VQArguments(arm=arm).unused_weakness() == [] == VQArguments(arm=arm, preset="f16").unused_weakness()

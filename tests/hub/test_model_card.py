@@ -115,6 +115,16 @@ def test_card_is_clean_markdown_without_folders_of_the_machine(kind, finished):
     assert len(entries) == len(set(entries)) >= 2 and text.count("{") == text.count("}")
 
 
+@for_each(
+    "arm, budget, said", [("dae", None, "Decoupled"), ("joint", "encoder", "were frozen"), ("joint", "total", "")]
+)
+def test_only_a_decoupled_autoencoder_bears_the_tag_and_citation_of_dae(arm, budget, said, finished):
+    card = card_of(finished("autoencoder", arm=arm, budget=budget))
+    is_dae = arm == "dae"
+    assert ("decoupled-autoencoder" in card.data.tags) is is_dae and ("hu2023complexity" in card.text) is is_dae
+    assert said in card.text and ("were trained together" in card.text) is not is_dae
+
+
 @for_each("kind", RUNS)
 def test_what_was_not_measured_says_so(kind, finished):
     expected = {"encoder": 2, "autoencoder": 2, "dit": 2, "drift": 2, "token": 2, "gan": 2}[kind]

@@ -29,7 +29,7 @@ PUBLISHED = {
 def test_faces_recipes_are_the_published_set_up_decoupled_and_joint(name):
     args = parse(VQArguments, ["--recipe", name], "")
     assert {key: getattr(args, key) for key in PUBLISHED} == PUBLISHED
-    assert (args.arm, args.budget) == (("weak_dropout", None) if "dae" in name else ("joint", "total"))
+    assert (args.arm, args.steps_of_joint_arm) == (("weak_dropout", None) if "dae" in name else ("joint", "total"))
     options = {key: getattr(args, key) for key in CONFIG_FLAGS}
     config = VQConfig(
         **options, image_size=256, encoder_block_out_channels=args.encoder_channels,

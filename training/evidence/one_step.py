@@ -100,14 +100,13 @@ def network_of(pipeline: Pipeline) -> nn.Module:
 def draw(pipeline: Pipeline, ids: Tensor, args: argparse.Namespace) -> tuple[Tensor, float]:
     """Images (N, 3, S, S) in [0, 1] of class ids (N,), and the CPU seconds that they took after a first batch."""
     options: dict = {"output_type": "pt"}
-    if not isinstance(pipeline, VQTokenPipeline):
-        options["batch_size"] = BATCH
     if isinstance(pipeline, VQDiTPipeline):
         options |= {"num_inference_steps": args.num_inference_steps or 25, "guidance_scale": 1.0}
     seeds = [keyed_random.derive_seed(args.seed, "one step", number) for number in range(len(ids))]
     pipeline(ids[:BATCH].tolist(), generator=seeds[:BATCH], **options)  # what only the first call does
     start = time.process_time()
-    images = pipeline(ids.tolist(), generator=seeds, **options).images
+    parts = [slice(first, first + BATCH) for first in range(0, len(ids), BATCH)]
+    images = torch.cat([pipeline(ids[part].tolist(), generator=seeds[part], **options).images for part in parts])
     return images, time.process_time() - start
 
 

@@ -40,7 +40,7 @@ from hf_dpssl.runs.results import write_results
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the training scripts
 
-PHOTOGRAPHS = "--image_size 64 --num_codes 1024 --batch_size 16 --reconstruction_loss l1"
+PHOTOGRAPHS = "--arm dae --image_size 64 --num_codes 1024 --batch_size 16 --reconstruction_loss l1"
 AUTOENCODERS = {  # f4 with 4 x 16 x 16 latents, and f8 with 8 x 8 x 8
     "tiny-imagenet-20c": f"{PHOTOGRAPHS} --encoder_channels 16 32 64 --decoder_channels 24 48 64 "
     "--auxiliary_channels 16 32 64 --latent_channels 4 --stage_1_steps 1500 --stage_2_steps 1500",
