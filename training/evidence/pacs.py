@@ -6,6 +6,7 @@
     python training/evidence/pacs.py algorithms         # results/pacs_algorithms.json: frozen features of one encoder
     python training/evidence/pacs.py fine_tuning        # results/pacs_fine_tuning.json: ERM, VREx and SWAD
     python training/evidence/pacs.py speed              # results/pacs_speed.json: ranking beside fine-tuning
+    python training/evidence/pacs.py transfer           # results/pacs_transfer.json: three of the zoo on other sets
 
 A killed stage goes on where it stopped. Encoders see tiny-imagenet-20c (photographs) or mnist at 32 pixels, PACS only
 as frozen features, or fine-tuned. All settings were written down before the first run, and all are defaults but the
@@ -33,6 +34,7 @@ from hf_dpssl.domains.cached_features import features_of
 from hf_dpssl.domains.cells import Cell, Trainer
 from hf_dpssl.domains.domain_data import load_domains
 from hf_dpssl.domains.encoded_domains import PretrainedEncoder, picture_tensors
+from hf_dpssl.domains.transfer import PROTOCOLS, transfer
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.runs.atomic_files import write_json
 from hf_dpssl.runs.results import write_results
@@ -63,6 +65,9 @@ ZOO = {  # name: channels, epochs, flags
 CHOSEN = "t-simclr-12"  # for the algorithms; written down before any run
 SEEDS = "5"
 STEPS = 5001  # of a fine-tuning of DomainBed
+TRANSFERRED = ("simclr-12", "t-simclr-12", "untrained")
+TRANSFER_SETS = {"cifar10": "cifar10-jpeg", "caltech101": "caltech101-20c", "dtd": "dtd-10c-128px"}  # parts of them
+FINE_TUNING = {"steps": 200, "learning_rates": (1e-3, 1e-2), "weight_decays": (0.0, 1e-4)}  # by default 5,000 and 4 x 7
 SETTINGS = {
     "algorithms": ["erm", "irm", "group_dro", "mixup", "mmd", "sagnet", "arm", "vrex", "rsc", "swad"],
     "fine_tuning": ["erm", "vrex", "swad"],
@@ -149,10 +154,25 @@ def measure_speed(folder: Path) -> None:
     print(json.dumps(metrics, indent=2))
 
 
+def measure_transfer(folder: Path) -> None:
+    """kNN, linear classifier and fine-tuning (a small grid, few steps) of encoders on other sets."""
+    rows = []
+    for name in TRANSFERRED:
+        given = {"sets": list(TRANSFER_SETS), "sources": TRANSFER_SETS, "protocols": PROTOCOLS}
+        found = transfer(str(folder / name), **given, folder=folder / "transfer" / name, **FINE_TUNING)
+        if failed := [row["error"] for row in found["rows"] if "error" in row]:
+            raise RuntimeError(" ".join(failed))
+        rows += [{"encoder": name} | row for row in found["rows"]]
+    metrics = {f"{row['encoder']}_{row['set']}_{row['protocol']}": row["mean"] for row in rows}
+    samples = {row["title"]: {part: row[part] for part in ("train", "validation", "test")} for row in rows}
+    about = {"dataset": "+".join(TRANSFER_SETS.values()), "seed": 0, "samples": samples}
+    write_results(RESULTS / "pacs_transfer.json", metrics, **about, protocol={"fine_tuning": FINE_TUNING}, rows=rows)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run with command-line arguments `argv`; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["encoders", "zood", *SETTINGS, "speed"])
+    parser.add_argument("stage", choices=["encoders", "zood", *SETTINGS, "speed", "transfer"])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evidence-pacs"), help="encoders and runs")
     args = parser.parse_args(argv)
     load_images(DATASET)  # says which file is missing
@@ -163,6 +183,8 @@ def main(argv: list[str] | None = None) -> int:
         measure_zood(args.output_dir)
     elif args.stage == "speed":
         measure_speed(args.output_dir)
+    elif args.stage == "transfer":
+        measure_transfer(args.output_dir)
     else:
         measure_algorithms(args.output_dir, args.stage)
     return 0

@@ -55,6 +55,21 @@ def zood_table(report: dict) -> list[str]:
     return lines
 
 
+def transfer_table(report: dict) -> list[str]:
+    """Each encoder on parts of other sets, by each protocol of the suite."""
+    rows = report["rows"]
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    lines = [f"| set | encoder | {' | '.join(protocols)} |", "|---" * (2 + len(protocols)) + "|"]
+    found = {(row["title"], row["encoder"], row["protocol"]): row for row in rows}
+    for title, encoder in dict.fromkeys((row["title"], row["encoder"]) for row in rows):
+        cells = []
+        for protocol in protocols:
+            row = found[title, encoder, protocol]
+            cells.append(f"{row['mean']:.1f} ({row['low']:.1f} to {row['high']:.1f})")
+        lines.append(f"| {title} | {encoder} | {' | '.join(cells)} |")
+    return lines
+
+
 def _row(title: str, values: list[float]) -> str:
     return f"| {title} | {' | '.join(f'{value:.1f}' for value in values)} | {sum(values) / len(values):.1f}"
 

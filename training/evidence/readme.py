@@ -646,6 +646,14 @@ def pacs_tables() -> str:
             f"out once, {report['protocol']['steps']:,} steps, {found['fine_tuning_seconds']:,.0f} s (from 100 steps "
             f"of each): {found['times']:.0f} times as long. {circumstances(report)}"
         )
+    if (RESULTS / "pacs_transfer.json").exists():
+        report = read(RESULTS / "pacs_transfer.json")
+        tuning = report["protocol"]["fine_tuning"]
+        about = (
+            "`--suite transfer` on parts of three of its sets, percent right (95 %); fine-tuning of "
+            f"{tuning['steps']} steps, rates {tuning['learning_rates']}, weight decays {tuning['weight_decays']}."
+        )
+        parts.append("\n".join([about, "", *pacs_report.transfer_table(report), "", circumstances(report)]))
     return "\n\n".join(parts)
 
 
