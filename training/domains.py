@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from hf_dpssl.domains.cells import Cell, Trainer
 from hf_dpssl.domains.digit_domains import digit_domains
+from hf_dpssl.domains.domain_checks import notes_of_missing
 from hf_dpssl.domains.domain_tensors import DomainTensors
 from hf_dpssl.domains.encoded_domains import PretrainedEncoder, feature_tensors, picture_tensors
 from hf_dpssl.domains.known_sets import account, load_set
@@ -116,7 +117,7 @@ def load(args: DomainsArguments, device: torch.device) -> tuple[DomainTensors, P
         tensors = picture_tensors(given, size, args.on_bad_image)
     whole = account(args.dataset, given)
     notes = [whole or f"{without_folders(args.dataset)}: {sum(map(len, tensors.labels)):,} pictures."]
-    notes += [f"{domain} has no {', '.join(names)}." for domain, names in tensors.missing_classes.items()]
+    notes += notes_of_missing(tensors.missing_classes)
     return tensors, encoder, notes
 
 

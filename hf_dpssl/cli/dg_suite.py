@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..domains.choices import ALGORITHMS
+from ..domains.choices import ALGORITHMS, DIGITS
 from .train import run_script
 
 _SEEDS = 5
@@ -51,11 +51,16 @@ def main_of_dg(given: dict, defaults: dict) -> int:
         The exit status of the script.
 
     Raises:
-        ValueError: a flag that has no meaning here.
+        ValueError: a flag that has no meaning here, or no pictures of several domains.
     """
     for name, value in given.items():
         if name not in (*_HEEDED, "checkpoint", "json") and value != defaults.get(name):
             raise ValueError(f"--{name} is not for --suite dg: leave it out.")
+    if given["dataset"] in (defaults["dataset"], *DIGITS):
+        raise ValueError(
+            "--suite dg measures an encoder on pictures of several domains: give --dataset FOLDER, sorted as "
+            f"DOMAIN/CLASS/image, or another set of pictures; {given['dataset']} is none."
+        )
     folder = Path(given.get("output_dir", "outputs/dg"))
     values = {name: given.get(name) for name in _HEEDED} | {"output_dir": folder}
     flags = [f"--encoder={given['checkpoint']}", "--frozen", "--algorithms", *ALGORITHMS, "--seeds", str(_SEEDS)]

@@ -50,6 +50,20 @@ def counts_of(given: DomainData) -> dict[str, int]:
     return {name: int((domains == number).sum()) for number, name in enumerate(given.domain_names)}
 
 
+def notes_of(args: argparse.Namespace, given: DomainData, *, clusters: int | None = None) -> list[str]:
+    """Whether a set of the table is whole, and which classes a domain lacks."""
+    from ..domains.domain_checks import missing_classes, notes_of_missing
+    from ..domains.known_sets import account
+
+    whole = account(args.dataset, given) if clusters is None else None
+    notes = [] if whole is None else [whole]
+    if given.labels is None:
+        return notes
+    rows = list(given.rows)
+    found = missing_classes(given.labels[rows], given.domains[rows], given.class_names, given.domain_names)
+    return notes + notes_of_missing(found)
+
+
 def precision_lines(measured: list[dict]) -> list[str]:
     """What stands below a table where a GPU computed features in bfloat16."""
     if all(entry.get("precision") != "bfloat16" for entry in measured):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ..runs.console import printable, say
-from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of, precision_lines
+from .domain_flags import READING, add_domain_flags, counts_of, load_given, notes_of, options_of, precision_lines
 from .parsing import command_parser, parse_command
 
 _PARTS = [  # columns, where they were measured
@@ -33,7 +33,10 @@ def parser() -> argparse.ArgumentParser:
         "Say which encoder to take for pictures of several domains (photo, sketch, ...), in minutes and without "
         "training: each domain is left out once, and a Bayesian linear model of the others tells its labels.",
     )
-    parser.add_argument("dataset", help="folder DOMAIN/CLASS/image, or any data set with --domain_column")
+    parser.add_argument(
+        "dataset",
+        help="folder DOMAIN/CLASS/image, NAME=FOLDER of pacs, vlcs ..., or any data set with --domain_column",
+    )
     parser.add_argument(
         "--zoo",
         nargs="+",
@@ -66,16 +69,17 @@ def main(argv: list[str]) -> int:
         print(f"warning: weights are random, for comparison only: {', '.join(random)}", file=sys.stderr)
     given = load_given(args, labelled=not args.no_labels, clusters=args.cluster_domains)
     counts = counts_of(given)
+    notes = notes_of(args, given, clusters=args.cluster_domains)
     if not args.json:
         of = ", ".join(f"{name} {count}" for name, count in counts.items())
-        say(f"{args.dataset}: {of} images; domains are {given.origin}")
+        say("\n".join([f"{args.dataset}: {of} images; domains are {given.origin}", *notes]))
     folder = Path(args.output_dir)
     reading = {name: getattr(args, name) for name in READING}
     entries = rank_zoo(zoo, given, cache=folder / "features", **reading)
     unit = "percent of views that find each other" if args.no_labels else "score: nats per label and per dimension"
     options = options_of(args, "no_labels", "cluster_domains")
     metrics = {entry["name"]: {key: entry[key] for key in entry if key != "name"} for entry in entries}
-    about = {"dataset": args.dataset, "seed": args.seed, "samples": counts}
+    about = {"dataset": args.dataset, "seed": args.seed, "samples": counts, "notes": notes}
     write_results(folder / "rank.json", redacted(metrics), **about, options=options, unit=unit, domains=given.origin)
     with atomic_file(folder / "rank.png", "wb") as file:
         draw_ranking(entries, file, title=f"{len(entries)} encoders on {args.dataset}", unit=unit)

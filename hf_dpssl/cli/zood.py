@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..runs.console import printable, say
-from .domain_flags import READING, add_domain_flags, counts_of, load_given, options_of, precision_lines
+from .domain_flags import READING, add_domain_flags, counts_of, load_given, notes_of, options_of, precision_lines
 from .parsing import command_parser, parse_command
 
 
@@ -19,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
         "ones together, select their features, and count what a linear classifier gets right in the domain left out.",
     )
     parser.add_argument(
-        "--dataset", required=True, help="folder DOMAIN/CLASS/image, or a data set with a domain column"
+        "--dataset",
+        required=True,
+        help="folder DOMAIN/CLASS/image, NAME=FOLDER of pacs, vlcs ..., or a data set with a domain column",
     )
     parser.add_argument(
         "--zoo", nargs="+", required=True, help="YAML file; or folders, Hub ids, untrained:NAME of timm, or default"
@@ -43,12 +45,14 @@ def main(argv: list[str]) -> int:
     zoo = read_zoo(args.zoo)
     given = load_given(args, labelled=True)
     counts = counts_of(given)
+    notes = notes_of(args, given)
     if not args.json:
-        say(f"{args.dataset}: {', '.join(f'{name} {count}' for name, count in counts.items())} images")
+        of = ", ".join(f"{name} {count}" for name, count in counts.items())
+        say("\n".join([f"{args.dataset}: {of} images", *notes]))
     folder = Path(args.output_dir)
     reading = {name: getattr(args, name) for name in READING}
     found = zood(zoo, given, top=args.top, draws=args.draws, cache=folder / "features", **reading)
-    about = {"dataset": args.dataset, "seed": args.seed, "samples": counts}
+    about = {"dataset": args.dataset, "seed": args.seed, "samples": counts, "notes": notes}
     write_results(folder / "zood.json", redacted(found), **about, options=options_of(args, "top", "draws"))
     with atomic_file(folder / "zood.png", "wb") as file:
         draw_zood(found, file, title=f"{len(zoo)} encoders on {args.dataset}")

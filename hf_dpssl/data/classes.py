@@ -16,6 +16,7 @@ ClassLabel has classes: all of its names, since its rows are not known.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 import datasets
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
@@ -33,15 +34,14 @@ def columns_of(split: Dataset | IterableDataset) -> datasets.Features:
     return split.features if split.features is not None else split._resolve_features().features
 
 
-def label_candidates(features: datasets.Features, image_column: str) -> list[str]:
-    """Columns that may hold the classes: those of type ClassLabel, else those whose name says so."""
+def label_candidates(features: datasets.Features, others: Sequence[str | None]) -> list[str]:
+    """Columns that may hold the classes: those of type ClassLabel, else those whose name says so; none of `others`."""
+    features = {column: feature for column, feature in features.items() if column not in others}
     typed = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
     named = [
         column
         for column, feature in features.items()
-        if column.lower().removeprefix("json.") in LABEL_NAMES
-        and column != image_column
-        and not isinstance(feature, Image)
+        if column.lower().removeprefix("json.") in LABEL_NAMES and not isinstance(feature, Image)
     ]
     return typed or named
 

@@ -182,6 +182,7 @@ def load_images(
     revision: str | None = None,
     hold_out: bool = True,
     evaluation_split: str | None = None,
+    domain_column: str | None = None,
 ) -> ImageData:
     """Load a data set by name of the table, Hub id, path or union; see the top of this file.
 
@@ -192,7 +193,8 @@ def load_images(
         revision: branch, tag or commit of a Hub data set; overrides the table and `@revision`.
         hold_out: a tenth of the images of a data set with one split becomes the evaluation split.
         evaluation_split: "validation" or "test": that one, under any of its usual names, and no other is evaluated on;
-            default: the table's, or the first of them that there is.
+            default: the table's, or the first of them that there is. "every": validation, test and the table's in one.
+        domain_column: one that is not searched for classes, and cannot be found to be theirs.
 
     Raises:
         ValueError: unknown name, missing column or empty split; says what was found and what to do.
@@ -200,15 +202,15 @@ def load_images(
     """
     if "+" in name and not Path(name).exists():
         options = dict(image_column=image_column, label_column=label_column, streaming=streaming, revision=revision)
-        options["evaluation_split"] = evaluation_split
+        options |= {"evaluation_split": evaluation_split, "domain_column": domain_column}
         return _union(name, [load_images(part.strip(), **options, hold_out=hold_out) for part in name.split("+")])
     entry, splits, scan = _open(name, streaming, revision)
     train, evaluation, names, unused = _choose_splits(name, splits, entry, evaluation_split)
     image_column = _find_image_column(name, train, image_column or entry.image_column)
     train, evaluation = (_undecoded(name, split, image_column) for split in (train, evaluation))
-    wanted = label_column or entry.label_column
+    wanted = label_column or (entry.label_column if entry.label_column != domain_column else None)
     train, evaluation = (None if split is None else with_json_labels(split, wanted) for split in (train, evaluation))
-    labels = _classes(name, train, evaluation, image_column, wanted)
+    labels = _classes(name, train, evaluation, (image_column, domain_column), wanted)
     train, evaluation, label_column, class_names, problem = labels
     if evaluation is None and hold_out and not isinstance(train, IterableDataset):
         train, evaluation = _held_out(name, train, label_column)
@@ -372,15 +374,35 @@ def _choose_splits(name: str, splits: dict, entry: DatasetEntry, wanted: str | N
     if train_name not in splits:
         raise ValueError(f"data set {name!r} has the splits {names}, but no training split {train_name or 'train'!r}.")
     candidates = [entry.evaluation_split] if entry.evaluation_split else _EVALUATION_SPLITS
-    candidates = candidates if wanted is None else SPLITS[wanted]
-    evaluation_name = next((s for s in candidates if s in splits and s != train_name), None)
-    train = splits[train_name]
-    evaluation = splits.get(evaluation_name)
-    for split_name, split in ((train_name, train), (evaluation_name, evaluation)):
-        if split is not None and not isinstance(split, IterableDataset) and len(split) == 0:
+    if wanted == "every":
+        candidates = dict.fromkeys([entry.evaluation_split, *_EVALUATION_SPLITS])
+    elif wanted is not None:
+        candidates = SPLITS[wanted]
+    found = [split for split in candidates if split in splits and split != train_name]
+    evaluation_names = found if wanted == "every" else found[:1]
+    for split_name in (train_name, *evaluation_names):
+        if not isinstance(splits[split_name], IterableDataset) and len(splits[split_name]) == 0:
             raise ValueError(f"split {split_name!r} of data set {name!r} is empty.")
-    chosen = {"train": train_name} | ({"evaluation": evaluation_name} if evaluation_name else {})
-    return train, evaluation, chosen, [s for s in names if s not in chosen.values()]
+    evaluation = _together(name, {split: splits[split] for split in evaluation_names})
+    chosen = {"train": train_name} | ({"evaluation": " + ".join(evaluation_names)} if evaluation_names else {})
+    unused = [split for split in names if split not in (train_name, *evaluation_names)]
+    return splits[train_name], evaluation, chosen, unused
+
+
+def _together(name: str, splits: dict):
+    """The rows of all of them in one split; one alone as it is, and None of none."""
+    if len(splits) < 2:
+        return next(iter(splits.values()), None)
+    features = {split: columns_of(rows) for split, rows in splits.items()}
+    first = next(iter(splits))
+    for split, found in features.items():
+        every = found | features[first]
+        if differing := [column for column in every if found.get(column) != features[first].get(column)]:
+            raise ValueError(
+                f"the splits {first!r} and {split!r} of data set {name!r} differ in the columns {differing}, which one "
+                "lacks or has with another type or other names of classes: give both the same ones."
+            )
+    return datasets.concatenate_datasets(list(splits.values()))
 
 
 def _held_out(name: str, split: Dataset, label_column: str | None) -> tuple[Dataset, Dataset]:
@@ -408,12 +430,15 @@ def _find_image_column(name: str, split, wanted: str | None) -> str:
     return found[0]
 
 
-def _classes(name: str, train, evaluation, image_column: str, wanted: str | None) -> tuple:
-    """Both splits with class ids, the column, the names, and why there are none although there might be (or None)."""
+def _classes(name: str, train, evaluation, others: tuple[str | None, ...], wanted: str | None) -> tuple:
+    """Both splits with class ids, the column, the names, and why there are none although there might be (or None).
+
+    others: columns that hold something else.
+    """
     features = columns_of(train)
     if wanted is not None and wanted not in features:
         raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --label_column.")
-    found = [wanted] if wanted is not None else label_candidates(features, image_column)
+    found = [wanted] if wanted is not None else label_candidates(features, others)
     if len(found) != 1:
         problem = f"the columns {found} may all hold them: name one with --label_column" if found else None
         return train, evaluation, None, None, problem

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SHOWN = 10  # classes named in a note
+
 
 def check_domains(
     labels: Tensor | None,
@@ -49,3 +51,24 @@ def check_domains(
             f"class {shown(class_names, number)} is found {where}: with it left out nothing is known of the class. "
             "Each class must be found in two domains or more; leave that class out, or add images of it."
         )
+
+
+def missing_classes(
+    labels: Tensor, domains: Tensor, class_names: list[str], domain_names: list[str]
+) -> dict[str, list[str]]:
+    """Of each domain that lacks classes, their names; labels and domains (N,), names by id."""
+    found = {}
+    for number, name in enumerate(domain_names):
+        there = set(labels[domains == number].unique().tolist())
+        if lacking := [text for label, text in enumerate(class_names) if label not in there]:
+            found[name] = lacking
+    return found
+
+
+def notes_of_missing(found: dict[str, list[str]]) -> list[str]:
+    """What a reader of a table must know of `missing_classes`, a sentence for each domain."""
+    notes = []
+    for domain, names in found.items():
+        more = f" and {len(names) - _SHOWN} more classes" if len(names) > _SHOWN else ""
+        notes.append(f"{domain} has no {', '.join(names[:_SHOWN])}{more}.")
+    return notes

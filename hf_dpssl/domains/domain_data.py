@@ -6,7 +6,7 @@
 | a folder of images | folders of the first level (below train, test ... where there are these) | of the second level |
 | a number of clusters | k-means clusters of colours and edges of the pictures | the label column, or folders |
 
-All splits count together. Only for clusters pictures are decoded here.
+All splits count together: train, validation and test. Only for clusters pictures are decoded here.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def load_domains(
         raise ValueError(f"domains and classes cannot both be the column {domain_column!r}.")
     if domain_column is not None and clusters is not None:
         raise ValueError(f"domains are the column {domain_column!r} or clusters: give --domain_column or the latter.")
-    options = {"image_column": image_column, "revision": revision, "hold_out": False}
+    options = {"image_column": image_column, "revision": revision, "hold_out": False, "evaluation_split": "every"}
     data = load_images(name, label_column=label_column if clusters else domain_column, **options)
     images = _in_one(data)
     domains = None
@@ -129,7 +129,13 @@ def load_domains(
         raise ValueError(
             f"all images of {name!r} are of one domain: ranking leaves domains out, and needs two or more."
         )
-    check_domains(labels[chosen] if labelled else None, domains[chosen], class_names, names)
+    try:
+        check_domains(labels[chosen] if labelled else None, domains[chosen], class_names, names)
+    except ValueError as error:
+        if clusters is None:
+            raise
+        more = "Clusters depend on the pictures: try fewer clusters, or another --seed."
+        raise ValueError(f"{error} {more}") from error
     splits = {"train": data.train} | ({} if data.evaluation is None else {"evaluation": data.evaluation})
     # Which rows are drawn depends on what has a share in them.
     drawn = hashlib.sha256(repr(list(rows)).encode()).hexdigest()[:16]
@@ -144,8 +150,8 @@ def _in_one(data: ImageData) -> Dataset:
 
 
 def _classes(name: str, domain_column: str | None, label_column: str | None, options: dict) -> tuple[Tensor, list[str]]:
-    data = load_images(name, label_column=label_column, **options)
-    if data.class_names is None or data.label_column == domain_column:
+    data = load_images(name, label_column=label_column, domain_column=domain_column, **options)
+    if data.class_names is None:
         why = f" ({data.label_problem})" if data.label_problem else ""
         raise ValueError(f"{name!r} has no classes{why}: name their column with --label_column. {_NO_CLASSES}")
     return torch.tensor(_in_one(data)[data.label_column][:]), data.class_names

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .domain_checks import check_domains
+from .domain_checks import check_domains, missing_classes
+
+_FEWEST = 5  # samples of a domain, so that a fifth of them is one
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class DomainTensors:
         class_names: by id.
 
     Raises:
-        ValueError: one domain, an empty one, features that are not finite, fewer samples than classes in a domain, or
-            a class that only one domain has.
+        ValueError: one domain, features that are not finite, fewer samples in a domain than classes, or than 5 of which
+            a fifth is held out, or a class that only one domain has.
     """
 
     names: list[str]
@@ -38,23 +40,22 @@ class DomainTensors:
                 raise ValueError(f"domain {name!r} has {len(inputs)} samples and {len(labels)} labels.")
             if inputs.is_floating_point() and (bad := int((~torch.isfinite(inputs)).flatten(1).any(1).sum())):
                 raise ValueError(f"{bad} of {len(inputs)} samples of domain {name!r} hold numbers that are not finite.")
-            if len(inputs) < len(self.class_names):
+            if len(inputs) < (fewest := max(_FEWEST, len(self.class_names))):
                 raise ValueError(
-                    f"domain {name!r} has {len(inputs)} samples for {len(self.class_names)} classes: give at least as "
-                    "many, or leave the domain out."
+                    f"domain {name!r} has {len(inputs)} samples for {len(self.class_names)} classes: give at least "
+                    f"{fewest}, of which a fifth is held out, or leave the domain out."
                 )
-        domains = [torch.full_like(labels, number) for number, labels in enumerate(self.labels)]
-        check_domains(torch.cat(self.labels), torch.cat(domains), self.class_names, self.names)
+        check_domains(*self._ids(), self.class_names, self.names)
 
     @property
     def missing_classes(self) -> dict[str, list[str]]:
         """Of each domain that lacks classes, their names."""
-        found = {}
-        for name, labels in zip(self.names, self.labels, strict=True):
-            there = set(labels.unique().tolist())
-            if lacking := [text for number, text in enumerate(self.class_names) if number not in there]:
-                found[name] = lacking
-        return found
+        return missing_classes(*self._ids(), self.class_names, self.names)
+
+    def _ids(self) -> tuple[Tensor, Tensor]:
+        """(N,) label and domain of each sample."""
+        domains = [torch.full_like(labels, number) for number, labels in enumerate(self.labels)]
+        return torch.cat(self.labels), torch.cat(domains)
 
     def digest(self) -> str:
         """Hash of all of it."""

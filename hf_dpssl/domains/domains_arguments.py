@@ -18,7 +18,8 @@ class DomainsArguments:
 
     dataset: str = option(
         "rotated_digits",
-        "rotated_digits, rotated_mnist, colored_mnist, pacs ..., Hub id, parquet file, or folder DOMAIN/CLASS/image",
+        "rotated_digits, rotated_mnist, colored_mnist, pacs ..., NAME=FOLDER of these, Hub id, parquet file, or folder "
+        "DOMAIN/CLASS/image",
         group="data",
     )
     dataset_revision: str | None = option(None, "branch, tag or commit of a Hub data set")

@@ -7,6 +7,7 @@ us; none could be so far, so that ids are given where one is known to us, to be 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from .domain_data import DomainData, load_domains
 
@@ -41,19 +42,25 @@ def load_set(name: str, *, domain_column: str | None = None, clusters: int | Non
     """`load_domains` of a name of the table, with its Hub id and column, or of anything else as it is.
 
     Args:
-        name: of the table, or as of `load_domains`. domain_column, clusters, options: as of `load_domains`.
+        name: of the table; NAME=SOURCE, a name of the table and where it is read from instead; or as of `load_domains`.
+        domain_column, clusters, options: as of `load_domains`.
 
     Raises:
         FileNotFoundError: a set of the table without Hub id, or that cannot be loaded; says what to download and how to
-            sort it. ValueError: of other names, what `load_domains` refuses.
+            sort it. ValueError: NAME=SOURCE with no such name; of others, what `load_domains` refuses.
     """
+    named, source = _named(name)
+    if source is not None:
+        if named not in KNOWN_SETS or not source:
+            raise ValueError(f"NAME=FOLDER takes a folder of {', '.join(KNOWN_SETS)}, got {name!r}.")
+        return load_domains(source, domain_column=domain_column, clusters=clusters, **options)
     known = KNOWN_SETS.get(name)
     if known is None:
         return load_domains(name, domain_column=domain_column, clusters=clusters, **options)
     where = (
         f"download it ({known.domains} domains, {known.classes} classes, {known.images:,} images; "
-        "domainbed/scripts/download.py of facebookresearch/DomainBed names the places) and give its folder, sorted as "
-        "DOMAIN/CLASS/image."
+        "domainbed/scripts/download.py of facebookresearch/DomainBed names the places) and give its folder as "
+        f"{name}=FOLDER, sorted as DOMAIN/CLASS/image."
     )
     if known.hub_id is None:
         raise FileNotFoundError(f"{name!r} has no Hub id that we know of: {where}")
@@ -66,14 +73,24 @@ def load_set(name: str, *, domain_column: str | None = None, clusters: int | Non
         raise FileNotFoundError(f"{found} Or {where}") from error
 
 
+def _named(name: str) -> tuple[str, str | None]:
+    """The parts of NAME=SOURCE; of anything else, as a path with that sign in it, itself and None."""
+    named, equals, source = name.partition("=")
+    if equals and named.replace("_", "").isalnum() and not Path(name).exists():
+        return named, source
+    return name, None
+
+
 def account(name: str, given: DomainData) -> str | None:
-    """Whether a set of the table is whole, in words; None for others."""
+    """Whether a set of the table, under its name or as NAME=SOURCE, is whole, in words; None for others."""
+    name, source = _named(name)
     known = KNOWN_SETS.get(name)
     if known is None:
         return None
-    found = (len(given.domain_names), len(given.class_names or []), len(given.rows))
+    classes = known.classes if given.class_names is None else len(given.class_names)  # None: they are not looked at
+    found = (len(given.domain_names), classes, len(given.rows))
     wanted = (known.domains, known.classes, known.images)
-    checked = "" if known.verified else f" The Hub id {known.hub_id} was not checked by us."
+    checked = "" if known.verified or source is not None else f" The Hub id {known.hub_id} was not checked by us."
     if found == wanted:
         whole = f"{name}: the whole set, as published ({known.images:,} images).{checked}"
         if known.published is None:

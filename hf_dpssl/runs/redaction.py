@@ -1,8 +1,8 @@
 """Folders of a machine, which mean nothing elsewhere and say who worked where, cut off from what is written down.
 
 Whole values are cut, not joined text: in "--output_dir /home/me/My run, 2024 --seed 1" nobody can tell where the path
-ends. A value that is a path becomes its last part; so does each part of a union a+b, the value of a flag `--x=...`,
-and the place of `local-dir:...` or `file:...`.
+ends. A value that is a path becomes its last part; so does each part of a union a+b, the value of a flag `--x=...` or
+of NAME=..., and the place of `local-dir:...` or `file:...`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 _SEPARATORS = re.compile(r"[/\\]+")
 _STARTS = r"(?:~[\w.-]*(?=[/\\]|\Z)|\.{1,2}(?=[/\\]|\Z)|[A-Za-z]:(?=[/\\])|(?=[/\\]))"
 _PATH = re.compile(rf"{_STARTS}(?:[/\\].*)?", re.DOTALL)
-_PREFIXED = re.compile(r"(--?[\w-]+=|(?:local-dir|file):/{0,2}(?=[/~.]|[A-Za-z]:[/\\]))(.+)", re.DOTALL)
+_PREFIXED = re.compile(r"(--?[\w-]+=|(?:[\w-]+=|(?:local-dir|file):/{0,2})(?=[/~.]|[A-Za-z]:[/\\]))(.+)", re.DOTALL)
 # In text that is one already, as of older results: a path ends at a blank or comma.
 _IN_TEXT = re.compile(r"""(?<![^\s"'=(,\[+])(?:~|[A-Za-z]:|\.{1,2})?[/\\]+(?:[^\s"'/\\,+]+[/\\]+)*""")
 # Names that data or a model gave, which may look like paths ("/m/04rky" is a class of Open Images).

@@ -1,5 +1,6 @@
 """`hf-dpssl rank` on tiny encoders and pictures of three domains."""
 
+import argparse
 import io
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from tiny_encoders import save_ours
 
 from hf_dpssl.cli.commands import main
+from hf_dpssl.cli.domain_flags import notes_of
 from hf_dpssl.domains import load_domains
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.zoo import leave_one_domain_out
@@ -69,11 +71,11 @@ def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_la
     assert written["metrics"][Path(zoo[1]).name]["score"] == next(e["score"] for e in found if e["encoder"] == zoo[1])
     assert Image.open(tmp_path / "rank.png").size[0] > 100
 
-    assert main(["rank", str(pictures), "--zoo", *zoo, "--output_dir", str(tmp_path)]) == 0
+    assert main(["rank", f"vlcs={pictures}", "--zoo", *zoo, "--output_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert f"\n{Path(zoo[0]).name} " in printed and "failed: " in printed
     assert f"hf-dpssl embed {found[0]['encoder']} {pictures} --output_dir outputs/embeddings" in printed
-    assert "domains are the folders of the first level" in printed
+    assert "domains are the folders of the first level" in printed and "\nvlcs: not the whole set" in printed
     again = json.loads((tmp_path / "rank.json").read_text())["metrics"]
     assert all(again[e["name"]]["cached"] and again[e["name"]]["score"] == e["score"] for e in found[:2])
 
@@ -187,6 +189,15 @@ def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, 
         assert main(["rank", *line.split(), "--output_dir", str(tmp_path / "new")]) == 2, line
         assert message in capsys.readouterr().err, line
         assert not (tmp_path / "new").exists(), line
+
+
+def test_classes_that_a_domain_lacks_and_sets_that_are_not_whole_are_named(tmp_path):
+    folder = write_pictures(tmp_path, [place for place in PLACES if place[:2] != (2, 1)])
+    args = argparse.Namespace(dataset=f"pacs={folder}")
+    whole, lacking = notes_of(args, load_domains(str(folder)))
+    assert whole.startswith("pacs: not the whole set") and lacking == f"{DOMAINS[2]} has no {CLASSES[1]}."
+    assert notes_of(args, load_domains(str(folder), labelled=False)) == [whole.replace("2 classes", "7 classes")]
+    assert notes_of(args, load_domains(str(folder), labelled=False, clusters=2), clusters=2) == []
 
 
 def test_a_limit_takes_of_each_class_of_each_domain_its_share(pictures):

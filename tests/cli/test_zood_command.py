@@ -43,8 +43,8 @@ def zoo(tmp_path_factory):
 
 
 def test_zood_measures_all_encoders_that_load_and_names_the_others(pictures, zoo, tmp_path, capsys):
-    arguments = ["zood", "--zoo", str(zoo / "zoo.yaml"), "--dataset", str(pictures), "--output_dir", str(tmp_path)]
-    assert main([*arguments, "--top", "2"]) == 0
+    arguments = ["zood", "--zoo", str(zoo / "zoo.yaml"), "--dataset", f"vlcs={pictures}"]
+    assert main([*arguments, "--output_dir", str(tmp_path), "--top", "2"]) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "zood.json").read_text())["metrics"]
     names = ["small", "large", "random"]
@@ -56,7 +56,7 @@ def test_zood_measures_all_encoders_that_load_and_names_the_others(pictures, zoo
         assert not any(name in target["encoders"] for target in found["targets"].values())
     assert str(zoo) not in (tmp_path / "zood.json").read_text()  # folders of a machine are not written down
     assert [by_name[name]["contaminated"] for name in names] == ["no", "not known", "no"]
-    assert "failed: " in printed and "weighted Kendall's tau" in printed
+    assert "\nvlcs: not the whole set" in printed and "failed: " in printed and "weighted Kendall's tau" in printed
     for name in DOMAINS:
         scores = {encoder: value["score"] for encoder, value in found["targets"][name]["encoders"].items()}
         order = " > ".join(f"{encoder} {scores[encoder]:.3f}" for encoder in sorted(scores, key=lambda e: -scores[e]))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hf_dpssl.domains.choices import ALGORITHMS
 from hf_dpssl.domains.digit_domains import coloured, digit_domains, rotated
+from hf_dpssl.domains.domain_checks import notes_of_missing
 from hf_dpssl.domains.domain_tensors import DomainTensors, seed_hash, split
 from hf_dpssl.domains.hyperparameters import hyperparameters
 
@@ -150,15 +151,16 @@ def test_selection_is_that_of_domain_bed_itself(domain_bed):
             assert chosen(rule, "0", runs)["accuracy"] == wanted, rule
 
 
+FIVE = torch.tensor([0, 1, 2, 0, 1])
 CASES = [
-    ({"inputs": [torch.zeros(4, 2), torch.zeros(3, 2)]}, "has 3 samples and 4 labels"),
-    ({"inputs": [torch.zeros(4, 2), torch.full((4, 2), torch.nan)]}, "4 of 4 samples of domain 'b' hold numbers"),
-    ({"labels": [torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 0, 2])]}, "class 'three' is found in domain 'b' only"),
-    ({"names": ["a"], "inputs": [torch.zeros(4, 2)], "labels": [torch.tensor([0, 1, 2, 0])]}, "all samples are of one"),
-    ({"inputs": [torch.zeros(4, 2), torch.zeros(0, 2)], "labels": [torch.zeros(4).long(), torch.zeros(0).long()]},
-     "'b' has 0 samples for 3 classes"),
-    ({"inputs": [torch.zeros(4, 2), torch.zeros(2, 2)], "labels": [torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1])]},
-     "'b' has 2 samples for 3 classes"),
+    ({"inputs": [torch.zeros(5, 2), torch.zeros(3, 2)]}, "has 3 samples and 5 labels"),
+    ({"inputs": [torch.zeros(5, 2), torch.full((5, 2), torch.nan)]}, "5 of 5 samples of domain 'b' hold numbers"),
+    ({"labels": [FIVE % 2, FIVE]}, "class 'three' is found in domain 'b' only"),
+    ({"names": ["a"], "inputs": [torch.zeros(5, 2)], "labels": [FIVE]}, "all samples are of one"),
+    ({"inputs": [torch.zeros(5, 2), torch.zeros(0, 2)], "labels": [FIVE, FIVE[:0]]}, "'b' has 0 samples for 3 classes"),
+    ({"inputs": [torch.zeros(5, 2), torch.zeros(4, 2)], "labels": [FIVE, FIVE[:4]]},
+     "'b' has 4 samples for 3 classes: give at least 5, of which a fifth is held out"),
+    ({"class_names": list("abcdef")}, "'a' has 5 samples for 6 classes: give at least 6"),
 ]  # fmt: skip
 
 
@@ -166,8 +168,8 @@ CASES = [
 def test_domains_that_cannot_be_learned_from_are_refused(changes, message):
     whole = {
         "names": ["a", "b"],
-        "inputs": [torch.zeros(4, 2), torch.zeros(4, 2)],
-        "labels": [torch.tensor([0, 1, 2, 0])] * 2,
+        "inputs": [torch.zeros(5, 2), torch.zeros(5, 2)],
+        "labels": [FIVE] * 2,
         "class_names": ["one", "two", "three"],
     }
     assert DomainTensors(**whole).missing_classes == {}
@@ -176,6 +178,8 @@ def test_domains_that_cannot_be_learned_from_are_refused(changes, message):
 
 
 def test_classes_that_a_domain_lacks_are_named():
-    labels = [torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 0]), torch.tensor([2, 1, 0])]
+    labels = [FIVE, FIVE % 2, FIVE.flip(0)]
     made = DomainTensors(["a", "b", "c"], [torch.zeros(len(x), 2) for x in labels], labels, ["one", "two", "three"])
     assert made.missing_classes == {"b": ["three"]}
+    many = notes_of_missing({"b": ["three"], "c": list("0123456789abc")})
+    assert many == ["b has no three.", "c has no 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 3 more classes."]

@@ -4,7 +4,7 @@ import io
 
 import datasets
 import pytest
-from domain_pictures import CLASSES, DOMAINS, PLACES, picture
+from domain_pictures import CLASSES, DOMAINS, PLACES, picture, write_pictures
 from hub_server import HubServer
 
 from hf_dpssl.domains.known_sets import KNOWN_SETS, KnownSet, account, load_set
@@ -59,6 +59,24 @@ def test_what_cannot_be_had_says_what_to_download_and_how_to_sort_it(data_hub):
             load_set(name)
         text = str(refused.value)
         assert f"download it ({spec.domains} domains, {spec.classes} classes, {spec.images:,} images" in text, text
-        assert "sorted as DOMAIN/CLASS/image" in text
+        assert f"give its folder as {name}=FOLDER, sorted as DOMAIN/CLASS/image" in text
         assert "no Hub id that we know of" in text if spec.hub_id is None else f"{spec.hub_id} of the Hub" in text
         assert spec.hub_id is None or "which was not checked by us" in text
+
+
+def test_a_set_that_lies_in_a_folder_is_counted_as_one_of_its_name(tmp_path, monkeypatch):
+    folder = write_pictures(tmp_path / "with=sign")
+    given = load_set(f"vlcs={folder}")
+    assert given.domain_names == DOMAINS and len(given.rows) == len(load_set(str(folder)).rows) == len(PLACES)
+    found = account(f"vlcs={folder}", given)
+    assert found.startswith("vlcs: not the whole set, so that published figures do not compare: ")
+    assert found.endswith(": 3 domains, 2 classes, 42 images of 4, 5 and 10,729.")
+    assert account(str(folder), given) is None
+    monkeypatch.setitem(KNOWN_SETS, "vlcs", KnownSet(3, 2, len(PLACES), published=(70.4, 75.1)))
+    for labelled in (True, False):
+        whole = account(f"vlcs={folder}", load_set(f"vlcs={folder}", labelled=labelled))
+        assert whole.startswith("vlcs: the whole set, as published (42 images). Published means"), labelled
+        assert whole.endswith("MoCo-v2 70.4, t-MoCo-v2 75.1.")
+    for wrong in (f"mine={folder}", "vlcs="):
+        with pytest.raises(ValueError, match="NAME=FOLDER takes a folder of pacs, vlcs, office_home"):
+            load_set(wrong)

@@ -21,12 +21,15 @@ VALUES = {
     "mnist+/home/me/c": "mnist+c",
     "/home/c++/x": "x",
     "--output_dir=/scratch/my run": "--output_dir=my run",
+    "--dataset=vlcs=/scratch/my set": "--dataset=vlcs=my set",
+    "vlcs=~/set": "vlcs=set",
     "local-dir:/home/me/encoder": "local-dir:encoder",
     "file:///home/me/x": "file:x",
     "--init_from /home/b --seed 1": "--init_from b --seed 1",
     "cannot read /home/me/x: gone": "cannot read x: gone",
 } | dict.fromkeys(  # which are no folders of a machine
-    ["org/vq", "outputs/demo", "https://example.org/a", "/", "~", "a ratio 1/2", "timm:resnet50", "1/2", "s3://b/x", ""]
+    ["org/vq", "outputs/demo", "https://example.org/a", "/", "~", "a ratio 1/2", "timm:resnet50", "1/2", "s3://b/x"]
+    + ["a=b/c", ""]
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 from cases import for_each
-from domain_pictures import CLASSES, DOMAINS, write_pictures
+from domain_pictures import CLASSES, DOMAINS, PLACES, write_pictures
 from launches import forget_accelerator
 from PIL import Image
 from tiny_encoders import save_ours
@@ -129,10 +129,14 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(flags, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_domains_of_too_few_pictures_are_refused(pictures, tmp_path, refusal):
-    """A class in one domain only; a domain with fewer pictures than classes; one domain."""
+def test_domains_of_too_few_pictures_are_refused(encoder, tmp_path, refusal):
+    """A class in one domain only; domains of which no fifth can be held out; one domain."""
     lonely = write_pictures(tmp_path / "lonely", [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1)])
     assert f"class '{CLASSES[1]}' is found in domain 'dark' only" in refusal("domains", ["--dataset", lonely])
+    few = write_pictures(tmp_path / "few", [(domain, label, number) for domain, label, number in PLACES if number < 2])
+    for flags in ([], ["--encoder", encoder, "--frozen"]):
+        found = refusal("domains", ["--dataset", few, *flags, "--output_dir", tmp_path / "out"])
+        assert "domain 'dark' has 4 samples for 2 classes: give at least 5, of which a fifth is held out" in found
     single = write_pictures(tmp_path / "single", [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)])
     assert "no folders of domains" in refusal("domains", ["--dataset", single])
 
@@ -156,6 +160,8 @@ def test_evaluate_suite_dg_is_the_frozen_protocol_of_all_algorithms(pictures, en
     assert all(row["seeds"] == 5 and row["draws"] == 1 for row in rows)
     for wrong, message in [
         (["--suite", "dg", "--shots", "2"], "--shots is not for --suite dg"),
+        (["--suite", "dg"], "give --dataset FOLDER, sorted as DOMAIN/CLASS/image, or another set of pictures; digits"),
+        (["--suite", "dg", "--dataset", "rotated_digits"], "give --dataset FOLDER, sorted as DOMAIN/CLASS/image"),
         (["--suite", "dg", "--sets", "dtd"], "--sets is not for --suite dg"),
         (["--domain_column", "style"], "--domain_column is for --suite dg"),
     ]:
