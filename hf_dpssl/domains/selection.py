@@ -121,7 +121,9 @@ def as_markdown(rows: Sequence[dict], domains: Sequence[str], notes: Sequence[st
             lines.append(f"| {row['algorithm']}{' *' if row['adapts'] else ''} | {' | '.join(cells)} |")
         lines.append("")
     if any(row["adapts"] for row in rows):
-        lines.append("\\* adapts to batches of 64 pictures of the target at test time; the others see each alone.")
+        lines.append(
+            "\\* adapts to batches of at most 64 pictures of the target at test time; the others see each alone."
+        )
     return "\n".join([*lines, *notes]) + "\n"
 
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.image_table import BadImageError
-from ..domains.cached_features import features_of
+from ..domains.cached_features import features_of, views_of
 from ..domains.domain_data import DomainData
 from ..embedding.embedder import ImageEmbedder
-from ..embedding.encoder_evaluation import extract_views
 from ..evaluation.geometry import effective_rank
 from ..evaluation.neighbours import nearest_neighbours
 from ..evaluation.student_interval import student_interval
@@ -46,7 +45,7 @@ def rank_zoo(
         zoo: as `read_zoo` returns it.
         given: the pictures.
         features: "features" (of the backbone) or "embeddings" (of the head).
-        cache: folder in which features are kept, by encoder and pictures; None: nowhere.
+        cache: folder in which features are kept, by encoder and pictures, those of views by seed too; None: nowhere.
         batch_size: pictures embedded at once.
         on_bad_image: "error", or "skip" to leave unreadable pictures out.
         seed: of the views.
@@ -54,13 +53,14 @@ def rank_zoo(
     Returns:
         For each encoder {"name", "encoder", "score": {"mean", "low", "high"} over domains, "domains": {its parts},
         "behind": the same three of the first one's score minus this one's, domain by domain, "width", "parameters",
-        "megabytes" of weights, "seconds", "cached", "fingerprint", "precision" in which the encoder computed
-        ("float32", or "bfloat16" on a GPU that does), and what `encoder_facts` says} and, with labels,
-        "labels", "stability", "knn_top1" and what baselines.py measures, without them "effective_rank" and "views"
-        (`held_out_views`); or {"name", "encoder", "error"}.
+        "megabytes" of weights, "seconds", "cached" (whether nothing was embedded), "fingerprint", "precision" in which
+        the encoder computed ("float32", or "bfloat16" on a GPU that does), and what `encoder_facts` says} and, with
+        labels, "labels", "stability", "knn_top1" and what baselines.py measures, without them "effective_rank" and
+        "views" (`held_out_views`); or {"name", "encoder", "error"}.
 
     Raises:
-        ValueError: no encoder could be measured. BadImageError: an unreadable picture, with on_bad_image="error".
+        ValueError: no encoder could be measured. BadImageError: an unreadable picture, with on_bad_image="error"; a
+            domain of which no picture can be read, with "skip".
     """
     reading = {"batch_size": batch_size, "on_bad_image": on_bad_image}
     entries = for_every_encoder(zoo, lambda entry: _measured(entry, given, features, cache, reading, seed))
@@ -108,9 +108,10 @@ def _measured(entry: ZooEntry, given: DomainData, kind: str, cache, reading: dic
     found, rows, cached = features_of(embedder, given, cache, reading)
     domains = given.domains[rows]
     if given.labels is None:
-        views = extract_views(embedder, given.data, given.images, rows.tolist(), seed=seed, **reading)
-        per_domain = _agreement(*views, domains)
-        likelihoods = held_out_views(*views, domains, seed=seed)
+        first, second, also_cached = views_of(embedder, given, rows, cache, reading, seed=seed)
+        cached = cached and also_cached
+        per_domain = _agreement(first, second, domains)
+        likelihoods = held_out_views(first, second, domains, seed=seed)
         more = effective_rank(found, centre=True) | {"views": sum(likelihoods) / len(likelihoods)}
     else:
         labels = given.labels[rows]

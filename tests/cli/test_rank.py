@@ -141,6 +141,35 @@ def test_without_labels_pictures_are_told_apart_by_their_views(pictures, zoo, tm
         assert scores == [100, 100] if name == "told" else max(scores) < 15, name
 
 
+def test_views_are_embedded_once_for_each_seed(pictures, zoo, tmp_path, capsys, monkeypatch):
+    embedded = []
+    embed = ImageEmbedder.embed_pictures
+    monkeypatch.setattr(
+        ImageEmbedder, "embed_pictures", lambda self, many: embedded.append(len(many)) or embed(self, many)
+    )
+
+    def ranked(*flags):
+        embedded.clear()
+        found = rank(capsys, pictures, "--zoo", zoo[1], "--no_labels", "--output_dir", tmp_path, *flags)[0]
+        return found, sum(embedded)
+
+    first, again, other = ranked(), ranked(), ranked("--seed", 1)
+    assert [count for _, count in (first, again, other)] == [3 * len(PLACES), 0, 2 * len(PLACES)]
+    assert [found["cached"] for found, _ in (first, again, other)] == [False, True, False]
+    assert again[0]["domains"] == first[0]["domains"] and again[0]["views"] == first[0]["views"] != other[0]["views"]
+
+
+def test_a_domain_of_which_no_picture_can_be_read_is_named(zoo, tmp_path, capsys):
+    """Also the last one, with which the number of domains ends; with labels and without, read or from the cache."""
+    pictures = write_pictures(tmp_path / "pictures")
+    for path in (pictures / DOMAINS[-1]).glob("*/*.png"):
+        path.write_bytes(b"no picture")
+    arguments = [str(pictures), "--zoo", zoo[1], "--on_bad_image", "skip", "--output_dir", str(tmp_path / "out")]
+    for flags in ([], ["--no_labels"], []):
+        assert main(["rank", *arguments, *flags]) == 2
+        assert f"none of the 14 images of domain {DOMAINS[-1]!r}" in capsys.readouterr().err
+
+
 def test_domains_that_nobody_names_are_clusters_of_colours_and_edges(pictures, zoo, tmp_path, capsys):
     """The folders name classes only; the domains differ in brightness and noise, and are found again."""
     for domain, label, number in PLACES:

@@ -183,5 +183,7 @@ def test_any_first_part_of_a_plan_gives_a_table_of_equal_budgets():
     interval = table(five, ["training_domains"], ["a", "b"])[0]["interval"]  # of 50 to 54: 2.776 sqrt(2.5 / 5)
     assert interval["mean"] == 52 and interval["high"] == pytest.approx(52 + 1.963, abs=1e-3)
     assert table(five[:-2], ["training_domains"], ["a", "b"])[0]["interval"] is None
-    assert "| arm * |" in text and "adapts to batches of 64 pictures of the target" in text and "A note." in text
+    assert (
+        "| arm * |" in text and "adapts to batches of at most 64 pictures of the target" in text and "A note." in text
+    )
     assert "sees a fifth of the target" in as_markdown(table(plan, ["oracle"], ["a", "b"]), ["a", "b"])
