@@ -59,14 +59,15 @@ def main(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
-    print(printable("\n".join(_lines(found))))
+    print(printable("\n".join(_lines(found, args.draws))))
     say(f"written to {folder / 'zood.json'} and {folder / 'zood.png'}")
     return 0
 
 
-def _lines(found: dict) -> list[str]:
+def _lines(found: dict, draws: int) -> list[str]:
     targets = found["targets"]
-    width = max(len(entry["name"]) for entry in found["encoders"]) + 2
+    names = [entry["name"] for entry in found["encoders"]]
+    width = max(map(len, [*names, *found["methods"], *found["not_stated"]])) + 2
     lines = ["percent right in the domain that was left out, by a linear probe of the others"]
     lines.append(f"{'':<{width}}" + "".join(f"{name[:14]:>15}" for name in targets) + f"{'seen before':>15}  because")
     for entry in found["encoders"]:
@@ -79,6 +80,8 @@ def _lines(found: dict) -> list[str]:
     for method, mean in found["methods"].items():
         values = "".join(f"{target[method]['accuracy']:>15.2f}" for target in targets.values())
         lines.append(f"{method:<{width}}{values}   mean {_interval(mean)}")
+    for method, lacking in found["not_stated"].items():
+        lines.append(f"{method:<{width}}not stated: no feature was selected for the target {', '.join(lacking)}")
     for name, target in targets.items():
         selection = target["selection"]
         ranked = sorted(target["encoders"].items(), key=lambda item: -item[1]["score"])
@@ -91,6 +94,8 @@ def _lines(found: dict) -> list[str]:
             lines.append(f"  {measure:<{width}}{_interval(value['tau']):<28}{value['regret']:>8.2f}")
     if not found["agreement"]:
         lines.append("agreement is not stated: three encoders are needed.")
+    elif found["draws"] < draws:
+        lines.append("agreement is of all classes alone: halves are drawn of four or more that every domain has")
     lines.append("intervals are of 95 %, over the domains that were left out")
     return lines + precision_lines(found["encoders"])
 

@@ -42,11 +42,13 @@ def leave_one_domain_out(features: Tensor, labels: Tensor, domains: Tensor) -> l
         score is better.
 
     Raises:
-        ValueError: other shapes, features that are not finite or all equal, or what `check_domains` refuses.
+        ValueError: other shapes, features that are not finite, or all equal once some domain is left out, or what
+            `check_domains` refuses.
     """
     check_domains(labels, domains)
     if features.ndim != 2 or len(features) != len(labels) or not features.shape[1]:
         raise ValueError(f"features must be (N, D), N = {len(labels)}, got {tuple(features.shape)}.")
+    _check_others_vary(features, domains)
     dimension = features.shape[1]
     if dimension > len(features) and bool(torch.isfinite(features).all()):
         # The same points in as many coordinates as there are points: no part changes under rotation.
@@ -55,6 +57,20 @@ def leave_one_domain_out(features: Tensor, labels: Tensor, domains: Tensor) -> l
     statistics = DomainStatistics(int(domains.max()) + 1, int(labels.max()) + 1, features.shape[1])
     statistics.update(features, labels, domains)
     return score_domains(statistics, dimension=dimension)
+
+
+def _check_others_vary(features: Tensor, domains: Tensor) -> None:
+    """Looked at as they are: in sums over the samples what does not vary is lost among rounding errors."""
+    ends = [torch.aminmax(features[domains == domain], dim=0) for domain in domains.unique().tolist()]
+    lowest = torch.stack([end.min for end in ends])  # (M, D)
+    highest = torch.stack([end.max for end in ends])
+    nothing = "the features are the same for all samples{}: nothing can be told from them."
+    if bool((lowest.amin(0) == highest.amax(0)).all()):
+        raise ValueError(nothing.format(""))
+    for number in range(len(ends)):
+        others = torch.arange(len(ends)) != number
+        if bool((lowest[others].amin(0) == highest[others].amax(0)).all()):
+            raise ValueError(nothing.format(" but those of one domain"))
 
 
 def score_domains(statistics: DomainStatistics, *, dimension: int | None = None) -> list[dict[str, float]]:

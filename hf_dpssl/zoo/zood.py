@@ -69,8 +69,9 @@ def zood(
         {"encoders": for each one {"name", "encoder", "width", "seconds", "trained", "fingerprint", "precision" as of
         `rank_zoo`, and what `encoder_facts` says} or "error"; "targets": by name {"samples", "encoders": {name:
         {"accuracy", "score", and the measures}}, and of each method "accuracy" and what it took}; "methods": accuracy
-        of each {"mean", "low", "high"} over targets; "agreement": {"all", and "trained" where some are not: {measure:
-        {"tau": the same three, "regret"}}}}.
+        of each {"mean", "low", "high"} over targets; "not_stated": {method: targets for which no feature was selected}
+        of those that lack there; "agreement": {"all", and "trained" where some are not: {measure: {"tau": the same
+        three, "regret"}}}; "draws": of half of the classes that were made for each target}.
 
     Raises:
         ValueError: fewer than three domains, no labels, a class that two domains lack, or numbers out of range.
@@ -80,27 +81,24 @@ def zood(
     _check(given)
     reading = {"batch_size": batch_size, "on_bad_image": on_bad_image}
     found: dict[str, Tensor] = {}
+    tables: dict[str, list[list[dict]]] = {}
     kept_rows = []
 
     def measure(entry: ZooEntry) -> dict:
         start = time.perf_counter()
         embedder = ImageEmbedder(entry.encoder, kind=features, mixed_precision=True)
         values, rows, _ = features_of(embedder, given, cache, reading)
-        check_clouds(values)
-        if bool((values == values[0]).all()):
-            raise ValueError("the features are the same for all pictures: nothing can be told from them.")
+        about = {"width": embedder.dimension, "seconds": time.perf_counter() - start, "trained": entry.trained}
         found[entry.name] = values
         kept_rows.append(rows)
-        about = {"width": embedder.dimension, "seconds": time.perf_counter() - start, "trained": entry.trained}
+        tables[entry.name] = _tables(values, **_ids(given, rows), draws=draws, seed=seed)
         about |= {"fingerprint": embedder.fingerprint, "precision": embedder.precision}
         return about | encoder_facts(entry, given.data.name, given.class_names)
 
     encoders = for_every_encoder(zoo, measure)
     found = {entry["name"]: found[entry["name"]] for entry in encoders if "error" not in entry}
-    rows = kept_rows[0]
     trained = [entry.name for entry in zoo if entry.trained and entry.name in found]
-    ids = {"labels": given.labels[rows], "domains": given.domains[rows], "domain_names": given.domain_names}
-    measured = zood_of_features(found, **ids, trained=trained, top=top, draws=draws, seed=seed)
+    measured = _put_together(found, tables, **_ids(given, kept_rows[0]), trained=trained, top=top, seed=seed)
     return {"encoders": encoders} | measured
 
 
@@ -123,26 +121,46 @@ def zood_of_features(
         trained: encoders among which agreement is stated too; None: all.
         top, draws, seed: as of `zood`.
     """
-    targets = {}
+    ids = {"labels": labels, "domains": domains, "domain_names": domain_names}
+    tables = {encoder: _tables(values, **ids, draws=draws, seed=seed) for encoder, values in found.items()}
+    return _put_together(found, tables, **ids, trained=trained, top=top, seed=seed)
+
+
+def _put_together(
+    found: dict[str, Tensor],
+    tables: dict[str, list[list[dict]]],
+    labels: Tensor,
+    domains: Tensor,
+    domain_names: Sequence[str],
+    *,
+    trained: Sequence[str] | None,
+    top: int,
+    seed: int,
+) -> dict:
+    """As `zood_of_features`, from the `_tables` of each encoder."""
+    targets: dict[str, dict] = {}
     setups: dict[str, list[dict]] = {}  # of each target: measures and accuracies of all encoders
     for target, name in enumerate(tqdm(domain_names, "domains left out", unit="domain")):
         new = domains == target
-        table = _table(found, labels, domains, new, seed)
+        of_target = [tables[encoder][target] for encoder in found]
+        setups[name] = [dict(zip(found, rows, strict=True)) for rows in zip(*of_target, strict=True)]
+        table = setups[name][0]
         targets[name] = {"samples": int(new.sum()), "encoders": table} | _methods(found, table, labels, new, top, seed)
-        setups[name] = [table]
-        for chosen in _draws(labels, domains, draws, [seed, target]):
-            part = {encoder: values[chosen] for encoder, values in found.items()}
-            setups[name].append(_table(part, _compact(labels[chosen]), domains[chosen], new[chosen], seed))
+    lacking = {
+        method: [name for name, parts in targets.items() if parts[method]["accuracy"] is None] for method in METHODS
+    }
     summary = {
         method: student_interval([parts[method]["accuracy"] for parts in targets.values()])
         for method in METHODS
-        if all(parts[method]["accuracy"] is not None for parts in targets.values())
+        if not lacking[method]
     }
     groups = {"all": list(found)}
     if trained and len(trained) < len(found):
         groups["trained"] = list(trained)
     agreement = {group: _agreement(setups, names) for group, names in groups.items() if len(names) >= 3}
-    return {"targets": targets, "methods": summary, "agreement": agreement}
+    about = {"not_stated": {method: names for method, names in lacking.items() if names}}
+    about["draws"] = min(len(tables) for tables in setups.values()) - 1
+    return {"targets": targets, "methods": summary, "agreement": agreement} | about
 
 
 def _check(given: DomainData) -> None:
@@ -168,17 +186,42 @@ def _compact(ids: Tensor) -> Tensor:
     return torch.unique(ids, return_inverse=True)[1]
 
 
-def _table(found: dict[str, Tensor], labels: Tensor, domains: Tensor, new: Tensor, seed: int) -> dict[str, dict]:
-    """Of each encoder: its accuracy where `new`, and its score and the baselines from all others."""
+def _ids(given: DomainData, rows: Tensor) -> dict:
+    return {"labels": given.labels[rows], "domains": given.domains[rows], "domain_names": given.domain_names}
+
+
+def _tables(
+    values: Tensor, labels: Tensor, domains: Tensor, domain_names: Sequence[str], *, draws: int, seed: int
+) -> list[list[dict]]:
+    """Of each target what one encoder reaches, with all classes and then with each draw of half of them.
+
+    Raises:
+        ValueError: features that cannot be measured, such as those that are the same for all pictures of some domains;
+            names the target.
+    """
+    check_clouds(values)
+    found = []
+    for target, name in enumerate(domain_names):
+        new = domains == target
+        setups = [torch.ones_like(new), *_draws(labels, domains, draws, [seed, target])]
+        found.append([])
+        for number, at in enumerate(setups):
+            try:
+                found[-1].append(_row(values[at], _compact(labels[at]), domains[at], new[at], seed))
+            except ValueError as error:
+                part = f" and {len(labels[at].unique())} classes" if number else ""
+                raise ValueError(f"with domain {name!r} as the target{part}: {error}") from error
+    return found
+
+
+def _row(values: Tensor, labels: Tensor, domains: Tensor, new: Tensor, seed: int) -> dict[str, float]:
+    """Of one encoder: its accuracy where `new`, and its score and the baselines from all others."""
     old = ~new
     others = _compact(domains[old])
-    table = {}
-    for name, values in found.items():
-        scores = leave_one_domain_out(values[old], labels[old], others)
-        mean = {part: float(np.mean([parts[part] for parts in scores])) for part in ("score", "labels", "stability")}
-        table[name] = {"accuracy": _accuracy(values, labels, new, seed)} | mean | {"width": values.shape[1]}
-        table[name] |= baselines(values[old], labels[old], others, seed=seed)
-    return table
+    scores = leave_one_domain_out(values[old], labels[old], others)
+    mean = {part: float(np.mean([parts[part] for parts in scores])) for part in ("score", "labels", "stability")}
+    row = {"accuracy": _accuracy(values, labels, new, seed)} | mean | {"width": values.shape[1]}
+    return row | baselines(values[old], labels[old], others, seed=seed)
 
 
 def _accuracy(values: Tensor, labels: Tensor, new: Tensor, seed: int) -> float:

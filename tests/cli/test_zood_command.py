@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
-from domain_pictures import DOMAINS, PLACES, picture, write_pictures
+from domain_pictures import CLASSES, DOMAINS, PLACES, picture, write_pictures
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_encoders import INPUT, grey_encoder, save_ours
@@ -49,7 +50,7 @@ def test_zood_measures_all_encoders_that_load_and_names_the_others(pictures, zoo
     found = json.loads((tmp_path / "zood.json").read_text())["metrics"]
     names = ["small", "large", "random"]
     by_name = {entry["name"]: entry for entry in found["encoders"]}
-    failed = {"broken": "cannot be read", "constant": "the same for all pictures", "nan": "that are not finite"}
+    failed = {"broken": "cannot be read", "constant": "the same for all samples", "nan": "that are not finite"}
     failed |= {"grey": "Use an encoder of three channels", "copy": "the same encoder as 'small'"}
     for name, message in failed.items():
         assert set(by_name[name]) == {"name", "encoder", "error"} and message in by_name[name]["error"], by_name[name]
@@ -72,6 +73,29 @@ def test_zood_measures_all_encoders_that_load_and_names_the_others(pictures, zoo
         for encoder in names:
             assert target["encoders"][encoder] == pytest.approx(expected["encoders"][encoder], rel=1e-3, abs=1e-3)
     assert Image.open(tmp_path / "zood.png").size[0] > 100
+
+
+def test_an_encoder_that_sees_nothing_in_two_domains_fails_and_the_others_go_on(zoo, tmp_path, capsys):
+    """It is blind to blue, which alone differs there."""
+    for domain, label, number in PLACES:
+        folder = tmp_path / "pictures" / DOMAINS[domain] / CLASSES[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        shown = np.asarray(picture(domain, label, number)).copy()
+        if domain:
+            shown[..., 2] = shown[..., 0]
+            shown[..., :2] = 100
+        Image.fromarray(shown).save(folder / f"{number}.png")
+    save_ours(tmp_path / "blind")
+    weights = load_file(tmp_path / "blind/model.safetensors")
+    weights["conv1.0.weight"][:, 2] = 0
+    save_file(weights, tmp_path / "blind/model.safetensors", metadata={"format": "pt"})
+    encoders = [str(tmp_path / "blind"), str(zoo / "small")]
+    flags = ["--dataset", str(tmp_path / "pictures"), "--output_dir", str(tmp_path / "out")]
+    assert main(["zood", "--zoo", *encoders, *flags]) == 0
+    assert "blind" in capsys.readouterr().out
+    blind, small = json.loads((tmp_path / "out/zood.json").read_text())["metrics"]["encoders"]
+    assert blind["error"].startswith("ValueError: with domain 'dark' as the target: the features are the same for all")
+    assert small["name"] == "small" and "error" not in small
 
 
 def test_what_zood_cannot_measure_is_refused_before_an_encoder_is_loaded(pictures, zoo, tmp_path, capsys):

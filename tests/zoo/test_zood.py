@@ -1,12 +1,14 @@
 """Choosing, combining and selecting encoders, on planted zoos; and what is known of an encoder."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import weightedtau
 
+from hf_dpssl.cli.zood import _lines
 from hf_dpssl.evaluation.probes import linear_probe
 from hf_dpssl.zoo import ZooEntry, leave_one_domain_out, read_zoo, zood_of_features
 from hf_dpssl.zoo.encoder_facts import contamination, encoder_facts
@@ -74,6 +76,24 @@ def test_the_target_is_not_seen_and_the_figures_are_those_of_score_probe_and_sci
     before = found["targets"][DOMAINS[0]]
     assert again["selection"]["features"] == before["selection"]["features"]
     assert again["encoders"]["noisy"]["score"] == before["encoders"]["noisy"]["score"]
+
+
+def test_what_is_not_stated_is_named_in_the_figures_and_in_the_lines():
+    """Features tell the classes in the first domain only: nothing is selected where it is the target. Three classes."""
+    draw = torch.Generator().manual_seed(0)
+    domains, labels = torch.arange(90) // 30, torch.arange(90) % 3
+    zoo = {name: torch.randn(90, 6, generator=draw) for name in ("telling", "one", "other")}
+    zoo["telling"][domains == 0, :3] += 5 * torch.eye(3)[labels[domains == 0]]
+    found = zood_of_features(zoo, labels, domains, DOMAINS, draws=2)
+    assert found["not_stated"] == {"selection": ["photo"], "random": ["photo"]} and found["draws"] == 0
+    assert list(found["methods"]) == ["single", "ensemble", "best"]
+    known = {"contaminated": "no", "contaminated_because": ""}
+    found["encoders"] = [{"name": name} | known for name in zoo]
+    lines = "\n".join(_lines(found, draws=2))
+    for method in ("selection", "random"):
+        assert re.search(rf"^{method} +not stated: no feature was selected for the target photo$", lines, re.M)
+    said = "agreement is of all classes alone"
+    assert said in lines and said not in "\n".join(_lines(found, draws=0))
 
 
 @pytest.mark.extended
