@@ -8,6 +8,7 @@ import pytest
 from launches import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
+import claim_decision
 import claim_page
 import claim_sizes
 import claim_statements
@@ -77,9 +78,9 @@ def test_a_verdict_on_parameters_has_its_interval_over_the_seeds_and_covers_the_
             cells = [power_law(50.0 * factor, 0.4, 0.01 * draw.normal(size=3)) for _ in range(5)]
             rows[arm] = {name: [cell[name] for cell in cells] for name in cells[0]} | {"seeds": list(range(5))}
         comparison = {"first": "new", "second": "joint", "metric": "parameters", "margin": 0.1}
-        claim = {"number": 1, "family": "f", "seeds": 5, "comparisons": [comparison]}
-        stated = {"study": STUDY, "claims": {"c": claim}, "families": {"f": {"c": 1}}, "seeds": 5}
-        entry = claim_page.verdicts([{"stated": stated, "metrics": {"cells": rows}}])["c"]
+        cells = claim_page.cells_of({"stated": {"study": STUDY}, "metrics": {"cells": rows}})
+        claims = {"c": {"seeds": 5, "comparisons": [comparison]}}
+        entry = claim_decision.decide(claims, {"c": claim_statements.metrics_of(STUDY)}, {"c": cells}, 1)["c"]
         (found,) = entry["comparisons"]
         covered += found["low"] <= math.log(0.8 ** (-1 / 0.4)) <= found["high"]
         supported += entry["verdict"] == "supported"

@@ -116,6 +116,51 @@ def test_corrected_p_values_are_those_of_the_definition_of_holm():
     assert claim_decision.judge(values, 1.0)["p"] == pytest.approx(ttest_1samp(np.array(values) - 1.0, 0).pvalue)
 
 
+def drawn_result(study: str, draw) -> dict:
+    """A result of a shipped study at scale quick, of random numbers; curves that do not flatten."""
+    stated = reproduce.statement(study, "quick", None, claim_statements.CLAIMS)
+    about, seeds = stated["study"], list(range(stated["seeds"]))
+    rows = {}
+    for arm in about["arms"]:
+        names = [name for name, metric in about["metrics"].items() if claim_cells.of_arm(metric, arm)]
+        rows[arm] = {name: draw.lognormal(0.1, 0.1, len(seeds)).tolist() for name in names} | {"seeds": seeds}
+        if claim_cells.of_arm(about["curve"], arm):
+            rows[arm]["curve"] = [[[step, step] for step in range(9)] for _ in seeds]
+    return {"stated": stated, "metrics": {"cells": rows}}
+
+
+def test_comparisons_of_all_claims_are_corrected_together_whatever_was_run():
+    files = [yaml.safe_load(path.read_text()) for path in (EVIDENCE / "claims").glob("*.yaml")]
+    size = sum(len(claim["comparisons"]) for claim in files)  # at scale quick: without what others add
+    draw = np.random.default_rng(6)
+    results = [drawn_result(study, draw) for study in ("gan", "maps", "encoders")]
+    for given in (results, results[:2]):
+        entries = claim_page.verdicts(given)
+        families = {claim["family"] for result in given for claim in result["stated"]["claims"].values()}
+        assert len(families) > 1 and claim_page.compared_in_all(given) == size
+        found = []
+        for result in given:
+            metrics = claim_statements.metrics_of(result["stated"]["study"])
+            for comparison in (part for name in result["stated"]["claims"] for part in entries[name]["comparisons"]):
+                margin = claim_decision.margin_of(comparison, metrics[comparison["metric"]])
+                found.append((ttest_1samp(np.array(comparison["differences"]) - margin, 0).pvalue, comparison["p"]))
+        largest = 0.0
+        for rank, (raw, corrected) in enumerate(sorted(found)):
+            largest = max(largest, (size - rank) * raw)
+            assert corrected == pytest.approx(min(1.0, largest))
+        assert min(found)[1] < 1
+
+
+def test_arms_that_read_those_of_others_are_as_converged_as_these():
+    arms = {"a": {}, "b": {"trained_as": "a"}, "c": {"needs": ["b", "d"]}, "d": {"needs": ["a"]}, "e": {}}
+    assert [sorted(claim_page.behind(arms, arm)) for arm in arms] == [[], ["a"], ["a", "b", "d"], ["a"], []]
+    entries = claim_page.verdicts([drawn_result("encoders", np.random.default_rng(7))])
+    encoders = {"simclr", "t_simclr", "moco", "moco_batch", "t_moco"}
+    assert set(entries["transfer"]["not_converged"]) == encoders
+    for name in ("zoo_ranking", "zoo_selection"):  # whose arms have no curves: measures, read from a zoo of encoders
+        assert set(entries[name]["not_converged"]) == encoders | {"simclr_short", "simclr_wide"}
+
+
 def test_a_verdict_says_why_it_is_open():
     metric = {"x": {"better": "lower", "relative": True}}
     claim = {"seeds": 5, "comparisons": [{"first": "new", "second": "old", "metric": "x", "margin": 0.05}]}
@@ -146,6 +191,10 @@ def test_a_curve_is_flat_by_the_share_of_its_last_quarter():
     exponential = [[step, 1 - np.exp(-step / 10)] for step in steps]
     assert claim_decision.last_quarter(exponential) == pytest.approx(np.exp(-7.5) - np.exp(-10), rel=1e-3)
     assert claim_decision.last_quarter(exponential[:3]) is None
+    back = [[step, value] for step, value in zip(steps, [*np.linspace(1, 0, 15), *np.linspace(0, 0.5, 6)], strict=True)]
+    curves = {"flat": exponential, "still better": [[s, 1 - s / 200] for s in steps], "getting worse": back}
+    cells = {arm: {0: {"curve": curve}} for arm, curve in curves.items()}
+    assert claim_decision.not_converged(cells) == ["still better", "getting worse"]
 
 
 def write_cell(folder, cell: claim_cells.Cell, value: float) -> None:

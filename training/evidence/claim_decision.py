@@ -1,9 +1,9 @@
-"""Verdicts on claims: paired differences over seeds, Student's t, and Holm's correction over a family of claims.
+"""Verdicts on claims: paired differences over seeds, Student's t, and Holm's correction over all claims.
 
 A comparison says "first is better than second by more than the margin". Its p value is that of the two-sided t test of
-the paired differences at the margin; Holm's step-down method (Holm 1979) corrects it for all comparisons of the
-family, those that were not run counting as 1. A claim is supported when all its comparisons are, contradicted when
-one is, else undecided.
+the paired differences at the margin; Holm's step-down method (Holm 1979) corrects it for the comparisons of all claims
+of the scale, those that were not run counting as 1. A claim is supported when all its comparisons are, contradicted
+when one is, else undecided.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.stats import ttest_1samp
 from hf_dpssl.evaluation.student_interval import student_interval
 
 LEVEL = 0.05
-FLAT_SHARE = 0.05  # of a curve's whole improvement, that its last quarter may add
+FLAT_SHARE = 0.05  # of a curve's whole change, by which its last quarter may move it
 
 Cells = dict[str, dict[int, dict]]  # arm: {seed: what its cell wrote}
 
@@ -64,7 +64,7 @@ def judge(differences: list[float], margin: float) -> dict:
 
 
 def holm(p_values: list[float], size: int) -> list[float]:
-    """Holm's adjusted p values in a family of `size` comparisons, of which those that are not given have p = 1."""
+    """Holm's adjusted p values of `size` comparisons, of which those that are not given have p = 1."""
     order = np.argsort(p_values, kind="stable")
     adjusted = [1.0] * len(p_values)
     largest = 0.0
@@ -75,13 +75,13 @@ def holm(p_values: list[float], size: int) -> list[float]:
 
 
 def decide(claims: dict[str, dict], metrics: dict[str, dict], cells: dict[str, Cells], size: int) -> dict[str, dict]:
-    """The verdicts on the claims of one family.
+    """The verdicts on claims, whose p values are corrected together.
 
     Args:
-        claims: {name: claim} of the claims of the family whose studies were run.
+        claims: {name: claim} of all claims whose studies were run.
         metrics: {name: the metrics of its study}.
         cells: {name: the cells of its study}.
-        size: comparisons of the whole family, as it was stated.
+        size: comparisons of all claims, also those that were not run.
 
     Returns:
         {name: {"verdict", "reason", "comparisons": [{"first", "second", "metric", "margin", "seeds", "differences",
@@ -140,10 +140,10 @@ def _whole(claim: dict, comparisons: list[dict]) -> dict:
 
 
 def last_quarter(curve: list[list[float]]) -> float | None:
-    """Share of a curve's whole improvement that its last quarter of steps adds; None with fewer than four points.
+    """Share of a curve's whole change by which its last quarter of steps moves it; None with fewer than four points.
 
-    `curve`: [step, value] in order. The direction is that from the first to the best value; 0 for a curve that is
-    constant, negative where it ends worse than it was.
+    `curve`: [step, value] in order. The whole change is that from the first to the farthest value; 0 for a curve that
+    is constant, negative where it goes back.
     """
     if len(curve) < 4:
         return None
@@ -154,12 +154,15 @@ def last_quarter(curve: list[list[float]]) -> float | None:
 
 
 def not_converged(cells: Cells) -> list[str]:
-    """Arms whose mean over the seeds of `last_quarter` is above FLAT_SHARE, or whose curve is too short to tell."""
+    """Arms whose mean over the seeds of `last_quarter` is farther from 0 than FLAT_SHARE, or whose curve is too short.
+
+    Also one that goes back: a curve that is getting worse is not flat.
+    """
     found = []
     for arm, seeds in cells.items():
         if not all("curve" in cell for cell in seeds.values()):
             continue  # nothing was trained
         shares = [last_quarter(cell["curve"]) for cell in seeds.values()]
-        if None in shares or np.mean(shares) > FLAT_SHARE:
+        if None in shares or abs(np.mean(shares)) > FLAT_SHARE:
             found.append(arm)
     return found

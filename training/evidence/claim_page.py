@@ -13,7 +13,7 @@ from statistics import mean, stdev
 from claim_decision import FLAT_SHARE, decide, margin_of, not_converged
 from claim_forecast import correlations, forecast_cells
 from claim_sizes import with_parameters
-from claim_statements import forecasts, metrics_of
+from claim_statements import CLAIMS, counts, forecasts, metrics_of
 from matplotlib.figure import Figure
 
 from hf_dpssl.evaluation.student_interval import student_interval
@@ -33,13 +33,15 @@ def cells_of(result: dict) -> dict[str, dict[int, dict]]:
     return with_parameters(found, result["stated"]["study"])
 
 
-def verdicts(results: list[dict]) -> dict[str, dict]:
+def verdicts(results: list[dict], source: Path = CLAIMS) -> dict[str, dict]:
     """{claim: its entry of `decide`, and "not_converged": arms}, in the order of their numbers.
 
-    Families are corrected over all results.
+    Args:
+        results: of one scale.
+        source: folder of the claims; p values are corrected for the comparisons of all of them, run or not.
     """
     claims: dict[str, dict] = {}
-    metrics, cells, learned, sizes = {}, {}, {}, {}
+    metrics, cells, learned, arms = {}, {}, {}, {}
     for result in results:
         stated = result["stated"]
         found = cells_of(result)
@@ -49,22 +51,40 @@ def verdicts(results: list[dict]) -> dict[str, dict]:
             metrics[name] = metrics_of(stated["study"])
             cells[name] = found | forecast
             learned[name] = found
-        for family, parts in stated["families"].items():
-            sizes[family] = sizes.get(family, {}) | parts
-    entries = {}
-    for family, parts in sizes.items():
-        own = {name: claim for name, claim in claims.items() if claim["family"] == family}
-        entries |= decide(own, metrics, cells, sum(parts.values()))
+            arms[name] = stated["study"]["arms"]
+    entries = decide(claims, metrics, cells, compared_in_all(results, source))
     for name, entry in entries.items():
         compared = {comparison[side] for comparison in entry["comparisons"] for side in ("first", "second")}
         of_forecasts = not compared & learned[name].keys()  # a forecast is of all arms
-        entry["not_converged"] = [arm for arm in not_converged(learned[name]) if arm in compared or of_forecasts]
+        read = arms[name] if of_forecasts else {other for arm in compared for other in [arm, *behind(arms[name], arm)]}
+        entry["not_converged"] = [arm for arm in not_converged(learned[name]) if arm in read]
     return {name: entries[name] for name in sorted(claims, key=lambda name: claims[name]["number"])}
 
 
-def table(results: list[dict]) -> str:
+def compared_in_all(results: list[dict], source: Path = CLAIMS) -> int:
+    """Comparisons of all claims of the results' scale, run or not."""
+    stored = {name: len(claim["comparisons"]) for r in results for name, claim in r["stated"]["claims"].items()}
+    stated = {}
+    for scale in {result["stated"]["study"]["scale"] for result in results}:
+        stated |= counts(scale, source)
+    return sum((stated | stored).values())
+
+
+def behind(arms: dict[str, dict], arm: str) -> list[str]:
+    """The arms whose runs an arm reads or draws from (`needs`, `trained_as`), and those behind these."""
+    found: dict[str, None] = {}
+    waiting = [arm]
+    while waiting:
+        about = arms[waiting.pop()]
+        before = [*about.get("needs", []), *([about["trained_as"]] if "trained_as" in about else [])]
+        waiting += [other for other in before if other not in found]
+        found |= dict.fromkeys(before)
+    return list(found)
+
+
+def table(results: list[dict], source: Path = CLAIMS) -> str:
     """A line for each claim: verdict, seeds, and why; in Markdown."""
-    entries = verdicts(results)
+    entries = verdicts(results, source)
     of_claim = {name: result for result in results for name in result["stated"]["claims"]}
     lines = ["| claim | verdict | seeds | |", "|---|---|---|---|"]
     for name, entry in entries.items():
@@ -74,19 +94,23 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def sections(results: list[dict], pictures: str = "", studies: Collection[str] | None = None) -> str:
+def sections(
+    results: list[dict], pictures: str = "", studies: Collection[str] | None = None, source: Path = CLAIMS
+) -> str:
     """A section for each claim, in Markdown.
 
     Args:
-        results: all of them, over which families of claims are corrected.
+        results: all of them, over which p values are corrected.
         pictures: folder of the plots, as links name it.
         studies: whose claims are wanted; None: all.
+        source: folder of the claims.
     """
     parts = []
     of_claim = {name: result for result in results for name in result["stated"]["claims"]}
-    for name, entry in verdicts(results).items():
+    size = compared_in_all(results, source)
+    for name, entry in verdicts(results, source).items():
         if studies is None or of_claim[name]["stated"]["claims"][name]["study"] in studies:
-            parts.append(_section(name, entry, of_claim[name], pictures))
+            parts.append(_section(name, entry, of_claim[name], pictures, size))
     return "\n".join(parts)
 
 
@@ -96,18 +120,20 @@ def summary(entry: dict) -> str:
     return entry["reason"] + slow
 
 
-def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
+def _section(name: str, entry: dict, result: dict, pictures: str, size: int) -> str:
     stated = result["stated"]
     study, claim = stated["study"], stated["claims"][name]
-    size = sum(stated["families"][claim["family"]].values())
     lines = [f"### {claim['number']}. {name}: {entry['verdict']}", "", f"{claim['hypothesis']} ({claim['source']})", ""]
+    metrics = metrics_of(study)
+    kinds = dict.fromkeys(_difference(metrics[comparison["metric"]]) for comparison in entry["comparisons"])
     lines += [
-        "| comparison | mean (95 % interval) | margin | p, corrected | seeds | |",
+        f"| comparison | {' or '.join(kinds)}, mean (95 % interval) | margin | p, corrected | seeds | |",
         "|---|---|---|---|---|---|",
     ]
     for comparison in entry["comparisons"]:
-        metric = metrics_of(study)[comparison["metric"]]
+        metric = metrics[comparison["metric"]]
         margin = _amount(margin_of(comparison, metric), metric)
+        margin += f", a ratio of {1 + comparison['margin']:g}" if metric.get("relative") else ""
         why = f": {comparison['reason']}" if comparison["reason"] else ""
         lines.append(
             f"| {metric['says']}: {comparison['first']} better than {comparison['second']} by | "
@@ -130,13 +156,14 @@ def _arms(entry: dict, result: dict) -> list[str]:
         return _forecasts(result)
     names = dict.fromkeys(c["metric"] for c in entry["comparisons"])
     cells = cells_of(result)
+    rows = result["metrics"]["cells"]
     slow = entry["not_converged"]
     budgets = dict.fromkeys(key for arm in arms for key in study["arms"][arm].get("budget", {}))
     costs = ["operations"] if "measured_budget" in study else []
     head = ["arm", *(study["metrics"][name]["says"] for name in names), *budgets, *costs, "CPU seconds", "converged"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm in arms:
-        row = result["metrics"]["cells"].get(arm)
+        row = rows.get(arm)
         if row is None:
             lines.append(f"| {arm}: {study['arms'][arm]['says']} |" + " |" * (len(head) - 1))
             continue
@@ -144,11 +171,23 @@ def _arms(entry: dict, result: dict) -> list[str]:
         for name in names:
             values = [cell["metrics"][name] for cell in cells[arm].values() if name in cell["metrics"]]
             parts.append(_spread(values) if values else "")
+        before = [other for other in behind(study["arms"], arm) if other in rows]
         trained = "yes" if "curve" in row else "nothing is trained"
+        if "curve" not in row and set(before) & set(slow):
+            trained = "not what it reads"
         parts += [str(study["numbers"][study["arms"][arm]["budget"][key]]) for key in budgets]
-        parts += [f"{row[key]:.2g}" for key in costs] + [f"{mean(row['cpu_seconds']):.0f}"]
+        parts += [f"{row[key]:.2g}" for key in costs] + [_seconds(row, before, rows)]
         lines.append(f"| {' | '.join(parts)} | {'**not converged**' if arm in slow else trained} |")
     return lines
+
+
+def _seconds(row: dict, before: list[str], rows: dict[str, dict]) -> str:
+    """CPU seconds of a seed of an arm, and those of the arms whose runs it reads."""
+    own = f"{mean(row['cpu_seconds']):.0f}"
+    if not before:
+        return own
+    theirs = sum(mean(rows[other]["cpu_seconds"]) for other in before)
+    return f"{own} + {theirs:.0f} of {before[0] if len(before) == 1 else f'{len(before)} arms'}"
 
 
 def _forecasts(result: dict) -> list[str]:
@@ -226,7 +265,7 @@ def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
     curve = study["curve"]["says"]
     flat = f"All curves of {curve} are flat." if result["metrics"]["cells"] else f"There is no curve of {curve} yet."
     if slow:
-        flat = f"Not converged, as the last quarter adds more than {FLAT_SHARE:.0%} of the change of {curve}: "
+        flat = f"Not converged, as the last quarter makes more than {FLAT_SHARE:.0%} of the change of {curve}: "
         flat += f"{', '.join(slow)}; the verdict is on this budget."
     samples = ", ".join(f"{count} {name}" for name, count in result["samples"].items())
     minutes = {name: value / 60 for name, value in result["cpu_seconds"].items()}
@@ -243,11 +282,18 @@ def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
         f"Differs from the paper: {claim['differs_from_paper']}",
         f"What would change our mind: {claim['change_of_mind']}",
         f"Intervals are Student's t over seeds, not corrected; p values are two-sided at the margin, corrected by Holm "
-        f'for the {size} comparisons of the family "{claim["family"]}". Fingerprint of statement, images and shared '
+        f"for the {size} comparisons of all claims. Fingerprint of statement, images and shared "
         f"encoders: {result['fingerprint'][:16]}; {machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['libraries']['torch']}.",
     ]
     return " ".join(" ".join(part.split()) for part in parts)
+
+
+def _difference(metric: dict) -> str:
+    """What the figures of a comparison by a metric are, as the head of its table says it."""
+    first, second = ("second", "first") if metric["better"] == "lower" else ("first", "second")
+    what = f"{first} / {second} - 1" if metric.get("relative") else f"{first} - {second}"
+    return f"{what} (lower is better)" if metric["better"] == "lower" else what
 
 
 def _amount(value: float, metric: dict) -> str:
@@ -284,17 +330,17 @@ def draw(name: str, entry: dict, result: dict, file) -> None:
         axis.axvline(margin_of(comparison, metric), color="tab:red", linestyle="--", linewidth=0.8)
         axis.set_yticks([])
         unit = " (log ratio)" if metric.get("relative") else ""
-        title = f"{comparison['first']} better than {comparison['second']}, {metric['says']}{unit}: "
-        axis.set_title(title + comparison["verdict"], fontsize=8)
+        title = f"{comparison['first']} better than {comparison['second']}, {metric['says']}{unit}"
+        axis.set_title(title, fontsize=8)
         axis.tick_params(labelsize=7)
     figure.savefig(file, dpi=100, format="png")
 
 
-def write_page(results: list[dict], folder: Path) -> dict[str, dict]:
+def write_page(results: list[dict], folder: Path, source: Path = CLAIMS) -> dict[str, dict]:
     """Write claims.md, CLAIM.png for each claim of some results and STUDY_dial.png; returns `verdicts`."""
     from hf_dpssl.runs.atomic_files import atomic_file
 
-    entries = verdicts(results)
+    entries = verdicts(results, source)
     for result in results:
         for name in result["stated"]["claims"]:
             with atomic_file(folder / f"{name}.png", "wb") as file:
@@ -304,5 +350,5 @@ def write_page(results: list[dict], folder: Path) -> dict[str, dict]:
             with atomic_file(folder / f"{study}_dial.png", "wb") as file:
                 draw_dial(result, file)
     with atomic_file(folder / "claims.md") as file:
-        file.write(f"# Claims\n\n{table(results)}\n\n{sections(results)}")
+        file.write(f"# Claims\n\n{table(results, source)}\n\n{sections(results, source=source)}")
     return entries

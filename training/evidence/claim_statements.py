@@ -141,8 +141,17 @@ def metrics_of(study: dict) -> dict[str, dict]:
     return found
 
 
+def counts(scale: str, folder: Path = CLAIMS) -> dict[str, int]:
+    """{claim: its comparisons} of all claims at a scale, run or not: what p values are corrected for."""
+    return {name: len(read_claim(name, scale, folder)["comparisons"]) for name in claim_names(folder)}
+
+
 def families(claims: dict[str, dict], scale: str, folder: Path = CLAIMS) -> dict[str, dict[str, int]]:
-    """{family: {claim: its comparisons}} of the families of some claims: all their claims, run or not."""
+    """{family: {claim: its comparisons}} of the families of some claims: all their claims, run or not.
+
+    Part of what is stated, so it stays; which claims ask about the same thing, and no more: p values are corrected over
+    the claims of all families (`counts`), as one table shows them all.
+    """
     found: dict[str, dict[str, int]] = {claim["family"]: {} for claim in claims.values()}
     for name in claim_names(folder):
         claim = read_claim(name, scale, folder)

@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, content in stated.items():
         state(content, folder / name)
     for name, content in stated.items():
-        run(name, content, folder)
-    entries = refresh_page(folder)
+        run(name, content, folder, source=source)
+    entries = refresh_page(folder, source)
     for name in names:
         print(f"{name}: {entries[name]['verdict']} ({summary(entries[name])})")
     say(f"written to {folder / 'claims.md'}")
@@ -76,7 +76,7 @@ def statement(study: str, scale: str, seeds: int | None, source: Path) -> dict:
     return content | {"families": families(claims, scale, source), "seeds": seeds or needed}
 
 
-def run(name: str, stated: dict, folder: Path, end: float = math.inf) -> None:
+def run(name: str, stated: dict, folder: Path, end: float = math.inf, source: Path = CLAIMS) -> None:
     """Run the cells of a study that are missing, writing its values and the page after each.
 
     No cell begins after `end`, a time of time.monotonic().
@@ -89,7 +89,7 @@ def run(name: str, stated: dict, folder: Path, end: float = math.inf) -> None:
         return
     for cell in run_study(stated, folder / name):
         write_study(stated, folder / name, folder / f"{name}.json")
-        refresh_page(folder)
+        refresh_page(folder, source)
         done = len(list((folder / name / "cells").glob("*.json")))
         say(f"{name}: {cell.name} is finished, {done} of {total} cells")
         if time.monotonic() >= end:
@@ -98,11 +98,12 @@ def run(name: str, stated: dict, folder: Path, end: float = math.inf) -> None:
     write_study(stated, folder / name, folder / f"{name}.json")
 
 
-def refresh_page(folder: Path) -> dict[str, dict]:
+def refresh_page(folder: Path, source: Path = CLAIMS) -> dict[str, dict]:
     """The page from all studies of a scale that have values; returns the verdicts."""
     from claim_page import write_page
 
-    return write_page([json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))], folder)
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return write_page(results, folder, source)
 
 
 def print_list(scale: str, source: Path) -> None:
