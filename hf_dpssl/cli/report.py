@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         "report",
         "Measure what the latent of an autoencoder is worth: reconstruction, informativeness, nats per "
         "image, collapse, Lipschitz constants at a fixed scale of the latent, distances between spaces. Several "
-        "autoencoders are compared.",
+        "autoencoders are compared, and it is said how far such measures foretell what a generator makes of a latent.",
     )
     parser.add_argument("autoencoders", nargs="+", help="folders or Hub ids of autoencoders")
     parser.add_argument("--names", nargs="+", help="how they are called on the page; default: their folders")
@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     """`hf-dpssl report`: returns the exit status; raises as `measure`."""
     args = parse_command(parser(), argv)
+    from ..autoencoder.forecast import firsts, forecast_lines, read_forecast
     from ..autoencoder.report_page import draw_page
     from ..runs.atomic_files import atomic_file
     from ..runs.results import write_results
@@ -64,6 +65,9 @@ def main(argv: list[str]) -> int:
     metrics = {name: entry["metrics"] for name, entry in entries.items()}
     about = {name: entry["about"] for name, entry in entries.items()}
     more = {"dataset": args.dataset, "seed": args.seed, "samples": samples, "options": options, "autoencoders": about}
+    forecast = read_forecast()
+    lines = forecast_lines(forecast, entries)
+    more["forecast"] = {"says": lines, "first": firsts(forecast, entries)} | forecast
     write_results(folder / "report.json", metrics, **more)
     with atomic_file(folder / "report.png", "wb") as file:
         draw_page(
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> int:
     for name in names:
         values = (f"{entry[name]:.4g}" if name in entry else "" for entry in metrics.values())
         print(f"{name:<{width}}" + "".join(f"{value:>18}" for value in values))
+    print(printable("\n".join(["", *lines])))
     say(f"written to {folder / 'report.json'} and {folder / 'report.png'}")
     return 0
 

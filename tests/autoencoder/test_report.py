@@ -11,6 +11,7 @@ from tiny_checkpoints import encoder_model
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.autoencoder.complexity_curve import Budget, generator_complexity
+from hf_dpssl.autoencoder.forecast import firsts, read_forecast
 from hf_dpssl.autoencoder.measures import (
     PARTS,
     Pictures,
@@ -64,7 +65,14 @@ def test_report_of_two_autoencoders_writes_every_part_and_a_page(folders, tmp_pa
     assert report["autoencoders"]["codes"]["fingerprint"] == make().fingerprint()
     assert report["samples"] == {"train": 120, "evaluation": 120}
     assert (tmp_path / "report.png").stat().st_size > 20_000
-    assert "codes" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "codes" in printed
+    forecast = report["forecast"]
+    assert read_forecast().items() <= forecast.items()
+    assert forecast["first"] == firsts(
+        read_forecast(), {name: {"metrics": row, "about": {}} for name, row in report["metrics"].items()}
+    )
+    assert "\n".join(forecast["says"]) in printed and "these measures foretell a generator" in forecast["says"][0]
 
 
 @pytest.mark.extended

@@ -237,7 +237,11 @@ def test_wheel_holds_scripts_recipes_card_templates_and_spaces_and_no_tests(whee
         expected = {f"hf_dpssl/{packed}/{p.relative_to(REPOSITORY / folder).as_posix()}" for p in tracked}
         assert expected and expected <= set(names)
     assert not [name for name in names if "test" in name or "__pycache__" in name]
-    assert {"hf_dpssl/py.typed", *(f"hf_dpssl/evaluation/modules/{name}.py" for name in MODULES)} <= set(names)
+    assert {
+        "hf_dpssl/py.typed",
+        "hf_dpssl/autoencoder/forecast.json",
+        *(f"hf_dpssl/evaluation/modules/{name}.py" for name in MODULES),
+    } <= set(names)
 
 
 def test_wheel_trains_writes_a_card_and_names_its_spaces_from_an_empty_folder(wheel, tmp_path):
