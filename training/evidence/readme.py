@@ -24,6 +24,7 @@ import latents_report
 import pacs_report
 from paired_seeds import FEWEST_SEEDS, contains_zero, difference, verdict
 from scipy.stats import kendalltau
+from shipped_forecast import write_shipped_forecast
 
 from hf_dpssl.evaluation.student_interval import student_interval
 
@@ -748,6 +749,8 @@ def main() -> None:
         path = REPOSITORY / page
         text = fill(path.read_text(encoding="utf-8"), {name: blocks[name] for name in names})
         path.write_text(text, encoding="utf-8")
+    if (CLAIMS / "weakness.json").exists():
+        write_shipped_forecast(read(CLAIMS / "weakness.json"))
 
 
 if __name__ == "__main__":
