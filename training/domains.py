@@ -5,8 +5,9 @@
     accelerate launch training/domains.py --recipe domains-pacs-resnet50
 
 Every algorithm has the same number of draws of hyper-parameters. Writes OUTPUT_DIR/cells/ (one JSON a run),
-results.json and table.md (per-domain, mean and worst accuracy by each rule of selection). Started again it goes on with
-the runs that are not there yet; processes share the runs, which do not depend on how many there are.
+results.json and table.md (per-domain, mean and worst accuracy by each rule of selection), anew after each draw. Started
+again it goes on with the runs that are not there yet; processes share the runs, which do not depend on how many there
+are.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ _DECIDING = (
     "tolerance_ratio",
     "mixed_precision",
 )  # with the inputs and weights themselves
+_FLAGS_OF = {"data": "pictures", "encoder_weights": "--encoder", "every_target": "--selection (leave_one_domain_out)"}
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -84,13 +86,18 @@ def main(argv: list[str] | None = None) -> Path:
     for soups in (False, True):
         part = [cell for cell in missing if (cell.algorithm in SOUPS) == soups]
         mine = part[accelerator.process_index :: accelerator.num_processes]
-        for cell in tqdm(mine, "soups" if soups else "runs", unit="run", disable=None if mine else True):
+        runs = tqdm(mine, "soups" if soups else "runs", unit="run", disable=None if mine else True)
+        for number, cell in enumerate(runs, 1):
             run(cell, trainer, args, folder, decided)
+            draw_ends = all((cell.seed, cell.draw) != (after.seed, after.draw) for after in mine[number : number + 1])
+            if draw_ends and accelerator.is_main_process:
+                report(args, folder, cells, decided, targets, tensors, notes)
         accelerator.wait_for_everyone()
 
     # Table
     if accelerator.is_main_process:
-        report(args, folder, cells, targets, tensors, notes)
+        text = report(args, folder, cells, decided, targets, tensors, notes)
+        say(f"{text}\nwritten to {folder / 'results.json'} and {folder / 'table.md'}")
     accelerator.wait_for_everyone()
     return folder
 
@@ -161,16 +168,21 @@ def check(cells: list[Cell], folder: Path, decided: dict, args: DomainsArguments
         if not path.exists() or (in_soups(cell, args) and not weights_of(cell, folder).exists()):
             missing.append(cell)
             continue
-        before = json.loads(path.read_text(encoding="utf-8"))["decided"]
-        differing = sorted(name for name in decided | before if decided.get(name) != before.get(name))
+        differing = differences(cell, json.loads(path.read_text(encoding="utf-8"))["decided"], decided)
         if differing and not args.overwrite:
+            flags = ", ".join(_FLAGS_OF.get(name, f"--{name}") for name in differing)
             raise ValueError(
-                f"{path} was made with other {', '.join(differing)}: give another --output_dir, or --overwrite to make "
-                "these runs anew."
+                f"{path} was made with other {flags}: give another --output_dir, or --overwrite for new runs."
             )
         if differing:
             missing.append(cell)
     return missing
+
+
+def differences(cell: Cell, before: dict, now: dict) -> list[str]:
+    """What decides a cell and is not now what it was before."""
+    of_others = set() if cell.algorithm == "swad" else {"tolerance_ratio"}
+    return sorted(name for name in (before | now).keys() - of_others if before.get(name) != now.get(name))
 
 
 def in_soups(cell: Cell, args: DomainsArguments) -> bool:
@@ -196,13 +208,21 @@ def run(cell: Cell, trainer: Trainer, args: DomainsArguments, folder: Path, deci
     write_json(folder / "cells" / f"{cell.name}.json", content | {"decided": decided})
 
 
-def report(args: DomainsArguments, folder: Path, cells: list[Cell], targets, tensors, notes: list[str]) -> None:
-    """results.json and table.md of all runs of the plan."""
-    runs = [json.loads((folder / "cells" / f"{cell.name}.json").read_text(encoding="utf-8")) for cell in cells]
+def report(args: DomainsArguments, folder: Path, cells: list[Cell], decided: dict, targets, tensors, notes) -> str:
+    """Write results.json and table.md, whose text is returned, of those runs of the plan that are there."""
+    runs = []
+    for cell in cells:
+        path = folder / "cells" / f"{cell.name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not differences(cell, found["decided"], decided):
+                runs.append(found)
     rows = table(runs, args.selection, targets)
     encoder = "from scratch" if args.encoder is None else without_folders(args.encoder)
     search = f"{args.draws} of hyper-parameters, the first of them the defaults" if args.draws > 1 else "the defaults"
     budget = f"Each algorithm: {search}; {args.steps} steps a run. {args.protocol}, {encoder}."
+    if len(runs) < len(cells):
+        budget = f"Not finished: {len(runs)} of {len(cells)} runs; rows are of seeds and draws that all have. {budget}"
     notes = [budget, *notes, *(f"{run['algorithm']} diverged in a run." for run in runs if run["diverged"])]
     text = as_markdown(rows, targets, list(dict.fromkeys(notes)))
     samples = {name: len(labels) for name, labels in zip(tensors.names, tensors.labels, strict=True)}
@@ -212,7 +232,7 @@ def report(args: DomainsArguments, folder: Path, cells: list[Cell], targets, ten
     write_results(folder / "results.json", metrics, **about, rows=rows, arguments=arguments, notes=notes)
     with atomic_file(folder / "table.md") as file:
         file.write(text)
-    say(f"{text}\nwritten to {folder / 'results.json'} and {folder / 'table.md'}")
+    return text
 
 
 if __name__ == "__main__":

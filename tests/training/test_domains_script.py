@@ -1,6 +1,7 @@
 """training/domains.py on pictures of three domains: what it writes, that it goes on, and what it refuses."""
 
 import json
+import re
 from importlib import import_module
 
 import pytest
@@ -71,10 +72,43 @@ def test_a_killed_search_goes_on_with_the_runs_that_lack(pictures, encoder, tmp_
     assert cells_again == cells and again["rows"] == results["rows"]
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
-    with pytest.raises(ValueError, match="was made with other steps"):
-        run_script("domains", [*frozen, "--steps", 4])
+    with pytest.raises(ValueError, match="swad-.* was made with other --tolerance_ratio: give another --output_dir"):
+        run_script("domains", [*frozen, "--tolerance_ratio", 0.2])
     run_script("domains", [*frozen[:-4], "--steps", 4, "--overwrite", "--algorithms", "erm"])
     assert read(tmp_path)[0]["arguments"]["steps"] == 4
+
+
+def test_a_killed_search_has_a_table_and_goes_on_with_other_flags_that_do_not_decide_its_runs(
+    pictures, encoder, tmp_path, run_script, monkeypatch
+):
+    flags = ["--steps", 2, "--dataset", pictures, "--encoder", encoder, "--frozen", "--output_dir", tmp_path]
+    flags += ["--draws", 3, "--targets", "light", "dark", "--algorithms", "erm"]
+    script = import_module("domains")
+    run = script.run
+
+    def killed(cell, *rest):
+        if (cell.draw, cell.targets) == (2, (0,)):
+            raise KeyboardInterrupt
+        run(cell, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "run", killed)
+        run_script("domains", flags)
+    forget_accelerator()
+    results, cells = read(tmp_path)
+    assert len(cells) == 5 and [(row["seeds"], row["draws"]) for row in results["rows"]] == [(1, 2)] * 2
+    assert "Not finished: 4 of 6 runs" in (tmp_path / "table.md").read_text()
+    run_script("domains", [*flags, "--tolerance_ratio", 0.2])  # of swad, which is not among them
+    results, again = read(tmp_path)
+    assert cells.items() <= again.items() and [row["draws"] for row in results["rows"]] == [3, 3]
+    assert "Not finished" not in (tmp_path / "table.md").read_text()
+    for more, message in {
+        ("--steps", 3): "was made with other --steps: give another --output_dir, or --overwrite",
+        ("--selection", "oracle", "leave_one_domain_out"): "was made with other --selection (leave_one_domain_out)",
+        ("--images", 30): "was made with other pictures",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run_script("domains", [*flags, *more])
 
 
 def test_an_encoder_is_fine_tuned_from_its_own_weights(pictures, encoder, tmp_path, run_script):
