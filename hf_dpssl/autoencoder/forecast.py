@@ -11,6 +11,7 @@ from pathlib import Path
 from ..evaluation.image_measures import metric_key
 
 REGRESSION = "forecast"  # on all measures; its coefficients are not shipped, as it learns from other autoencoders
+EXTRACTOR = "_extractor"  # end of a key that in a report ends with the name of the extractor it was given
 _SHOWN = 3  # single measures in a line
 _COVERED = {"all": 0.95, "worse_half": 0.89}  # by intervals of 95 %, see `forecast_lines`
 
@@ -19,10 +20,11 @@ def read_forecast() -> dict:
     """What ships with the package.
 
     Returns:
-        {"claim", "dataset", "image_size", "scale", "autoencoders", "seeds", "interval", "targets": {name: what},
-        "measures": {name: {"says", "key" in a report, "better"}}, "correlations": {target: {"all" or "worse_half":
-        {measure, or "forecast": a regression on all of them: [correlation, low, high]}}}, "source"}; correlations are
-        Spearman's with a generator's result, 1 where the best autoencoder by the measure is the generator's best.
+        {"claim", "dataset", "image_size", "scale", "seeds", "interval", "targets": {name: {"says", "autoencoders": how
+        many have it}}, "measures": {name: {"key" in a report, "better": "higher" or "lower"}}, "correlations": {target:
+        {"all" or "worse_half": {measure, or "forecast": a regression on all of them: [correlation, low, high]}}},
+        "source"}; correlations are Spearman's with a generator's result, 1 where the better autoencoder by the measure
+        is always the generator's better one. A measure is judged over the autoencoders that have it.
     """
     return json.loads(Path(__file__).with_name("forecast.json").read_text(encoding="utf-8"))
 
@@ -64,24 +66,25 @@ def forecast_lines(forecast: dict, entries: dict[str, dict]) -> list[str]:
     studies each) those over all autoencoders cover 94 to 96 %, but those over the worse half, which is another one
     when a seed is left out, 88 to 90 %; the lines say so.
     """
-    about = f"{forecast['autoencoders']} autoencoders of {forecast['dataset']} at {forecast['image_size']} px"
+    about = (
+        f"claim {forecast['claim']}, {forecast['dataset']} at {forecast['image_size']} px, scale {forecast['scale']}"
+    )
     lines = [
-        f"how far these measures foretell a generator, by {about} (claim {forecast['claim']}, scale "
-        f"{forecast['scale']}, {forecast['seeds']} seeds): rank correlation (95 % interval), 1 if they order rightly"
+        f"how far these measures foretell a generator ({about}, {forecast['seeds']} seeds): rank correlation over "
+        "autoencoders (95 % interval), 1 where they order rightly"
     ]
     for target, halves in forecast["correlations"].items():
         rows = halves["all"]
         single = sorted((name for name in rows if name != REGRESSION), key=lambda name: -rows[name][0])
         amounts = [_amount(forecast, rows, name) for name in single[:_SHOWN]]
         regression = _amount(forecast, rows, REGRESSION)
-        lines.append(
-            f"  {forecast['targets'][target]}: {', '.join(amounts)}, the largest of {len(single)}; {regression}"
-        )
+        wanted = f"{_says(forecast, target)}, {forecast['targets'][target]['autoencoders']} autoencoders"
+        lines.append(f"  {wanted}: {', '.join(amounts)}, the largest of {len(single)}; {regression}")
     lines.append(verdict(forecast))
     ranked = firsts(forecast, entries)
     for target, of_measure in ranked.items():
         for name, best in of_measure.items():
-            what = f"{_key(forecast, name)} for {forecast['targets'][target]}"
+            what = f"{_key(forecast, name)} for {_says(forecast, target)}"
             lines.append(f"of this report, {what} puts first: {' and '.join(best)}")
     if len(entries) > 1 and not ranked:
         lines.append(f"so the {len(entries)} autoencoders of this report are not ranked")
@@ -116,8 +119,9 @@ def _values(key: str, entries: dict[str, dict]) -> dict[str, float]:
     found = {}
     for name, entry in entries.items():
         own = key
-        if key.endswith("fid"):  # of whichever extractor the report was given
-            own = metric_key(key[0], "fid", entry["about"].get("quality", {}).get("extractor", ""))
+        if key.endswith(EXTRACTOR):
+            extractor = entry["about"].get("quality", {}).get("extractor", "")
+            own = metric_key("", key.removesuffix(EXTRACTOR), extractor)
         if own in entry["metrics"]:
             found[name] = entry["metrics"][own]
     return found
@@ -133,10 +137,14 @@ def _listed(forecast: dict, found: dict[str, list[str]]) -> str:
     parts = []
     for target, names in found.items():
         keys = ", ".join(_key(forecast, name) for name in names)
-        parts.append(f"{keys} ({forecast['targets'][target]})")
+        parts.append(f"{keys} ({_says(forecast, target)})")
     return " and ".join(parts)
 
 
 def _key(forecast: dict, name: str) -> str:
     """A measure as a report names it, without the extractor."""
-    return "a regression on all" if name == REGRESSION else forecast["measures"][name]["key"]
+    return "a regression on all" if name == REGRESSION else forecast["measures"][name]["key"].removesuffix(EXTRACTOR)
+
+
+def _says(forecast: dict, target: str) -> str:
+    return forecast["targets"][target]["says"]

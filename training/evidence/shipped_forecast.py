@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from claim_forecast import correlations, forecast_cells
+from claim_forecast import Cells, correlations, forecast_cells
 from claim_page import cells_of
 from claim_statements import forecasts
 
@@ -44,10 +44,11 @@ def shipped_forecast(result: dict) -> dict:
         "dataset": result["dataset"],
         "image_size": study["data"]["image_size"],
         "scale": study["scale"],
-        "autoencoders": len(seeds) * len(study["arms"]),
         "seeds": len(seeds),
         "interval": "Student's t, 95 %, of the jackknife over seeds",
-        "targets": {name: study["metrics"][metric]["says"] for name, metric in study["forecast"]["targets"].items()},
+        "targets": {
+            name: _target(metric, study, found, seeds) for name, metric in study["forecast"]["targets"].items()
+        },
         "measures": {name: _measure(study["metrics"][name]) for name in study["forecast"]["measures"]},
         "correlations": rows,
         "source": {"fingerprint": result["fingerprint"], "command": result["command"]},
@@ -65,6 +66,12 @@ def _row(whole: dict, pseudo_values: dict, name: str, metric: str) -> list[float
     return [round(value, 6) for value in (whole[name][metric], interval["low"], interval["high"])]
 
 
+def _target(metric: str, study: dict, found: Cells, seeds: list[int]) -> dict:
+    """What is foretold, and of how many autoencoders there is one."""
+    there = [metric in found[arm][seed]["metrics"] for arm in study["arms"] for seed in seeds]
+    return {"says": study["metrics"][metric]["says"], "autoencoders": sum(there)}
+
+
 def _measure(about: dict) -> dict:
-    """What a measure is, and its key in a report, whose Frechet distances name an extractor of their own."""
-    return {"says": about["says"], "key": about["at"][-1].removesuffix("_extractor"), "better": about["better"]}
+    """A measure's key in a report; one in features of the study's extractor ends with that name."""
+    return {"key": about["at"][-1], "better": about["better"]}
