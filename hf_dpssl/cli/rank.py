@@ -12,6 +12,8 @@ from ..runs.console import printable, say
 from .domain_flags import READING, add_domain_flags, counts_of, load_given, notes_of, options_of, precision_lines
 from .parsing import command_parser, parse_command
 
+# Flags that decide what is read and embedded; `hf-dpssl embed` has the same ones.
+_ALSO_OF_EMBED = ("features", "image_column", "label_column", "dataset_revision", "on_bad_image")
 _PARTS = [  # columns, where they were measured
     "labels",
     "stability",
@@ -35,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "dataset",
-        help="folder DOMAIN/CLASS/image, NAME=FOLDER of pacs, vlcs ..., or any data set with --domain_column",
+        help="folder DOMAIN/CLASS/image or CLASS/image, NAME=FOLDER of pacs, vlcs ..., or any data set with "
+        "--domain_column",
     )
     parser.add_argument(
         "--zoo",
@@ -46,9 +49,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--no_labels", action="store_true", help="rank by how well two views of a picture find each other"
-    )
-    parser.add_argument(
-        "--cluster_domains", type=int, metavar="N", help="domains are N clusters of the pictures' colours and edges"
     )
     add_domain_flags(parser, "outputs/rank")
     return parser
@@ -67,9 +67,9 @@ def main(argv: list[str]) -> int:
     zoo = read_zoo(args.zoo)
     if random := [entry.encoder for entry in zoo if entry.encoder.startswith(UNTRAINED)]:
         print(f"warning: weights are random, for comparison only: {', '.join(random)}", file=sys.stderr)
-    given = load_given(args, labelled=not args.no_labels, clusters=args.cluster_domains)
+    given = load_given(args, labelled=not args.no_labels)
     counts = counts_of(given)
-    notes = notes_of(args, given, clusters=args.cluster_domains)
+    notes = notes_of(args, given)
     if not args.json:
         of = ", ".join(f"{name} {count}" for name, count in counts.items())
         say("\n".join([f"{args.dataset}: {of} images; domains are {given.origin}", *notes]))
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     reading = {name: getattr(args, name) for name in READING}
     entries = rank_zoo(zoo, given, cache=folder / "features", **reading)
     unit = "percent of views that find each other" if args.no_labels else "score: nats per label and per dimension"
-    options = options_of(args, "no_labels", "cluster_domains")
+    options = options_of(args, "no_labels")
     metrics = {entry["name"]: {key: entry[key] for key in entry if key != "name"} for entry in entries}
     about = {"dataset": args.dataset, "seed": args.seed, "samples": counts, "notes": notes}
     write_results(folder / "rank.json", redacted(metrics), **about, options=options, unit=unit, domains=given.origin)
@@ -92,7 +92,11 @@ def main(argv: list[str]) -> int:
     if best.startswith(UNTRAINED):
         say("  nothing: its weights are random, and no trained encoder is better")
         return 0
-    say("  " + shlex.join(["hf-dpssl", "embed", best, given.data.name, "--output_dir", "outputs/embeddings"]))
+    command = ["hf-dpssl", "embed", best, given.data.name, "--output_dir", "outputs/embeddings"]
+    for name in _ALSO_OF_EMBED:
+        if (value := getattr(args, name)) != parser().get_default(name):
+            command += [f"--{name}", value]
+    say("  " + shlex.join(command))
     return 0
 
 
@@ -100,9 +104,9 @@ def _print_table(entries: list[dict], unit: str) -> None:
     parts = [name for name in _PARTS if name in entries[0]]
     width = max(len(entry["name"]) for entry in entries) + 2
     print(f"{unit}, mean and 95 % interval over the domains that were left out")
-    numbers = {"width": "", "megabytes": ",.1f", "seconds": ".1f"}
+    numbers = {"width": "", "megabytes": ",.1f"}
     head = f"{'score':>9}{'interval':>20}{'behind the first':>22}"
-    head += "".join(f"{name:>15}" for name in (*parts, *numbers))
+    head += "".join(f"{name:>15}" for name in (*parts, *numbers)) + f"{'seconds':>18}"
     print(f"{'encoder':<{width}}{head}{'seen before':>15}  licence")
     for entry in entries:
         if "error" in entry:
@@ -112,6 +116,8 @@ def _print_table(entries: list[dict], unit: str) -> None:
         text = f"{entry['score']['mean']:>9.3f}{_interval(entry['score']):>20}{behind:>22}"
         text += "".join(f"{entry[name]:>15.3f}" for name in parts)
         text += "".join(f"{format(entry[name], how):>15}" for name, how in numbers.items())
+        seconds = f"{entry['seconds']:.1f}{' (cached)' if entry['cached'] else ''}"
+        text += f"{seconds:>18}"
         print(printable(f"{entry['name']:<{width}}{text}{entry['contaminated']:>15}  {entry['licence']}"))
     for entry in entries:
         if entry.get("contaminated") == "yes":

@@ -21,7 +21,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dataset",
         required=True,
-        help="folder DOMAIN/CLASS/image, NAME=FOLDER of pacs, vlcs ..., or a data set with a domain column",
+        help="folder DOMAIN/CLASS/image or CLASS/image, NAME=FOLDER of pacs, vlcs ..., or a data set with a "
+        "domain column",
     )
     parser.add_argument(
         "--zoo", nargs="+", required=True, help="YAML file; or folders, Hub ids, untrained:NAME of timm, or default"
@@ -48,11 +49,11 @@ def main(argv: list[str]) -> int:
     notes = notes_of(args, given)
     if not args.json:
         of = ", ".join(f"{name} {count}" for name, count in counts.items())
-        say("\n".join([f"{args.dataset}: {of} images", *notes]))
+        say("\n".join([f"{args.dataset}: {of} images; domains are {given.origin}", *notes]))
     folder = Path(args.output_dir)
     reading = {name: getattr(args, name) for name in READING}
     found = zood(zoo, given, top=args.top, draws=args.draws, cache=folder / "features", **reading)
-    about = {"dataset": args.dataset, "seed": args.seed, "samples": counts, "notes": notes}
+    about = {"dataset": args.dataset, "seed": args.seed, "samples": counts, "notes": notes, "domains": given.origin}
     write_results(folder / "zood.json", redacted(found), **about, options=options_of(args, "top", "draws"))
     with atomic_file(folder / "zood.png", "wb") as file:
         draw_zood(found, file, title=f"{len(zoo)} encoders on {args.dataset}")

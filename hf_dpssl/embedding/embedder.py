@@ -77,6 +77,11 @@ class Preprocessor:
 
 
 def _no_processor(encoder: str, error: Exception) -> ValueError:
+    name = encoder.removeprefix("timm:")
+    if not Path(encoder).exists() and timm.is_model(name):
+        weights = timm.get_pretrained_cfg(name).hf_hub_id
+        ours = f"its weights are {weights!r} of the Hub; " if weights else ""
+        return ValueError(f"{encoder!r} is an architecture of timm: {ours}random ones are {UNTRAINED + name!r}.")
     return ValueError(
         f"{encoder!r} holds no image processor (preprocessor_config.json, or pretrained_cfg in timm's config.json): "
         f"{error}"

@@ -31,6 +31,9 @@ DEFAULT = (  # of the Hub: small to medium, of different data and tasks
 )
 
 
+_YAML = (".yaml", ".yml")
+
+
 class ZooEntry(NamedTuple):
     """One encoder; `data`: what it was trained on, None: its card says; `trained`: its weights are not random."""
 
@@ -47,7 +50,12 @@ def read_zoo(source: str | os.PathLike | Sequence[str]) -> list[ZooEntry]:
         FileNotFoundError: no such file. ValueError: no encoders, the same one twice, or what is not understood.
     """
     given = [source] if isinstance(source, str | os.PathLike) else list(source)
-    if len(given) == 1 and Path(given[0]).suffix in (".yaml", ".yml"):
+    files = [item for item in given if Path(item).suffix in _YAML]
+    if files and len(given) > 1:
+        raise ValueError(
+            f"a YAML file is a zoo by itself, got {files[0]} beside {len(given) - 1} more: write these into its list."
+        )
+    if files:
         path = Path(given[0])
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: give a YAML file with a list of encoders.")

@@ -3,6 +3,8 @@
 import argparse
 import io
 import json
+import re
+import shlex
 from pathlib import Path
 
 import datasets
@@ -15,6 +17,7 @@ from tiny_encoders import save_ours
 
 from hf_dpssl.cli.commands import main
 from hf_dpssl.cli.domain_flags import notes_of
+from hf_dpssl.cli.embed import parser
 from hf_dpssl.domains import load_domains
 from hf_dpssl.embedding.embedder import ImageEmbedder
 from hf_dpssl.zoo import leave_one_domain_out
@@ -74,7 +77,8 @@ def test_ranking_is_that_of_the_encoders_own_features_and_a_broken_one_stands_la
     assert main(["rank", f"vlcs={pictures}", "--zoo", *zoo, "--output_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert f"\n{Path(zoo[0]).name} " in printed and "failed: " in printed
-    assert f"hf-dpssl embed {found[0]['encoder']} {pictures} --output_dir outputs/embeddings" in printed
+    assert f"hf-dpssl embed {found[0]['encoder']} {pictures} --output_dir outputs/embeddings\n" in printed
+    assert len(re.findall(r" [.\d]+ \(cached\) ", printed)) == 2
     assert "domains are the folders of the first level" in printed and "\nvlcs: not the whole set" in printed
     again = json.loads((tmp_path / "rank.json").read_text())["metrics"]
     assert all(again[e["name"]]["cached"] and again[e["name"]]["score"] == e["score"] for e in found[:2])
@@ -185,6 +189,23 @@ def test_domains_that_nobody_names_are_clusters_of_colours_and_edges(pictures, z
     assert list(found[0]["domains"]) == ["cluster 0", "cluster 1", "cluster 2"]
     assert json.loads((tmp_path / "out/rank.json").read_text())["domains"].startswith("3 clusters")
     rank(capsys, tmp_path / "flat", *arguments, "--no_labels")
+
+    flags = ["--features", "embeddings", "--on_bad_image", "skip", "--image_column", "image"]
+    output = ["--output_dir", str(tmp_path / "by itself")]
+    assert main(["rank", str(tmp_path / "flat"), "--zoo", zoo[1], *output, *flags]) == 0
+    printed = capsys.readouterr()
+    assert (
+        "are classes only, so that domains are 3 clusters" in printed.err and "--cluster_domains N makes" in printed.err
+    )
+    assert "domains are 3 clusters of the pictures' colours and edges, as the folders are classes only" in printed.out
+    embed = re.search(r"hf-dpssl (embed .*)", printed.out)[1]
+    given = vars(parser().parse_args(shlex.split(embed)[1:]))
+    assert all(given[name.removeprefix("--")] == value for name, value in zip(flags[::2], flags[1::2], strict=True))
+    assert main(["zood", "--dataset", str(tmp_path / "flat"), "--zoo", "none", *output]) == 2
+    assert "domains are 3 clusters" in (said := capsys.readouterr().err) and "no encoder could be measured" in said
+    assert main(["zood", "--dataset", str(tmp_path / "flat"), "--zoo", "none", "--cluster_domains", "2"]) == 2
+    assert "three domains or more are needed" in capsys.readouterr().err
+
     for line, message in {"--cluster_domains 1": "at least 2", "--cluster_domains 43": "too few to make 43"}.items():
         assert main(["rank", str(tmp_path / "flat"), "--zoo", zoo[1], *line.split()]) == 2
         assert message in capsys.readouterr().err
@@ -192,7 +213,7 @@ def test_domains_that_nobody_names_are_clusters_of_colours_and_edges(pictures, z
 
 def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, tmp_path, capsys):
     flat, lonely = tmp_path / "flat", tmp_path / "lonely"
-    for number, name in enumerate(["a/1", "a/2", "b/1", "b/2", "b/3"]):
+    for number, name in enumerate(["a/1", "a/2", "b/1", "b/2", "b/x/3"]):
         (flat / name).parent.mkdir(parents=True, exist_ok=True)
         picture(0, 0, number).save(flat / f"{name}.png")
     for number, name in enumerate(["a/x/1", "a/x/2", "a/y/1", "b/x/1", "b/x/2"]):
@@ -201,7 +222,7 @@ def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, 
     cases = [
         (f"{pictures / 'dark' / 'red'} --zoo none", "no folders of domains"),
         (f"{pictures / 'dark' / 'red'} --zoo none", "hf-dpssl rank --cluster_domains N makes domains"),
-        (f"{flat} --zoo none", "5 of 5 images"),
+        (f"{flat} --zoo none", "4 of 5 images"),
         (f"{flat} --zoo none", "--cluster_domains N makes domains of the pictures where folders are classes only"),
         (f"{flat} --zoo none", "hf-dpssl rank --no_labels needs none"),
         ("vlcs --zoo none", "'vlcs' has no Hub id that we know of: download it"),
@@ -222,11 +243,12 @@ def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, 
 
 def test_classes_that_a_domain_lacks_and_sets_that_are_not_whole_are_named(tmp_path):
     folder = write_pictures(tmp_path, [place for place in PLACES if place[:2] != (2, 1)])
-    args = argparse.Namespace(dataset=f"pacs={folder}")
+    args = argparse.Namespace(dataset=f"pacs={folder}", cluster_domains=None)
     whole, lacking = notes_of(args, load_domains(str(folder)))
     assert whole.startswith("pacs: not the whole set") and lacking == f"{DOMAINS[2]} has no {CLASSES[1]}."
     assert notes_of(args, load_domains(str(folder), labelled=False)) == [whole.replace("2 classes", "7 classes")]
-    assert notes_of(args, load_domains(str(folder), labelled=False, clusters=2), clusters=2) == []
+    args.cluster_domains = 2
+    assert notes_of(args, load_domains(str(folder), labelled=False, clusters=2)) == []
 
 
 def test_a_limit_takes_of_each_class_of_each_domain_its_share(pictures):

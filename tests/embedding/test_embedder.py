@@ -113,6 +113,17 @@ def test_want_of_memory_is_not_called_an_encoder_that_does_not_fit(tmp_path, mon
         ImageEmbedder(tmp_path, device="cpu")
 
 
+@for_each("name", ["resnet18", "resnet18.a1_in1k", "timm:resnet18"])
+def test_a_name_of_timm_is_told_from_a_hub_id(name, monkeypatch):
+    """The id is that which timm itself would load."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError) as refused:
+        ImageEmbedder(name)
+    plain = name.removeprefix("timm:")
+    assert f"weights are 'timm/resnet18.a1_in1k' of the Hub; random ones are 'untrained:{plain}'" in str(refused.value)
+    assert ImageEmbedder(f"untrained:{plain}").dimension == 512
+
+
 def test_what_cannot_embed_pictures_is_refused_with_the_reason(tmp_path):
     ViTMAEModel(ViTMAEConfig(**SMALL, **SMALL_IMAGES)).save_pretrained(tmp_path / "masked")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "masked")

@@ -165,3 +165,5 @@ def test_a_zoo_is_read_from_a_file_and_mistakes_in_it_are_named(tmp_path):
         assert message in str(refused.value), text
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_zoo(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match=r"zoo.yaml beside 1 more: write these into its list"):
+        read_zoo([str(path), "untrained:resnet18"])
