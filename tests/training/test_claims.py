@@ -31,7 +31,9 @@ from hf_dpssl.runs.recipe import parse
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
 import claim_cells
 import claim_decision
+import claim_forecast
 import claim_page
+import claim_sizes
 import claim_statements
 import judge_network
 import one_step
@@ -81,30 +83,45 @@ def test_of_400_simulated_studies_intervals_cover_the_truth_and_verdicts_are_rar
     print(f"coverage {np.mean(covered):.4f}, false {wrong / studies:.4f}, found {np.mean(found):.3f}")
 
 
+def cells_without_effect(study: dict, seeds: int, spread: float, draw, forecast: bool) -> claim_decision.Cells:
+    """Cells of a study's own metrics, equal arms but for noise; what is judged of them comes from the claims' own code.
+
+    All arms share what a seed adds. For a forecast arms differ instead, in each metric by another number, so that no
+    measure tells a target. Distances fall with the sizes of generators, which are no random numbers.
+    """
+    cells = {arm: {seed: {"metrics": {}} for seed in range(seeds)} for arm in study["arms"]}
+    sizes = [size for about in study.get("equal_quality", {}).values() for size in about["sizes"]]
+    places = {size[key]: place for place, size in enumerate(sizes) for key in ("parameters", "distance")}
+    counts = {size["parameters"] for size in sizes}
+    for metric, about in study["metrics"].items():
+        own = {arm: 5 * spread * draw.normal() if forecast else 0.0 for arm in cells}
+        for seed in range(seeds):
+            shared = 0.0 if forecast else draw.normal()
+            for arm in cells:
+                value = shared + own[arm] + spread * draw.standard_t(4) - 0.3 * places.get(metric, 0)
+                value = np.exp(value) if about.get("relative") else 50 + 10 * value
+                cells[arm][seed]["metrics"][metric] = 1e5 * 3 ** places[metric] if metric in counts else float(value)
+    return claim_sizes.with_parameters(cells, study)
+
+
 def test_a_method_that_does_nothing_is_supported_in_no_claim():
     draw = np.random.default_rng(1)
-    asked = [(name, scale) for name in claim_statements.claim_names() for scale in ("quick", "cpu")]
-    for name, scale in asked:
+    sizes = {scale: sum(claim_statements.counts(scale).values()) for scale in ("quick", "cpu")}
+    for name, scale in [(name, scale) for name in claim_statements.claim_names() for scale in sizes]:
         claim = claim_statements.read_claim(name, scale)
         if scale == "cpu" and claim == claim_statements.read_claim(name, "quick"):
             continue
         study = claim_statements.read_study(claim["study"], scale)
-        metrics = claim_statements.metrics_of(study)
-        size = claim_statements.families({name: claim}, scale)[claim["family"]]
-        for spread in (0.0, 0.01, 0.05, 0.3):  # of one cell, in shares of the metric or, of percents, ten points
-            for _ in range(15 if spread else 1):
-                arms = [*study["arms"], *claim_statements.forecasts(study)]
-                cells = {arm: {seed: {"metrics": {}} for seed in range(claim["seeds"])} for arm in arms}
-                for metric, about in metrics.items():
-                    for seed in range(claim["seeds"]):
-                        shared = draw.normal()
-                        for arm in cells:
-                            value = shared + spread * draw.standard_t(4)
-                            value = np.exp(value) if about.get("relative") else 50 + 10 * value
-                            cells[arm][seed]["metrics"][metric] = float(value)
-                given = {name: claim}, {name: metrics}, {name: cells}, sum(size.values())
-                verdict = claim_decision.decide(*given)[name]["verdict"]
-                assert verdict in (("contradicted", "undecided") if spread else ("contradicted",)), name
+        compared = {comparison[side] for comparison in claim["comparisons"] for side in ("first", "second")}
+        of_forecasts = not compared <= study["arms"].keys()
+        given = {name: claim}, {name: claim_statements.metrics_of(study)}
+        for spread in (0.0, 0.3) if of_forecasts else (0.0, 0.01, 0.05, 0.3):  # shares of a metric, or ten points
+            for _ in range((1 if of_forecasts else 15) if spread else 1):
+                cells = cells_without_effect(study, claim["seeds"], spread, draw, of_forecasts)
+                cells = claim_forecast.forecast_cells(cells, study) if of_forecasts else cells
+                entry = claim_decision.decide(*given, {name: cells}, sizes[scale])[name]
+                assert entry["verdict"] in (("contradicted", "undecided") if spread else ("contradicted",)), name
+                assert all(len(comparison["seeds"]) == claim["seeds"] for comparison in entry["comparisons"])
 
 
 def test_corrected_p_values_are_those_of_the_definition_of_holm():

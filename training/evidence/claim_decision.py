@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from claim_sizes import nearer_at_margin
 from claim_statements import FEWEST_SEEDS
 from scipy.stats import ttest_1samp
 
@@ -85,7 +86,8 @@ def decide(claims: dict[str, dict], metrics: dict[str, dict], cells: dict[str, C
 
     Returns:
         {name: {"verdict", "reason", "comparisons": [{"first", "second", "metric", "margin", "seeds", "differences",
-        "mean", "low", "high", "p", "verdict", "reason"}]}}; the interval is 95 % and not corrected, p is.
+        "mean", "low", "high", "p", "verdict", "reason"}]}}; the interval is 95 % and not corrected, p is. Those of
+        equal quality have {"bounds": {"at least" or "at most": seeds whose difference is no more than that}} too.
     """
     entries = {
         name: [_compare(claim, comparison, metrics[name][comparison["metric"]], cells[name])
@@ -112,17 +114,35 @@ def _compare(claim: dict, comparison: dict, metric: dict, cells: Cells) -> dict:
     about = comparison | {"reason": ""}
     try:
         differences = paired(cells, comparison, metric)
+        bounds = _bounds(cells, comparison, differences)
+        tested = nearer_at_margin(cells, comparison, metric["equal_quality"]) if "equal_quality" in metric else {}
     except ValueError as error:
         nothing = {"seeds": [], "differences": [], "mean": None, "low": None, "high": None, "p": 1.0}
         return about | nothing | {"reason": str(error)}
     entry = about | {"seeds": list(differences), "differences": list(differences.values())}
     entry |= judge(entry["differences"], margin)
+    equal = not any(entry["differences"]) and not bounds
+    if tested and not equal:
+        about_sizes = judge(list(tested.values()), 0.0)
+        entry |= {"bounds": bounds, "p": about_sizes["p"], "side": about_sizes.get("side")}
     needed = max(claim["seeds"], FEWEST_SEEDS)
     if len(differences) < needed:
         entry |= {"p": 1.0, "reason": f"{len(differences)} of {needed} seeds"}
-    elif _all_equal(entry["differences"]) and any(entry["differences"]):
+    elif _all_equal(list(tested.values()) or entry["differences"]) and not equal:
         entry["reason"] = "every seed has the same difference: do the seeds reach the runs?"
     return entry
+
+
+def _bounds(cells: Cells, comparison: dict, differences: dict[int, float]) -> dict[str, int]:
+    """{"at least" or "at most": seeds} of the differences that are bounds, as parameters lie beyond the sizes."""
+    found: dict[str, int] = {}
+    for seed in differences:
+        beyond = [cells[comparison[side]][seed].get("beyond", {}) for side in ("first", "second")]
+        sides = [of_arm.get(comparison["metric"]) for of_arm in beyond]
+        for which, signs in (("at least", ("smaller", "larger")), ("at most", ("larger", "smaller"))):
+            if any(side == sign for side, sign in zip(sides, signs, strict=True)):
+                found[which] = found.get(which, 0) + 1
+    return found
 
 
 def _whole(claim: dict, comparisons: list[dict]) -> dict:

@@ -306,7 +306,9 @@ def _interval(comparison: dict, metric: dict) -> str:
     centre = _amount(comparison["mean"], metric)
     if comparison["low"] is None:
         return centre
-    return f"{centre} ({_amount(comparison['low'], metric)} to {_amount(comparison['high'], metric)})"
+    bounds = [f"{which} that in {seeds} seeds" for which, seeds in comparison.get("bounds", {}).items()]
+    interval = f"{centre} ({_amount(comparison['low'], metric)} to {_amount(comparison['high'], metric)})"
+    return ", ".join([interval, *bounds])
 
 
 def _spread(values: list[float]) -> str:

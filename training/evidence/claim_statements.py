@@ -133,7 +133,7 @@ def metrics_of(study: dict) -> dict[str, dict]:
     """The metrics of a study's arms, of equal quality and of its forecasts."""
     found = dict(study["metrics"])
     for name, about in study.get("equal_quality", {}).items():
-        found[name] = {"says": about["says"], "better": "lower", "relative": True}
+        found[name] = {"says": about["says"], "better": "lower", "relative": True, "equal_quality": about}
     for target, metric in study.get("forecast", {}).get("targets", {}).items():
         for key, which in (("all", "all autoencoders"), ("worse_half", "the worse half")):
             says = f"rank correlation with {study['metrics'][metric]['says']}, {which}"
