@@ -37,7 +37,7 @@ class DomainsArguments:
     frozen: bool = option(False, "a linear head on cached features of the encoder, in place of fine-tuning it")
 
     algorithms: list[str] = option(
-        ["erm", "vrex", "arm"], "side by side; a soup is of erm's draws", group="optimiser",
+        ["erm", "vrex", "arm"], "side by side; soups average the weights of erm's draws (DiWA)", group="optimiser",
         choices=[*ALGORITHMS, *SOUPS],
     )  # fmt: skip
     steps: int | None = option(None, "updates of a run; default: 5001, frozen 1001, rotated_digits 301")

@@ -173,4 +173,4 @@ def test_averages_are_nearer_to_the_truth_than_the_runs_they_are_made_of():
     greedy, taken = greedy_soup(last, lambda state: accuracy(algorithm, state, *held_out))
     chosen = accuracy(algorithm, greedy, *target)
     print(f"one run {single:.1f}, SWAD {within:.1f}, uniform soup {over:.1f}, greedy soup {chosen:.1f} of {taken}")
-    assert within > single + 3 and over > single + 3 and chosen > single + 1
+    assert within > single + 6 and over > single + 3 and chosen > single + 1
