@@ -83,7 +83,7 @@ def behind(arms: dict[str, dict], arm: str) -> list[str]:
 
 
 def table(results: list[dict], source: Path = CLAIMS) -> str:
-    """A line for each claim: verdict, seeds, and why; in Markdown."""
+    """A line for each claim: verdict, seeds, and why; and for what p values are corrected. In Markdown."""
     entries = verdicts(results, source)
     of_claim = {name: result for result in results for name in result["stated"]["claims"]}
     lines = ["| claim | verdict | seeds | |", "|---|---|---|---|"]
@@ -91,7 +91,12 @@ def table(results: list[dict], source: Path = CLAIMS) -> str:
         seeds = min(len(comparison["seeds"]) for comparison in entry["comparisons"])
         claim = of_claim[name]["stated"]["claims"][name]
         lines.append(f"| {claim['number']} {name} | **{entry['verdict']}** | {seeds} | {summary(entry)} |")
-    return "\n".join(lines)
+    about = (
+        "p values are two-sided at the margin, of Student's t over seeds, and corrected by Holm for the "
+        f"{compared_in_all(results, source)} comparisons of all claims of the scale; "
+        "intervals in the sections are not corrected."
+    )
+    return "\n".join([*lines, "", about])
 
 
 def sections(
@@ -107,10 +112,9 @@ def sections(
     """
     parts = []
     of_claim = {name: result for result in results for name in result["stated"]["claims"]}
-    size = compared_in_all(results, source)
     for name, entry in verdicts(results, source).items():
         if studies is None or of_claim[name]["stated"]["claims"][name]["study"] in studies:
-            parts.append(_section(name, entry, of_claim[name], pictures, size))
+            parts.append(_section(name, entry, of_claim[name], pictures))
     return "\n".join(parts)
 
 
@@ -120,7 +124,7 @@ def summary(entry: dict) -> str:
     return entry["reason"] + slow
 
 
-def _section(name: str, entry: dict, result: dict, pictures: str, size: int) -> str:
+def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
     stated = result["stated"]
     study, claim = stated["study"], stated["claims"][name]
     lines = [f"### {claim['number']}. {name}: {entry['verdict']}", "", f"{claim['hypothesis']} ({claim['source']})", ""]
@@ -145,7 +149,7 @@ def _section(name: str, entry: dict, result: dict, pictures: str, size: int) -> 
     if "dial" in study and compared <= study["dial"]["arms"].keys():
         lines += ["", dial_places(result), "", f"![{study['dial']['says']}]({pictures}{claim['study']}_dial.png)"]
     lines += ["", f"![Paired differences of {name}]({pictures}{name}.png)", ""]
-    return "\n".join([*lines, _paragraph(claim, entry, result, size), ""])
+    return "\n".join([*lines, _paragraph(claim, entry, result), ""])
 
 
 def _arms(entry: dict, result: dict) -> list[str]:
@@ -258,7 +262,7 @@ def draw_dial(result: dict, file) -> None:
     figure.savefig(file, dpi=75, format="png")
 
 
-def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
+def _paragraph(claim: dict, entry: dict, result: dict) -> str:
     stated = result["stated"]
     study, machine = stated["study"], result["environment"]
     slow = entry["not_converged"]
@@ -281,8 +285,7 @@ def _paragraph(claim: dict, entry: dict, result: dict, size: int) -> str:
         f"If the method did nothing: {claim['no_op']}.",
         f"Differs from the paper: {claim['differs_from_paper']}",
         f"What would change our mind: {claim['change_of_mind']}",
-        f"Intervals are Student's t over seeds, not corrected; p values are two-sided at the margin, corrected by Holm "
-        f"for the {size} comparisons of all claims. Fingerprint of statement, images and shared "
+        f"Fingerprint of statement, images and shared "
         f"encoders: {result['fingerprint'][:16]}; {machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['libraries']['torch']}.",
     ]

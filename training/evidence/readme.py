@@ -87,7 +87,7 @@ PAGES = {  # which tables stand on which page
         "dit",
         "solvers",
     ],
-    "training/evidence/claims.md": ["claim_sections", "encoders"],
+    "training/evidence/claims.md": ["claim_sections", "autoencoders", "gan", "encoders"],
     "training/evidence/one_step.md": [
         "one_step_claims",
         "one_step",
@@ -488,8 +488,9 @@ def tables() -> dict[str, str]:
     for study in ONE_STEP_STUDIES:
         if (CLAIMS / f"{study}.json").exists():
             blocks[study] = one_step_table(read(CLAIMS / f"{study}.json"))
-    if (CLAIMS / "encoders.json").exists():
-        blocks["encoders"] = encoders_tables(read(CLAIMS / "encoders.json"))
+    for study, about in EVERY_ARM.items():
+        if (CLAIMS / f"{study}.json").exists():
+            blocks[study] = every_arm_tables(read(CLAIMS / f"{study}.json"), about)
     if (RESULTS / "pacs_zood.json").exists():
         blocks["pacs"] = pacs_tables()
     of_one_file = {
@@ -610,8 +611,15 @@ def encoder_agreement(cells: dict) -> str:
     )
 
 
-def encoders_tables(report: dict) -> str:
-    """All arms of the study of claims 2, 3, 11 and 12: means over the seeds (standard deviation), a table a kind."""
+EVERY_ARM = {
+    "autoencoders": "",
+    "gan": "",
+    "encoders": "; a seed is a zoo of its own",
+}  # of a study: what is to be said
+
+
+def every_arm_tables(report: dict, more: str) -> str:
+    """All arms of a study, compared or not, by all metrics: means over the seeds (sd), a table for a kind of arms."""
     study, cells = report["stated"]["study"], report["metrics"]["cells"]
     tables = []
     for names in dict.fromkeys(tuple(name for name in study["metrics"] if name in row) for row in cells.values()):
@@ -624,8 +632,8 @@ def encoders_tables(report: dict) -> str:
                 values = [f"{mean(row[name]):.3g} ({stdev(row[name]):.2g})" for name in names]
                 lines.append(f"| {study['arms'][arm]['says']} | {' | '.join(values)} |")
         tables.append("\n".join(lines))
-    seeds = len(cells["simclr"]["seeds"])
-    about = f"Means over {seeds} seeds (standard deviation); a seed is a zoo of its own. {circumstances(report)}"
+    seeds = " or ".join(map(str, sorted({len(row["seeds"]) for row in cells.values()})))
+    about = f"Means over {seeds} seeds (standard deviation){more}. {circumstances(report)}"
     return "\n\n".join([*tables, about])
 
 
