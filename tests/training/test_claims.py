@@ -141,6 +141,7 @@ def drawn_result(study: str, draw) -> dict:
     for arm in about["arms"]:
         names = [name for name, metric in about["metrics"].items() if claim_cells.of_arm(metric, arm)]
         rows[arm] = {name: draw.lognormal(0.1, 0.1, len(seeds)).tolist() for name in names} | {"seeds": seeds}
+        rows[arm]["cpu_seconds"] = [2.0 for _ in seeds]
         if claim_cells.of_arm(about["curve"], arm):
             rows[arm]["curve"] = [[[step, step] for step in range(9)] for _ in seeds]
     return {"stated": stated, "metrics": {"cells": rows}}
@@ -171,11 +172,27 @@ def test_comparisons_of_all_claims_are_corrected_together_whatever_was_run():
 def test_arms_that_read_those_of_others_are_as_converged_as_these():
     arms = {"a": {}, "b": {"trained_as": "a"}, "c": {"needs": ["b", "d"]}, "d": {"needs": ["a"]}, "e": {}}
     assert [sorted(claim_page.behind(arms, arm)) for arm in arms] == [[], ["a"], ["a", "b", "d"], ["a"], []]
-    entries = claim_page.verdicts([drawn_result("encoders", np.random.default_rng(7))])
+    result = drawn_result("encoders", np.random.default_rng(7))
+    entries = claim_page.verdicts([result])
     encoders = {"simclr", "t_simclr", "moco", "moco_batch", "t_moco"}
     assert set(entries["transfer"]["not_converged"]) == encoders
     for name in ("zoo_ranking", "zoo_selection"):  # whose arms have no curves: measures, read from a zoo of encoders
         assert set(entries[name]["not_converged"]) == encoders | {"simclr_short", "simclr_wide"}
+    ranked = claim_page._arms(entries["zoo_ranking"], result)
+    assert [line.count("| 2 + 14 of 7 arms | not what it reads |") for line in ranked] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert [line.count("| 2 + 16 of 8 arms | not what it reads |") for line in ranked] == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
+def test_heads_of_tables_say_how_their_figures_are_computed():
+    for better in ("higher", "lower"):
+        for relative in (True, False):
+            metric = {"better": better, "relative": relative}
+            comparison = {"first": "a", "second": "b", "metric": "x", "margin": 0.05}
+            cells = {arm: {0: {"metrics": {"x": value}}} for arm, value in (("a", 2.0), ("b", 5.0))}
+            shown = claim_page._amount(claim_decision.paired(cells, comparison, metric)[0], metric)
+            formula = claim_page._difference(metric).removesuffix(" (lower is better)")
+            computed = eval(formula, {"first": 2.0, "second": 5.0})
+            assert float(shown.removesuffix(" %")) == pytest.approx(computed * (100 if relative else 1), rel=1e-3)
 
 
 def test_a_verdict_says_why_it_is_open():
