@@ -100,6 +100,25 @@ def test_what_only_the_arm_itself_knows_is_not_forecast():
     assert np.mean(found) < 0.2  # with the arm's own autoencoders it would be told by its number
 
 
+def test_what_arms_share_in_a_seed_is_forecast_from_that_seed_alone():
+    draw = np.random.default_rng(5)
+    found = {True: [], False: []}
+    for _ in range(10):
+        ours, theirs = draw.permutation(5), draw.permutation(5)  # of the measure and of the target, in each seed
+        cells = {
+            arm: {
+                seed: {
+                    "metrics": {"first": ours[seed] + 0.01 * draw.normal(), "second": 1.0, "fd": np.exp(theirs[seed])}
+                }
+                for seed in range(5)
+            }
+            for arm in ARMS
+        }
+        for unseen, values in found.items():
+            values.append(claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4], unseen)["forecast"]["all_dit"])
+    assert np.mean(found[True]) < 0 < np.mean(found[False]) - 0.3
+
+
 def test_values_of_seeds_are_pseudo_values_of_the_jackknife():
     cells = planted(3)
     found = claim_forecast.forecast_cells(cells, STUDY)

@@ -8,6 +8,8 @@ Student's t interval are those of the jackknife.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from claim_statements import forecasts
 from scipy.stats import spearmanr
@@ -46,8 +48,11 @@ def forecast_cells(cells: Cells, study: dict) -> Cells:
     }
 
 
-def correlations(cells: Cells, study: dict, seeds: list[int]) -> dict[str, dict[str, float]]:
+def correlations(cells: Cells, study: dict, seeds: list[int], unseen: bool = False) -> dict[str, dict[str, float]]:
     """{forecast: {"all_TARGET", "worse_half_TARGET"}} of the autoencoders of some seeds; 1 orders them rightly.
+
+    `unseen`: the regression learns from other seeds alone, too, as it would for an autoencoder of a seed of its own.
+    Stated is that it learns from all other arms, and so from what these share with the autoencoder in its seed.
 
     A measure that is better when higher counts as its negative, as all targets are better when lower. One that some
     arms have not (of codes, of an autoencoder without) is judged over the others, and so is a target.
@@ -60,8 +65,8 @@ def correlations(cells: Cells, study: dict, seeds: list[int]) -> dict[str, dict[
         wanted = np.array([goodness(cells[arm][seed], metric, study) for arm, seed in rows])
         has = np.isfinite(wanted)
         wanted = wanted[has]
-        arms = [arm for (arm, _), reached in zip(rows, has, strict=True) if reached]
-        predicted = {"forecast": from_other_arms(measures[has], wanted, arms)}
+        arms, of_seed = zip(*(row for row, reached in zip(rows, has, strict=True) if reached), strict=True)
+        predicted = {"forecast": from_other_arms(measures[has], wanted, arms, of_seed if unseen else None)}
         predicted |= {name: measures[has, column] for column, name in enumerate(names)}
         worse = wanted <= np.median(wanted)
         for name, values in predicted.items():
@@ -87,17 +92,21 @@ def goodness(cell: dict, name: str, study: dict) -> float:
     return float(value if about["better"] == "higher" else -value)
 
 
-def from_other_arms(measures: np.ndarray, wanted: np.ndarray, arms: list[str]) -> np.ndarray:
+def from_other_arms(
+    measures: np.ndarray, wanted: np.ndarray, arms: Sequence[str], seeds: Sequence[int] | None = None
+) -> np.ndarray:
     """(N,) predictions of `wanted` (N,) from `measures` (N, M) by ridge regressions on the rows of all other arms.
 
-    A measure that is NaN counts as its mean.
+    With `seeds` (N), on those of them that are of other seeds. A measure that is NaN counts as its mean.
     """
     predicted = np.empty(len(wanted))
-    of_arm = np.array(arms)
-    for arm in dict.fromkeys(arms):
+    of_arm, of_seed = np.array(arms), np.array(seeds if seeds is not None else [0] * len(arms))
+    for arm, seed in dict.fromkeys(zip(arms, of_seed.tolist(), strict=True)):
         own = of_arm == arm
-        model = make_pipeline(SimpleImputer(), StandardScaler(), RidgeCV(PENALTIES)).fit(measures[~own], wanted[~own])
-        predicted[own] = model.predict(measures[own])
+        asked = own & (of_seed == seed)
+        known = ~own if seeds is None else ~own & (of_seed != seed)
+        model = make_pipeline(SimpleImputer(), StandardScaler(), RidgeCV(PENALTIES)).fit(measures[known], wanted[known])
+        predicted[asked] = model.predict(measures[asked])
     return predicted
 
 

@@ -217,7 +217,12 @@ def _forecasts(result: dict) -> list[str]:
     about = (
         "Correlations of all seeds together, and Student's t interval of the jackknife over seeds, which corrects bias "
     )
-    return [*lines, "", f"{about}and may leave [-1, 1] where seeds differ much."]
+    unseen = correlations(cells_of(result), study, list(cells["forecast"]), unseen=True)["forecast"]
+    values = ", ".join(f"{unseen[column]:.2f}" for column in columns)
+    about += (
+        f"and may leave [-1, 1] where seeds differ much. From all measures, learned from other seeds alone: {values}."
+    )
+    return [*lines, "", about]
 
 
 def dial_places(result: dict) -> str:
