@@ -28,7 +28,7 @@ from .domain_checks import check_domains
 from .domain_clusters import domain_clusters
 
 _NUMBER = "row_number"
-_OF_RANK = "hf-dpssl rank --cluster_domains N makes domains of the pictures"
+_OF_RANK = "--cluster_domains N of hf-dpssl rank and zood makes domains of the pictures"
 _NO_CLASSES = "hf-dpssl rank --no_labels needs none."
 
 
