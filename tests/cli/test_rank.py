@@ -221,7 +221,7 @@ def test_what_cannot_be_ranked_is_refused_before_an_encoder_is_loaded(pictures, 
         picture(0, 0, number).save(lonely / f"{name}.png")
     cases = [
         (f"{pictures / 'dark' / 'red'} --zoo none", "no folders of domains"),
-        (f"{pictures / 'dark' / 'red'} --zoo none", "hf-dpssl rank --cluster_domains N makes domains"),
+        (f"{pictures / 'dark' / 'red'} --zoo none", "--cluster_domains N of hf-dpssl rank and zood makes domains"),
         (f"{flat} --zoo none", "4 of 5 images"),
         (f"{flat} --zoo none", "--cluster_domains N makes domains of the pictures where folders are classes only"),
         (f"{flat} --zoo none", "hf-dpssl rank --no_labels needs none"),
