@@ -117,6 +117,8 @@ def test_what_arms_share_in_a_seed_is_forecast_from_that_seed_alone():
         for unseen, values in found.items():
             values.append(claim_forecast.correlations(cells, STUDY, [0, 1, 2, 3, 4], unseen)["forecast"]["all_dit"])
     assert np.mean(found[True]) < 0 < np.mean(found[False]) - 0.3
+    stated = STUDY | {"forecast": STUDY["forecast"] | {"other_seeds": True}}
+    assert claim_forecast.correlations(cells, stated, [0, 1, 2, 3, 4])["forecast"]["all_dit"] == found[True][-1]
 
 
 def test_values_of_seeds_are_pseudo_values_of_the_jackknife():

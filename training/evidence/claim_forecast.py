@@ -51,12 +51,14 @@ def forecast_cells(cells: Cells, study: dict) -> Cells:
 def correlations(cells: Cells, study: dict, seeds: list[int], unseen: bool = False) -> dict[str, dict[str, float]]:
     """{forecast: {"all_TARGET", "worse_half_TARGET"}} of the autoencoders of some seeds; 1 orders them rightly.
 
-    `unseen`: the regression learns from other seeds alone, too, as it would for an autoencoder of a seed of its own.
-    Stated is that it learns from all other arms, and so from what these share with the autoencoder in its seed.
+    `unseen`, or `other_seeds` of what is stated: the regression learns from other seeds alone, too, as it would for an
+    autoencoder of a seed of its own. At scale quick it learns from all other arms, so from what these share with the
+    autoencoder in its seed.
 
     A measure that is better when higher counts as its negative, as all targets are better when lower. One that some
     arms have not (of codes, of an autoencoder without) is judged over the others, and so is a target.
     """
+    unseen = unseen or study["forecast"].get("other_seeds", False)
     rows = [(arm, seed) for arm in study["arms"] for seed in seeds]
     names = study["forecast"]["measures"]
     measures = np.array([[goodness(cells[arm][seed], name, study) for name in names] for arm, seed in rows])
