@@ -1,10 +1,13 @@
 """Forecasts of generators from autoencoders, and the place of the best along a dial, on planted results."""
 
+import io
 import sys
+from statistics import mean
 
 import numpy as np
 import pytest
 from launches import REPOSITORY
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
 import claim_forecast
@@ -208,3 +211,26 @@ def test_the_best_place_of_a_dial_is_found_in_each_seed_with_its_interval(tmp_pa
     with open(tmp_path / "dial.png", "wb") as file:
         claim_page.draw_dial(dial_result([1, 2, 2, 3, 2]), file)
     assert (tmp_path / "dial.png").stat().st_size > 3000
+
+
+def test_other_metrics_are_drawn_over_the_first_one_of_the_dial_for_every_arm_that_has_both(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(claim_page, "_draw_against", lambda panel, *about: drawn.append(about))
+    result = dial_result([1, 2, 2, 3, 2])
+    result["stated"]["study"]["metrics"]["y"] = {"says": "Y", "better": "lower"}
+    result["stated"]["study"]["dial"]["metrics"] = ["x", "y"]
+    for row in result["metrics"]["cells"].values():
+        row["y"] = [2 * value for value in row["x"]]
+    claim_page.draw_dial(result, io.BytesIO())
+    assert [about[:2] for about in drawn] == [("x", "y")]
+    monkeypatch.undo()
+    study, cells = result["stated"]["study"], claim_page.cells_of(result)
+    cells["without"] = {0: {"metrics": {"x": 1.0}}}
+    cells["noise"] = {seed: {"metrics": {"x": 5.0 + seed, "y": 7.0}} for seed in (0, 2)}
+    panel = Figure().subplots()
+    claim_page._draw_against(panel, "x", "y", study, cells)
+    line, point = panel.lines
+    assert line.get_xydata().tolist() == [
+        [mean(row["x"]), 2 * mean(row["x"])] for row in result["metrics"]["cells"].values()
+    ]
+    assert point.get_xydata().tolist() == [[6.0, 7.0]] and panel.texts[-1].get_text() == "noise"

@@ -5,6 +5,7 @@ A result is what `claim_cells.write_study` wrote. Verdicts are taken when the pa
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -15,6 +16,7 @@ from claim_forecast import correlations, forecast_cells
 from claim_sizes import with_parameters
 from claim_statements import CLAIMS, counts, forecasts, metrics_of
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hf_dpssl.evaluation.student_interval import student_interval
 
@@ -245,14 +247,22 @@ def dial_places(result: dict) -> str:
 
 
 def draw_dial(result: dict, file) -> None:
-    """Plot of a study's metrics over its dial: seeds as thin lines, their mean as a thick one; a PNG."""
+    """Plot of a study's metrics over its dial, and of the others over the first one; a PNG.
+
+    Above, seeds are thin lines, their mean is a thick one. Below, means over seeds of all arms that have both: those of
+    the dial joined in its order, the others named.
+    """
     study = result["stated"]["study"]
     dial = study["dial"]
     cells = cells_of(result)
-    figure = Figure(figsize=(2.6 * len(dial["metrics"]), 2.6), layout="constrained")
-    panels = figure.subplots(1, len(dial["metrics"]), squeeze=False)[0]
+    figure = Figure(figsize=(2.6 * len(dial["metrics"]), 5.2), layout="constrained")
+    above, below = figure.subplots(2, len(dial["metrics"]), squeeze=False)
     values = list(dial["arms"].values())
-    for panel, name in zip(panels, dial["metrics"], strict=True):
+    first, *others = dial["metrics"]
+    below[0].axis("off")
+    for panel, name in zip(below[1:], others, strict=True):
+        _draw_against(panel, first, name, study, cells)
+    for panel, name in zip(above, dial["metrics"], strict=True):
         seeds = sorted(set.intersection(*(set(cells.get(arm, {})) for arm in dial["arms"])))
         curves = [[cells[arm][seed]["metrics"][name] for arm in dial["arms"]] for seed in seeds]
         for curve in curves:
@@ -264,7 +274,33 @@ def draw_dial(result: dict, file) -> None:
         panel.set_title(study["metrics"][name]["says"], fontsize=8)
         panel.set_xlabel(dial["says"], fontsize=7)
         panel.tick_params(labelsize=7)
-    figure.savefig(file, dpi=75, format="png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=75, format="png")
+    Image.open(drawn).convert("RGB").quantize(48).save(file, "PNG", optimize=True)
+
+
+def _draw_against(panel, across: str, up: str, study: dict, cells: dict) -> None:
+    """Means over seeds of one metric against those of another, a point an arm."""
+    means = {}
+    for arm, of_seed in cells.items():
+        found = [cell["metrics"] for cell in of_seed.values() if {across, up} <= cell["metrics"].keys()]
+        if found:
+            means[arm] = tuple(mean(metrics[name] for metrics in found) for name in (across, up))
+    joined = [means[arm] for arm in study["dial"]["arms"] if arm in means]
+    if joined:
+        panel.plot(*zip(*joined, strict=True), "o-", color="black", markersize=4, linewidth=0.8)
+    ends = [*study["dial"]["arms"]][:: max(1, len(study["dial"]["arms"]) - 1)]
+    for arm, place in means.items():
+        if arm not in study["dial"]["arms"]:
+            panel.plot(*place, "o", markersize=4)
+        elif arm not in ends:
+            continue
+        label = f"{study['dial']['arms'].get(arm, arm)}"
+        panel.annotate(label, place, xytext=(3, 3), textcoords="offset points", fontsize=6)
+    panel.margins(x=0.45, y=0.2)
+    panel.set_xlabel(study["metrics"][across]["says"], fontsize=7)
+    panel.set_title(study["metrics"][up]["says"], fontsize=8)
+    panel.tick_params(labelsize=7)
 
 
 def _paragraph(claim: dict, entry: dict, result: dict) -> str:
