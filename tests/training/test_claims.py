@@ -499,6 +499,13 @@ def test_arms_share_a_generator_and_are_measured_with_the_same_noise(tmp_path):
     again = one_step.judged(
         trained_judge, real.pixel_values / 2 + 0.5, real.labels, real.pixel_values / 2 + 0.5, real.labels
     )
+    pipeline = one_step.load_pipeline(args.pipeline, args)
+    reconstructed = (pipeline.vae(real.pixel_values).pixel_values / 2 + 0.5).clamp(0, 1).detach()
+    beside = one_step.beside_reconstructions(trained_judge, pipeline.vae, reconstructed, real.pixel_values / 2 + 0.5)
+    assert beside["frechet_distance_to_reconstructions"] == pytest.approx(0, abs=1e-4)
+    assert measured["frechet_distance_of_reconstructions"] == pytest.approx(
+        beside["frechet_distance_of_reconstructions"], rel=1e-3
+    )
     assert again["frechet_distance"] == pytest.approx(0, abs=1e-4) and again["precision"] == again["recall"] == 1
     assert again["diversity"] == pytest.approx(1) and about["frechet_distance"] > 0.1
 

@@ -21,7 +21,7 @@ from diffusers import DPMSolverMultistepScheduler
 from judge_network import features_of, load_judge
 from torch import Tensor, nn
 
-from hf_dpssl import VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
+from hf_dpssl import VQAutoencoder, VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
 from hf_dpssl.autoencoder.measures import load_pictures
 from hf_dpssl.cli.errors import reported
 from hf_dpssl.data import keyed_random
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     judge = load_judge(args.judge)
     found = judged(judge, images, ids, held_out, pictures["evaluation"].labels)
     found |= {f"copies_{level}": copies(images, train, held_out, percentile=level)["copies"] for level in PERCENTILES}
+    found |= beside_reconstructions(judge, pipeline.vae, images, held_out)
     results = json.loads((args.pipeline / "results.json").read_text(encoding="utf-8"))
     found |= {
         "images_per_second": args.num_images / seconds,
@@ -121,6 +122,17 @@ def judged(judge: nn.Sequential, images: Tensor, ids: Tensor, real: Tensor, real
         "recall": overlap["recall"],
         **class_consistency(judge(images), ids),
         **diversity(images, ids, real, real_ids),
+    }
+
+
+@torch.no_grad()
+def beside_reconstructions(judge: nn.Sequential, vae: VQAutoencoder, images: Tensor, real: Tensor) -> dict[str, float]:
+    """Frechet distances in the judge's features: of reconstructed to real ones, of images to reconstructed ones."""
+    parts = [vae(part * 2 - 1).pixel_values for part in real.split(BATCH)]
+    reconstructed = (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+    return {
+        "frechet_distance_of_reconstructions": float(frechet(judge, reconstructed, real)),
+        "frechet_distance_to_reconstructions": float(frechet(judge, images, reconstructed)),
     }
 
 
