@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from hf_dpssl.domains.selection import as_markdown
 from hf_dpssl.evaluation.student_interval import student_interval
 
@@ -61,7 +63,8 @@ def transfer_table(report: dict) -> list[str]:
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     lines = [f"| set | encoder | {' | '.join(protocols)} |", "|---" * (2 + len(protocols)) + "|"]
     found = {(row["title"], row["encoder"], row["protocol"]): row for row in rows}
-    for title, encoder in dict.fromkeys((row["title"], row["encoder"]) for row in rows):
+    titles, encoders = (list(dict.fromkeys(row[name] for row in rows)) for name in ("title", "encoder"))
+    for title, encoder in product(titles, encoders):
         cells = []
         for protocol in protocols:
             row = found[title, encoder, protocol]

@@ -659,7 +659,7 @@ def pacs_tables() -> str:
         report = read(RESULTS / "pacs_transfer.json")
         tuning = report["protocol"]["fine_tuning"]
         about = (
-            "`--suite transfer` on parts of three of its sets, percent right (95 %); fine-tuning of "
+            "`--suite transfer` on parts of three of its sets, percent right (95 % of test images); fine-tuning of "
             f"{tuning['steps']} steps, rates {tuning['learning_rates']}, weight decays {tuning['weight_decays']}."
         )
         parts.append("\n".join([about, "", *pacs_report.transfer_table(report), "", circumstances(report)]))
