@@ -98,7 +98,7 @@ PAGES = {  # which tables stand on which page
         "drifting",
         "demo_before",
     ],
-    "training/evidence/domains.md": ["pacs", "colored_mnist"],
+    "training/evidence/domains.md": ["pacs", "colored_mnist", "rotated_mnist"],
     "tests/benchmarks/README.md": ["front_door", "waits", "speed"],
 }
 
