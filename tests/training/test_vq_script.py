@@ -59,7 +59,7 @@ def test_gaussian_latents_train_decoupled_and_stay_frozen(run_script, tmp_path):
 
 @pytest.mark.extended
 def test_decoder_of_a_taken_over_autoencoder_never_ends_below_its_start(run_script, tmp_path):
-    first, _, _ = run(run_script, tmp_path / "first", "--arm", "joint")
+    first, _, _ = run(run_script, tmp_path / "first", "--arm", "joint", "--budget", "total")
     source = tmp_path / "first" / "autoencoder"
     ruinous = ["--init_from", source, "--learning_rate", 0.5, "--max_grad_norm", 0]
     second, weights, _ = run(run_script, tmp_path / "second", *ruinous)
