@@ -117,6 +117,7 @@ def test_a_plan_whose_time_is_over_has_whole_cells_and_a_valid_page_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:64 images for features")  # a thousandth of the images of a study
 def test_the_trial_of_the_whole_plan_leaves_a_page_of_all_its_claims(tmp_path, capsys):
     assert gpu_plan.main(["--size", "0.001", "--output_dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
