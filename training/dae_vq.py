@@ -120,7 +120,7 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
         if decoder == "keep" and model.config.backbone is None:
             args.decoder_channels = list(model.config.decoder_block_out_channels)
         return model, [Stage("decoder", args.stage_2_steps, False, decoder)]
-    decoupled, narrow, dropout = ARMS[args.arm]
+    _, narrow, dropout = ARMS[args.arm]
     options = {name: getattr(args, name) for name in CONFIG_FLAGS} | {"image_size": source.image_size}
     options |= {"encoder_block_out_channels": args.encoder_channels, "encoder_layers_per_block": args.layers_per_block}
     full = VQConfig(**options, decoder_block_out_channels=args.decoder_channels)

@@ -67,7 +67,7 @@ SEEDS = "5"
 STEPS = 5001  # of a fine-tuning of DomainBed
 TRANSFERRED = ("simclr-12", "t-simclr-12", "untrained")
 TRANSFER_SETS = {"cifar10": "cifar10-jpeg", "caltech101": "caltech101-20c", "dtd": "dtd-10c-128px"}  # parts of them
-FINE_TUNING = {"steps": 200, "learning_rates": (1e-3, 1e-2), "weight_decays": (0.0, 1e-4)}  # by default 5,000 and 4 x 7
+FINE_TUNING = {"steps": 200, "learning_rates": (1e-3, 1e-2), "weight_decays": (0.0, 1e-4)}  # by default 5,000 and 4 x 5
 SETTINGS = {
     "algorithms": ["erm", "irm", "group_dro", "mixup", "mmd", "sagnet", "arm", "vrex", "rsc", "swad"],
     "fine_tuning": ["erm", "vrex", "swad"],

@@ -727,7 +727,8 @@ def mnist_domains_table(report: dict) -> str:
         "\\* adapts to batches of the target at test time. " if any(row["adapts"] for row in report["rows"]) else ""
     )
     about = f"{adapts}Draw 0: DomainBed's defaults. "
-    about += f"{len(report['protocol']['seconds_of_runs'])} runs, {seconds / 60:.0f} minutes."
+    count = len(report["protocol"]["seconds_of_runs"])
+    about += f"{count} run{'s' if count > 1 else ''}, {seconds / 60:.0f} minutes."
     if lacking := report["protocol"]["not_run"]:
         about += f" Not run: {', '.join(lacking)}."
     return "\n".join([*lines, "", f"{about} {circumstances(report)}"])
