@@ -363,7 +363,7 @@ def test_every_step_of_every_scale_is_a_command_that_its_program_understands(tmp
                 for point in arm.get("grid", [""]):
                     own = fill | arm.get("with", {})
                     own |= {"arm": f"{arm['flags']} {point}".format_map(own)}
-                    steps += [(step, own) for step in study["steps"] if claim_cells.of_arm(step, name_of_arm)]
+                    steps += [(step, own) for step in claim_cells.steps_of_arm(study, name_of_arm)]
                 assert {study["numbers"][key] for key in arm["budget"].values()}
             for step, values in steps:
                 argv, run = shlex.split(step["flags"].format_map(values)), step["run"].format_map(values)

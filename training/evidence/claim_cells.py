@@ -33,7 +33,7 @@ from hf_dpssl.runs.results import write_results
 from hf_dpssl.runs.shipped_folders import shipped_folder
 
 TUNING_SEED = 1000  # none of a verdict's
-_MEASURES = ("judge_network", "one_step")  # scripts of this folder that are steps of studies
+_OWN = ("judge_network", "one_step", "parametric_tsne")  # scripts of this folder that are steps of studies
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
     fill |= {"trained": trained}
     fill["arm"] = flags.format_map(fill)
     start = time.process_time()
-    for step in study["steps"]:
-        if of_arm(step, cell.arm) and ((cell.point is None) if step.get("final") else (trained == own)):
+    for step in steps_of_arm(study, cell.arm):
+        if (cell.point is None) if step.get("final") else (trained == own):
             run_step(step, fill, own)
     found = {"arm": cell.arm, "seed": cell.seed, "flags": flags, "cpu_seconds": round(time.process_time() - start, 1)}
     if cell.point is not None:
@@ -229,6 +229,12 @@ def of_arm(part: dict, arm: str) -> bool:
     return arm in part.get("arms", [arm])
 
 
+def steps_of_arm(study: dict, arm: str) -> list[dict]:
+    """The steps of an arm's cells, without those whose `run` the arm has under `without`."""
+    without = study["arms"][arm].get("without", [])
+    return [step for step in study["steps"] if of_arm(step, arm) and step["run"] not in without]
+
+
 def finite(value: float, cell: str) -> float:
     """The score of a grid point; minus infinity has no meaning for both directions, so a NaN is an error."""
     if not math.isfinite(value):
@@ -246,7 +252,7 @@ def run_step(step: dict, fill: dict, folder: Path, name: str | None = None) -> N
     argv = shlex.split(step["flags"].format_map(fill))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a", encoding="utf-8") as log, redirect_stdout(log):
-        if run not in (*SCRIPTS, *_MEASURES):
+        if run not in (*SCRIPTS, *_OWN):
             if status := command_module(run).main(argv):
                 raise RuntimeError(f"hf-dpssl {shlex.join([run, *argv])} ended with {status}.")
             return

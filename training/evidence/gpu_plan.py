@@ -26,7 +26,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     sys.exit()
 
 import torch
-from claim_cells import TUNING_SEED, check_data, of_arm, plan, state
+from claim_cells import TUNING_SEED, check_data, plan, state, steps_of_arm
 from claim_statements import CLAIMS, claims_of
 from rehearse import memory_of, process_of, stage_names
 from reproduce import refresh_page, run, statement
@@ -47,6 +47,7 @@ _TRIAL_DATA = {"name": "digits", "augmentation": "digits", "image_size": 16, "fr
 LAUNCH = 1e-5
 START = 4.0
 MEASURING = {"evaluate": 3.0, "report": 15.0}  # of which most is a small prior of 1,000 steps
+PARAMETRIC_TSNE = 0.02  # a step: P by bisection in float64, and a small network
 
 
 def read_plan(path: Path = PLAN) -> dict:
@@ -107,7 +108,7 @@ def estimate(content: dict, gpu: str = "H100") -> dict:
         point = about.get("grid", [""])[0]
         with_arm = fill | about.get("with", {})
         with_arm["arm"] = f"{about['flags']} {point}".format_map(with_arm)
-        steps = [step for step in study["steps"] if of_arm(step, arm)]
+        steps = steps_of_arm(study, arm)
         for final in (False, True):
             wanted = [step for step in steps if final or not step.get("final")]
             seconds[arm, final] = sum(seconds_of_step(step, with_arm, gpu) for step in wanted)
@@ -117,6 +118,8 @@ def estimate(content: dict, gpu: str = "H100") -> dict:
 
 def seconds_of_step(step: dict, fill: dict, gpu: str) -> float:
     """Of a script or command of a study."""
+    if step["run"] == "parametric_tsne":
+        return START + PARAMETRIC_TSNE * fill["epochs"] * (fill["train"] // fill["batch_size"])
     if step["run"] not in SCRIPTS:
         return MEASURING[step["run"]]
     return script_seconds(step["run"], step["flags"].format_map(fill), fill["train"], gpu)
