@@ -175,9 +175,9 @@ def test_arms_that_read_those_of_others_are_as_converged_as_these():
     result = drawn_result("encoders", np.random.default_rng(7))
     entries = claim_page.verdicts([result])
     encoders = {"simclr", "t_simclr", "moco", "moco_batch", "t_moco"}
-    assert set(entries["transfer"]["not_converged"]) == encoders
+    assert entries["transfer"]["not_converged"].keys() == encoders
     for name in ("zoo_ranking", "zoo_selection"):  # whose arms have no curves: measures, read from a zoo of encoders
-        assert set(entries[name]["not_converged"]) == encoders | {"simclr_short", "simclr_wide"}
+        assert entries[name]["not_converged"].keys() == encoders | {"simclr_short", "simclr_wide"}
     ranked = claim_page._arms(entries["zoo_ranking"], result)
     assert [line.count("| 2 + 14 of 7 arms | not what it reads |") for line in ranked] == [0, 0, 1, 0, 0, 0, 0, 0]
     assert [line.count("| 2 + 16 of 8 arms | not what it reads |") for line in ranked] == [0, 0, 0, 1, 1, 1, 1, 1]
@@ -228,7 +228,11 @@ def test_a_curve_is_flat_by_the_share_of_its_last_quarter():
     back = [[step, value] for step, value in zip(steps, [*np.linspace(1, 0, 15), *np.linspace(0, 0.5, 6)], strict=True)]
     curves = {"flat": exponential, "still better": [[s, 1 - s / 200] for s in steps], "getting worse": back}
     cells = {arm: {0: {"curve": curve}} for arm, curve in curves.items()}
-    assert claim_decision.not_converged(cells) == ["still better", "getting worse"]
+    assert claim_decision.not_converged(cells) == {"still better": [""], "getting worse": [""]}
+    for name, curve in (("still better", exponential), ("flat", curves["still better"])):
+        cells[name][0]["curves"] = {"dit": curve, "tokens": curves["still better"]}
+    expected = {"flat": ["dit"], "still better": [""], "getting worse": [""]}
+    assert claim_decision.not_converged(cells, ["dit"]) == expected  # no claim reads the tokens
 
 
 def write_cell(folder, cell: claim_cells.Cell, value: float) -> None:
@@ -382,6 +386,31 @@ def test_every_step_of_every_scale_is_a_command_that_its_program_understands(tmp
     assert all(f" {name} (5 seeds; study " in printed for name in claim_statements.claim_names())
 
 
+def test_a_claim_names_the_generators_that_had_not_converged_where_it_compares_them():
+    result = drawn_result("weakness", np.random.default_rng(8))
+    study, rows = result["stated"]["study"], result["metrics"]["cells"]
+    study["curves"] = claim_statements.read_study("weakness", "cpu")["curves"]
+    flat = [[step, 1 - np.exp(-step)] for step in range(9)]
+    for arm, row in rows.items():
+        row["curve"] = [flat for _ in row["seeds"]]
+        still = [[step, step] for step in range(9)]
+        row["curves"] = {name: [still if (arm, name) == ("decoupled", "dit_small") else flat for _ in row["seeds"]]
+                         for name in ("dit_small", "dit_large", "one_step")}  # fmt: skip
+    rows["dropout_05"]["curve"] = rows["decoupled"]["curves"]["dit_small"]
+    entries = claim_page.verdicts([result])
+    assert claim_page.summary(entries["dit_generation"]).endswith("; not converged: decoupled (dit_small), dropout_05")
+    assert not entries["weakness"]["not_converged"]  # it compares the large DiT and one step, of other arms
+    rows["decoupled"]["curve"] = rows["dropout_05"]["curve"]
+    entries = claim_page.verdicts([result])
+    assert "not converged: decoupled (itself, dit_small), dropout_05" in claim_page.summary(entries["dit_generation"])
+    rows_of_arms = claim_page._arms(entries["dit_generation"], result)
+    assert sum(line.endswith("| **not converged** |") for line in rows_of_arms) == 2
+    for scale in reproduce_command.SCALES:
+        about = claim_statements.read_study("weakness", scale)
+        for curve in about.get("curves", {}).values():
+            assert set(curve["metrics"]) <= claim_statements.metrics_of(about).keys()
+
+
 def test_what_a_scale_adds_changes_nothing_of_what_was_stated_and_decided_at_another(tmp_path):
     content = {"arms": {"a": 1}, "steps": [1], "says": "x", "kept": 0}
     whole = content | {"added": {"scales": ["cpu"], "arms": {"b": 2}, "steps": [2], "says": "y", "new": 3}}
@@ -389,8 +418,8 @@ def test_what_a_scale_adds_changes_nothing_of_what_was_stated_and_decided_at_ano
     expected = {"arms": {"a": 1, "b": 2}, "steps": [1, 2], "says": "y", "kept": 0, "new": 3}
     assert claim_statements.with_added(whole, "cpu") == expected
     assert "added" in whole and whole["arms"] == {"a": 1}
-    for path in sorted((EVIDENCE / "results" / "claims").glob("*.json")):
-        if path.stem == "autoencoders":
+    for path in sorted((EVIDENCE / "results" / "claims").glob("*/*.json")):
+        if (path.parent.name, path.stem) == ("quick", "autoencoders"):
             continue  # decided when an encoder's feature_norm was "none" by default, which is now written out
         stored = json.loads(path.read_text())["stated"]
         now = reproduce.statement(path.stem, stored["study"]["scale"], None, claim_statements.CLAIMS)
@@ -539,6 +568,7 @@ def test_an_arm_without_a_run_reads_what_others_of_its_seed_have_found(tmp_path)
             "tau": {"arms": ["measure"], "file": "{cell}/../trained-s{seed}/own.json", "at": ["{key}"]},
         },
         "curve": {"arms": ["trained"], "file": "own.json", "at": ["curve"]},
+        "curves": {"dit": {"arms": ["trained"], "file": "own.json", "at": ["losses"], "metrics": ["first"]}},
         "numbers": {},
         "data": {},
     }
@@ -549,11 +579,15 @@ def test_an_arm_without_a_run_reads_what_others_of_its_seed_have_found(tmp_path)
     assert claim_cells.unfinished(study, cells["measure"], tmp_path) == []
     own = tmp_path / "runs" / "trained-s3"
     own.mkdir(parents=True)
-    (own / "own.json").write_text(json.dumps({"values": [1.0, 4.0], "score": 0.5, "curve": [[0, 1.0]]}))
+    (own / "own.json").write_text(
+        json.dumps({"values": [1.0, 4.0], "score": 0.5, "curve": [[0, 1.0]], "losses": [[5, 2.0]]})
+    )
     found = {arm: claim_cells.run_cell(study, cell, -1, {}, tmp_path) for arm, cell in cells.items()}
     assert found["trained"]["metrics"] == {"first": 1.0, "second": 4.0, "both": 2.5}
-    assert found["trained"]["curve"] == [[0, 1.0]]
+    assert found["trained"]["curve"] == [[0, 1.0]] and found["trained"]["curves"] == {"dit": [[5, 2.0]]}
+    assert claim_cells._columns([found["trained"] | {"cpu_seconds": 1.0}])["curves"] == {"dit": [[[5, 2.0]]]}
     assert found["measure"]["metrics"] == {"tau": 0.5} and "curve" not in found["measure"]
+    assert not found["measure"]["curves"]
     assert not (tmp_path / "runs" / "measure-s3").exists()
 
 

@@ -219,6 +219,9 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
             found["metrics"][name] = mean(found["metrics"][part] for part in metric["mean_of"])
     if of_arm(study["curve"], cell.arm):
         found["curve"] = read_at(trained, study["curve"], fill)
+    if "curves" in study:
+        curves = {name: curve for name, curve in study["curves"].items() if of_arm(curve, cell.arm)}
+        found["curves"] = {name: read_at(trained, curve, fill) for name, curve in curves.items()}
     if "measured_budget" in study:
         found["operations"] = read_at(own, study["measured_budget"], fill)
     return found
@@ -313,8 +316,14 @@ def _columns(cells: list[dict]) -> dict:
     found |= {"operations": cells[0]["operations"]} if "operations" in cells[0] else {}
     found["cpu_seconds"] = [cell["cpu_seconds"] for cell in cells]
     if "curve" in cells[0]:
-        found["curve"] = [[[step, float(f"{value:.4g}")] for step, value in cell["curve"]] for cell in cells]
+        found["curve"] = [_rounded(cell["curve"]) for cell in cells]
+    if "curves" in cells[0]:
+        found["curves"] = {name: [_rounded(cell["curves"][name]) for cell in cells] for name in cells[0]["curves"]}
     return found
+
+
+def _rounded(curve: list[list[float]]) -> list[list[float]]:
+    return [[step, float(f"{value:.4g}")] for step, value in curve]
 
 
 def read_cells(study: dict, seeds: int, folder: Path) -> dict[str, dict[int, dict]]:

@@ -9,6 +9,7 @@ when one is, else undecided.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from claim_sizes import nearer_at_margin
@@ -173,16 +174,19 @@ def last_quarter(curve: list[list[float]]) -> float | None:
     return float((values[-1] - before) / whole) if whole else 0.0
 
 
-def not_converged(cells: Cells) -> list[str]:
-    """Arms whose mean over the seeds of `last_quarter` is farther from 0 than FLAT_SHARE, or whose curve is too short.
+def not_converged(cells: Cells, read: Iterable[str] = ()) -> dict[str, list[str]]:
+    """{arm: its curves whose mean over the seeds of `last_quarter` is farther from 0 than FLAT_SHARE, or too short}.
 
-    Also one that goes back: a curve that is getting worse is not flat.
+    Also one that goes back: a curve that is getting worse is not flat. The arm's own curve has the name "", of its
+    others, `curves`, those named `read` count.
     """
-    found = []
+    found: dict[str, list[str]] = {}
     for arm, seeds in cells.items():
-        if not all("curve" in cell for cell in seeds.values()):
-            continue  # nothing was trained
-        shares = [last_quarter(cell["curve"]) for cell in seeds.values()]
-        if None in shares or abs(np.mean(shares)) > FLAT_SHARE:
-            found.append(arm)
+        for name in ("", *read):
+            curves = [cell.get("curves", {}).get(name) if name else cell.get("curve") for cell in seeds.values()]
+            if None in curves:
+                continue  # nothing was trained
+            shares = [last_quarter(curve) for curve in curves]
+            if None in shares or abs(np.mean(shares)) > FLAT_SHARE:
+                found.setdefault(arm, []).append(name)
     return found

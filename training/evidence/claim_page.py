@@ -13,6 +13,7 @@ from statistics import mean, stdev
 
 from claim_decision import FLAT_SHARE, decide, margin_of, not_converged
 from claim_forecast import correlations, forecast_cells
+from claim_gains import draw_gains, gains_tables
 from claim_sizes import with_parameters
 from claim_statements import CLAIMS, counts, forecasts, metrics_of
 from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ from hf_dpssl.evaluation.student_interval import student_interval
 
 
 def cells_of(result: dict) -> dict[str, dict[int, dict]]:
-    """{arm: {seed: {"metrics", "curve"}}} of a result."""
+    """{arm: {seed: {"metrics", "curve", "curves"}}} of a result."""
     metrics = result["stated"]["study"]["metrics"]
     found: dict[str, dict[int, dict]] = {}
     for arm, row in result["metrics"]["cells"].items():
@@ -32,18 +33,20 @@ def cells_of(result: dict) -> dict[str, dict[int, dict]]:
         }
         for i, seed in enumerate(row["seeds"] if "curve" in row else []):
             found[arm][seed]["curve"] = row["curve"][i]
+        for i, seed in enumerate(row["seeds"] if "curves" in row else []):
+            found[arm][seed]["curves"] = {name: curves[i] for name, curves in row["curves"].items()}
     return with_parameters(found, result["stated"]["study"])
 
 
 def verdicts(results: list[dict], source: Path = CLAIMS) -> dict[str, dict]:
-    """{claim: its entry of `decide`, and "not_converged": arms}, in the order of their numbers.
+    """{claim: its entry of `decide`, and "not_converged": {arm: curves}}, in the order of their numbers.
 
     Args:
         results: of one scale.
         source: folder of the claims; p values are corrected for the comparisons of all of them, run or not.
     """
     claims: dict[str, dict] = {}
-    metrics, cells, learned, arms = {}, {}, {}, {}
+    metrics, cells, learned, arms, curves = {}, {}, {}, {}, {}
     for result in results:
         stated = result["stated"]
         found = cells_of(result)
@@ -54,12 +57,16 @@ def verdicts(results: list[dict], source: Path = CLAIMS) -> dict[str, dict]:
             cells[name] = found | forecast
             learned[name] = found
             arms[name] = stated["study"]["arms"]
+            curves[name] = stated["study"].get("curves", {})
     entries = decide(claims, metrics, cells, compared_in_all(results, source))
     for name, entry in entries.items():
         compared = {comparison[side] for comparison in entry["comparisons"] for side in ("first", "second")}
         of_forecasts = not compared & learned[name].keys()  # a forecast is of all arms
         read = arms[name] if of_forecasts else {other for arm in compared for other in [arm, *behind(arms[name], arm)]}
-        entry["not_converged"] = [arm for arm in not_converged(learned[name]) if arm in read]
+        compared_metrics = {comparison["metric"] for comparison in entry["comparisons"]}
+        more = [curve for curve, about in curves[name].items() if compared_metrics & set(about["metrics"])]
+        slow = not_converged(learned[name], more)
+        entry["not_converged"] = {arm: names for arm, names in slow.items() if arm in read}
     return {name: entries[name] for name in sorted(claims, key=lambda name: claims[name]["number"])}
 
 
@@ -122,8 +129,18 @@ def sections(
 
 def summary(entry: dict) -> str:
     """Why the verdict on a claim is what it is, and which arms had not converged."""
-    slow = f"; not converged: {', '.join(entry['not_converged'])}" if entry["not_converged"] else ""
+    slow = f"; not converged: {_slow(entry)}" if entry["not_converged"] else ""
     return entry["reason"] + slow
+
+
+def _slow(entry: dict) -> str:
+    """Arms that had not converged; which of their generators, where the arm's own curve is not it alone."""
+    parts = []
+    for arm, names in entry["not_converged"].items():
+        others = ", ".join(name for name in names if name)
+        own = "itself, " if others and "" in names else ""
+        parts.append(f"{arm} ({own}{others})" if others else arm)
+    return ", ".join(parts)
 
 
 def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
@@ -150,6 +167,9 @@ def _section(name: str, entry: dict, result: dict, pictures: str) -> str:
     compared = {comparison[side] for comparison in entry["comparisons"] for side in ("first", "second")}
     if "dial" in study and compared <= study["dial"]["arms"].keys():
         lines += ["", dial_places(result), "", f"![{study['dial']['says']}]({pictures}{claim['study']}_dial.png)"]
+    if "gains" in study:
+        lines += [*gains_tables(study, cells_of(result), _interval), ""]
+        lines.append(f"![{study['gains']['says']}]({pictures}{claim['study']}_gains.png)")
     lines += ["", f"![Paired differences of {name}]({pictures}{name}.png)", ""]
     return "\n".join([*lines, _paragraph(claim, entry, result), ""])
 
@@ -307,11 +327,11 @@ def _paragraph(claim: dict, entry: dict, result: dict) -> str:
     stated = result["stated"]
     study, machine = stated["study"], result["environment"]
     slow = entry["not_converged"]
-    curve = study["curve"]["says"]
+    curve = "; ".join([study["curve"]["says"], *(about["says"] for about in study.get("curves", {}).values())])
     flat = f"All curves of {curve} are flat." if result["metrics"]["cells"] else f"There is no curve of {curve} yet."
     if slow:
         flat = f"Not converged, as the last quarter makes more than {FLAT_SHARE:.0%} of the change of {curve}: "
-        flat += f"{', '.join(slow)}; the verdict is on this budget."
+        flat += f"{_slow(entry)}; the verdict is on this budget."
     samples = ", ".join(f"{count} {name}" for name, count in result["samples"].items())
     minutes = {name: value / 60 for name, value in result["cpu_seconds"].items()}
     spent = f"{minutes['cells']:.0f} minutes of CPU for the cells"
@@ -383,7 +403,7 @@ def draw(name: str, entry: dict, result: dict, file) -> None:
 
 
 def write_page(results: list[dict], folder: Path, source: Path = CLAIMS) -> dict[str, dict]:
-    """Write claims.md, CLAIM.png for each claim of some results and STUDY_dial.png; returns `verdicts`."""
+    """Write claims.md, CLAIM.png of each claim, and STUDY_dial.png or STUDY_gains.png; returns `verdicts`."""
     from hf_dpssl.runs.atomic_files import atomic_file
 
     entries = verdicts(results, source)
@@ -391,10 +411,14 @@ def write_page(results: list[dict], folder: Path, source: Path = CLAIMS) -> dict
         for name in result["stated"]["claims"]:
             with atomic_file(folder / f"{name}.png", "wb") as file:
                 draw(name, entries[name], result, file)
-        if "dial" in result["stated"]["study"]:
-            study = next(iter(result["stated"]["claims"].values()))["study"]
+        about = result["stated"]["study"]
+        study = next(iter(result["stated"]["claims"].values()))["study"]
+        if "dial" in about:
             with atomic_file(folder / f"{study}_dial.png", "wb") as file:
                 draw_dial(result, file)
+        if "gains" in about:
+            with atomic_file(folder / f"{study}_gains.png", "wb") as file:
+                draw_gains(about, cells_of(result), file)
     with atomic_file(folder / "claims.md") as file:
         file.write(f"# Claims\n\n{table(results, source)}\n\n{sections(results, source=source)}")
     return entries

@@ -55,7 +55,8 @@ MNIST_DOMAINS = {name: RESULTS / f"{name}.json" for name in ("colored_mnist", "r
 DEFAULTS = RESULTS / "defaults.json"
 GAN_LATENTS = RESULTS / "gan_latents.json"
 DIT = RESULTS / "dit.json"
-CLAIMS = RESULTS / "claims"
+CLAIMS = RESULTS / "claims"  # a folder for each scale
+QUICK = CLAIMS / "quick"
 PACS = {  # results of pacs.py: a line above the table
     "pacs_zood": "Ten encoders, two of them untrained; linear probe of the other three domains.",
     "pacs_algorithms": "Frozen features of one encoder, a linear head.",
@@ -483,14 +484,14 @@ def tables() -> dict[str, str]:
     found = {name: BENCHMARKS / f"{name}.json" for name in SPEED if (BENCHMARKS / f"{name}.json").exists()}
     if found:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
-    if CLAIMS.is_dir():
-        blocks |= claim_blocks()
+    for folder in sorted(CLAIMS.glob("*")):
+        blocks |= claim_blocks(folder)
     for study in ONE_STEP_STUDIES:
-        if (CLAIMS / f"{study}.json").exists():
-            blocks[study] = one_step_table(read(CLAIMS / f"{study}.json"))
+        if (QUICK / f"{study}.json").exists():
+            blocks[study] = one_step_table(read(QUICK / f"{study}.json"))
     for study, about in EVERY_ARM.items():
-        if (CLAIMS / f"{study}.json").exists():
-            blocks[study] = every_arm_tables(read(CLAIMS / f"{study}.json"), about)
+        if (QUICK / f"{study}.json").exists():
+            blocks[study] = every_arm_tables(read(QUICK / f"{study}.json"), about)
     if (RESULTS / "pacs_zood.json").exists():
         blocks["pacs"] = pacs_tables()
     of_one_file = {
@@ -526,22 +527,30 @@ def fill(text: str, blocks: dict[str, str]) -> str:
 
 
 def take_over_claims(folder: Path) -> None:
-    """Copy values and plots of decided claims into results/claims; FileNotFoundError for a folder without any."""
+    """Copy values and plots of decided claims into results/claims/SCALE, for a `folder` OUTPUT_DIR/SCALE.
+
+    Raises:
+        FileNotFoundError: a folder without any.
+    """
     results = sorted(folder.glob("*.json"))
     if not results:
         raise FileNotFoundError(f"{folder} has no results (*.json): name OUTPUT_DIR/SCALE of hf-dpssl reproduce.")
-    CLAIMS.mkdir(exist_ok=True)
+    kept = CLAIMS / read(results[0])["stated"]["study"]["scale"]
+    kept.mkdir(parents=True, exist_ok=True)
     for path in results:  # a curve has a line for each number in the form of other results
         text = json.dumps(read(path), separators=(",", ":"))
-        (CLAIMS / path.name).write_text(f"{text}\n", encoding="utf-8")
+        (kept / path.name).write_text(f"{text}\n", encoding="utf-8")
     for path in folder.glob("*.png"):
-        shutil.copyfile(path, CLAIMS / path.name)
+        shutil.copyfile(path, kept / path.name)
 
 
-def claim_blocks() -> dict[str, str]:
-    """Verdicts of the claims that have results: a table, and a section each, on two pages."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(CLAIMS.glob("*.json"))]
-    pictures = f"{CLAIMS.relative_to(EVIDENCE).as_posix()}/"
+def claim_blocks(folder: Path) -> dict[str, str]:
+    """Verdicts of the claims that have results at a scale: a table, and a section each, at scale quick on two pages."""
+    results = [read(path) for path in sorted(folder.glob("*.json"))]
+    pictures = f"{folder.relative_to(EVIDENCE).as_posix()}/"
+    if folder != QUICK:
+        sections = claim_page.sections(results, pictures).strip()
+        return {f"claims_{folder.name}": claim_page.table(results), f"claim_sections_{folder.name}": sections}
     studies = {claim["study"] for result in results for claim in result["stated"]["claims"].values()}
     pages = {"claim_sections": studies.difference(ONE_STEP_STUDIES), "one_step_claims": ONE_STEP_STUDIES}
     parts = {name: claim_page.sections(results, pictures, wanted).strip() for name, wanted in pages.items()}
@@ -758,8 +767,8 @@ def main() -> None:
         path = REPOSITORY / page
         text = fill(path.read_text(encoding="utf-8"), {name: blocks[name] for name in names})
         path.write_text(text, encoding="utf-8")
-    if (CLAIMS / "weakness.json").exists():
-        write_shipped_forecast(read(CLAIMS / "weakness.json"))
+    if (QUICK / "weakness.json").exists():
+        write_shipped_forecast(read(QUICK / "weakness.json"))
 
 
 if __name__ == "__main__":
