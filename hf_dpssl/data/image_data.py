@@ -219,7 +219,7 @@ def load_images(
     splits = [None if s is None else s.select_columns(columns) for s in (train, evaluation)]
     data = ImageData(name, *splits, image_column, label_column, class_names, entry, label_problem=problem)
     data.fingerprint = f"{name} {revision}" if streaming else f"{name} {len(data.train)} {data.train._fingerprint}"
-    data.left_out = scan.counts() if scan else {f"unused split {split!r}": 1 for split in unused}
+    data.left_out = (scan.counts() if scan else {}) | {f"unused split {split!r}": 1 for split in unused}
     data.splits = names
     _tell(data, scan)
     return data

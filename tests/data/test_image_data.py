@@ -328,6 +328,9 @@ def test_account_counts_what_is_used_and_what_is_left_out_without_naming_files(t
     account = "11 images in 2 classes (train), 2 images in 1 classes (evaluation); left out: 1 .txt files"
     assert data.account() == account
     assert "secret-notes.txt" in capsys.readouterr().err
+    write_pictures(tmp_path / "set" / "test" / "dog", 3)
+    account += ", 1 unused split 'test'"
+    assert load_images(str(tmp_path / "set")).account() == account and account in capsys.readouterr().err
     splits = {split: datasets.Dataset.from_dict({"image": [marked(1)] * 4}) for split in ("train", "val", "extra")}
     features = datasets.Features({"image": datasets.Image()})
     datasets.DatasetDict({s: d.cast(features) for s, d in splits.items()}).save_to_disk(tmp_path / "three")
