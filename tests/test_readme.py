@@ -35,6 +35,36 @@ def test_tables_equal_those_made_from_the_json_files(generator):
         assert generator.fill(text, wanted) == text, "run python training/evidence/readme.py"
 
 
+def test_figures_said_of_dae_are_those_of_the_rows_they_speak_of():
+    evidence = (REPOSITORY / "training/evidence/README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in evidence.splitlines() if line.startswith("|")]
+    told = (REPOSITORY / "training/README.md").read_text(encoding="utf-8")
+    told = " ".join(re.search(r"\n(\*\*No gain of DAE.*?)\n\n", told, re.DOTALL)[1].split())
+    row_of = {  # words right before the figure: cells of its row, beside joint_encoder where none says otherwise
+        "rFID": ("rFID", "`weak_dropout`"),
+        "each stage,": ("rFID", "`dropout_05`"),
+        "and PSNR": ("150 + 150", "`dropout_05`"),
+        "prior as much,": ("nats per image, small prior", "`weak_dropout`"),
+        "those of DiTs": ("Frechet distance, small DiT", "`dropout_05`"),
+        "small) and": ("Frechet distance, large DiT", "`dropout_05`"),
+        "one-step generators": ("Frechet distance, one step", "`dropout_05`"),
+        "of a token model": ("Frechet distance, token model", "`weak_dropout`"),
+        "latents of mnist,": ("Frechet distance, DiT *", "mnist", "`joint_dit_25`"),
+        "those of photographs,": ("Frechet distance, DiT *", "cifar10-jpeg-small", "`joint_dit_25`"),
+        "prior nats,": ("nats per image, small prior", "`noise_30`"),
+        "large DiT's images lie": ("Frechet distance, large DiT", "`noise_30`"),
+        "In GANs DAE's images lie": ("Frechet distance, GAN", "`joint`"),
+        "claim 5), and": ("Frechet distance, GAN", "`joint_encoder`"),
+    }
+    figures = list(re.finditer(r"[+-][\d.]+(?: %)? \([+-][\d.]+ to [+-][\d.]+", told))
+    assert len(figures) == len(row_of) == told.count(" to +") + told.count(" to -")
+    for figure, (words, cells) in zip(figures, row_of.items(), strict=True):
+        assert told[: figure.start()].endswith(f"{words} ")
+        cells = {*cells, *([] if any(cell.startswith("`joint") for cell in cells) else ["`joint_encoder`"])}
+        (row,) = [row for row in rows if cells <= {*row}]
+        assert f"{figure[0]})" in row, (words, row)
+
+
 def test_missing_marker_is_an_error(generator):
     with pytest.raises(ValueError, match="<!-- demo:begin -->"):
         generator.fill("# nothing here\n", {"demo": "a table"})

@@ -10,6 +10,7 @@ from launches import REPOSITORY
 from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
+import dae_gains
 import mnist_domains
 import paired_seeds
 import readme
@@ -175,3 +176,42 @@ def test_encoders_agree_with_their_images_by_kendalls_tau_of_each_seed():
     assert text.startswith("Kendall's tau of the 3 encoders' measure")
     assert "20-NN of the encoder, % 0.33 (" in text  # 1 in the first seed, (1 - 2) / 3 in the second
     assert "uniformity -1.00 (-1.00 to -1.00)" in text
+
+
+def test_what_dae_costs_is_its_ratio_to_the_joint_arm_over_seeds_of_both_with_scipys_interval(tmp_path):
+    study = {
+        "data": {"name": "mnist"},
+        "arms": dict.fromkeys(["joint", "joint_encoder", "dae"]),
+        "metrics": {"fid": {"better": "lower", "relative": True}},
+    }
+    rows = {
+        "dae": {"seeds": [2, 0, 1, 7], "fid": [3.0, 1.0, 2.5, 99.0]},
+        "joint": {"seeds": [0, 1, 2], "fid": [2.0, 2.0, 2.0]},
+        "joint_encoder": {"seeds": [2], "fid": [2.0]},
+    }
+    gan = {"command": "reproduce.py", "metrics": {"cells": rows}}
+    gan["stated"] = {"study": study, "claims": {"gan_latents": {"number": 5}}}
+    (tmp_path / "gan.json").write_text(json.dumps(gan), encoding="utf-8")
+    lines = dae_gains.dae_tables(tmp_path).splitlines()
+    low, high = ttest_1samp(np.log([0.5, 1.25, 1.5]), 0).confidence_interval(0.95)
+    figures = [f"{100 * (ratio - 1):+.0f}" for ratio in (0.9375 ** (1 / 3), np.exp(low), np.exp(high))]
+    start = "| Frechet distance, GAN | mnist | 5 | `dae` |"
+    assert lines[2:4] == [
+        f"{start} `joint` | {figures[0]} % ({figures[1]} to {figures[2]}) | 3 |",
+        f"{start} `joint_encoder` |  | 1 |",  # one seed has no interval
+    ]
+    assert "1 of the 1 in percent contain 0" in lines[-1]
+    del study["arms"]["joint"]
+    (tmp_path / "gan.json").write_text(json.dumps(gan), encoding="utf-8")
+    with pytest.raises(KeyError, match="reproduce.py has no arm joint to compare, of joint_encoder, dae"):
+        dae_gains.dae_tables(tmp_path)
+
+
+def test_what_dae_costs_in_decibels_is_dae_minus_joint_training():
+    psnr = {arm: np.array(row["psnr"]) for arm, row in results("claims/quick/weakness")["metrics"]["cells"].items()}
+    found = ttest_1samp(psnr["mask_30"] - psnr["joint_encoder"], 0).confidence_interval(0.95)
+    table = dae_gains.dae_tables(EVIDENCE / "results" / "claims" / "quick")
+    (row,) = [line for line in table.splitlines() if "150 + 150 | `mask_30` |" in line]
+    means = [psnr[arm].mean() for arm in ("mask_30", "joint_encoder")]
+    difference = f"{means[0] - means[1]:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
+    assert row.endswith(f"| `joint_encoder` | {means[0]:.1f} | {means[1]:.1f} | {difference} | 5 |")

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import claim_page
+import dae_gains
 import dimensions_report
 import dit_report
 import gan_latents
@@ -80,6 +81,7 @@ PAGES = {  # which tables stand on which page
     "training/evidence/README.md": [
         "demo",
         "claims",
+        "dae",
         "defaults",
         "modes",
         "dimensions",
@@ -486,6 +488,8 @@ def tables() -> dict[str, str]:
         blocks["speed"] = "\n\n".join(speed_table(read(path), SPEED[name]) for name, path in found.items())
     for folder in sorted(CLAIMS.glob("*")):
         blocks |= claim_blocks(folder)
+    if QUICK.exists():
+        blocks["dae"] = dae_gains.dae_tables(QUICK)
     for study in ONE_STEP_STUDIES:
         if (QUICK / f"{study}.json").exists():
             blocks[study] = one_step_table(read(QUICK / f"{study}.json"))
