@@ -20,7 +20,7 @@ from ..runs.atomic_files import atomic_file
 from ..runs.lineage import read_json, well_formed
 from ..runs.redaction import redacted, without_folders
 from ..runs.shipped_folders import shipped_folder
-from .card_data import HUB_ID, energy, eval_results, figures, front_matter, licences_of
+from .card_data import HUB_ID, energy, eval_results, figures, front_matter, is_decoupled, licences_of
 from .card_merge import marked_card, merge_card, with_entries
 from .checkpoint_facts import KINDS, facts_of
 from .eval_files import eval_files
@@ -132,6 +132,7 @@ def _render(
         "recipe": recipe,
         "figures": figures(kind, facts["metrics"], later),
         "figures_of": partial(figures, ""),
+        "decoupled": kind == "autoencoder" and is_decoupled(results),
         "licences": licences,
         "restricted": any(map(is_restricted, licences.values())),
         "pictures": _pictures(folder, kind, recipe),
