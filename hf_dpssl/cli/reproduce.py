@@ -29,6 +29,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, help="more seeds than the claims state, fixed before the run")
     parser.add_argument("--output_dir", default="outputs/claims", help="folder of the cells, values and the page")
     parser.add_argument("--dry_run", action="store_true", help="print what would be run, and end")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="take two steps of each training run at full size on tensors without values, print the memory, and end",
+    )
     parser.add_argument("--claims_dir", help="folder of other claims and studies, in the form of the shipped ones")
     return parser
 

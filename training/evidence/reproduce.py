@@ -4,6 +4,7 @@
     python training/evidence/reproduce.py reconstruction --scale quick     # with its study's other claims
     python training/evidence/reproduce.py all --scale cpu                  # hours
     python training/evidence/reproduce.py 1 --scale paper --dry_run        # what would be run
+    python training/evidence/reproduce.py 1 --scale paper --rehearse       # whether it would start, on any machine
 
 Writes OUTPUT_DIR/SCALE/: STUDY.json with the values of every seed, claims.md, a plot per claim, and a folder for each
 study. A killed run goes on cell by cell; several processes may share one. The page is valid after every cell.
@@ -44,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         for name, content in stated.items():
             print_plan(name, content, folder / name)
+        return 0
+    if args.rehearse:
+        for name, content in stated.items():
+            print_rehearsal(name, content["study"])
         return 0
     import torch
     from claim_cells import check_data, state
@@ -136,6 +141,28 @@ def print_plan(name: str, stated: dict, folder: Path) -> None:
         print(f"  arm {arm} ({budget}): {content['flags']}")
     for cell, finished in zip(cells, done, strict=True):
         print(f"  {'done' if finished else 'open'} {cell.name}")
+
+
+def print_rehearsal(name: str, study: dict) -> None:
+    """A line for each different training run of a study, once two of its steps were taken; nothing is written."""
+    from claim_rehearsal import rehearsed, runs_of
+
+    runs, left = runs_of(study)
+    arms = sum(len(run.arms) for run in runs)
+    print(
+        f"{name}, scale {study['scale']}: {len(runs)} different runs of {arms} in one seed, two steps of each",
+        flush=True,
+    )
+    for run, stages in rehearsed(study):
+        parts = [
+            f"{stage + ' ' if stage else ''}{found['parameters'] / 1e6:.1f} M parameters, "
+            f"{found['bytes']['total'] / 1e9:.1f} GB"
+            for stage, found in stages.items()
+        ]
+        without = f" (without {', '.join(run.without)})" if run.without else ""
+        print(f"  {run.script} of {', '.join(dict.fromkeys(run.arms))}{without}: {'; '.join(parts)}", flush=True)
+    if left:
+        print(f"  not rehearsed: {', '.join(left)}")
 
 
 if __name__ == "__main__":
