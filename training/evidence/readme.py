@@ -81,7 +81,6 @@ PAGES = {  # which tables stand on which page
     "training/evidence/README.md": [
         "demo",
         "claims",
-        "dae",
         "defaults",
         "modes",
         "dimensions",
@@ -91,6 +90,7 @@ PAGES = {  # which tables stand on which page
         "solvers",
     ],
     "training/evidence/claims.md": ["claim_sections", "autoencoders", "gan", "encoders"],
+    "training/evidence/dae.md": ["dae_claims", "dae"],
     "training/evidence/one_step.md": [
         "one_step_claims",
         "one_step",
@@ -549,14 +549,15 @@ def take_over_claims(folder: Path) -> None:
 
 
 def claim_blocks(folder: Path) -> dict[str, str]:
-    """Verdicts of the claims that have results at a scale: a table, and a section each, at scale quick on two pages."""
+    """Verdicts of the claims that have results at a scale: a table, and a section each, at scale quick on three pages."""
     results = [read(path) for path in sorted(folder.glob("*.json"))]
     pictures = f"{folder.relative_to(EVIDENCE).as_posix()}/"
     if folder != QUICK:
         sections = claim_page.sections(results, pictures).strip()
         return {f"claims_{folder.name}": claim_page.table(results), f"claim_sections_{folder.name}": sections}
     studies = {claim["study"] for result in results for claim in result["stated"]["claims"].values()}
-    pages = {"claim_sections": studies.difference(ONE_STEP_STUDIES), "one_step_claims": ONE_STEP_STUDIES}
+    others = studies.difference(ONE_STEP_STUDIES, DAE_STUDIES)
+    pages = {"claim_sections": others, "one_step_claims": ONE_STEP_STUDIES, "dae_claims": DAE_STUDIES}
     parts = {name: claim_page.sections(results, pictures, wanted).strip() for name, wanted in pages.items()}
     return {"claims": claim_page.table(results)} | parts
 
@@ -575,6 +576,7 @@ ONE_STEP = {  # metric: heading, format
     "encoder_rank": ("its effective rank", "{:.1f}"),
     "encoder_uniformity": ("its uniformity", "{:.2f}"),
 }
+DAE_STUDIES = ("budgets",)
 ONE_STEP_STUDIES = (
     "one_step",
     "one_step_features",
