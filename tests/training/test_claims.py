@@ -591,6 +591,30 @@ def test_an_arm_without_a_run_reads_what_others_of_its_seed_have_found(tmp_path)
     assert not (tmp_path / "runs" / "measure-s3").exists()
 
 
+def test_steps_of_a_grid_run_in_its_cells_alone_and_those_that_read_test_images_never_do(tmp_path, monkeypatch):
+    study = claim_statements.read_study("encoders", "cpu")
+    ran = []
+    monkeypatch.setattr(claim_cells, "run_step", lambda step, fill, folder, name=None: ran.append(step))
+    monkeypatch.setattr(claim_cells, "read_at", lambda *_: 1.0)
+    claim_cells.run_cell(study, claim_cells.Cell("moco", 1000, 2), 2, {"fit": "f", "measured": "m"}, tmp_path)
+    assert [step["run"] for step in ran] == ["contrastive", "evaluate"] and "{fit}" in ran[1]["flags"]
+    ran.clear()
+    claim_cells.run_cell(study, claim_cells.Cell("moco", 0), 2, {"fit": "f", "measured": "m"}, tmp_path)
+    assert [step["run"] for step in ran] == ["contrastive", *["evaluate"] * 5, "zood"]
+    assert not any("{fit}" in step["flags"] for step in ran[1:])
+
+
+def test_arms_that_a_claim_compares_have_as_many_grid_points(tmp_path):
+    for study in (path.stem for path in (EVIDENCE / "claims" / "studies").glob("*.yaml")):
+        for scale in reproduce_command.SCALES:
+            claim_statements.claims_of(study, scale)
+    shutil.copytree(EVIDENCE / "claims", tmp_path / "claims")
+    path = tmp_path / "claims" / "studies" / "dimensions.yaml"
+    path.write_text(path.read_text().replace(', "--temperature 0.5"]', "]", 1))
+    with pytest.raises(ValueError, match=r"'simclr_2'.* grids have \[3, 2\] points, and need as many"):
+        claim_statements.claims_of("dimensions", "quick", tmp_path / "claims")
+
+
 def test_a_claim_may_not_compare_an_arm_by_a_metric_that_it_has_not(tmp_path):
     shutil.copytree(EVIDENCE / "claims", tmp_path / "claims")
     path = tmp_path / "claims" / "transfer.yaml"

@@ -204,7 +204,10 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
     fill["arm"] = flags.format_map(fill)
     start = time.process_time()
     for step in steps_of_arm(study, cell.arm):
-        if (cell.point is None) if step.get("final") else (trained == own):
+        due = trained == own
+        if step.get("final") or step.get("grid"):
+            due = (cell.point is None) == bool(step.get("final"))
+        if due:
             run_step(step, fill, own)
     found = {"arm": cell.arm, "seed": cell.seed, "flags": flags, "cpu_seconds": round(time.process_time() - start, 1)}
     if cell.point is not None:

@@ -74,7 +74,7 @@ def read_study(name: str, scale: str, folder: Path = CLAIMS) -> dict:
     """A study at a scale: its file, with the `numbers` and the data of that scale in place of `scales`.
 
     Raises:
-        ValueError: a key is missing, or an arm's grid has more points than another's.
+        ValueError: a key is missing, or it has not the scale.
     """
     study = with_added(_yaml(folder / "studies", name), scale)
     _require(name, study, _STUDY)
@@ -84,9 +84,6 @@ def read_study(name: str, scale: str, folder: Path = CLAIMS) -> dict:
     study["data"] = study["data"] | numbers.pop("data", {})
     study["numbers"] = numbers
     study["scale"] = scale
-    sizes = {len(arm.get("grid", [])) for arm in study["arms"].values()}
-    if len(sizes) > 1:
-        raise ValueError(f"study {name!r}: every arm needs as many grid points; there are {sorted(sizes)}.")
     return study
 
 
@@ -105,7 +102,11 @@ def with_added(content: dict, scale: str) -> dict:
 
 
 def claims_of(study: str, scale: str, folder: Path = CLAIMS) -> dict[str, dict]:
-    """{name: claim} of a study; ValueError where one compares arms or metrics that the study has not."""
+    """{name: claim} of a study.
+
+    Raises:
+        ValueError: one compares arms or metrics that the study has not, or arms with grids of different lengths.
+    """
     claims = {name: read_claim(name, scale, folder) for name in claim_names(folder)}
     found = {name: claim for name, claim in claims.items() if claim["study"] == study}
     content = with_added(_yaml(folder / "studies", study), scale)
@@ -116,6 +117,11 @@ def claims_of(study: str, scale: str, folder: Path = CLAIMS) -> dict[str, dict]:
             for key, known in (("first", arms), ("second", arms), ("metric", metrics)):
                 if comparison[key] not in known:
                     raise ValueError(f"claim {name!r} compares {comparison[key]!r}: {study} has {known}.")
+            grids = [len(content["arms"].get(comparison[side], {}).get("grid", [])) for side in ("first", "second")]
+            if grids[0] != grids[1]:
+                raise ValueError(
+                    f"claim {name!r} compares {comparison}: their grids have {grids} points, and need as many."
+                )
             measured = content["metrics"].get(comparison["metric"], {}).get("arms", arms)
             if not {comparison["first"], comparison["second"]} <= set(measured):
                 raise ValueError(

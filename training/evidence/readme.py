@@ -549,7 +549,7 @@ def take_over_claims(folder: Path) -> None:
 
 
 def claim_blocks(folder: Path) -> dict[str, str]:
-    """Verdicts of the claims that have results at a scale: a table, and a section each, at scale quick on three pages."""
+    """Verdicts of claims with results at a scale: a table, and a section each, at scale quick on three pages."""
     results = [read(path) for path in sorted(folder.glob("*.json"))]
     pictures = f"{folder.relative_to(EVIDENCE).as_posix()}/"
     if folder != QUICK:
