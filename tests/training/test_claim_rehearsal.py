@@ -48,7 +48,10 @@ def test_networks_that_a_study_trains_before_are_left_out_of_its_rehearsal_by_na
     runs, left = claim_rehearsal.runs_of(claim_statements.read_study("one_step_features", "paper"))
     [drift] = [run for run in runs if run.script == "dae_drift"]
     assert drift.without == ("--features",) and drift.arms == ["latent", "t_simclr", "simclr", "moco", "untrained"]
-    assert "contrastive of latents" in left
+    assert "contrastive --autoencoder" in left
+    runs, left = claim_rehearsal.runs_of(claim_statements.read_study("one_step", "paper"))
+    assert [run.arms for run in runs if run.script == "dae_dit"] == [["dit_25"], ["mean_flow_1"], ["joint_dit_25"]]
+    assert "dae_drift --init_from" in left
 
 
 def test_a_rehearsal_counts_the_parameters_of_the_run_itself_and_a_run_that_cannot_start_is_an_error(capsys):

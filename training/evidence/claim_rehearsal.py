@@ -20,6 +20,7 @@ from hf_dpssl.runs.recipe import parse
 
 # What names an encoder that the study trains before: its weights are not there.
 _ENCODERS = ("--perceptual", "--align_encoder", "--features", "--extractor")
+_BEYOND = {"contrastive": ["--autoencoder"], "dae_drift": ["--init_from"]}  # of what is not there: not rehearsed
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,16 @@ def runs_of(study: dict) -> tuple[list[Run], list[str]]:
     for arm, about in study["arms"].items():
         with_arm = fill | about.get("with", {})
         with_arm["arm"] = f"{about['flags']} {about.get('grid', [''])[0]}".format_map(with_arm)
-        of_arm = [(step["run"].format_map(with_arm), _argv(step, with_arm)) for step in steps_of_arm(study, arm)]
+        own_steps = [step for step in steps_of_arm(study, arm) if step.get("final") or "trained_as" not in about]
+        of_arm = [(step["run"].format_map(with_arm), _argv(step, with_arm)) for step in own_steps]
         trained = next((argv for run, argv in of_arm if run == "dae_vq"), None)
         steps += [(run, argv, arm, trained) for run, argv in of_arm]
     found: dict[Run, Run] = {}
     left = {}
     for script, argv, arm, trained in steps:
-        of_latents = script == "contrastive" and "--autoencoder" in argv
-        if script not in STEPS or of_latents:
-            left[f"{script} of latents" if of_latents else script] = None
+        beyond = [flag for flag in _BEYOND.get(script, ()) if flag in argv]
+        if script not in STEPS or beyond:
+            left[" ".join([script, *beyond])] = None
             continue
         run = _run(script, argv, shared, trained)
         found.setdefault(run, run).arms.append(arm)
