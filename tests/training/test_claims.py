@@ -369,6 +369,11 @@ def test_every_step_of_every_scale_is_a_command_that_its_program_understands(tmp
                     own |= {"arm": f"{arm['flags']} {point}".format_map(own)}
                     steps += [(step, own) for step in claim_cells.steps_of_arm(study, name_of_arm)]
                 assert {study["numbers"][key] for key in arm["budget"].values()}
+                written = " ".join(step["flags"] for step in claim_cells.steps_of_arm(study, name_of_arm))
+                for metric in study["metrics"].values():
+                    path = metric.get("file", "")
+                    if claim_cells.of_arm(metric, name_of_arm) and path.endswith(".json") and "/" not in path:
+                        assert f"{{cell}}/{path}" in written, (name, scale, name_of_arm, path)
             for step, values in steps:
                 argv, run = shlex.split(step["flags"].format_map(values)), step["run"].format_map(values)
                 if run in SCRIPTS:

@@ -236,9 +236,9 @@ def of_arm(part: dict, arm: str) -> bool:
 
 
 def steps_of_arm(study: dict, arm: str) -> list[dict]:
-    """The steps of an arm's cells, without those whose `run` the arm has under `without`."""
+    """The steps of an arm's cells: those that name it, and those of all arms but what it has under `without`."""
     without = study["arms"][arm].get("without", [])
-    return [step for step in study["steps"] if of_arm(step, arm) and step["run"] not in without]
+    return [step for step in study["steps"] if of_arm(step, arm) and ("arms" in step or step["run"] not in without)]
 
 
 def finite(value: float, cell: str) -> float:
