@@ -42,8 +42,8 @@ def test_figures_said_of_dae_are_those_of_the_rows_they_speak_of():
     told = " ".join(re.search(r"\n(\*\*No gain of DAE.*?)\n\n", told, re.DOTALL)[1].split())
     row_of = {  # words right before the figure: cells of its row, beside joint_encoder where none says otherwise
         "rFID": ("rFID", "`weak_dropout`"),
-        "each stage,": ("rFID", "`dropout_05`"),
-        "and PSNR": ("150 + 150", "`dropout_05`"),
+        "perceptual terms,": ("rFID", "`dropout_05`"),
+        "and PSNR": ("8 x 8 of 256 codes, 150 + 150 steps", "`dropout_05`"),
         "prior as much,": ("nats per image, small prior", "`weak_dropout`"),
         "those of DiTs": ("Frechet distance, small DiT", "`dropout_05`"),
         "small) and": ("Frechet distance, large DiT", "`dropout_05`"),

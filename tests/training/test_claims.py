@@ -408,6 +408,8 @@ def test_a_claim_names_the_generators_that_had_not_converged_where_it_compares_t
     rows["decoupled"]["curve"] = rows["dropout_05"]["curve"]
     entries = claim_page.verdicts([result])
     assert "not converged: decoupled (itself, dit_small), dropout_05" in claim_page.summary(entries["dit_generation"])
+    assert entries["dit_generation"]["curves"] == ["dit_small", "dit_large"]  # asked for, so said to be flat or not
+    assert entries["weakness"]["curves"] == ["dit_large", "one_step"]
     rows_of_arms = claim_page._arms(entries["dit_generation"], result)
     assert sum(line.endswith("| **not converged** |") for line in rows_of_arms) == 2
     for scale in reproduce_command.SCALES:

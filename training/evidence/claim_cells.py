@@ -195,13 +195,9 @@ def chosen_point(study: dict, arm: str, folder: Path) -> int | None:
 
 def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folder: Path) -> dict:
     """Run the steps of a cell and read what it found; a cell of a grid stops before steps that read test images."""
-    arm = study["arms"][cell.arm]
-    flags = arm["flags"] + (f" {arm['grid'][point]}" if arm.get("grid") else "")
     own = folder / "runs" / cell.name
-    trained = folder / "runs" / Cell(arm.get("trained_as", cell.arm), cell.seed, cell.point).name
-    fill = {**study["numbers"], **study["data"], **places, **arm.get("with", {}), "seed": cell.seed, "cell": own}
-    fill |= {"trained": trained}
-    fill["arm"] = flags.format_map(fill)
+    trained = folder / "runs" / Cell(study["arms"][cell.arm].get("trained_as", cell.arm), cell.seed, cell.point).name
+    flags, fill = filled(study, cell.arm, point, {**places, "seed": cell.seed, "cell": own, "trained": trained})
     start = time.process_time()
     for step in steps_of_arm(study, cell.arm):
         due = trained == own
@@ -233,6 +229,14 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
 def of_arm(part: dict, arm: str) -> bool:
     """Whether a step, a metric or the curve is of an arm: of those that it names, or of all."""
     return arm in part.get("arms", [arm])
+
+
+def filled(study: dict, arm: str, point: int, places: dict) -> tuple[str, dict]:
+    """An arm's flags with a point of its grid, and what fills steps: numbers, data, `places` and the arm's own."""
+    about = study["arms"][arm]
+    flags = about["flags"] + (f" {about['grid'][point]}" if about.get("grid") else "")
+    fill = {**study["numbers"], **study["data"], **places, **about.get("with", {})}
+    return flags, fill | {"arm": flags.format_map(fill)}
 
 
 def steps_of_arm(study: dict, arm: str) -> list[dict]:

@@ -5,7 +5,6 @@ A result is what `claim_cells.write_study` wrote. Verdicts are taken when the pa
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -13,11 +12,10 @@ from statistics import mean, stdev
 
 from claim_decision import FLAT_SHARE, decide, margin_of, not_converged
 from claim_forecast import correlations, forecast_cells
-from claim_gains import draw_gains, gains_tables
+from claim_gains import draw_gains, gains_tables, save_small
 from claim_sizes import with_parameters
 from claim_statements import CLAIMS, counts, forecasts, metrics_of
 from matplotlib.figure import Figure
-from PIL import Image
 
 from hf_dpssl.evaluation.student_interval import student_interval
 
@@ -39,7 +37,9 @@ def cells_of(result: dict) -> dict[str, dict[int, dict]]:
 
 
 def verdicts(results: list[dict], source: Path = CLAIMS) -> dict[str, dict]:
-    """{claim: its entry of `decide`, and "not_converged": {arm: curves}}, in the order of their numbers.
+    """{claim: its entry of `decide`, "not_converged": {arm: curves}, "curves": [those asked for beside the arms' own]}.
+
+    In the order of the claims' numbers.
 
     Args:
         results: of one scale.
@@ -67,6 +67,7 @@ def verdicts(results: list[dict], source: Path = CLAIMS) -> dict[str, dict]:
         more = [curve for curve, about in curves[name].items() if compared_metrics & set(about["metrics"])]
         slow = not_converged(learned[name], more)
         entry["not_converged"] = {arm: names for arm, names in slow.items() if arm in read}
+        entry["curves"] = more
     return {name: entries[name] for name in sorted(claims, key=lambda name: claims[name]["number"])}
 
 
@@ -294,9 +295,7 @@ def draw_dial(result: dict, file) -> None:
         panel.set_title(study["metrics"][name]["says"], fontsize=8)
         panel.set_xlabel(dial["says"], fontsize=7)
         panel.tick_params(labelsize=7)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=75, format="png")
-    Image.open(drawn).convert("RGB").quantize(48).save(file, "PNG", optimize=True)
+    save_small(figure, file)
 
 
 def _draw_against(panel, across: str, up: str, study: dict, cells: dict) -> None:
@@ -327,8 +326,12 @@ def _paragraph(claim: dict, entry: dict, result: dict) -> str:
     stated = result["stated"]
     study, machine = stated["study"], result["environment"]
     slow = entry["not_converged"]
-    curve = "; ".join([study["curve"]["says"], *(about["says"] for about in study.get("curves", {}).values())])
-    flat = f"All curves of {curve} are flat." if result["metrics"]["cells"] else f"There is no curve of {curve} yet."
+    curve = "; ".join([study["curve"]["says"], *(study["curves"][name]["says"] for name in entry["curves"])])
+    flat = (
+        f"All curves of {curve} of the arms that it reads are flat."
+        if result["metrics"]["cells"]
+        else f"There is no curve of {curve} yet."
+    )
     if slow:
         flat = f"Not converged, as the last quarter makes more than {FLAT_SHARE:.0%} of the change of {curve}: "
         flat += f"{_slow(entry)}; the verdict is on this budget."

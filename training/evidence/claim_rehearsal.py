@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from claim_cells import steps_of_arm
+from claim_cells import filled, steps_of_arm
 from rehearse import memory_of, process_of, stage_names
 from rehearsed_steps import STEPS
 
@@ -36,12 +36,12 @@ class Run:
 def runs_of(study: dict) -> tuple[list[Run], list[str]]:
     """The different training runs of a study, and what of it is not rehearsed."""
     own = {"fit": study["data"]["name"], "measured": study["data"]["name"], "shared": "shared", "cell": "cell"}
-    fill = study["numbers"] | study["data"] | own | {"trained": "cell", "seed": 0}
+    own |= {"trained": "cell", "seed": 0}
+    fill = study["numbers"] | study["data"] | own
     shared = {name: _argv(step, fill) for name, step in study.get("shared", {}).items()}
     steps = [(step["run"], shared[name], "shared", None) for name, step in study.get("shared", {}).items()]
     for arm, about in study["arms"].items():
-        with_arm = fill | about.get("with", {})
-        with_arm["arm"] = f"{about['flags']} {about.get('grid', [''])[0]}".format_map(with_arm)
+        _, with_arm = filled(study, arm, 0, own)
         own_steps = [step for step in steps_of_arm(study, arm) if step.get("final") or "trained_as" not in about]
         of_arm = [(step["run"].format_map(with_arm), _argv(step, with_arm)) for step in own_steps]
         trained = next((argv for run, argv in of_arm if run == "dae_vq"), None)

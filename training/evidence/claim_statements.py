@@ -4,6 +4,15 @@ A study says what is run: data, arms (the steps of a cell), metrics and how they
 scale. A claim says what is compared in a study, by which margin, and with how many seeds. Both are stored beside the
 first cell; files that say something else later are refused. What either has at some scales only stands under `added`,
 so that it may come later without changing what was stated of the others.
+
+Of a study, beside data, arms, steps, metrics and scales:
+
+- a step may name its `arms`; `final`: it reads test images, in no cell of a grid; `grid`: it is run in these alone;
+- an arm may have a `grid` of flags, of which `tuning` chooses; `without`, scripts whose steps of all arms it has not;
+  `needs`, arms whose cells it reads; `trained_as`, the arm whose run it draws from;
+- `curve` tells whether an arm had converged, `curves` the same of its generators, for claims that read their `metrics`;
+- `dial` and `gains` are drawn: metrics along a setting, and how much better the first arm of a pair is along one;
+- `equal_quality` (claim_sizes.py) and `forecast` (claim_forecast.py) are further metrics.
 """
 
 from __future__ import annotations
@@ -74,12 +83,15 @@ def read_study(name: str, scale: str, folder: Path = CLAIMS) -> dict:
     """A study at a scale: its file, with the `numbers` and the data of that scale in place of `scales`.
 
     Raises:
-        ValueError: a key is missing, or it has not the scale.
+        ValueError: a key is missing, it has not the scale, or an arm is without a script that no step runs.
     """
     study = with_added(_yaml(folder / "studies", name), scale)
     _require(name, study, _STUDY)
     if scale not in study["scales"]:
         raise ValueError(f"study {name!r} has no scale {scale!r}: it has {', '.join(study['scales'])}.")
+    for arm, about in study["arms"].items():
+        if unknown := set(about.get("without", [])) - {step["run"] for step in study["steps"]}:
+            raise ValueError(f"study {name!r}: {arm} is without {sorted(unknown)}, which no step runs.")
     numbers = dict(study.pop("scales")[scale])
     study["data"] = study["data"] | numbers.pop("data", {})
     study["numbers"] = numbers

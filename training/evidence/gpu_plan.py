@@ -26,7 +26,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
     sys.exit()
 
 import torch
-from claim_cells import TUNING_SEED, check_data, plan, state, steps_of_arm
+from claim_cells import TUNING_SEED, check_data, filled, plan, state, steps_of_arm
 from claim_statements import CLAIMS, claims_of
 from rehearse import memory_of, process_of, stage_names
 from reproduce import refresh_page, run, statement
@@ -104,10 +104,8 @@ def estimate(content: dict, gpu: str = "H100") -> dict:
     shared = sum(seconds_of_step(step, fill, gpu) for step in study.get("shared", {}).values())
     seconds = {}
     cells = plan(study, content["seeds"])
-    for arm, about in study["arms"].items():
-        point = about.get("grid", [""])[0]
-        with_arm = fill | about.get("with", {})
-        with_arm["arm"] = f"{about['flags']} {point}".format_map(with_arm)
+    for arm in study["arms"]:
+        _, with_arm = filled(study, arm, 0, own | {"seed": 0})
         steps = steps_of_arm(study, arm)
         for final in (False, True):
             wanted = [step for step in steps if final or not step.get("final")]

@@ -3,7 +3,7 @@
     python training/evidence/parametric_tsne.py --dataset FOLDER --image_size 28 --output_dir FOLDER
 
 A step draws twice `--batch_size` pictures, as many as a contrastive step has views; P is that of t-SNE within them, of
-their first 50 principal components, Q that of Student's t with `--dof` degrees of freedom. Writes OUTPUT_DIR/encoder as
+their first 50 principal components, Q that of Student's t with one degree of freedom. Writes OUTPUT_DIR/encoder as
 training/contrastive.py does: the encoder, `pretraining/` with its head, and results.json.
 
 Source: van der Maaten, "Learning a parametric embedding by preserving local structure", AISTATS 2009; here of one
@@ -37,7 +37,8 @@ from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.results import logged_curve, write_results
 
-COMPONENTS = 50  # of the pixels, for the neighbours; as t-SNE of pictures has it (van der Maaten and Hinton 2008: 30)
+COMPONENTS = 50  # of the pixels, for the neighbours, as openTSNE's users take; van der Maaten and Hinton 2008 took 30
+DOF = 1.0  # of Q, as in the plane
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_args", type=json.loads, help="JSON keyword arguments of timm.create_model")
     parser.add_argument("--projection_dim", type=int, default=2, help="dimension of the embeddings")
     parser.add_argument("--perplexity", type=float, default=30.0, help="of P, within the pictures of a step")
-    parser.add_argument("--dof", type=float, default=1.0, help="degrees of freedom of Q")
     parser.add_argument("--batch_size", type=int, default=256, help="half of the pictures of a step")
     parser.add_argument("--num_train_epochs", type=int, default=15, help="steps are those of a contrastive run")
     parser.add_argument("--learning_rate", type=float, default=1e-2, help="peak learning rate of AdamW")
@@ -99,7 +99,7 @@ def make_model(args: argparse.Namespace) -> SimCLRForPreTraining:
         normalization="joint",
         feature_norm="none",
         temperature=1.0,
-        dof=args.dof,
+        dof=DOF,
         pretrained_cfg=preprocessing,
     )
     return SimCLRForPreTraining(config)
@@ -127,7 +127,7 @@ def train(model: SimCLRForPreTraining, pixel_values: Tensor, args: argparse.Name
     for rows in tqdm(drawn, "parametric t-SNE", steps, unit="step", disable=None):
         images = pixel_values[rows].to(model.device)
         similarities = gaussian_similarities(components[rows], args.perplexity, normalization="joint")
-        loss = t_sne(similarities.to(images), model(images).embeddings, dof=args.dof)
+        loss = t_sne(similarities.to(images), model(images).embeddings, dof=DOF)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.trainable_parameters(), 1.0)
         optimizer.step()
