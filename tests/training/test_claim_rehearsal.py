@@ -4,7 +4,6 @@ import shlex
 import sys
 
 import pytest
-from cases import for_each
 from launches import REPOSITORY
 
 from hf_dpssl.cli.train import SCRIPTS
@@ -68,8 +67,8 @@ def test_a_rehearsal_counts_the_parameters_of_the_run_itself_and_a_run_that_cann
         list(claim_rehearsal.rehearsed(study))
 
 
-@pytest.mark.extended
-@for_each("name", STUDIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
 def test_training_runs_of_scale_paper_start_and_fit_into_a_gpu_of_141_gb(name):
     for run, stages in claim_rehearsal.rehearsed(claim_statements.read_study(name, "paper")):
         for stage, found in stages.items():
