@@ -90,7 +90,7 @@ PAGES = {  # which tables stand on which page
         "solvers",
     ],
     "training/evidence/claims.md": ["claim_sections", "autoencoders", "gan", "encoders"],
-    "training/evidence/dae.md": ["dae_claims", "dae"],
+    "training/evidence/dae.md": ["dae_claims", "budgets", "dae"],
     "training/evidence/one_step.md": [
         "one_step_claims",
         "one_step",
@@ -629,6 +629,7 @@ def encoder_agreement(cells: dict) -> str:
 EVERY_ARM = {
     "autoencoders": "",
     "gan": "",
+    "budgets": "",
     "encoders": "; a seed is a zoo of its own",
 }  # of a study: what is to be said
 
