@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "training/README.md", "training/evidence/README.md", "tests/benchmarks/README.md"]
 PAGES += ["spaces/README.md", "CONTRIBUTING.md"]
-PAGES += [f"training/evidence/{name}.md" for name in ("claims", "dae", "domains", "one_step")]
+PAGES += [f"training/evidence/{name}.md" for name in ("claims", "claims_cpu", "dae", "domains", "one_step")]
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,7 @@ PAGES = {  # which tables stand on which page
     "training/evidence/README.md": [
         "demo",
         "claims",
+        "claims_cpu",
         "defaults",
         "modes",
         "dimensions",
@@ -90,6 +91,7 @@ PAGES = {  # which tables stand on which page
         "solvers",
     ],
     "training/evidence/claims.md": ["claim_sections", "autoencoders", "gan", "encoders"],
+    "training/evidence/claims_cpu.md": ["claim_sections_cpu"],
     "training/evidence/dae.md": ["dae_claims", "budgets", "dae"],
     "training/evidence/one_step.md": [
         "one_step_claims",
@@ -553,7 +555,11 @@ def claim_blocks(folder: Path) -> dict[str, str]:
     results = [read(path) for path in sorted(folder.glob("*.json"))]
     pictures = f"{folder.relative_to(EVIDENCE).as_posix()}/"
     if folder != QUICK:
-        sections = claim_page.sections(results, pictures).strip()
+        tables = [
+            f"All arms of the study {study}, compared or not:\n\n{every_arm_tables(result, '')}"
+            for study, result in ((next(iter(r["stated"]["claims"].values()))["study"], r) for r in results)
+        ]
+        sections = "\n\n".join([claim_page.sections(results, pictures).strip(), *tables])
         return {f"claims_{folder.name}": claim_page.table(results), f"claim_sections_{folder.name}": sections}
     studies = {claim["study"] for result in results for claim in result["stated"]["claims"].values()}
     others = studies.difference(ONE_STEP_STUDIES, DAE_STUDIES)
