@@ -15,7 +15,7 @@ sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
 import claim_forecast
 import shipped_forecast
 
-RESULT = REPOSITORY / "training" / "evidence" / "results" / "claims" / "weakness.json"
+RESULT = REPOSITORY / "training" / "evidence" / "results" / "claims" / "quick" / "weakness.json"
 ENTRIES = {
     "one": {"metrics": {"psnr": 20.0, "pfid_small": 3.0}, "about": {"quality": {"extractor": "small"}}},
     "two": {"metrics": {"pfid": 2.0, "pfid_a": 9.0, "psnr": 25.0}, "about": {"quality": {"extractor": "inception"}}},
