@@ -1,5 +1,6 @@
 """The pages' tables are what the measurements' files say, their links exist, and their commands are known."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -63,6 +64,25 @@ def test_figures_said_of_dae_are_those_of_the_rows_they_speak_of():
         cells = {*cells, *([] if any(cell.startswith("`joint") for cell in cells) else ["`joint_encoder`"])}
         (row,) = [row for row in rows if cells <= {*row}]
         assert f"{figure[0]})" in row, (words, row)
+
+
+def test_claims_of_other_numbers_than_their_scales_are_not_taken_over(generator, tmp_path, monkeypatch):
+    stored = REPOSITORY / "training/evidence/results/claims/quick"
+    result = json.loads((stored / "dimensions.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr(generator, "CLAIMS", tmp_path / "kept")
+    path = tmp_path / "run/dimensions.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(result), encoding="utf-8")
+    generator.take_over_claims(path.parent)
+    kept = tmp_path / "kept/quick/dimensions.json"
+    assert json.loads(kept.read_text(encoding="utf-8")) == result
+    result["stated"]["study"]["numbers"]["epochs"] = 1
+    path.write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(ValueError, match="not of scale quick as it is stated: epochs: stored 1, now 8"):
+        generator.take_over_claims(path.parent)
+    assert json.loads(kept.read_text(encoding="utf-8")) != result
+    with pytest.raises(FileNotFoundError, match="has no results"):
+        generator.take_over_claims(tmp_path)
 
 
 def test_missing_marker_is_an_error(generator):

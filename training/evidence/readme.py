@@ -23,6 +23,7 @@ import dit_report
 import gan_latents
 import latents_report
 import pacs_report
+from claim_statements import differences, read_study
 from paired_seeds import FEWEST_SEEDS, contains_zero, difference, verdict
 from scipy.stats import kendalltau
 from shipped_forecast import write_shipped_forecast
@@ -537,10 +538,15 @@ def take_over_claims(folder: Path) -> None:
 
     Raises:
         FileNotFoundError: a folder without any.
+        ValueError: results of other numbers than the scale's, as those of gpu_plan.py; nothing is copied.
     """
     results = sorted(folder.glob("*.json"))
     if not results:
         raise FileNotFoundError(f"{folder} has no results (*.json): name OUTPUT_DIR/SCALE of hf-dpssl reproduce.")
+    for path in results:
+        study = read(path)["stated"]["study"]
+        if found := differences(study["numbers"], read_study(path.stem, study["scale"])["numbers"]):
+            raise ValueError(f"{path} is not of scale {study['scale']} as it is stated: {'; '.join(found)}.")
     kept = CLAIMS / read(results[0])["stated"]["study"]["scale"]
     kept.mkdir(parents=True, exist_ok=True)
     for path in results:  # a curve has a line for each number in the form of other results
