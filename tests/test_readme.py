@@ -67,8 +67,7 @@ def test_figures_said_of_dae_are_those_of_the_rows_they_speak_of():
 
 
 def test_claims_of_other_numbers_than_their_scales_are_not_taken_over(generator, tmp_path, monkeypatch):
-    stored = REPOSITORY / "training/evidence/results/claims/quick"
-    result = json.loads((stored / "dimensions.json").read_text(encoding="utf-8"))
+    result = {"stated": {"study": generator.read_study("dimensions", "quick")}}
     monkeypatch.setattr(generator, "CLAIMS", tmp_path / "kept")
     path = tmp_path / "run/dimensions.json"
     path.parent.mkdir()
