@@ -28,8 +28,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, help="more seeds than the claims state, fixed before the run")
     parser.add_argument("--output_dir", default="outputs/claims", help="folder of the cells, values and the page")
-    parser.add_argument("--dry_run", action="store_true", help="print what would be run, and end")
-    parser.add_argument(
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry_run", action="store_true", help="print what would be run, and end")
+    only.add_argument(
         "--rehearse",
         action="store_true",
         help="take two steps of each training run at full size on tensors without values, print the memory, and end",

@@ -622,6 +622,14 @@ def test_arms_that_a_claim_compares_have_as_many_grid_points(tmp_path):
         claim_statements.claims_of("dimensions", "quick", tmp_path / "claims")
 
 
+def test_an_arm_may_not_be_without_a_script_that_no_step_runs(tmp_path):
+    shutil.copytree(EVIDENCE / "claims", tmp_path / "claims")
+    path = tmp_path / "claims" / "studies" / "dimensions.yaml"
+    path.write_text(path.read_text().replace("without: [contrastive,", "without: [contrastiv,"))
+    with pytest.raises(ValueError, match=r"parametric_tsne_2 is without \['contrastiv'\], which no step runs"):
+        claim_statements.read_study("dimensions", "cpu", tmp_path / "claims")
+
+
 def test_a_claim_may_not_compare_an_arm_by_a_metric_that_it_has_not(tmp_path):
     shutil.copytree(EVIDENCE / "claims", tmp_path / "claims")
     path = tmp_path / "claims" / "transfer.yaml"

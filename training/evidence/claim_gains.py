@@ -55,6 +55,7 @@ def gains_tables(study: dict, cells: Cells, interval) -> list[str]:
         "Above 0 the first is better, whichever way the metric goes; in percent: second / first - 1 of what is better "
     )
     about += f"when lower. {count} intervals of 95 %, Student's t over paired seeds, not corrected for their number."
+    about += " Empty: fewer than two seeds have a number in both arms."
     if slow := not_converged(cells):
         about += f" Not converged: {', '.join(slow)}."
     return [*lines, "", about]

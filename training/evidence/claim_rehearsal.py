@@ -34,7 +34,7 @@ class Run:
 
 
 def runs_of(study: dict) -> tuple[list[Run], list[str]]:
-    """The different training runs of a study, and what of it is not rehearsed."""
+    """The different training runs of a study, of each grid the first point, and what of it is not rehearsed."""
     own = {"fit": study["data"]["name"], "measured": study["data"]["name"], "shared": "shared", "cell": "cell"}
     own |= {"trained": "cell", "seed": 0}
     fill = study["numbers"] | study["data"] | own

@@ -37,7 +37,7 @@ from hf_dpssl.models.modeling_contrastive import ContrastiveConfig
 from hf_dpssl.runs.atomic_files import atomic_folder
 from hf_dpssl.runs.results import logged_curve, write_results
 
-COMPONENTS = 50  # of the pixels, for the neighbours, as openTSNE's users take; van der Maaten and Hinton 2008 took 30
+COMPONENTS = 50  # of the pixels, for the neighbours, as claim 4's t-SNE has; van der Maaten and Hinton 2008 took 30
 DOF = 1.0  # of Q, as in the plane
 
 
