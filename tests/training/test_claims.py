@@ -33,6 +33,7 @@ import claim_cells
 import claim_decision
 import claim_forecast
 import claim_page
+import claim_restore
 import claim_sizes
 import claim_statements
 import judge_network
@@ -246,8 +247,7 @@ def test_whatever_of_a_plan_is_done_is_whole_seeds_and_a_valid_page(tmp_path):
     stated = reproduce.statement("dimensions", "quick", None, claim_statements.CLAIMS)
     study = stated["study"]
     folder = tmp_path / "dimensions"
-    (folder / "data").mkdir(parents=True)
-    (folder / "data" / "content.json").write_text('{"fit": "a", "measured": "b"}')
+    prepared(folder)
     cells = claim_cells.plan(study, 5)
     assert len(set(cells)) == len(cells) == 4 * 3 + 4 * 5
     for done, cell in enumerate(cells, 1):
@@ -263,6 +263,65 @@ def test_whatever_of_a_plan_is_done_is_whole_seeds_and_a_valid_page(tmp_path):
     assert (tmp_path / "fewer_dimensions.png").stat().st_size > 5000
     # No curve of two points says that it is flat.
     assert "Not converged" in (tmp_path / "claims.md").read_text()
+
+
+def prepared(folder) -> None:
+    """What `claim_cells.ready` leaves of a study without shared networks."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "data" / "content.json").write_text('{"fit": "a", "measured": "b"}')
+
+
+def test_whole_seeds_of_a_results_file_go_on_in_another_folder(tmp_path, capsys):
+    stated = reproduce.statement("dimensions", "quick", None, claim_statements.CLAIMS)
+    study = stated["study"]
+    first, second = tmp_path / "first" / "dimensions", tmp_path / "second" / "dimensions"
+    for folder in (first, second):
+        prepared(folder)
+    cells = claim_cells.plan(study, 5)[: 12 + 2 * 4 + 1]  # the grids, two seeds and one arm of the third
+    for number, cell in enumerate(cells):
+        write_cell(first, cell, 0.1 * number)
+    path = first.parent / "dimensions.json"
+    stored = claim_cells.write_study(stated, first, path)
+    moved = second.parent / path.name
+    moved.write_bytes(path.read_bytes())
+    claim_cells.state(stated, second)
+    claim_restore.restore(study, second, moved)
+    assert {found.stem for found in (second / "cells").glob("*.json")} == {cell.name for cell in cells[:-1]}
+    assert f"run again, as not all of their arms are there: {cells[-1].name}" in capsys.readouterr().out
+    again = claim_cells.write_study(stated, second, moved)
+    for arm, row in again["metrics"]["cells"].items():
+        assert row == {
+            name: value[:2] if isinstance(value, list) else value
+            for name, value in stored["metrics"]["cells"][arm].items()
+        }
+    for same in ("tuning", "fingerprint", "content", "weights"):
+        assert again[same] == stored[same]
+    assert again["cpu_seconds"]["grids"] == pytest.approx(stored["cpu_seconds"]["grids"])
+    [before] = again["before"]
+    assert before["seeds"] == [0, 1] and before["environment"] == stored["environment"]
+    entry = claim_page.verdicts([again])["fewer_dimensions"]
+    assert entry["verdict"] == "undecided" and "2 of 5 seeds" in entry["reason"]
+    # A cell that is taken away afterwards is run again, not taken over again.
+    (second / "cells" / f"{cells[-2].name}.json").unlink()
+    claim_restore.restore(study, second, moved)
+    assert not (second / "cells" / f"{cells[-2].name}.json").exists()
+
+
+@pytest.mark.parametrize("other", ["weights", "content"])
+def test_seeds_that_would_not_compare_with_new_ones_are_not_taken_over(tmp_path, other):
+    stated = reproduce.statement("dimensions", "quick", None, claim_statements.CLAIMS)
+    folder = tmp_path / "dimensions"
+    prepared(folder)
+    for cell in claim_cells.plan(stated["study"], 5)[:16]:
+        write_cell(folder, cell, 50.0)
+    path = tmp_path / "dimensions.json"
+    stored = claim_cells.write_study(stated, folder, path)
+    path.write_text(json.dumps(stored | {other: {"extractor": "other"}}))
+    for cell in (folder / "cells").iterdir():
+        cell.unlink()
+    with pytest.raises(ValueError, match=f"measured with other {other} .*would not compare"):
+        claim_restore.restore(stated["study"], folder, path)
+    assert not any((folder / "cells").iterdir()) and not (folder / "restored.json").exists()
 
 
 def test_a_grid_is_chosen_on_validation_by_a_seed_of_its_own(tmp_path):
@@ -332,6 +391,13 @@ def test_a_changed_statement_is_refused_with_the_difference(tmp_path, change, na
         path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=named):
         reproduce.main(["1", "--claims_dir", str(tmp_path / "claims"), "--output_dir", str(tmp_path / "out")])
+    # So are the results alone, from which a study would go on elsewhere.
+    moved = tmp_path / "moved" / "quick"
+    moved.mkdir(parents=True)
+    (moved / "dimensions.json").write_text(json.dumps({"stated": stated}))
+    with pytest.raises(ValueError, match=named):
+        reproduce.main(["1", "--claims_dir", str(tmp_path / "claims"), "--output_dir", str(tmp_path / "moved")])
+    assert [path.name for path in moved.rglob("*") if path.is_file() and path.suffix != ".lock"] == ["dimensions.json"]
 
 
 def test_a_refusal_is_one_line_that_hints_at_no_defect_of_ours(capsys):
@@ -476,6 +542,24 @@ def test_a_run_killed_in_mid_cell_goes_on_to_the_results_of_an_uninterrupted_one
         assert len(set(rows[0][arm]["knn"])) > 1  # the seeds reach the runs
     assert results[0]["fingerprint"] == results[1]["fingerprint"]
     assert "fewer_dimensions: " in capsys.readouterr().out
+    # Of another machine's file the whole seeds stand, and the others are run again.
+    moved = tmp_path / "moved" / "quick"
+    moved.mkdir(parents=True)
+    for arm, row in rows[1].items():
+        kept = 3 if arm == "simclr_2" else 2
+        for name in ("seeds", "knn", "cpu_seconds", "curve"):
+            row[name] = row[name][:kept]
+    (moved / "dimensions.json").write_text(json.dumps(results[1]))
+    given = ["--claims_dir", str(tmp_path / "claims"), "--output_dir", str(tmp_path / "moved")]
+    assert reproduce.main(["fewer_dimensions", *given]) == 0
+    found = json.loads((moved / "dimensions.json").read_text())
+    assert [part["seeds"] for part in found["before"]] == [[0, 1]] and found["fingerprint"] == results[0]["fingerprint"]
+    assert {arm: row["knn"] for arm, row in found["metrics"]["cells"].items()} == {
+        arm: row["knn"] for arm, row in rows[0].items()
+    }
+    assert sorted(path.name for path in (moved / "dimensions" / "runs").iterdir()) == [
+        f"{arm}-s{seed}" for arm in ("simclr_2", "t_simclr_2") for seed in (2, 3, 4)
+    ]
 
 
 @pytest.mark.extended
@@ -508,7 +592,8 @@ def test_arms_share_a_generator_and_are_measured_with_the_same_noise(tmp_path):
     (folder / "one_step.yaml").write_text(yaml.safe_dump(claim, sort_keys=False))
     stated = reproduce.statement("one_step", "quick", None, folder)
     done = []
-    for cell in claim_cells.run_study(stated, tmp_path / "out"):
+    places = claim_cells.ready(stated["study"], tmp_path / "out")
+    for cell in claim_cells.run_study(stated, tmp_path / "out", places):
         done.append(cell.name)
         if cell.name == "dit_solver_8-s0":
             break

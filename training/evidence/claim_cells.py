@@ -68,14 +68,15 @@ def state(now: dict, folder: Path) -> None:
         ValueError: the folder holds results of another statement; names each difference.
     """
     path = folder / "stated.json"
+    results = folder.with_suffix(".json")  # those of another machine, which go on here (claim_restore.py)
     with alone(path):
-        if path.exists():
-            if found := differences(json.loads(path.read_text(encoding="utf-8")), now):
+        for place, stored in ((folder, read_json(path)), (results, (read_json(results) or {}).get("stated"))):
+            if stored is not None and (found := differences(stored, now)):
                 raise ValueError(
-                    f"{folder} holds results of another statement ({'; '.join(found)}): results decide what was stated "
+                    f"{place} holds results of another statement ({'; '.join(found)}): results decide what was stated "
                     "before them. Put the files back, or start afresh in another --output_dir."
                 )
-        else:
+        if not path.exists():
             write_json(path, now)
 
 
@@ -128,11 +129,16 @@ def prepare(study: dict, folder: Path) -> dict[str, Path]:
     return folders
 
 
-def run_study(stated: dict, folder: Path) -> Iterator[Cell]:
-    """Run the cells that have no file yet; yields each after it is finished."""
-    study = stated["study"]
+def ready(study: dict, folder: Path) -> dict[str, Path]:
+    """Prepare what all cells read, images and shared networks; returns the folders of both."""
     places = {"shared": folder / "shared"} | prepare(study, folder)
     shared(study, places, folder)
+    return places
+
+
+def run_study(stated: dict, folder: Path, places: dict[str, Path]) -> Iterator[Cell]:
+    """Run the cells that have no file yet, once `places` are `ready`; yields each after it is finished."""
+    study = stated["study"]
     for cell in plan(study, stated["seeds"]):
         path = folder / "cells" / f"{cell.name}.json"
         with claimed(path) as free:
@@ -297,8 +303,7 @@ def write_study(stated: dict, folder: Path, path: Path) -> dict:
     """
     study = stated["study"]
     cells = read_cells(study, stated["seeds"], folder)
-    weights = {name: weights_of(folder / "shared" / name) for name in study.get("shared", {})}
-    content = json.loads((folder / "data" / "content.json").read_text(encoding="utf-8"))
+    found = digests(study, folder)
     table = {arm: _columns(list(seeds.values())) for arm, seeds in cells.items() if seeds}
     grids = {path.stem: read_json(path) for path in sorted((folder / "cells").glob("tune-*.json"))}
     tuning = {name: cell["tuning"] for name, cell in grids.items()}
@@ -309,11 +314,18 @@ def write_study(stated: dict, folder: Path, path: Path) -> dict:
         "shared": sum(entry.get("cpu_seconds", 0) for entry in common),
     }
     samples = {name: study["numbers"][name] for name in ("train", "validation", "test")}
-    more = {"stated": stated, "weights": weights, "content": content, "tuning": tuning}
+    more = {"stated": stated, **found, "tuning": tuning}
     more["cpu_seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-    more["fingerprint"] = fingerprint({"stated": stated, "weights": weights, "content": content})
+    more["fingerprint"] = fingerprint({"stated": stated, **found})
+    more |= read_json(folder / "restored.json") or {}  # {"before": ...}, of claim_restore.py
     write_results(path, {"cells": table}, dataset=study["data"]["name"], seed=0, samples=samples, **more)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def digests(study: dict, folder: Path) -> dict[str, dict]:
+    """{"weights": of the shared networks, "content": of the images}, by their names."""
+    weights = {name: weights_of(folder / "shared" / name) for name in study.get("shared", {})}
+    return {"weights": weights, "content": read_json(folder / "data" / "content.json")}
 
 
 def _columns(cells: list[dict]) -> dict:

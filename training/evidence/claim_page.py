@@ -352,6 +352,12 @@ def _paragraph(claim: dict, entry: dict, result: dict) -> str:
         f"Fingerprint of statement, images and shared "
         f"encoders: {result['fingerprint'][:16]}; {machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['libraries']['torch']}.",
+        *(
+            f"Seeds {', '.join(map(str, part['seeds']))} by an earlier run on {part['environment']['processor']}, "
+            f"torch {part['environment']['libraries']['torch']}."
+            for part in result.get("before", [])
+            if part["seeds"]
+        ),
     ]
     return " ".join(" ".join(part.split()) for part in parts)
 

@@ -7,7 +7,8 @@
     python training/evidence/reproduce.py 1 --scale paper --rehearse       # whether it would start, on any machine
 
 Writes OUTPUT_DIR/SCALE/: STUDY.json with the values of every seed, claims.md, a plot per claim, and a folder for each
-study. A killed run goes on cell by cell; several processes may share one. The page is valid after every cell.
+study. A killed run goes on cell by cell; several processes may share one. Of STUDY.json alone, as of another
+checkout, a study goes on from its whole seeds. The page is valid after every cell.
 """
 
 from __future__ import annotations
@@ -86,13 +87,16 @@ def run(name: str, stated: dict, folder: Path, end: float = math.inf, source: Pa
 
     No cell begins after `end`, a time of time.monotonic().
     """
-    from claim_cells import plan, run_study, write_study
+    from claim_cells import plan, ready, run_study, write_study
+    from claim_restore import restore
 
     total = len(plan(stated["study"], stated["seeds"]))
     if time.monotonic() >= end:
         say(f"{name} is not begun: the time is over.")
         return
-    for cell in run_study(stated, folder / name):
+    places = ready(stated["study"], folder / name)
+    restore(stated["study"], folder / name, folder / f"{name}.json")
+    for cell in run_study(stated, folder / name, places):
         write_study(stated, folder / name, folder / f"{name}.json")
         refresh_page(folder, source)
         done = len(list((folder / name / "cells").glob("*.json")))
