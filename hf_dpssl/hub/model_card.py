@@ -61,7 +61,8 @@ def write_card(
         licence, license_link: of the model, see `licence_entries`; by default what the card says stays.
         license_of_data: of the training images, where the files do not say it or say it wrongly; a restriction is
             repeated in the card.
-        output: file to write instead; without it, figures on data sets of the Hub are written into .eval_results/, too.
+        output: file to write instead; without it, figures on data sets of the Hub are written into .eval_results/, too,
+            beside what stands there of other measurements.
 
     Returns:
         The file.
@@ -81,13 +82,15 @@ def write_card(
     merged = merge_card(existing, generated)
     if licence is not None:
         merged = with_entries(merged, licence_entries(licence, license_link, {}), LICENCE_KEYS)
-    with atomic_file(output, "wb") as file:
-        file.write(merged.encode("utf-8"))
+    files = {}
     if in_folder:
         found = eval_results(facts_of(folder), read_json(folder / "results.json"))
-        for name, text in eval_files(found, lambda path: None).items():
-            with atomic_file(folder / name) as file:
-                file.write(text)
+        files = eval_files(found, lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None)
+    with atomic_file(output, "wb") as file:
+        file.write(merged.encode("utf-8"))
+    for name, text in files.items():
+        with atomic_file(folder / name) as file:
+            file.write(text)
     return output
 
 

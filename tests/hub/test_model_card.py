@@ -212,6 +212,22 @@ def test_figures_on_a_data_set_of_the_hub_stand_in_its_results_file_under_its_sp
     assert "split test" in entries[0].notes and not list(finished("gan").glob(".eval_results/*"))
 
 
+def test_a_card_written_anew_keeps_figures_of_other_measurements_and_replaces_its_own(finished):
+    folder = finished("encoder", dataset="mnist", splits={"train": "train", "evaluation": "test"})
+    path = folder / ".eval_results/ylecun--mnist.yaml"
+    write_card(folder)
+    own = yaml.safe_load(path.read_text())
+    other = {"dataset": {"id": "ylecun/mnist", "task_id": "accuracy"}, "value": 5.0, "notes": "of a claim"}
+    path.write_text(yaml.safe_dump([other, own[0] | {"value": -1.0}, *own[1:]]))
+    write_card(folder)
+    assert yaml.safe_load(path.read_text()) == [other, *own]
+    path.write_text("no list")
+    card = (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="must be a list of evaluation results"):
+        write_card(folder, title="Another")
+    assert (folder / "README.md").read_text() == card
+
+
 def test_emissions_follow_from_the_energy_and_are_not_stated_without_it(finished):
     training = {"seconds": 7200.0, "processes": 2, "device": "cpu", "precision": "no"}
     folder = finished("encoder", training=training)

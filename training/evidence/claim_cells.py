@@ -138,6 +138,8 @@ def ready(study: dict, folder: Path) -> dict[str, Path]:
 
 def run_study(stated: dict, folder: Path, places: dict[str, Path]) -> Iterator[Cell]:
     """Run the cells that have no file yet, once `places` are `ready`; yields each after it is finished."""
+    from claim_eval_files import hub_data, write_eval_files  # which imports this module
+
     study = stated["study"]
     for cell in plan(study, stated["seeds"]):
         path = folder / "cells" / f"{cell.name}.json"
@@ -151,7 +153,13 @@ def run_study(stated: dict, folder: Path, places: dict[str, Path]) -> Iterator[C
                 say(f"{cell.name} is left out: another process has not finished {', '.join(missing)}.")
                 continue
             point = cell.point if cell.point is not None else chosen
-            write_json(path, run_cell(study, cell, point, places, folder))
+            if cell.point is None:
+                hub_data(study["data"]["name"])  # data that are no longer there are missed before the work
+            found = run_cell(study, cell, point, places, folder)
+            if cell.point is None:
+                fill = filled(study, cell.arm, point, places_of(study, cell, places, folder))[1]
+                write_eval_files(stated, cell, fill, found["metrics"])
+            write_json(path, found)
         yield cell
 
 
@@ -201,9 +209,9 @@ def chosen_point(study: dict, arm: str, folder: Path) -> int | None:
 
 def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folder: Path) -> dict:
     """Run the steps of a cell and read what it found; a cell of a grid stops before steps that read test images."""
-    own = folder / "runs" / cell.name
-    trained = folder / "runs" / Cell(study["arms"][cell.arm].get("trained_as", cell.arm), cell.seed, cell.point).name
-    flags, fill = filled(study, cell.arm, point, {**places, "seed": cell.seed, "cell": own, "trained": trained})
+    here = places_of(study, cell, places, folder)
+    own, trained = here["cell"], here["trained"]
+    flags, fill = filled(study, cell.arm, point, here)
     start = time.process_time()
     for step in steps_of_arm(study, cell.arm):
         due = trained == own
@@ -230,6 +238,12 @@ def run_cell(study: dict, cell: Cell, point: int, places: dict[str, Path], folde
     if "measured_budget" in study:
         found["operations"] = read_at(own, study["measured_budget"], fill)
     return found
+
+
+def places_of(study: dict, cell: Cell, places: dict[str, Path], folder: Path) -> dict:
+    """`places` with those of a cell: its own folder, that of the arm whose run it draws from, and its seed."""
+    trained = Cell(study["arms"][cell.arm].get("trained_as", cell.arm), cell.seed, cell.point)
+    return {**places, "seed": cell.seed, "cell": folder / "runs" / cell.name, "trained": folder / "runs" / trained.name}
 
 
 def of_arm(part: dict, arm: str) -> bool:
@@ -282,10 +296,15 @@ def run_step(step: dict, fill: dict, folder: Path, name: str | None = None) -> N
         importlib.import_module(run).main(argv)
 
 
-def read_at(folder: Path, where: dict, fill: dict):
-    """A value in a cell's JSON file, of which names are filled in; ValueError where it is not there, with what is."""
+def place_of(folder: Path, where: dict, fill: dict) -> tuple[Path, list]:
+    """A JSON file of a cell, and the keys that lead to a value in it: names are filled in."""
     path = Path(os.path.normpath(folder / where["file"].format_map(fill)))  # a cell that runs nothing has no folder
-    keys = [key.format_map(fill) if isinstance(key, str) else key for key in where["at"]]
+    return path, [key.format_map(fill) if isinstance(key, str) else key for key in where["at"]]
+
+
+def read_at(folder: Path, where: dict, fill: dict):
+    """A value in a cell's JSON file; ValueError where it is not there, with what is."""
+    path, keys = place_of(folder, where, fill)
     value = json.loads(path.read_text(encoding="utf-8"))
     for key in keys:
         try:
