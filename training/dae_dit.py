@@ -221,7 +221,7 @@ def save(
         metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
         if monitor and monitor.metrics:
             metrics = monitor.metrics
-            about |= monitor.summary(loop)
+            about |= monitor.summary(loop.history)
         about["curve"] = logged_curve(loop.history, "error" if args.objective == "mean_flow" else "loss")
         about["samples"] = {"train": num_latents}
         with atomic_folder(target) as folder:

@@ -177,7 +177,7 @@ def save(
         metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
         if monitor and monitor.metrics:
             metrics = monitor.metrics
-            about |= monitor.summary(loop)
+            about |= monitor.summary(loop.history)
         about["curve"] = logged_curve(loop.history, "two_sample")  # the loss is flat by construction
         about["progress"] = [entry for entry in loop.history if "spread" in entry][-1]
         about["samples"] = {"train": num_latents}

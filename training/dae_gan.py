@@ -4,10 +4,12 @@
     python training/dae_gan.py --latent noise                    # the same generator, discriminator and steps
     python training/dae_gan.py --latent simclr --encoder outputs/demo/encoder --sample_from mixture
     accelerate launch training/dae_gan.py --recipe gan-cifar10-jpeg --latent vae
+    python training/dae_gan.py --validation_steps 50 --validation_extractor outputs/demo/encoder
 
 Writes OUTPUT_DIR/NAME (a VAEGAN with the density its latents are drawn from, samples.png, results.json, recipe.yaml,
 curves.png, model card) and checkpoints that `--resume_from_checkpoint latest` continues. The discriminator is kept
-in the checkpoints only.
+in the checkpoints only. Adversarial losses do not fall as images get better: --validation_steps watches the averaged
+generator (of --latent dae that of stage 2) by its Frechet distance to held-out images.
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ from hf_dpssl.evaluation.image_measures import Extractor
 from hf_dpssl.hub.model_card import write_card
 from hf_dpssl.latent_training.gan_training import (
     FeatureBank,
+    GANPipeline,
     Judge,
     density_settings,
     drawn_share,
     fit_density_,
     pictures,
 )  # fmt: skip
+from hf_dpssl.latent_training.generation_monitor import GenerationMonitor
 from hf_dpssl.latent_training.latent_run import weight_averages
 from hf_dpssl.models.gather import gather_shares, own_share
 from hf_dpssl.models.latent_density import LatentDensity
@@ -71,6 +75,8 @@ def main(argv: list[str] | None = None) -> Path:
     data = load_images_for(args)
     source = ImageSource.from_arguments(data, args, accelerator, args.image_size or data.entry.image_size)
     training, held_out = source.training_table(together=True), source.evaluation_table(together=True)
+    if args.validation_extractor and held_out is None:
+        raise ValueError(f"{args.dataset!r} has no held-out images to validate with: leave out --validation_extractor.")
     bank = None
     if args.latent == "simclr":
         bank = FeatureBank(
@@ -85,19 +91,25 @@ def main(argv: list[str] | None = None) -> Path:
         model.feature_mean.copy_(bank.mean)
         model.feature_std.copy_(bank.std)
     model.to(accelerator.device)
+    monitor = GenerationMonitor(args, accelerator, GANPipeline(model), held_out) if args.validation_steps else None
 
     # Stages
-    history, seconds = [], {}
+    history, seconds, before = [], {}, 0
     if args.latent == "dae":
-        history, seconds["stage-1"] = train(model, "stage-1", args.stage_1_steps, args, accelerator, source, bank)
+        entries, seconds["stage-1"] = train(model, "stage-1", args.stage_1_steps, args, accelerator, source, bank)
+        history, before = [entry | {"stage": "stage-1"} for entry in entries], args.stage_1_steps
         start_stage_2_(model, args)
-    entries, seconds["generator"] = train(model, "generator", args.max_train_steps, args, accelerator, source, bank)
-    history += [entry | {"step": entry["step"] + (history[-1]["step"] if history else 0)} for entry in entries]
+    entries, seconds["generator"] = train(
+        model, "generator", args.max_train_steps, args, accelerator, source, bank, monitor
+    )
+    history += [entry | {"step": entry["step"] + before, "stage": "generator"} for entry in entries]
 
     # Save
     target = Path(args.output_dir) / args.name
     ancestors = {"encoder of the latents": args.encoder if bank else None}
     about = lineage_of_run(accelerator, data, seconds.values(), ancestors) if accelerator.is_main_process else {}
+    if monitor and monitor.metrics:
+        about |= monitor.summary(entries)
     save(model.eval(), args, source, bank, history, target, about, extractors, accelerator)
     finish(accelerator, args, source.skipped)
     return target
@@ -129,7 +141,7 @@ def start_stage_2_(model: VAEGAN, args: GANArguments) -> None:
 
 def train(
     model: VAEGAN, stage: str, steps: int, args: GANArguments, accelerator: Accelerator, source: ImageSource,
-    bank: FeatureBank | None,
+    bank: FeatureBank | None, monitor: GenerationMonitor | None = None,
 ) -> tuple[list[dict], float | None]:  # fmt: skip
     """Train one stage (or find it finished in a checkpoint); its log and seconds; the generator is the averaged one."""
     flip = PRESETS[source.data.entry.augmentation].flip
@@ -146,7 +158,10 @@ def train(
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     adversary = make_adversary(args, stage, steps, source, accelerator)
     ema = weight_averages(model.generator.parameters(), args.ema_decay)
-    loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, ema=ema, **adversary.kept())
+    best = {"monitor": monitor} if monitor else {}
+    # Validated images are of the density that a run which ended now would have.
+    fit = partial(fit_density_, model.density, model, args, bank, source.training_table(), source.evaluation_table())
+    loop.keep(model=wrapped, optimizer=optimizer, scheduler=scheduler, ema=ema, **adversary.kept(), **best)
 
     for batch in loop:
         real = to_model_range(batch["images"], batch["sample_ids"], batch["epoch"], seed=args.seed, flip=flip)
@@ -166,11 +181,17 @@ def train(
             scheduler.step()
             adversary.scheduler.step()
             ema.step(model.generator.parameters())
+            if monitor and monitor.is_due(loop.step + 1):
+                fit()
+                monitor.record(loop, ema)
+    if monitor:
+        fit()
+        monitor.finish(loop, ema)
 
     ema.copy_to(model.generator.parameters())
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    return [entry | {"stage": stage} for entry in loop.history], loop.seconds
+    return loop.history, loop.seconds
 
 
 def batches_of(source: ImageSource, bank: FeatureBank | None, **start) -> Iterable[dict]:

@@ -10,14 +10,14 @@ from ..autoencoder.choices import ADVERSARIAL_NAMES
 from ..embedding.choices import KINDS
 from ..models.choices import DISCRIMINATOR_NORMS, GAN_DENSITIES, GAN_LATENTS
 from ..runs.flags import option
-from ..runs.recipe import RunArguments
+from .validation_arguments import ValidationArguments
 
 if TYPE_CHECKING:
     from ..autoencoder.adversarial_term import AdversarialTerm
 
 
 @dataclass
-class GANArguments(RunArguments):
+class GANArguments(ValidationArguments):
     """Latent, architecture and losses; the defaults are a DAE-VAEGAN of the embedded digits."""
 
     name: str = option("gan", "subfolder of output_dir for the finished model", group="run")
@@ -64,8 +64,17 @@ class GANArguments(RunArguments):
     num_generated: int = option(500, "images that are judged", group="evaluation")
     compare_densities: bool = option(False, "judge images of all other densities of the latents too")
     extractor: list[str] = option([], "of the judgement: resnet56-cifar10, inception, or an encoder's folder or id")
+    validation_extractor: str | None = option(
+        None, "extractor of a validation's FID against held-out images; default: the first --extractor"
+    )
+
+    # What else GenerationMonitor asks of arguments: a GAN has no classes, and its call no options.
+    validation_classifier = best_metric = None
+    grid_images_per_class = 10
 
     def __post_init__(self):
+        if self.validation_steps and self.extractor and not self.validation_extractor:
+            self.validation_extractor = self.extractor[0]
         super().__post_init__()
         if self.latent == "simclr" and not self.encoder:
             raise ValueError("--latent simclr needs --encoder: the folder or Hub id of a trained encoder.")
@@ -92,6 +101,16 @@ class GANArguments(RunArguments):
             return []
         unfit = {self.density} | ({"prior"} if self.latent == "simclr" else set())
         return [kind for kind in GAN_DENSITIES if kind not in unfit]
+
+    @property
+    def sampling(self) -> dict:
+        """Options of the call for images of validations."""
+        return {}
+
+    @property
+    def grid(self) -> dict:
+        """Options of the call for the sample grids."""
+        return {}
 
     def term(self) -> AdversarialTerm:
         """The adversarial term; it is the generator's own loss, so it has weight 1 from the first step on."""

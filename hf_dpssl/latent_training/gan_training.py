@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from diffusers import ImagePipelineOutput
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import evaluation
 from ..data import keyed_random
@@ -135,6 +137,37 @@ def drawn_share(model: VAEGAN, density: LatentDensity, args: GANArguments, accel
     mine = own_share(latents)
     with accelerator.autocast():
         return model.generate(latents=mine).float().cpu() if len(mine) else None
+
+
+class GANPipeline:
+    """A GAN as `GenerationMonitor` calls the pipelines of other generators: without classes, and without bars.
+
+    Attributes:
+        class_names: none. transformer: the network whose averaged weights draw, which here is the generator.
+    """
+
+    class_names: tuple[str, ...] = ()
+
+    def __init__(self, model: VAEGAN):
+        self.model = model
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The generator that the model has now: stage 2 begins with another one."""
+        return self.model.generator
+
+    def __call__(
+        self, class_labels: None, *, num_images: int, generator: list[torch.Generator], output_type: str
+    ) -> ImagePipelineOutput:
+        """Images (N, C, S, S) in [0, 1] of latents from the model's density, each by a generator of its own."""
+        return ImagePipelineOutput(images=self.model.generate(num_images, generator).float() / 2 + 0.5)
+
+    def set_progress_bar_config(self, **settings) -> None:
+        """Nothing: there are none."""
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the model."""
+        self.model.save_pretrained(folder)
 
 
 class Judge:

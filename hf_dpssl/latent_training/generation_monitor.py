@@ -38,6 +38,8 @@ from ..runs.sharding import copy_whole_
 from ..runs.training_loop import TrainingLoop
 from .dit_arguments import DiTArguments
 from .drift_arguments import DriftArguments
+from .gan_arguments import GANArguments
+from .gan_training import GANPipeline
 
 LatentPipeline = VQDiTPipeline | VQDriftPipeline
 
@@ -62,8 +64,9 @@ class GenerationMonitor:
     Args:
         args: of the run.
         accelerator: its processes share the images of a validation.
-        pipeline: of the transformer in training, or of a copy where that one is sharded.
-        images: training images, of which `evaluation_images` at random are compared with; None without extractor.
+        pipeline: of the network in training, or of a copy where that one is sharded.
+        images: of which `evaluation_images` at random are compared with, training images or, of a GAN, held-out ones;
+            None without extractor.
 
     Raises:
         ValueError: an extractor without logits, or with other classes, as the classifier.
@@ -71,9 +74,9 @@ class GenerationMonitor:
 
     def __init__(
         self,
-        args: DiTArguments | DriftArguments,
+        args: DiTArguments | DriftArguments | GANArguments,
         accelerator: Accelerator,
-        pipeline: LatentPipeline,
+        pipeline: LatentPipeline | GANPipeline,
         images: ImageTable | None,
     ):
         self.args = args
@@ -148,10 +151,18 @@ class GenerationMonitor:
             listed = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             say(f"{loop.name}, step {step}: {listed}; best is that of step {self.best_step}")
 
-    def summary(self, loop: TrainingLoop) -> dict:
-        """For results.json: the best validation, and all of them."""
-        validations = [entry for entry in loop.history if entry.keys() >= self.metrics.keys()]
-        return {"best": {"step": self.best_step, self.metric: self.best}, "validations": validations}
+    def summary(self, history: list[dict]) -> dict:
+        """For results.json: the best validation, all of them, and [step, value] of what the best is kept by.
+
+        `history`: of the loop. The curve is "validation_fid" or "validation_class_consistency".
+        """
+        validations = [entry for entry in history if entry.keys() >= self.metrics.keys()]
+        key = self._key()
+        return {
+            "best": {"step": self.best_step, self.metric: self.best},
+            "validations": validations,
+            f"validation_{self.metric}": [[entry["step"], entry[key]] for entry in validations],
+        }
 
     @torch.no_grad()
     def _generate(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -209,8 +220,12 @@ class GenerationMonitor:
             metrics |= class_consistency(logits, labels)
         return metrics
 
+    def _key(self) -> str | None:
+        """Of `metric` among the figures, whose name may end with the extractor's."""
+        return next((name for name in self.metrics if self.metric and name.startswith(self.metric)), None)
+
     def _keep_best(self, step: int) -> None:
-        key = next((name for name in self.metrics if self.metric and name.startswith(self.metric)), None)
+        key = self._key()
         if key is None or not math.isfinite(value := self.metrics[key]):
             return
         better = self.best is None or (value < self.best if self.metric == "fid" else value > self.best)
@@ -253,7 +268,7 @@ def _gathered(parts: list[Tensor], total: int) -> Tensor:
 
 
 def sample_grid(
-    pipeline: LatentPipeline | VQTokenPipeline,
+    pipeline: LatentPipeline | VQTokenPipeline | GANPipeline,
     per_class: int,
     options: dict,
     args: RunArguments,

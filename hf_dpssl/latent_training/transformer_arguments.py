@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from ..runs.flags import option
 from .dit_sizes import PRESETS, preset
 from .latent_arguments import LatentRunArguments
+from .validation_arguments import ValidationArguments
 
 
 @dataclass
-class TransformerRunArguments(LatentRunArguments):
+class TransformerRunArguments(ValidationArguments, LatentRunArguments):
     """Size of a DiT, and what is measured of its samples while it trains."""
 
     preset: str | None = option(None, "size of the DiT paper instead of the next four", choices=PRESETS, group="model")
@@ -31,12 +32,6 @@ class TransformerRunArguments(LatentRunArguments):
     grid_images_per_class: int = option(
         10, "images of each of the first 10 classes in the sample grids", group="evaluation"
     )
-    validation_steps: int = option(0, "steps between two validations of the averaged weights; 0: none")
-    validation_images: int = option(1000, "images that a validation generates, without guidance")
-    validation_extractor: str | None = option(
-        None,
-        "extractor of a validation's FID against training images: inception, timm:<model>, an encoder's folder ...",
-    )
     validation_classifier: str | None = option(
         None, "extractor with a classifier's head (resnet56-cifar10, timm:<model>) for class consistency"
     )
@@ -54,11 +49,8 @@ class TransformerRunArguments(LatentRunArguments):
     def __post_init__(self):
         super().__post_init__()
         self._apply_preset()
-        for name in ("grid_images_per_class", "validation_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
-        if self.validation_steps < 0:
-            raise ValueError(f"--validation_steps must be 0 (none) or more, got {self.validation_steps}.")
+        if self.grid_images_per_class < 1:
+            raise ValueError(f"--grid_images_per_class must be at least 1, got {self.grid_images_per_class}.")
         self._check_validation()
 
     def _apply_preset(self) -> None:
@@ -74,10 +66,8 @@ class TransformerRunArguments(LatentRunArguments):
 
     def _check_validation(self) -> None:
         given = {"fid": self.validation_extractor, "class_consistency": self.validation_classifier}
-        if any(given.values()) and not self.validation_steps:
-            raise ValueError(
-                "--validation_extractor and --validation_classifier need --validation_steps of at least 1."
-            )
+        if self.validation_classifier and not self.validation_steps:
+            raise ValueError("--validation_classifier needs --validation_steps of at least 1.")
         if self.best_metric and not given[self.best_metric]:
             flag = "--validation_extractor" if self.best_metric == "fid" else "--validation_classifier"
             raise ValueError(f"--best_metric {self.best_metric} needs {flag}.")

@@ -38,7 +38,7 @@ RUNS = {  # script, flags, processes
     "dae_vq_two_processes": ("dae_vq", STAGES, 2),
     "dae_vq_two_workers": ("dae_vq", [*STAGES, *TWO_WORKERS], 1),
     "dae_gan": ("dae_gan", GAN, 1),
-    "dae_gan_two_processes": ("dae_gan", GAN, 2),
+    "dae_gan_two_processes": ("dae_gan", [*GAN, "--validation_steps", 3], 2),
     "dae_dit": ("dae_dit", DIT, 1),
     "dae_dit_two_processes": ("dae_dit", DIT, 2),
     "dae_dit_options_two_processes": ("dae_dit", [*DIT, *DIT_OPTIONS, "--batch_size", 16], 2),

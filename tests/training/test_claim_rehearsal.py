@@ -61,7 +61,7 @@ def test_a_rehearsal_counts_the_parameters_of_the_run_itself_and_a_run_that_cann
     args = parse(SCRIPTS["dae_gan"], list(claim_rehearsal.runs_of(study)[0][0].flags), "")
     networks = [VAEGAN(dae_gan.model_config(args, 32, None, None)), dae_gan.make_discriminator(args, "generator", 32)]
     count = sum(parameter.numel() for network in networks for parameter in network.parameters())
-    assert f"  dae_gan of noise (without --extractor): generator {count / 1e6:.1f} M parameters, " in printed
+    assert f"  dae_gan of noise (without --validation_extractor): generator {count / 1e6:.1f} M parameters, " in printed
     study["numbers"] |= {"latent_dim": -1}
     with pytest.raises(ValueError, match="latent_dim must be"):
         list(claim_rehearsal.rehearsed(study))

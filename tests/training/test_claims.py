@@ -236,6 +236,31 @@ def test_a_curve_is_flat_by_the_share_of_its_last_quarter():
     assert claim_decision.not_converged(cells, ["dit"]) == expected  # no claim reads the tokens
 
 
+def test_of_a_relative_curve_the_logarithm_is_to_be_flat():
+    result = drawn_result("gan", np.random.default_rng(9))
+    study, rows = result["stated"]["study"], result["metrics"]["cells"]
+    draw, steps = np.random.default_rng(10), range(1, 21)
+    fallen = [*np.geomspace(64, 2, 15), *np.geomspace(1.95, 1.5, 5)]  # a quarter of what was left, in the last quarter
+    noisy = [64.0, *(4 * np.exp(0.02 * draw.normal(size=19)))]
+    rising = [*np.geomspace(64, 2, 15), *np.geomspace(2.05, 2.6, 5)]
+    for arm, row in rows.items():
+        values = {"noise": fallen, "dae": rising}.get(arm, noisy)
+        row["curve"] = [[list(point) for point in zip(steps, values, strict=True)] for _ in row["seeds"]]
+    assert not claim_page.verdicts([result])["gan_latents"]["not_converged"]  # beside 64 all of it is little
+    study["curve"] = study["curve"] | {"relative": True}
+    entry = claim_page.verdicts([result])["gan_latents"]
+    assert set(entry["not_converged"]) == {"noise", "dae"}
+    result |= {"environment": {"processor": "", "threads": 1, "libraries": {"torch": ""}}, "samples": {}}
+    result |= {"cpu_seconds": {"cells": 1.0, "shared": 1.0}, "tuning": {}, "weights": {}, "fingerprint": ""}
+    claim = result["stated"]["claims"]["gan_latents"]
+    assert "of the change of the logarithm of the discriminator's loss: noise, dae" in claim_page._paragraph(
+        claim, entry, result
+    )
+    rows["noise"]["curve"][2][3][1] = 0.0
+    with pytest.raises(ValueError, match="the discriminator's loss is relative and has the value 0.0"):
+        claim_page.verdicts([result])
+
+
 def write_cell(folder, cell: claim_cells.Cell, value: float) -> None:
     content = {"arm": cell.arm, "seed": cell.seed, "flags": "", "cpu_seconds": 1.0}
     more = {"tuning": value} if cell.point is not None else {"metrics": {"knn": value}, "curve": [[0, 1.0], [1, 0.5]]}
@@ -694,6 +719,61 @@ def test_steps_of_a_grid_run_in_its_cells_alone_and_those_that_read_test_images_
     claim_cells.run_cell(study, claim_cells.Cell("moco", 0), 2, {"fit": "f", "measured": "m"}, tmp_path)
     assert [step["run"] for step in ran] == ["contrastive", *["evaluate"] * 5, "zood"]
     assert not any("{fit}" in step["flags"] for step in ran[1:])
+
+
+def test_gans_are_tuned_and_watched_beside_validation_images_and_measured_on_test_images_in_the_end(
+    tmp_path, monkeypatch, capsys
+):
+    ran = []
+    monkeypatch.setattr(claim_cells, "run_step", lambda step, fill, *_: ran.append((step, fill)))
+    monkeypatch.setattr(claim_cells, "read_at", lambda *_: 1.0)
+    for scale in ("cpu", "gpu", "paper"):
+        study = claim_statements.read_study("gan", scale)
+        rates = [study["numbers"][f"rate_{name}"] for name in ("low", "middle", "high")]
+        for arm, about in study["arms"].items():
+            for cell, point in ((claim_cells.Cell(arm, 1000, 2), 2), (claim_cells.Cell(arm, 0), 1)):
+                ran.clear()
+                claim_cells.run_cell(study, cell, point, {"fit": "FIT", "measured": "TEST", "shared": "s"}, tmp_path)
+                commands = [f"{step['run']} {step['flags'].format_map(fill)}" for step, fill in ran]
+                assert [command.split()[0] for command in commands] == ["dae_gan", "evaluate"][: 1 + (cell.seed == 0)]
+                assert "--dataset FIT " in commands[0] and "TEST" not in commands[0]
+                assert f"--learning_rate {rates[point]} " in commands[0]
+                assert cell.seed or "--dataset TEST " in commands[1] and "FIT" not in commands[1]
+            steps = [study["numbers"][key] for what, key in about["budget"].items() if what == "generator steps"]
+            assert steps[0] >= 10 * study["numbers"]["validation_steps"]  # a curve of so many points
+    assert reproduce.main(["5", "--scale", "cpu", "--dry_run", "--output_dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  step: ") == 2 and "{measured}" not in printed.partition("  step: evaluate")[0]
+
+
+@pytest.mark.extended
+def test_a_gan_of_a_claim_has_the_curve_the_tuning_and_the_distance_of_its_own_runs(tmp_path):
+    study = claim_statements.read_study("gan", "cpu")
+    study["data"] |= {"name": "digits", "image_size": 16, "from": "scikit-learn"}
+    study["numbers"] |= {"train": 200, "validation": 100, "test": 150, "generated": 100, "encoder_epochs": 1}
+    study["numbers"] |= {"channels": "[8, 8, 8, 8]", "width": 8, "latent_dim": 8, "validated": 50}
+    study["numbers"] |= {"stage_1_steps": 2, "stage_2_steps": 5, "both": 7, "validation_steps": 1}
+    study["arms"] = {"dae": study["arms"]["dae"]}
+    study["shared"]["extractor"]["flags"] = study["shared"]["extractor"]["flags"].replace("256", "64")
+    done = []
+    for cell in claim_cells.run_study({"study": study, "seeds": 5}, tmp_path):
+        done.append(cell.name)
+        if cell.point is None:
+            break
+    assert done == ["tune-dae-0", "tune-dae-1", "tune-dae-2", "dae-s0"]
+    cells = {name: json.loads((tmp_path / "cells" / f"{name}.json").read_text()) for name in done}
+    results = {name: json.loads((tmp_path / "runs" / name / "gan/results.json").read_text()) for name in done}
+    for name in done[:3]:
+        assert cells[name]["tuning"] == results[name]["validations"][-1]["fid_extractor"]
+        assert not (tmp_path / "runs" / name / "measured.json").exists()
+    assert [step for step, _ in results["dae-s0"]["validation_fid"]] == [1, 2, 3, 4, 5]
+    assert cells["dae-s0"]["curve"] == results["dae-s0"]["validation_fid"]
+    [measured] = json.loads((tmp_path / "runs/dae-s0/measured.json").read_text())["evaluations"]
+    assert cells["dae-s0"]["metrics"] == {"fid": measured["metrics"]["fid_extractor"]}
+    assert measured["samples"] == {"generated": 100, "evaluation": 150}
+    assert results["dae-s0"]["samples"] == {"train": 200, "evaluation": 100, "generated": 100}
+    best = min(range(3), key=lambda point: cells[f"tune-dae-{point}"]["tuning"])
+    assert cells["dae-s0"]["flags"].endswith(study["arms"]["dae"]["grid"][best])
 
 
 def test_arms_that_a_claim_compares_have_as_many_grid_points(tmp_path):

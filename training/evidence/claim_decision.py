@@ -160,6 +160,21 @@ def _whole(claim: dict, comparisons: list[dict]) -> dict:
     return {"verdict": "supported", "reason": "every comparison is better by more than its margin"}
 
 
+def judged_curve(curve: list[list[float]], about: dict) -> list[list[float]]:
+    """[step, value] as its flatness is judged: of a `relative` curve the logarithms, as of a relative metric.
+
+    A distance that falls from 20 to 2 and then to 1.5 has lost a quarter at the end, which is a small share of 20.
+
+    Raises:
+        ValueError: a relative curve with a value that has no logarithm.
+    """
+    if not about.get("relative"):
+        return curve
+    if bad := [value for _, value in curve if not value > 0]:
+        raise ValueError(f"the curve of {about['says']} is relative and has the value {bad[0]}: it must be above 0.")
+    return [[step, math.log(value)] for step, value in curve]
+
+
 def last_quarter(curve: list[list[float]]) -> float | None:
     """Share of a curve's whole change by which its last quarter of steps moves it; None with fewer than four points.
 

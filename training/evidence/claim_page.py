@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from statistics import mean, stdev
 
-from claim_decision import FLAT_SHARE, decide, margin_of, not_converged
+from claim_decision import FLAT_SHARE, decide, judged_curve, margin_of, not_converged
 from claim_forecast import correlations, forecast_cells
 from claim_gains import draw_gains, gains_tables, save_small
 from claim_sizes import with_parameters
@@ -22,7 +22,8 @@ from hf_dpssl.evaluation.student_interval import student_interval
 
 def cells_of(result: dict) -> dict[str, dict[int, dict]]:
     """{arm: {seed: {"metrics", "curve", "curves"}}} of a result."""
-    metrics = result["stated"]["study"]["metrics"]
+    study = result["stated"]["study"]
+    metrics = study["metrics"]
     found: dict[str, dict[int, dict]] = {}
     for arm, row in result["metrics"]["cells"].items():
         found[arm] = {
@@ -30,10 +31,12 @@ def cells_of(result: dict) -> dict[str, dict[int, dict]]:
             for i, seed in enumerate(row["seeds"])
         }
         for i, seed in enumerate(row["seeds"] if "curve" in row else []):
-            found[arm][seed]["curve"] = row["curve"][i]
+            found[arm][seed]["curve"] = judged_curve(row["curve"][i], study["curve"])
         for i, seed in enumerate(row["seeds"] if "curves" in row else []):
-            found[arm][seed]["curves"] = {name: curves[i] for name, curves in row["curves"].items()}
-    return with_parameters(found, result["stated"]["study"])
+            found[arm][seed]["curves"] = {
+                name: judged_curve(curves[i], study["curves"][name]) for name, curves in row["curves"].items()
+            }
+    return with_parameters(found, study)
 
 
 def verdicts(results: list[dict], source: Path = CLAIMS) -> dict[str, dict]:
@@ -326,7 +329,9 @@ def _paragraph(claim: dict, entry: dict, result: dict) -> str:
     stated = result["stated"]
     study, machine = stated["study"], result["environment"]
     slow = entry["not_converged"]
-    curve = "; ".join([study["curve"]["says"], *(study["curves"][name]["says"] for name in entry["curves"])])
+    curves = [study["curve"], *(study["curves"][name] for name in entry["curves"])]
+    said = [f"the logarithm of {about['says']}" if about.get("relative") else about["says"] for about in curves]
+    curve = "; ".join(said)
     flat = (
         f"All curves of {curve} of the arms that it reads are flat."
         if result["metrics"]["cells"]

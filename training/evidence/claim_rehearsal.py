@@ -19,7 +19,7 @@ from hf_dpssl.cli.train import SCRIPTS
 from hf_dpssl.runs.recipe import parse
 
 # What names an encoder that the study trains before: its weights are not there.
-_ENCODERS = ("--perceptual", "--align_encoder", "--features", "--extractor")
+_ENCODERS = ("--perceptual", "--align_encoder", "--features", "--extractor", "--validation_extractor")
 _BEYOND = {"contrastive": ["--autoencoder"], "dae_drift": ["--init_from"]}  # of what is not there: not rehearsed
 
 

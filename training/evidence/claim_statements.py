@@ -11,6 +11,7 @@ Of a study, beside data, arms, steps, metrics and scales:
 - an arm may have a `grid` of flags, of which `tuning` chooses; `without`, scripts whose steps of all arms it has not;
   `needs`, arms whose cells it reads; `trained_as`, the arm whose run it draws from;
 - `curve` tells whether an arm had converged, `curves` the same of its generators, for claims that read their `metrics`;
+  of a `relative` one the logarithm does;
 - `dial` and `gains` are drawn: metrics along a setting, and how much better the first arm of a pair is along one;
 - `equal_quality` (claim_sizes.py) and `forecast` (claim_forecast.py) are further metrics.
 """

@@ -128,17 +128,18 @@ def print_list(scale: str, source: Path) -> None:
 
 def print_plan(name: str, stated: dict, folder: Path) -> None:
     """What would be run, in its order, and what is there already; nothing is written."""
-    from claim_cells import plan
+    from claim_cells import plan, steps_of_arm
 
     study = stated["study"]
     cells = plan(study, stated["seeds"])
+    taken = [step for arm in study["arms"] for step in steps_of_arm(study, arm)]
     done = [(folder / "cells" / f"{cell.name}.json").exists() for cell in cells]
     data = study["data"]
     print(
         f"{name}, scale {study['scale']}: {len(cells)} cells, {sum(done)} done; about {study['numbers']['minutes']} min"
     )
     print(f"  data: {data['name']} at {data['image_size']} px, from {data['from']}")
-    for step in study["steps"]:
+    for step in filter(taken.__contains__, study["steps"]):
         print(f"  step: {step['run']} {' '.join(step['flags'].split())}")
     for arm, content in study["arms"].items():
         budget = ", ".join(f"{what} {study['numbers'][key]}" for what, key in content.get("budget", {}).items())
