@@ -10,10 +10,12 @@ from launches import REPOSITORY
 from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(REPOSITORY / "training" / "evidence"))
+import claim_statements
 import dae_gains
 import mnist_domains
 import paired_seeds
 import readme
+import reproduce
 import size_costs
 
 EVIDENCE = REPOSITORY / "training" / "evidence"
@@ -69,6 +71,15 @@ def test_no_interval_or_verdict_is_stored_where_the_values_of_the_seeds_could_ch
     for path in (EVIDENCE / "results").glob("*.json"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r'"(interval|verdict|differences|minus_\w+|standard_\w+)":', text), path.name
+
+
+def test_results_of_claims_are_of_the_statements_that_are_there():
+    found = {path: json.loads(path.read_text())["stated"] for path in (EVIDENCE / "results").glob("claims/*/*.json")}
+    if not found:
+        pytest.skip("the results are not in this tree")
+    for path, stored in found.items():
+        now = reproduce.statement(path.stem, path.parent.name, None, claim_statements.CLAIMS)
+        assert claim_statements.differences(stored, now) == [], path
 
 
 def test_the_pages_words_on_a_difference_follow_its_seeds():
