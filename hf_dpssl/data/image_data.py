@@ -2,6 +2,8 @@
 
 `--dataset` takes a name of the table, a Hub id (`org/name`, `org/name@revision`), a folder of
 images or of parquet or WebDataset tar files or one written by `save_to_disk`, a parquet or tar file, or a union `a+b`.
+Parquet and tar files of a folder are of the split whose word (train, val, test, ... of `SPLITS`) stands in their name,
+else in that of the nearest folder below the given one; all of them are "train" where no name has one.
 Nothing is decoded here: the image column holds bytes and paths, and `batches.py` decodes them.
 """
 
@@ -28,7 +30,7 @@ from huggingface_hub import snapshot_download
 from .classes import NoClasses, columns_of, label_candidates, relabel_all, with_classes
 from .content import content_digest
 from .digits import load_digits
-from .folder_scan import SPLITS, FolderScan, scan_folder
+from .folder_scan import SPLITS, FolderScan, scan_folder, split_words
 from .subsets import random_rows
 from .tars import check_tars, with_json_labels
 
@@ -281,16 +283,32 @@ def _load_path(path: Path, streaming: bool) -> tuple[dict, FolderScan | None]:
     scan = scan_folder(path) if path.is_dir() else None
     if scan and scan.splits:
         return _scanned_splits(scan, streaming), scan
-    files: dict[str, list[str]] = {}
     found = [path] if scan is None else sorted(path / name for name in scan.parquet or scan.tars)
     tars = found[0].suffix.lower() == ".tar"
     if tars:
         check_tars(found, whole=not streaming)
-    for file in found:
-        words = file.stem.lower().replace("_", "-").split("-") + [file.parent.name.lower()]
-        split = next((s for s in _EVALUATION_SPLITS if s in words), "train")
-        files.setdefault(split, []).append(str(file))
+    files = _files_by_split(path, found)
     return _load("webdataset" if tars else "parquet", data_files=files, streaming=streaming), scan
+
+
+def _files_by_split(root: Path, found: list[Path]) -> dict[str, list[str]]:
+    """Parquet or tar files by the word of a split that names them, as at the top of this file."""
+    files: dict[str | None, list[str]] = {}
+    for file in found:
+        names = [file.stem, *reversed(file.relative_to(root).parts[:-1])]
+        words = next((words for name in names if (words := split_words(name))), [None])
+        if len(words) > 1 and len(found) > 1:
+            raise ValueError(f"{file} speaks of the splits {' and '.join(words)}: rename it, for one of them.")
+        word = "train" if words[0] in SPLITS["train"] else words[0]
+        files.setdefault(word, []).append(str(file))
+    bare = files.pop(None, [])
+    if bare and files:
+        named = {word: Path(paths[0]).name for word, paths in files.items()}
+        raise ValueError(
+            f"of the files of {root} some name a split ({named}) and {len(bare)} do not ({Path(bare[0]).name}"
+            f"{', ...' if len(bare) > 1 else ''}): put train, val or test into each name, or move files away."
+        )
+    return {"train": bare} if bare else files
 
 
 def _saved_to_disk(path: Path, streaming: bool) -> dict:
