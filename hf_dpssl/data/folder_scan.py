@@ -11,8 +11,8 @@
 Images beside class folders, and in other folders beside those of two splits, are left out and named where they are few
 (at most one in ten). What could mean two things is refused with a way out: more of these, synonyms of one split side by
 side, images beside split folders, folders called like splits (train_set, test_set) or splits in one folder of another
-name, class names that differ by case or Unicode form only, classes of a held-out split that the training split lacks,
-parquet files beside images or tar files.
+name, class names that differ by case or Unicode form only, classes of a held-out split that the training split lacks
+(unless all splits are to count together), parquet files beside images or tar files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,8 +72,12 @@ class FolderScan:
         return "; ".join(f"{reason}: {_shown(paths)}" for reason, paths in sorted(self.left_out.items()))
 
 
-def scan_folder(root: str | os.PathLike) -> FolderScan:
+def scan_folder(root: str | os.PathLike, *, together: bool = False) -> FolderScan:
     """Scan a folder of images by the rules at the top of this file; no image is decoded.
+
+    Args:
+        root: the folder.
+        together: all splits count together, so that a class may be in any of them.
 
     Returns:
         A scan; `splits` is empty where the folder holds parquet or tar files in place of images.
@@ -107,7 +111,7 @@ def scan_folder(root: str | os.PathLike) -> FolderScan:
     labelled = {split: _by_class(scan, split, paths, level) for split, paths in by_split.items()}
     for path in empty:
         scan.left_out.setdefault("empty folders", []).append(path)
-    _set_classes(scan, labelled)
+    _set_classes(scan, labelled, together)
     return scan
 
 
@@ -252,28 +256,33 @@ def _by_class(
     return {parts: named[parts[level]] for parts in images if len(parts) > level + 1}
 
 
-def _set_classes(scan: FolderScan, labelled: dict[str, dict[tuple[str, ...], str | None]]) -> None:
+def differing_by_spelling(names: Iterable[str]) -> list[str] | None:
+    """The first of those that are one name but for case and Unicode form (NFKC), sorted; None where there are none."""
+    spellings: dict[str, set[str]] = {}
+    for name in names:
+        spellings.setdefault(unicodedata.normalize("NFKC", name).casefold(), set()).add(name)
+    return next((sorted(group) for group in spellings.values() if len(group) > 1), None)
+
+
+def _set_classes(scan: FolderScan, labelled: dict[str, dict[tuple[str, ...], str | None]], together: bool) -> None:
     names = {split: sorted({name for name in rows.values() if name is not None}) for split, rows in labelled.items()}
     if sum(bool(found) for found in names.values()) not in (0, len(names)):
         said = {split: f"{len(found)} class folders" for split, found in names.items()}
         raise ValueError(
             f"some splits of {scan.root} have class folders and some have none ({said}): sort all or none."
         )
-    spellings: dict[str, set[str]] = {}
-    for found in names.values():
-        for name in found:
-            spellings.setdefault(unicodedata.normalize("NFKC", name).casefold(), set()).add(name)
-    alike = next((sorted(group) for group in spellings.values() if len(group) > 1), None)
-    if alike:
+    every = sorted({name for found in names.values() for name in found})
+    if alike := differing_by_spelling(every):
         raise ValueError(f"the class folders {alike} of {scan.root} differ by spelling only: rename them to one name.")
+    known = every if together else names["train"]
     for split, found in names.items():
-        if more := sorted(set(found) - set(names["train"])):
+        if more := sorted(set(found) - set(known)):
             raise ValueError(
                 f"the split {split} of {scan.root} has the classes {_shown(more)}, which the training split lacks; it "
                 f"has {_shown(names['train'])}: move or rename these folders."
             )
-    if len(names["train"]) > 1:
-        scan.class_names = names["train"]
+    if len(known) > 1:
+        scan.class_names = known
     ids = {name: i for i, name in enumerate(scan.class_names or [])}
     for split, rows in labelled.items():
         scan.splits[split] = sorted(
