@@ -4,6 +4,7 @@
 images or of parquet or WebDataset tar files or one written by `save_to_disk`, a parquet or tar file, or a union `a+b`.
 Parquet and tar files of a folder are of the split whose word (train, val, test, ... of `SPLITS`) stands in their name,
 else in that of the nearest folder below the given one; all of them are "train" where no name has one.
+A name of the table comes before a path of that name, which stderr says; any other path comes before the Hub.
 Nothing is decoded here: the image column holds bytes and paths, and `batches.py` decodes them.
 """
 
@@ -242,11 +243,15 @@ def _tell(data: ImageData, scan: FolderScan | None) -> None:
 def _open(
     name: str, streaming: bool, revision: str | None, together: bool
 ) -> tuple[DatasetEntry, dict, FolderScan | None]:
+    path = Path(name).expanduser()
+    if name in TABLE and path.exists() and int(os.environ.get("RANK", 0)) == 0:
+        note = f"note: {name} is the data set of that name, and what lies here is not read: give ./{name} for that."
+        print(note, file=sys.stderr)
     if name == "digits":
         splits = load_digits()
         return TABLE[name], {k: s.to_iterable_dataset(4) for k, s in splits.items()} if streaming else splits, None
     base, _, pinned = name.partition("@")
-    entry = TABLE.get(base)
+    entry = None if pinned and path.exists() else TABLE.get(base)
     if entry is not None and entry.local and not pinned and (files := _local_files(entry.local)):
         return entry, _load("parquet", data_files=files, streaming=streaming), None
     if entry is not None and entry.hub_id is None:
@@ -254,7 +259,7 @@ def _open(
             f"data set {name!r} is read from {entry.local}*.parquet in the folder that the environment variable "
             f"DPSSL_DATA names; it is {os.environ.get('DPSSL_DATA')!r}."
         )
-    if entry is None and (path := Path(name).expanduser()).exists():
+    if entry is None and path.exists():
         licence = f"as the owner of {path.name} says"
         return DatasetEntry(image_size=64, licence=licence), *_load_path(path, streaming, together)
     if entry is None and (base.count("/") != 1 or name.startswith((".", "/", "~"))):

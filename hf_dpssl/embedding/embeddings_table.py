@@ -4,8 +4,8 @@
     FOLDER/data/train-00000-of-00012.parquet      row, file, label, embedding (D float32 each)
     FOLDER/manifest.json                          the plan, counts, unreadable pictures, versions; written last
 
-The split "evaluation" is validation and test: "split_names" of the plan tells what the data set calls them, in the order
-of the rows, and "left_out" how much of the data set is not embedded, and why.
+The split "evaluation" is validation and test: "split_names" of the plan tells what the data set calls them, in the
+order of the rows, and "left_out" how much of the data set is not embedded, and why.
 embedding_job.py writes it; `datasets.load_dataset("parquet", data_dir=FOLDER)` reads it too.
 """
 

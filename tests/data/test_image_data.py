@@ -408,6 +408,19 @@ def test_unknown_name_lists_the_table_and_suggests_close_names(tmp_path):
     assert "Did you mean" not in str(raised.value)
 
 
+def test_a_name_of_the_table_comes_before_a_folder_and_a_folder_before_a_revision(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    load_images("digits")
+    assert capsys.readouterr().err == ""
+    write_pictures(tmp_path / "digits", 2)
+    assert len(load_images("digits").train) == 1437
+    note = "note: digits is the data set of that name, and what lies here is not read: give ./digits for that."
+    assert capsys.readouterr().err.strip() == note
+    assert len(load_images("./digits", hold_out=False).train) == 2 and capsys.readouterr().err == ""
+    write_pictures(tmp_path / "cifar10@home", 3)
+    assert len(load_images("cifar10@home", hold_out=False).train) == 3
+
+
 def test_local_set_without_its_folder_names_the_environment_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("DPSSL_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match=r"'pacs-64px' is read from pacs-64px\*.parquet .*DPSSL_DATA.*None"):
