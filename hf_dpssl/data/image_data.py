@@ -245,7 +245,7 @@ def _open(
 ) -> tuple[DatasetEntry, dict, FolderScan | None]:
     path = Path(name).expanduser()
     if name in TABLE and path.exists() and int(os.environ.get("RANK", 0)) == 0:
-        note = f"note: {name} is the data set of that name, and what lies here is not read: give ./{name} for that."
+        note = f"note: {name} is the data set of the table; the path ./{name} is not read: give that if you mean it."
         print(note, file=sys.stderr)
     if name == "digits":
         splits = load_digits()

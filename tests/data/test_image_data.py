@@ -414,7 +414,7 @@ def test_a_name_of_the_table_comes_before_a_folder_and_a_folder_before_a_revisio
     assert capsys.readouterr().err == ""
     write_pictures(tmp_path / "digits", 2)
     assert len(load_images("digits").train) == 1437
-    note = "note: digits is the data set of that name, and what lies here is not read: give ./digits for that."
+    note = "note: digits is the data set of the table; the path ./digits is not read: give that if you mean it."
     assert capsys.readouterr().err.strip() == note
     assert len(load_images("./digits", hold_out=False).train) == 2 and capsys.readouterr().err == ""
     write_pictures(tmp_path / "cifar10@home", 3)
