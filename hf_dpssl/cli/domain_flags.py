@@ -73,7 +73,7 @@ def _of_classes_only(name: str) -> bool:
 
     root = Path(name).expanduser()
     try:
-        scan = scan_folder(root) if root.is_dir() else None
+        scan = scan_folder(root, together=True) if root.is_dir() else None
     except ValueError:  # no folder of images, or one that is refused when it is loaded
         return False
     if scan is None or scan.class_names is None:

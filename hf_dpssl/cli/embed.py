@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", help="folder of pictures, digits, cifar10 ..., Hub id, parquet or tar file")
     parser.add_argument("--output_dir", required=True, help="folder of the result")
     parser.add_argument("--features", default="features", choices=KINDS, help="of the backbone, or after the head")
-    parser.add_argument("--split", choices=SPLITS, help="one split only; default: all")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="one of them only; evaluation: validation and test; default: all"
+    )
     parser.add_argument("--image_column", help="column of pictures; found by its type when not given")
     parser.add_argument("--label_column", help="column of classes; found by its type when not given")
     parser.add_argument("--dataset_revision", help="branch, tag or commit of a Hub data set")

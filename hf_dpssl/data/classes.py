@@ -7,6 +7,7 @@
 | None, or -1 in a ClassLabel or among integers | an image without class, -1 |
 | a held-out split without the column | images without class |
 | floats, lists, dates, ...; -1 and 1 alone; a held-out class that no training image has | no classes: `NoClasses` |
+| the same where all splits count together | a class like the others |
 
 Labels are looked for by type, else by the names of `LABEL_NAMES` (cls, and json.label, as WebDataset has them).
 Splits are aligned by name: the same text in Unicode form NFC is the same class; case counts. Of a stream only a
@@ -46,8 +47,10 @@ def label_candidates(features: datasets.Features, others: Sequence[str | None]) 
     return typed or named
 
 
-def with_classes(train, evaluation, column: str) -> tuple:
+def with_classes(train, evaluation, column: str, *, together: bool = False) -> tuple:
     """Both splits with class ids in `column` (-1: without class), and the names.
+
+    together: both count as one set, so that a class may be in either (of a stream: in the first).
 
     Raises:
         NoClasses: by the rules at the top of this file.
@@ -57,18 +60,14 @@ def with_classes(train, evaluation, column: str) -> tuple:
     if isinstance(train, IterableDataset):
         return _of_stream(train, evaluation, column)
     names_of = [{} if split is None else _names_of_values(split, column) for split in (train, evaluation)]
-    present = set(names_of[0].values()) - {None}
-    if not present:
-        raise NoClasses("no training image has a class in it")
-    feature = columns_of(train)[column]
-    if isinstance(feature, ClassLabel):
-        names = [name for name in map(_same_form, feature.names) if name in present]
-    else:
-        ordered = sorted(value for value, name in names_of[0].items() if name is not None)
-        names = list(dict.fromkeys(names_of[0][value] for value in ordered))
-    if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise NoClasses(f"two of its classes are called {double!r}, in two Unicode forms: rename one")
+    counted = [(columns_of(train)[column], names_of[0])]
+    if together and evaluation is not None:
+        theirs = columns_of(evaluation)[column]
+        alike = theirs == counted[0][0]
+        counted = [(theirs, names_of[0] | names_of[1])] if alike else [*counted, (theirs, names_of[1])]
+    names = list(dict.fromkeys(name for feature, values in counted for name in _in_order(feature, values)))
+    if not names:
+        raise NoClasses(f"no {'' if together else 'training '}image has a class in it")
     _check_held_out(set(names_of[1].values()) - {None}, names)
     ids = {name: i for i, name in enumerate(names)} | {None: -1}
     splits = [
@@ -76,6 +75,20 @@ def with_classes(train, evaluation, column: str) -> tuple:
         for split, values in zip((train, evaluation), names_of, strict=True)
     ]
     return *splits, names
+
+
+def _in_order(feature, values: dict) -> list[str]:
+    """Class names that occur: of a ClassLabel in its order, else in that of the values."""
+    present = set(values.values()) - {None}
+    if isinstance(feature, ClassLabel):
+        names = [name for name in map(_same_form, feature.names) if name in present]
+    else:
+        ordered = sorted(value for value, name in values.items() if name is not None)
+        names = list(dict.fromkeys(values[value] for value in ordered))
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise NoClasses(f"two of its classes are called {double!r}, in two Unicode forms: rename one")
+    return names
 
 
 def _same_form(name: str) -> str:

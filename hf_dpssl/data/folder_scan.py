@@ -2,16 +2,17 @@
 
 | what lies there | what it becomes |
 |---|---|
-| first-level folders train, val, test (or a synonym of `SPLITS`) that hold all images | splits |
+| first-level folders train, val, test (or a synonym of `SPLITS`) that hold all images, or are of two splits | splits |
 | folders below a split, or below the folder where there are none | classes, by the FIRST level; deeper ones are read |
 | a single such folder, or none | images without classes |
 | links | what they point to |
 | hidden files, formats that Pillow cannot read, other files, names that are not UTF-8 | left out, counted and named |
 
-Images beside class folders are left out and named where they are few (at most one in ten). What could mean two things
-is refused with a way out: synonyms of one split side by side, images beside split folders, class names that differ by
-case or Unicode form only, classes of a held-out split that the training split lacks, parquet files beside images or
-tar files.
+Images beside class folders, and in other folders beside those of two splits, are left out and named where they are few
+(at most one in ten). What could mean two things is refused with a way out: more of these, synonyms of one split side by
+side, images beside split folders, folders called like splits (train_set, test_set) or splits in one folder of another
+name, class names that differ by case or Unicode form only, classes of a held-out split that the training split lacks
+(unless all splits are to count together), parquet files beside images or tar files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,9 +33,15 @@ SPLITS = {
     "test": ["test", "testing"],
 }
 _SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in names}
-_LARGEST_STRAY_SHARE = 0.1  # of images beside class folders
+_LARGEST_STRAY_SHARE = 0.1  # of images beside class folders, or in other folders beside splits
 _SIGNATURES = [b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*"]  # of files without a suffix
 _NAMED = 3  # files named of each reason
+
+
+def split_words(name: str) -> list[str]:
+    """The first word of each split in a name: "test" of test-00000 and of Test Set, none of contest."""
+    words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF_NAME]
+    return list({_SPLIT_OF_NAME[word]: word for word in reversed(words)}.values())[::-1]
 
 
 @dataclass
@@ -65,8 +72,12 @@ class FolderScan:
         return "; ".join(f"{reason}: {_shown(paths)}" for reason, paths in sorted(self.left_out.items()))
 
 
-def scan_folder(root: str | os.PathLike) -> FolderScan:
+def scan_folder(root: str | os.PathLike, *, together: bool = False) -> FolderScan:
     """Scan a folder of images by the rules at the top of this file; no image is decoded.
+
+    Args:
+        root: the folder.
+        together: all splits count together, so that a class may be in any of them.
 
     Returns:
         A scan; `splits` is empty where the folder holds parquet or tar files in place of images.
@@ -100,7 +111,7 @@ def scan_folder(root: str | os.PathLike) -> FolderScan:
     labelled = {split: _by_class(scan, split, paths, level) for split, paths in by_split.items()}
     for path in empty:
         scan.left_out.setdefault("empty folders", []).append(path)
-    _set_classes(scan, labelled)
+    _set_classes(scan, labelled, together)
     return scan
 
 
@@ -165,24 +176,61 @@ def _by_split(scan: FolderScan, images: list[tuple[str, ...]]) -> tuple[dict[str
     """Images by split, and the level of class folders: 1 below split folders, 0 where all images are "train"."""
     first = Counter(parts[0] for parts in images if len(parts) > 1)
     beside = [parts for parts in images if len(parts) == 1]
-    named = {name: _SPLIT_OF_NAME.get(name.lower()) for name in first}
-    if not first or None in named.values():
+    of_name = {name: _SPLIT_OF_NAME.get(name.lower()) for name in first}
+    named = {name: split for name, split in of_name.items() if split is not None}
+    others = sorted(first.keys() - named)
+    if not named or (others and len(set(named.values())) < 2):
+        _check_hidden_splits(scan, images, first)
         return {"train": images}, 0
     if beside:
         raise ValueError(
             f"{len(beside)} images ({_shown(['/'.join(parts) for parts in beside])}) lie beside the split folders "
-            f"{sorted(first)} of {scan.root}: move them into one of these, or away."
+            f"{sorted(named)} of {scan.root}: move them into one of these, or away."
         )
+    stray = ["/".join(parts) for parts in images if parts[0] in others]
+    if len(stray) > _LARGEST_STRAY_SHARE * len(images):
+        raise ValueError(
+            f"{len(stray)} of {len(images)} images of {scan.root} lie in the folders {_shown(others)} beside the split "
+            f"folders {sorted(named)}: move them into one of these, or away; where all of these folders are classes, "
+            "move them into one folder train."
+        )
+    if stray:
+        scan.left_out["images in folders beside split folders"] = list(map(_text, stray))
     double = [names for split in SPLITS if len(names := [n for n, of in named.items() if of == split]) > 1]
     if double:
         raise ValueError(f"{scan.root} has the folders {sorted(double[0])} for one split: keep one of them.")
     if "train" not in named.values():
         raise ValueError(
-            f"{scan.root} has the split folders {sorted(first)} and no training images: add a folder train, or give "
+            f"{scan.root} has the split folders {sorted(named)} and no training images: add a folder train, or give "
             f"one of these folders itself."
         )
     ordered = sorted(named, key=lambda name: list(SPLITS).index(named[name]))
     return {named[name]: [parts for parts in images if parts[0] == name] for name in ordered}, 1
+
+
+def _check_hidden_splits(scan: FolderScan, images: list[tuple[str, ...]], first: Counter[str]) -> None:
+    """ValueError where folders that would be classes are called like two splits, or hold them all."""
+    common = os.path.commonprefix([parts[:-1] for parts in images if len(parts) > 1])
+    inside = {parts[len(common)] for parts in images if parts[: len(common)] == common and len(parts) > len(common) + 1}
+    inner = sorted(name for name in inside if split_words(name))
+    if common and len(_splits_of(inner)) > 1:
+        raise ValueError(
+            f"the split folders {_shown(inner)} of {scan.root} lie in the folder {_text('/'.join(common))}: give "
+            f"{_text(os.path.join(scan.root, *common))} itself."
+        )
+    alike = sorted(name for name in first if split_words(name))
+    rest = sum(count for name, count in first.items() if name not in alike)
+    if len(_splits_of(alike)) > 1 and rest <= _LARGEST_STRAY_SHARE * len(images):
+        raise ValueError(
+            f"the folders {_shown(alike)} of {scan.root} are called like splits: rename them to "
+            f"{' and '.join(_splits_of(alike))}, or, where they are classes, move them into one folder train."
+        )
+
+
+def _splits_of(names: list[str]) -> list[str]:
+    """The splits that some of these names speak of, in the order of `SPLITS`."""
+    found = {_SPLIT_OF_NAME[word] for name in names for word in split_words(name)}
+    return [split for split in SPLITS if split in found]
 
 
 def _by_class(
@@ -208,28 +256,33 @@ def _by_class(
     return {parts: named[parts[level]] for parts in images if len(parts) > level + 1}
 
 
-def _set_classes(scan: FolderScan, labelled: dict[str, dict[tuple[str, ...], str | None]]) -> None:
+def differing_by_spelling(names: Iterable[str]) -> list[str] | None:
+    """The first of those that are one name but for case and Unicode form (NFKC), sorted; None where there are none."""
+    spellings: dict[str, set[str]] = {}
+    for name in names:
+        spellings.setdefault(unicodedata.normalize("NFKC", name).casefold(), set()).add(name)
+    return next((sorted(group) for group in spellings.values() if len(group) > 1), None)
+
+
+def _set_classes(scan: FolderScan, labelled: dict[str, dict[tuple[str, ...], str | None]], together: bool) -> None:
     names = {split: sorted({name for name in rows.values() if name is not None}) for split, rows in labelled.items()}
     if sum(bool(found) for found in names.values()) not in (0, len(names)):
         said = {split: f"{len(found)} class folders" for split, found in names.items()}
         raise ValueError(
             f"some splits of {scan.root} have class folders and some have none ({said}): sort all or none."
         )
-    spellings: dict[str, set[str]] = {}
-    for found in names.values():
-        for name in found:
-            spellings.setdefault(unicodedata.normalize("NFKC", name).casefold(), set()).add(name)
-    alike = next((sorted(group) for group in spellings.values() if len(group) > 1), None)
-    if alike:
+    every = sorted({name for found in names.values() for name in found})
+    if alike := differing_by_spelling(every):
         raise ValueError(f"the class folders {alike} of {scan.root} differ by spelling only: rename them to one name.")
+    known = every if together else names["train"]
     for split, found in names.items():
-        if more := sorted(set(found) - set(names["train"])):
+        if more := sorted(set(found) - set(known)):
             raise ValueError(
                 f"the split {split} of {scan.root} has the classes {_shown(more)}, which the training split lacks; it "
                 f"has {_shown(names['train'])}: move or rename these folders."
             )
-    if len(names["train"]) > 1:
-        scan.class_names = names["train"]
+    if len(known) > 1:
+        scan.class_names = known
     ids = {name: i for i, name in enumerate(scan.class_names or [])}
     for split, rows in labelled.items():
         scan.splits[split] = sorted(

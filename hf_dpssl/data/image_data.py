@@ -2,6 +2,9 @@
 
 `--dataset` takes a name of the table, a Hub id (`org/name`, `org/name@revision`), a folder of
 images or of parquet or WebDataset tar files or one written by `save_to_disk`, a parquet or tar file, or a union `a+b`.
+Parquet and tar files of a folder are of the split whose word (train, val, test, ... of `SPLITS`) stands in their name,
+else in that of the nearest folder below the given one; all of them are "train" where no name has one.
+A name of the table comes before a path of that name, which stderr says; any other path comes before the Hub.
 Nothing is decoded here: the image column holds bytes and paths, and `batches.py` decodes them.
 """
 
@@ -28,7 +31,7 @@ from huggingface_hub import snapshot_download
 from .classes import NoClasses, columns_of, label_candidates, relabel_all, with_classes
 from .content import content_digest
 from .digits import load_digits
-from .folder_scan import SPLITS, FolderScan, scan_folder
+from .folder_scan import SPLITS, FolderScan, scan_folder, split_words
 from .subsets import random_rows
 from .tars import check_tars, with_json_labels
 
@@ -193,7 +196,8 @@ def load_images(
         revision: branch, tag or commit of a Hub data set; overrides the table and `@revision`.
         hold_out: a tenth of the images of a data set with one split becomes the evaluation split.
         evaluation_split: "validation" or "test": that one, under any of its usual names, and no other is evaluated on;
-            default: the table's, or the first of them that there is. "every": validation, test and the table's in one.
+            default: the table's, or the first of them that there is. "every": validation, test and the table's in one,
+            and with the training split they count as one set: a class may be in any of them.
         domain_column: one that is not searched for classes, and cannot be found to be theirs.
 
     Raises:
@@ -204,13 +208,16 @@ def load_images(
         options = dict(image_column=image_column, label_column=label_column, streaming=streaming, revision=revision)
         options |= {"evaluation_split": evaluation_split, "domain_column": domain_column}
         return _union(name, [load_images(part.strip(), **options, hold_out=hold_out) for part in name.split("+")])
-    entry, splits, scan = _open(name, streaming, revision)
-    train, evaluation, names, unused = _choose_splits(name, splits, entry, evaluation_split)
+    together = evaluation_split == "every"
+    entry, splits, scan = _open(name, streaming, revision, together)
+    train, held_out, names, unused = _choose_splits(name, splits, entry, evaluation_split)
     image_column = _find_image_column(name, train, image_column or entry.image_column)
-    train, evaluation = (_undecoded(name, split, image_column) for split in (train, evaluation))
     wanted = label_column or (entry.label_column if entry.label_column != domain_column else None)
-    train, evaluation = (None if split is None else with_json_labels(split, wanted) for split in (train, evaluation))
-    labels = _classes(name, train, evaluation, (image_column, domain_column), wanted)
+    train = with_json_labels(_undecoded(name, train, image_column), wanted)
+    held_out = {s: with_json_labels(_undecoded(name, held_out[s], image_column), wanted) for s in held_out}
+    candidates = [wanted] if wanted is not None else label_candidates(columns_of(train), (image_column, domain_column))
+    evaluation = _together(name, held_out, [image_column, *candidates])
+    labels = _classes(name, train, evaluation, candidates, wanted, together)
     train, evaluation, label_column, class_names, problem = labels
     if evaluation is None and hold_out and not isinstance(train, IterableDataset):
         train, evaluation = _held_out(name, train, label_column)
@@ -233,12 +240,18 @@ def _tell(data: ImageData, scan: FolderScan | None) -> None:
         print(f"{data.name}: {data.account()}{examples}{problem}", file=sys.stderr)
 
 
-def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntry, dict, FolderScan | None]:
+def _open(
+    name: str, streaming: bool, revision: str | None, together: bool
+) -> tuple[DatasetEntry, dict, FolderScan | None]:
+    path = Path(name).expanduser()
+    if name in TABLE and path.exists() and int(os.environ.get("RANK", 0)) == 0:
+        note = f"note: {name} is the data set of the table; the path ./{name} is not read: give that if you mean it."
+        print(note, file=sys.stderr)
     if name == "digits":
         splits = load_digits()
         return TABLE[name], {k: s.to_iterable_dataset(4) for k, s in splits.items()} if streaming else splits, None
     base, _, pinned = name.partition("@")
-    entry = TABLE.get(base)
+    entry = None if pinned and path.exists() else TABLE.get(base)
     if entry is not None and entry.local and not pinned and (files := _local_files(entry.local)):
         return entry, _load("parquet", data_files=files, streaming=streaming), None
     if entry is not None and entry.hub_id is None:
@@ -246,9 +259,9 @@ def _open(name: str, streaming: bool, revision: str | None) -> tuple[DatasetEntr
             f"data set {name!r} is read from {entry.local}*.parquet in the folder that the environment variable "
             f"DPSSL_DATA names; it is {os.environ.get('DPSSL_DATA')!r}."
         )
-    if entry is None and (path := Path(name).expanduser()).exists():
+    if entry is None and path.exists():
         licence = f"as the owner of {path.name} says"
-        return DatasetEntry(image_size=64, licence=licence), *_load_path(path, streaming)
+        return DatasetEntry(image_size=64, licence=licence), *_load_path(path, streaming, together)
     if entry is None and (base.count("/") != 1 or name.startswith((".", "/", "~"))):
         close = difflib.get_close_matches(name, TABLE, 3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -271,26 +284,42 @@ def _local_files(stem: str) -> dict[str, str]:
     return {split: str(path) for split, path in files.items() if path.exists()}
 
 
-def _load_path(path: Path, streaming: bool) -> tuple[dict, FolderScan | None]:
+def _load_path(path: Path, streaming: bool, together: bool) -> tuple[dict, FolderScan | None]:
     if path.is_file() and path.suffix not in (".parquet", ".tar"):
         raise ValueError(
             f"{path} is one {path.suffix or 'unnamed'} file: give a folder of images, or parquet or tar files."
         )
     if (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and any(path.glob("*.arrow"))):
         return _saved_to_disk(path, streaming), None
-    scan = scan_folder(path) if path.is_dir() else None
+    scan = scan_folder(path, together=together) if path.is_dir() else None
     if scan and scan.splits:
         return _scanned_splits(scan, streaming), scan
-    files: dict[str, list[str]] = {}
     found = [path] if scan is None else sorted(path / name for name in scan.parquet or scan.tars)
     tars = found[0].suffix.lower() == ".tar"
     if tars:
         check_tars(found, whole=not streaming)
-    for file in found:
-        words = file.stem.lower().replace("_", "-").split("-") + [file.parent.name.lower()]
-        split = next((s for s in _EVALUATION_SPLITS if s in words), "train")
-        files.setdefault(split, []).append(str(file))
+    files = _files_by_split(path, found)
     return _load("webdataset" if tars else "parquet", data_files=files, streaming=streaming), scan
+
+
+def _files_by_split(root: Path, found: list[Path]) -> dict[str, list[str]]:
+    """Parquet or tar files by the word of a split that names them, as at the top of this file."""
+    files: dict[str | None, list[str]] = {}
+    for file in found:
+        names = [file.stem, *reversed(file.relative_to(root).parts[:-1])]
+        words = next((words for name in names if (words := split_words(name))), [None])
+        if len(words) > 1 and len(found) > 1:
+            raise ValueError(f"{file} speaks of the splits {' and '.join(words)}: rename it, for one of them.")
+        word = "train" if words[0] in SPLITS["train"] else words[0]
+        files.setdefault(word, []).append(str(file))
+    bare = files.pop(None, [])
+    if bare and files:
+        named = {word: Path(paths[0]).name for word, paths in files.items()}
+        raise ValueError(
+            f"of the files of {root} some name a split ({named}) and {len(bare)} do not ({Path(bare[0]).name}"
+            f"{', ...' if len(bare) > 1 else ''}): put train, val or test into each name, or move files away."
+        )
+    return {"train": bare} if bare else files
 
 
 def _saved_to_disk(path: Path, streaming: bool) -> dict:
@@ -367,7 +396,7 @@ def _load(source: str, config: str | None = None, **options) -> dict:
 
 
 def _choose_splits(name: str, splits: dict, entry: DatasetEntry, wanted: str | None) -> tuple:
-    """The split to train on, the one to evaluate on or None, their names by part, and the names of others."""
+    """The split to train on, those to evaluate on, their names by part, and the names of others."""
     names = list(splits)
     train_name = entry.train_split or next((s for s in SPLITS["train"] if s in splits), None)
     train_name = names[0] if len(names) == 1 and not entry.train_split else train_name
@@ -383,25 +412,30 @@ def _choose_splits(name: str, splits: dict, entry: DatasetEntry, wanted: str | N
     for split_name in (train_name, *evaluation_names):
         if not isinstance(splits[split_name], IterableDataset) and len(splits[split_name]) == 0:
             raise ValueError(f"split {split_name!r} of data set {name!r} is empty.")
-    evaluation = _together(name, {split: splits[split] for split in evaluation_names})
     chosen = {"train": train_name} | ({"evaluation": " + ".join(evaluation_names)} if evaluation_names else {})
     unused = [split for split in names if split not in (train_name, *evaluation_names)]
-    return splits[train_name], evaluation, chosen, unused
+    return splits[train_name], {split: splits[split] for split in evaluation_names}, chosen, unused
 
 
-def _together(name: str, splits: dict):
-    """The rows of all of them in one split; one alone as it is, and None of none."""
+def _together(name: str, splits: dict, columns: list[str]):
+    """These columns of all of them in one split; one alone as it is, and None of none.
+
+    Rows of a split that lacks a column hold None there.
+    """
     if len(splits) < 2:
         return next(iter(splits.values()), None)
-    features = {split: columns_of(rows) for split, rows in splits.items()}
-    first = next(iter(splits))
-    for split, found in features.items():
-        every = found | features[first]
-        if differing := [column for column in every if found.get(column) != features[first].get(column)]:
-            raise ValueError(
-                f"the splits {first!r} and {split!r} of data set {name!r} differ in the columns {differing}, which one "
-                "lacks or has with another type or other names of classes: give both the same ones."
-            )
+    splits = {
+        split: rows.select_columns([c for c in columns if c in columns_of(rows)]) for split, rows in splits.items()
+    }
+    known: dict[str, tuple] = {}
+    for split, rows in splits.items():
+        for column, feature in columns_of(rows).items():
+            first, theirs = known.setdefault(column, (split, feature))
+            if feature != theirs:
+                raise ValueError(
+                    f"the splits {first!r} and {split!r} of data set {name!r} differ in the column {column!r}, which "
+                    "has another type or other names of classes there: give both the same ones."
+                )
     return datasets.concatenate_datasets(list(splits.values()))
 
 
@@ -430,20 +464,19 @@ def _find_image_column(name: str, split, wanted: str | None) -> str:
     return found[0]
 
 
-def _classes(name: str, train, evaluation, others: tuple[str | None, ...], wanted: str | None) -> tuple:
+def _classes(name: str, train, evaluation, found: list[str], wanted: str | None, together: bool) -> tuple:
     """Both splits with class ids, the column, the names, and why there are none although there might be (or None).
 
-    others: columns that hold something else.
+    found: columns that may hold them.
     """
     features = columns_of(train)
     if wanted is not None and wanted not in features:
         raise ValueError(f"data set {name!r} has no column {wanted!r}, only {list(features)}: pass --label_column.")
-    found = [wanted] if wanted is not None else label_candidates(features, others)
     if len(found) != 1:
         problem = f"the columns {found} may all hold them: name one with --label_column" if found else None
         return train, evaluation, None, None, problem
     try:
-        *splits, names = with_classes(train, evaluation, found[0])
+        *splits, names = with_classes(train, evaluation, found[0], together=together)
     except NoClasses as error:
         problem = f"column {found[0]!r} of {name!r} cannot be the classes: {error}"
         if wanted is not None:
@@ -453,8 +486,6 @@ def _classes(name: str, train, evaluation, others: tuple[str | None, ...], wante
 
 
 def _undecoded(name: str, split, column: str):
-    if split is None:
-        return None
     features = columns_of(split)
     if column not in features:
         raise ValueError(f"the held-out split of {name!r} has no column {column!r}, only {list(features)}.")

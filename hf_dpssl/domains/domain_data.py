@@ -6,7 +6,8 @@
 | a folder of images | folders of the first level (below train, test ... where there are these) | of the second level |
 | a number of clusters | k-means clusters of colours and edges of the pictures | the label column, or folders |
 
-All splits count together: train, validation and test. Only for clusters pictures are decoded here.
+All splits count together, train, validation and test: a domain or a class may be in one of them only. Only for clusters
+pictures are decoded here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 
+from ..data.folder_scan import differing_by_spelling
 from ..data.image_data import ImageData, load_images
 from ..data.subsets import random_rows
 from ..embedding.embeddings_table import dataset_fingerprint
@@ -102,6 +104,8 @@ def load_domains(
         inside = _folders(name, data, images)
         domains = torch.tensor(images[data.label_column][:])
         class_names = sorted({folder for folder in inside if folder is not None})
+        if labelled and (alike := differing_by_spelling(class_names)):
+            raise ValueError(f"the class folders {alike} of {name} differ by spelling only: rename them to one name.")
         ids = {folder: number for number, folder in enumerate(class_names)} | {None: -1}
         labels = torch.tensor([ids[folder] for folder in inside])
         layout = f"sort them as DOMAIN/CLASS/image ({_OF_RANK} where folders are classes only)"

@@ -44,7 +44,7 @@ class EmbedJob:
         dataset: folder of pictures, or any data set that `load_images` knows.
         folder: of the result.
         features: "features" (of the backbone) or "embeddings" (of the head).
-        split: "train", "evaluation", or None for all there is; nothing is held out of a single split.
+        split: "train", "evaluation" (validation and test), or None for both; nothing is held out of a single split.
         image_column, label_column, revision: as in `load_images`.
         on_bad_image: "error", or "skip": unreadable pictures have no row, and are named in the manifest.
         batch_size: pictures embedded at once; may change when a run goes on.
@@ -149,6 +149,8 @@ def _plan(job: EmbedJob, data: ImageData, splits: dict[str, Dataset], embedder: 
         "dimension": embedder.dimension,
         "dataset_fingerprint": dataset_fingerprint(splits),
         "splits": {name: len(split) for name, split in splits.items()},
+        "split_names": {name: data.splits[name] for name in splits},
+        "left_out": data.left_out,
         "class_names": data.class_names,
     }
 
@@ -213,7 +215,7 @@ class _Pictures(torch.utils.data.Dataset):
         self.preprocess = preprocess
         self.on_bad_image = on_bad_image
         root = Path(data.name).expanduser()
-        self.root = root.resolve() if root.is_dir() else None
+        self.root = Path(os.path.abspath(root)) if root.is_dir() else None  # links stay, as in the paths of pictures
 
     def __getitems__(self, items: list[tuple[str, int]]) -> dict:
         batch: dict = {"row": [], "file": [], "label": [], "skipped": {}}
@@ -235,8 +237,9 @@ class _Pictures(torch.utils.data.Dataset):
 
     def _file(self, value) -> str | None:
         path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-        if path and self.root and Path(path).is_relative_to(self.root):
-            return Path(path).relative_to(self.root).as_posix()
+        whole = Path(os.path.abspath(path or ""))
+        if path and self.root and whole.is_relative_to(self.root):
+            return whole.relative_to(self.root).as_posix()
         return path
 
 

@@ -4,6 +4,8 @@
     FOLDER/data/train-00000-of-00012.parquet      row, file, label, embedding (D float32 each)
     FOLDER/manifest.json                          the plan, counts, unreadable pictures, versions; written last
 
+The split "evaluation" is validation and test: "split_names" of the plan tells what the data set calls them, in the
+order of the rows, and "left_out" how much of the data set is not embedded, and why.
 embedding_job.py writes it; `datasets.load_dataset("parquet", data_dir=FOLDER)` reads it too.
 """
 
@@ -151,9 +153,9 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
 
 
 def load_splits(plan: dict) -> tuple:
-    """(ImageData, {split name: Dataset}) that a plan or manifest speaks of."""
+    """(ImageData, {"train", "evaluation": Dataset}) that a plan or manifest speaks of; validation and test in one."""
     options = {name: plan[name] for name in ("image_column", "label_column", "revision")}
-    data = load_images(plan["dataset"], **options, hold_out=False)
+    data = load_images(plan["dataset"], **options, hold_out=False, evaluation_split="every")
     splits = {"train": data.train, "evaluation": data.evaluation}
     return data, {name: splits[name] for name in splits if splits[name] is not None and plan["split"] in (None, name)}
 

@@ -77,6 +77,20 @@ def numbered(folder, count):
             ["a", "b"],
             5,
         ),
+        # a class called train and one called like a test among others
+        (
+            [f"{name}/1.png" for name in ("bus", "car", "ship", "test tube", "train")],
+            {"train": [1, 1, 1, 1, 1]},
+            ["bus", "car", "ship", "test tube", "train"],
+            0,
+        ),
+        # few pictures in a folder beside those of splits
+        (
+            numbered("train/cat", 10) + numbered("train/dog", 10) + numbered("val/dog", 5) + numbered("docs", 2),
+            {"train": [10, 10], "validation": [0, 5]},
+            ["cat", "dog"],
+            2,
+        ),
         # one folder is no class
         (numbered("photos", 4), {"train": 4}, None, 0),
         # names that patterns would read otherwise
@@ -115,6 +129,23 @@ def test_splits_classes_and_left_out_files(tmp_path, names, splits, classes, lef
         (["train/1.png", "test/1.png", "preview.png"], "preview.png.* lie beside the split"),
         # synonyms
         (["train/1.png", "val/1.png", "dev/1.png"], "'dev', 'val'.* for one split"),
+        # many in a folder beside splits
+        (
+            numbered("train/a", 10) + numbered("test/a", 6) + numbered("unlabeled", 2),
+            r"2 of 18 images of .* in the folders unlabeled beside the split folders \['test', 'train'\]: move them",
+        ),
+        # no training split, few pictures elsewhere
+        (numbered("val", 10) + numbered("test", 10) + ["docs/1.png"], "no training images"),
+        # called like splits
+        (
+            ["train_set/a/1.png", "Test Set/a/1.png"],
+            "Test Set, train_set .* like splits: rename them to train and test",
+        ),
+        # splits in a folder
+        (
+            ["archive/set/train/a/1.png", "archive/set/train/b/1.png", "archive/set/test/a/1.png", "preview.png"],
+            "the split folders test, train of .* lie in the folder archive/set: give .*/archive/set itself",
+        ),
         # no training split
         (["val/1.png", "test/1.png"], "no training images"),
         # new class
@@ -135,6 +166,11 @@ def test_what_could_mean_two_things_is_refused(tmp_path, names, message):
     with pytest.raises(ValueError, match=message) as refusal:
         scan_folder(make(tmp_path, names))
     assert str(tmp_path) in str(refusal.value)
+
+
+def test_pictures_beside_splits_are_named(tmp_path):
+    scan = scan_folder(make(tmp_path, [*numbered("train", 10), *numbered("test", 10), "docs/a/1.png", "x/2.png"]))
+    assert scan.left_out == {"images in folders beside split folders": ["docs/a/1.png", "x/2.png"]}
 
 
 def test_unicode_forms_of_one_name_are_one_class_in_two_splits(tmp_path):

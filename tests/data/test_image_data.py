@@ -112,15 +112,47 @@ def test_a_worker_is_sent_few_bytes_of_a_folder_and_reads_the_same_pictures(tmp_
             assert received.data.evaluation[:] == data.evaluation[:]
 
 
-@for_each("held_out", ["test-00000-of-00001", "set_val", "validation", "test/part"])
-def test_parquet_folder_is_split_by_file_name(tmp_path, held_out):
-    folder = tmp_path / "set"
-    labelled(folder / "train-00000-of-00002.parquet", 6)
-    labelled(folder / "train-00001-of-00002.parquet", 6, first=6)
+@for_each(
+    "root, train, held_out",
+    [
+        ("set", "train", "test-00000-of-00001"),
+        ("set", "train", "set_val"),
+        ("set", "train", "validation"),
+        ("set", "train", "test/part"),
+        ("set", "train", "test/tiles/part"),
+        ("set", "train.0", "test.0"),
+        ("set", "train0", "test0"),
+        ("set", "train", "Test Set"),
+        ("dev", "train", "test"),  # the given folder's own name says nothing
+        ("test", "training", "val"),
+        ("set", "test/train", "train/test"),  # the file's name comes first
+        ("set", "contest-train", "contest-dev"),
+    ],
+)
+def test_parquet_folder_is_split_by_file_name(tmp_path, root, train, held_out):
+    folder = tmp_path / root
+    labelled(folder / f"{train}-00000-of-00002.parquet", 6)
+    labelled(folder / f"{train}-00001-of-00002.parquet", 6, first=6)
     labelled(folder / f"{held_out}.parquet", 4, first=50)
     data = load_images(str(folder))
     assert {mark for mark, _ in pairs(data, data.train)} == set(range(12))
     assert {mark for mark, _ in pairs(data, data.evaluation)} == set(range(50, 54))
+
+
+def test_parquet_files_that_name_no_split_are_one_set_and_beside_others_refused(tmp_path):
+    folder = tmp_path / "test"
+    labelled(folder / "contest-0.parquet", 6)
+    labelled(folder / "contest-1.parquet", 6, first=6)
+    data = load_images(str(folder), hold_out=False)
+    assert {mark for mark, _ in pairs(data, data.train)} == set(range(12)) and data.splits == {"train": "train"}
+    labelled(folder / "test.parquet", 4)
+    with pytest.raises(ValueError, match=r"some name a split .*test.parquet.* and 2 do not \(contest-0.parquet, ..."):
+        load_images(str(folder))
+    alone = labelled(tmp_path / "both" / "train_val.parquet", 4)
+    assert len(load_images(str(alone), hold_out=False).train) == 4
+    labelled(tmp_path / "both" / "test.parquet", 4)
+    with pytest.raises(ValueError, match="train_val.parquet speaks of the splits train and val: rename it"):
+        load_images(str(tmp_path / "both"))
 
 
 def test_set_without_a_test_split_holds_out_a_fixed_tenth(tmp_path):
@@ -374,6 +406,19 @@ def test_unknown_name_lists_the_table_and_suggests_close_names(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"'.*/nowhere' is no path") as raised:
         load_images(str(tmp_path / "nowhere"))
     assert "Did you mean" not in str(raised.value)
+
+
+def test_a_name_of_the_table_comes_before_a_folder_and_a_folder_before_a_revision(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    load_images("digits")
+    assert capsys.readouterr().err == ""
+    write_pictures(tmp_path / "digits", 2)
+    assert len(load_images("digits").train) == 1437
+    note = "note: digits is the data set of the table; the path ./digits is not read: give that if you mean it."
+    assert capsys.readouterr().err.strip() == note
+    assert len(load_images("./digits", hold_out=False).train) == 2 and capsys.readouterr().err == ""
+    write_pictures(tmp_path / "cifar10@home", 3)
+    assert len(load_images("cifar10@home", hold_out=False).train) == 3
 
 
 def test_local_set_without_its_folder_names_the_environment_variable(monkeypatch, tmp_path):

@@ -44,6 +44,37 @@ def test_pictures_of_all_splits_count_together(tmp_path):
     assert len(load_domains(str(tmp_path / "columns"), domain_column="domain").rows) == 36
 
 
+def test_a_domain_or_a_class_may_be_in_one_split_only(tmp_path):
+    parts = {
+        "train": [0, 1, 2, 3, 8, 9, 10, 11],
+        "val": [4, 5],
+        "test": [6, 7],
+    }  # val and test are of the second domain
+    for kind in (datasets.ClassLabel(names=DOMAINS), datasets.Value("string")):
+        for split, rows in parts.items():
+            table(domain_type=kind).select(rows).to_parquet(tmp_path / "columns" / f"{split}.parquet")
+        given = load_domains(str(tmp_path / "columns"), domain_column="domain")
+        assert (given.domain_names, given.class_names) == (sorted(DOMAINS), CLASSES)
+        assert torch.bincount(2 * given.domains + given.labels).tolist() == [2] * 6
+    for split, rows in {"train": [0, 1, 4, 5, 8, 9], "test": [2, 3, 6, 7, 10, 11]}.items():  # a class each
+        table().select(rows).to_parquet(tmp_path / "classes" / f"{split}.parquet")
+    assert load_domains(str(tmp_path / "classes"), domain_column="domain").class_names == CLASSES
+    write_pictures(tmp_path / "folder" / "train", [(0, label, number) for label in range(2) for number in range(2)])
+    write_pictures(tmp_path / "folder" / "test", [(1, label, number) for label in range(2) for number in range(2)])
+    given = load_domains(str(tmp_path / "folder"))
+    assert (given.domain_names, given.class_names) == (DOMAINS[:2], CLASSES)
+    assert torch.bincount(2 * given.domains + given.labels).tolist() == [2] * 4
+
+
+def test_classes_of_two_domains_that_differ_by_spelling_only_are_refused(tmp_path):
+    write_pictures(tmp_path, places(range(2)))
+    folder = tmp_path / DOMAINS[2] / CLASSES[1]
+    folder.rename(folder.with_name(CLASSES[1].upper()))
+    with pytest.raises(ValueError, match=f"class folders .'{CLASSES[1].upper()}', '{CLASSES[1]}'. .*by spelling only"):
+        load_domains(str(tmp_path))
+    assert load_domains(str(tmp_path), labelled=False).domain_names == DOMAINS
+
+
 def test_of_two_splits_the_fingerprint_is_that_of_train_and_evaluation(tmp_path):
     """Features that are kept stay good."""
     for number, split in enumerate(["train", "test"]):
@@ -56,7 +87,7 @@ def test_of_two_splits_the_fingerprint_is_that_of_train_and_evaluation(tmp_path)
 def test_splits_whose_classes_have_other_names_are_refused(tmp_path):
     for split in SPLITS:
         table(CLASSES[::-1] if split == "test" else CLASSES).to_parquet(tmp_path / f"{split}.parquet")
-    with pytest.raises(ValueError, match=r"the splits 'val' and 'test' of .* differ in the columns \['label'\]"):
+    with pytest.raises(ValueError, match=r"the splits 'val' and 'test' of .* differ in the column 'label'"):
         load_domains(str(tmp_path), domain_column="domain")
 
 

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from kills import die_at_rename
-from pictures import CLASSES, noise, write_pictures
+from pictures import CLASSES, encoded, noise, write_parquet, write_pictures
 from PIL import Image
 from tiny_encoders import save_ours
 
@@ -76,6 +77,42 @@ def test_datasets_reads_the_folder_and_a_shard_with_classes_and_fixed_width(whol
         assert loaded.features["embedding"] == datasets.List(datasets.Value("float32"), length=16)
         assert len(loaded) == (2 if loaded is one else 23)
         assert loaded[1]["file"] == "cat/002.png" and loaded[1]["row"] == 1 and loaded[1]["label"] == 0
+
+
+def test_every_split_is_embedded_and_what_is_left_out_is_named(encoder, tmp_path):
+    counts = {"train": 4, "val": 2, "test": 3}
+    for split, count in counts.items():
+        write_pictures(tmp_path / "set" / split, count)
+    write_pictures(tmp_path / "set" / "test" / "more", 1)  # a class of the test split only: test/more/cat/000.png
+    (tmp_path / "set" / "notes.txt").write_text("mine")
+    table = embed_images(EmbedJob(str(encoder), str(tmp_path / "set"), str(tmp_path / "out")))
+    found = [(split, file.split("/")[0]) for split, file in zip(table.splits, table.files, strict=True)]
+    assert found == [("train", "train")] * 4 + [("evaluation", "val")] * 2 + [("evaluation", "test")] * 4
+    assert [table.class_names[label] for label in table.labels] == [file.split("/")[1] for file in table.files]
+    assert table.manifest["splits"] == {"train": 4, "evaluation": 6}
+    assert table.manifest["split_names"] == {"train": "train", "evaluation": "validation + test"}
+    assert table.manifest["left_out"] == {".txt files": 1}
+    picture = table.pictures([9])[0]
+    assert table.files[9] == "test/more/cat/000.png" and (np.asarray(picture) == noise(0, 16, 16)).all()
+    images = [{"bytes": encoded(noise(i, 16, 16)), "path": None} for i in range(3)]
+    names = datasets.ClassLabel(names=CLASSES)
+    for split in ("train", "val"):
+        write_parquet(tmp_path / "rows" / f"{split}.parquet", images, label=([0, 1, 1], names))
+    write_parquet(tmp_path / "rows" / "test.parquet", images, caption=(["a"] * 3, datasets.Value("string")))
+    table = embed_images(EmbedJob(str(encoder), str(tmp_path / "rows"), str(tmp_path / "unlabelled")))
+    assert table.labels.tolist() == [0, 1, 1] * 2 + [-1] * 3
+
+
+def test_files_are_relative_to_the_folder_however_it_is_given(encoder, tmp_path, monkeypatch):
+    write_pictures(tmp_path / "real" / "set", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "link")
+    given = ["set", "./set/", str(tmp_path / "real" / "set"), str(tmp_path / "link" / "set"), "set/../set"]
+    for number, folder in enumerate(given):
+        table = embed_images(EmbedJob(str(encoder), folder, str(tmp_path / f"out-{number}")))
+        assert table.files == ["cat/000.png", "dog/001.png"]
+    monkeypatch.chdir(tmp_path / "real" / "set")
+    assert embed_images(EmbedJob(str(encoder), ".", str(tmp_path / "here"))).files == ["cat/000.png", "dog/001.png"]
 
 
 @pytest.mark.extended
