@@ -308,15 +308,17 @@ def test_unreadable_picture_is_an_error_that_names_row_set_and_file(make):
             assert re.search(f"{message}.*--on_bad_image skip", found)
 
 
-def test_preloading_drops_and_counts_unreadable_pictures(make):
-    source = make("preloaded", broken=[0, 9, 26], on_bad_image="skip", batch_size=6)
-    assert list(source.skipped) == ["train row 0", "train row 9", "train row 26"]
+def test_preloading_counts_unreadable_pictures_and_gives_the_batches_of_a_table_that_is_not_preloaded(make):
+    broken = [0, 9, 10, 26]
+    source = make("preloaded", broken=broken, on_bad_image="skip", batch_size=6)
+    assert list(source.skipped) == [f"train row {number}" for number in broken]
     assert all("broken.png" in reason for reason in source.skipped.values())
-    assert source.steps_per_epoch == 4 and len(source.table) == 24
-    batches = take(source, 4)
-    assert sorted(marks(batches)) == [i for i in range(27) if i not in (0, 9, 26)]
-    assert [mark % 3 for mark in marks(batches)] == torch.cat([batch["labels"] for batch in batches]).tolist()
+    assert source.steps_per_epoch == 4 and source.num_images == 27
+    batches = take(source, 12)
     assert not any(batch["skipped"] for batch in batches)
+    read = take(make("table", broken=broken, on_bad_image="skip", batch_size=6), 12)
+    assert set().union(*(batch["skipped"] for batch in read)) == set(broken)
+    assert_same(batches, [batch | {"skipped": {}} for batch in read])
 
 
 def test_unreadable_row_is_replaced_by_the_next_readable_one(make):
@@ -360,9 +362,11 @@ def test_fewer_images_than_one_batch_of_all_processes_is_an_error(make):
         assert len(take(make(kind, batch_size=13, process=(0, 2)), 2)) == 2
 
 
-def test_pictures_left_after_skipping_must_fill_a_batch(make):
-    with pytest.raises(ValueError, match=r"holds 3 images, fewer than one batch of all processes \(4 x 1\)"):
-        make("preloaded", 4, broken=[2], on_bad_image="skip")
+def test_rows_must_fill_a_batch_whether_preloaded_or_not(make):
+    for kind in ("preloaded", "table"):
+        with pytest.raises(ValueError, match=r"holds 3 images, fewer than one batch of all processes \(4 x 1\)"):
+            make(kind, 3, broken=[2], on_bad_image="skip")
+        assert make(kind, 4, broken=[2], on_bad_image="skip").steps_per_epoch == 1
 
 
 def test_on_bad_image_must_be_known(make):
