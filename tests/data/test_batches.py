@@ -139,6 +139,36 @@ def test_two_processes_with_two_workers_read_each_picture_of_a_stream_once(make)
     assert sorted(marks(halves[0]) + marks(halves[1])) == list(range(28))
 
 
+def folders_by_class(tmp_path) -> list[str]:
+    """A folder of images and one of save_to_disk, of 4 classes with 256 times the same picture, class by class."""
+    classes = ["a", "b", "c", "d"]
+    for name in classes:
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        (tmp_path / "folder" / name / "0.png").write_bytes(row(0)["bytes"])
+        for number in range(1, 256):
+            os.link(tmp_path / "folder" / name / "0.png", tmp_path / "folder" / name / f"{number}.png")
+    features = datasets.Features({"image": datasets.Image(), "label": ClassLabel(names=classes)})
+    columns = {"image": [row(0)] * 1024, "label": [number // 256 for number in range(1024)]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    return [str(tmp_path / "folder"), str(tmp_path / "saved")]
+
+
+def test_the_stream_of_a_folder_mixes_its_classes_has_shards_for_readers_and_goes_on_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dpssl.data.batches._SHUFFLE_BUFFER", 64)
+    for name in folders_by_class(tmp_path):
+        for reading, num_workers in (("whole", 0), ("shards", 2)):
+            data = load_images(name, streaming=True)
+            assert data.train.num_shards == 4
+            options = dict(image_size=8, batch_size=32, seed=0, stream_reading=reading, num_workers=num_workers)
+            source = ImageSource(data, **options)
+            batches = list(islice(source.loader(), 34))
+            counts = torch.stack([batch["labels"].bincount(minlength=4) for batch in batches])
+            assert (counts > 0).sum(1).min() >= 3 and counts[:32].sum(0).tolist() == [256] * 4
+            readers = dict(batch["reader"] for batch in batches[:21]) if reading == "shards" else None
+            again = ImageSource(load_images(name, streaming=True), **options)
+            assert_same(list(islice(again.loader((0, 21), readers), 13)), batches[21:])
+
+
 def counted_stream(folder, shards: int, rows: int):
     """A set of one picture, `shards` times `rows` times, whose every row leaves a mark where it is read."""
     picture = row(0)
