@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> Path:
     augmentation = PRESETS[args.augmentation or data.entry.augmentation]
     views = TwoViews(augmentation, mean, std, args.seed, mode=args.augmentation_mode)
     source = ImageSource.from_arguments(data, args, accelerator, image_size, views)
-    total_steps = args.max_train_steps or args.num_train_epochs * source.steps_per_epoch
+    total_steps = args.max_train_steps
+    if total_steps is None:
+        total_steps = args.num_train_epochs * source.steps_per_epoch
 
     # Model
     if args.negatives == "queue":

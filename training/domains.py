@@ -54,7 +54,9 @@ _DECIDING = (
     "tolerance_ratio",
     "mixed_precision",
 )  # with the inputs and weights themselves
+_VIEWS = "by the cell's seed and the domain"  # of fine-tuning; before, by the first seed of the command alone
 _FLAGS_OF = {"data": "pictures", "encoder_weights": "--encoder", "every_target": "--selection (leave_one_domain_out)"}
+_FLAGS_OF |= {"views": "random views"}
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> Path:
     cells = plan(args, numbers, len(tensors.names))
     decided = {name: getattr(args, name) for name in _DECIDING}
     decided |= {"data": tensors.digest(), "every_target": every_target, "encoder_weights": fingerprint(encoder)}
+    decided |= {"views": _VIEWS} if encoder is not None else {}
     missing = check(cells, folder, decided, args)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -119,7 +122,7 @@ def load(args: DomainsArguments, device: torch.device) -> tuple[DomainTensors, P
         reading = {"batch_size": args.batch_size, "on_bad_image": args.on_bad_image}
         tensors = feature_tensors(embedder, given, cache=Path(args.output_dir) / "features", **reading)
     else:
-        encoder = PretrainedEncoder(embedder, args.seed) if embedder is not None else None
+        encoder = PretrainedEncoder(embedder) if embedder is not None else None
         size = args.image_size or (encoder.size if encoder is not None else _IMAGE_SIZE)
         tensors = picture_tensors(given, size, args.on_bad_image)
     whole = account(args.dataset, given)

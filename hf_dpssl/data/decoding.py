@@ -84,7 +84,7 @@ def decode_image(value: object) -> Image.Image:
     except UnidentifiedImageError as error:
         what = value if isinstance(value, str) else f"{value.getbuffer().nbytes} bytes from {value.getvalue()[:8]} on"
         raise ValueError(f"no picture format that Pillow can read ({what})") from error
-    except (OSError, SyntaxError, TypeError, NotImplementedError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, RuntimeError, Image.DecompressionBombError) as error:  # AVIF: RuntimeError
         raise ValueError(str(error)) from error
 
 
@@ -95,7 +95,7 @@ def picture_size(value: object) -> tuple[int, int] | None:
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
             return image.size
-    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, RuntimeError, Image.DecompressionBombError):
         return None
 
 

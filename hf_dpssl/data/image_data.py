@@ -32,6 +32,7 @@ from .classes import NoClasses, columns_of, label_candidates, relabel_all, with_
 from .content import content_digest
 from .digits import load_digits
 from .folder_scan import SPLITS, FolderScan, scan_folder, split_words
+from .keyed_random import permutation
 from .subsets import random_rows
 from .tars import check_tars, with_json_labels
 
@@ -40,6 +41,8 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _HELD_OUT_SHARE = 0.1  # of a data set that has one split only
+_MOST_SHARDS = 64  # of a stream of rows that lie here: readers (processes x workers) that can have their own
+_ROWS_OF_A_SHARD = 256  # at least
 _EVALUATION_SPLITS = (*SPLITS["validation"], *SPLITS["test"])
 
 
@@ -332,7 +335,14 @@ def _saved_to_disk(path: Path, streaming: bool) -> dict:
             "or save it again."
         ) from error
     splits = dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
-    return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
+    return {name: _shuffled_stream(split) for name, split in splits.items()} if streaming else splits
+
+
+def _shuffled_stream(split: Dataset) -> IterableDataset:
+    """The rows in one random order, and in shards: those of a folder lie by class, which no buffer would mix."""
+    order = permutation(len(split), seed=0, epoch=0).numpy()
+    rows = split.select(order, indices_cache_file_name=_temporary_file())
+    return rows.to_iterable_dataset(max(1, min(_MOST_SHARDS, len(rows) // _ROWS_OF_A_SHARD)))
 
 
 def _scanned_splits(scan: FolderScan, streaming: bool) -> dict:
@@ -346,7 +356,7 @@ def _scanned_splits(scan: FolderScan, streaming: bool) -> dict:
         split = Dataset.from_dict({column: columns[column] for column in features}, features=features)
         splits[name] = _mapped(split)
         splits[name]._fingerprint = _fingerprint_of_files(split._fingerprint, columns["image"])
-    return {name: split.to_iterable_dataset() for name, split in splits.items()} if streaming else splits
+    return {name: _shuffled_stream(split) for name, split in splits.items()} if streaming else splits
 
 
 def _mapped(split: Dataset) -> Dataset:

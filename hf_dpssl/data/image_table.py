@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 
@@ -61,6 +62,7 @@ class ImageTable(torch.utils.data.Dataset):
         self.skipped: dict[str, str] = {}  # unreadable rows met by `preload` and `evaluation_batches`
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
+        self._unreadable: frozenset[int] = frozenset()  # rows of `images` that hold the next readable one
 
     def __len__(self) -> int:
         return len(self.split)
@@ -70,7 +72,7 @@ class ImageTable(torch.utils.data.Dataset):
         return self.data.random_rows(self.split, limit)
 
     def preload(self, max_bytes: int, show_progress: bool = True, *, together: bool = False) -> dict[int, str]:
-        """Decode everything once if it fits into `max_bytes`; returns {row: reason} of rows dropped by "skip".
+        """Decode everything once if it fits into `max_bytes`; returns {row: reason} of rows replaced by "skip".
 
         `together`: all processes of the launch call this; those of a machine decode a share each, into one memory.
         """
@@ -96,10 +98,11 @@ class ImageTable(torch.utils.data.Dataset):
             raise BadImageError(bad[min(bad)])
         if len(bad) == count:
             raise BadImageError(f"none of the {len(bad)} images of {self.data.name!r} can be read: {bad.get(0)}")
-        if bad:
-            kept = [row for row in range(count) if row not in bad]
-            self.split = self.split.select(kept)
-            images, labels = images[kept], labels[kept]
+        readable = [row for row in range(count) if row not in bad]
+        for row in bad:  # as `_readable`, so that batches do not depend on whether the images fit into memory
+            taken = readable[bisect(readable, row) % len(readable)]
+            images[row], labels[row] = images[taken], labels[taken]
+        self._unreadable = frozenset(bad)
         self.images = images
         self.labels = labels
         return bad
@@ -138,7 +141,8 @@ class ImageTable(torch.utils.data.Dataset):
     def readable_batch(self, rows: Sequence[int]) -> dict | None:
         """Those of the rows that can be read, none twice; keys as in `__getitems__`, None when none can be read."""
         if self.images is not None:
-            return self.__getitems__([(0, row) for row in rows])
+            items = [(0, row) for row in rows if row not in self._unreadable]
+            return self.__getitems__(items) if items else None
         kept = []
         images = []
         labels = []

@@ -36,8 +36,8 @@ class Encoder(Protocol):
     def normalized(self, images: Tensor) -> Tensor:
         """pixel_values of uint8 pictures (n, 3, H, W)."""
 
-    def augmented(self, images: Tensor, rows: Tensor, step: int) -> Tensor:
-        """pixel_values of random views of uint8 pictures (n, 3, H, W)."""
+    def augmented(self, images: Tensor, rows: Tensor, step: int, *, seed: int, domain: int) -> Tensor:
+        """pixel_values of random views of uint8 pictures (n, 3, H, W), a function of all that is given."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Cell:
     Args:
         algorithm: of `choices.ALGORITHMS`, or one of `choices.SOUPS`, which is made of erm's runs.
         targets: domains held out, by number: one, or two for leave-one-domain-out selection.
-        draw: of hyper-parameters. seed: of split, weights and order.
+        draw: of hyper-parameters. seed: of split, weights, order and views.
     """
 
     algorithm: str
@@ -194,7 +194,7 @@ class Trainer:
             rows = splits[domain][0][torch.from_numpy(random.integers(0, len(splits[domain][0]), given.batch_size))]
             inputs, labels = self.tensors.inputs[domain][rows], self.tensors.labels[domain][rows]
             if self.protocol == "fine_tune":
-                inputs = self.encoder.augmented(self._sent(inputs), rows, step)
+                inputs = self.encoder.augmented(self._sent(inputs), rows, step, seed=cell.seed, domain=domain)
             else:
                 inputs = prepare(inputs)
             found.append((inputs, self._sent(labels)))

@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..data import keyed_random
 from ..data.batches import evaluation_batches
 from ..data.image_table import ImageTable
 from ..data.views import Augmentation, TwoViews
@@ -61,14 +62,12 @@ class PretrainedEncoder:
 
     Args:
         embedder: the encoder.
-        seed: of the random views.
     """
 
-    def __init__(self, embedder: ImageEmbedder, seed: int):
+    def __init__(self, embedder: ImageEmbedder):
         self.embedder = embedder
-        mean, std, self.size = normalisation(embedder)
+        *self._statistics, self.size = mean, std, _ = normalisation(embedder)
         self.mean, self.std = (torch.tensor(part, device=embedder.device).view(3, 1, 1) for part in (mean, std))
-        self.views = TwoViews(_VIEWS, mean, std, seed)
 
     def tuned(self, extra_channels: int) -> tuple[TunedEncoder, int]:
         """A copy that learns, and the width of its features."""
@@ -79,6 +78,7 @@ class PretrainedEncoder:
         """pixel_values of uint8 pictures (n, 3, S, S)."""
         return (images.float() / 255 - self.mean) / self.std
 
-    def augmented(self, images: Tensor, rows: Tensor, step: int) -> Tensor:
-        """pixel_values of a random view of each uint8 picture (n, 3, S, S), by its row and the step."""
-        return self.views(images, rows.to(images.device, non_blocking=True), step)[0]
+    def augmented(self, images: Tensor, rows: Tensor, step: int, *, seed: int, domain: int) -> Tensor:
+        """pixel_values of a random view of each uint8 picture (n, 3, S, S), by seed, domain, its row and the step."""
+        views = TwoViews(_VIEWS, *self._statistics, keyed_random.derive_seed(seed, "domain", domain))
+        return views(images, rows.to(images.device, non_blocking=True), step)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..data.choices import AUGMENTATIONS, MODES
 from ..models.choices import BATCH_NORMS, FEATURE_NORMS, KERNELS, MOMENTUM_SCHEDULES, NORMALIZATIONS, STEMS
@@ -11,6 +11,7 @@ from .flags import option
 from .recipe import RunArguments
 
 _FEW = 16  # dimensions
+_OF_QUEUE = ("queue_size", "momentum", "momentum_schedule")
 
 
 @dataclass
@@ -31,14 +32,18 @@ class ContrastiveArguments(RunArguments):
     temperature: str | None = option(
         None, "divides the cosine or the squared distance; auto: set by --perplexity; default: auto, with cosine 0.2"
     )
-    perplexity: float | None = option(None, "of Q, as a share of the candidates, with --temperature auto")
+    perplexity: float | None = option(
+        None, "of Q, as a share of the candidates, in (0, 1); with --temperature auto only"
+    )
     dof: float = option(5.0, "degrees of freedom of the Student-t kernel")
     learnable_dof: bool = option(False, "train the degrees of freedom too")
     sigreg_weight: float = option(
         0.0, "LeJEPA with this weight of SIGReg, in (0, 1), in place of a contrastive loss; kernel and temperature rest"
     )
-    queue_size: int | None = option(None, "negatives of MoCo; default: up to half of the data set's images")
-    momentum: float = option(0.999, "share of the old key encoder kept at each step of MoCo")
+    queue_size: int | None = option(
+        None, "negatives of --negatives queue; default: up to half of the data set's images"
+    )
+    momentum: float = option(0.999, "share of the old key encoder kept at each step, with --negatives queue")
     momentum_schedule: str = option("constant", "or cosine: from --momentum to 1", choices=MOMENTUM_SCHEDULES)
     architecture: str = option("resnet10t", "timm model")
     model_args: str | None = option('{"channels": [32, 64, 128, 256]}', "JSON keyword arguments of timm.create_model")
@@ -81,7 +86,16 @@ class ContrastiveArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("num_train_epochs", "max_train_steps", "knn_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.learning_rate >= 0:
+            raise ValueError(f"--learning_rate must not be negative, got {self.learning_rate}.")
         self._check_model_args()
+        given = [field for field in fields(ContrastiveArguments) if field.name in _OF_QUEUE]
+        given = [field.name for field in given if getattr(self, field.name) != field.default]
+        if given and self.negatives != "queue":
+            raise ValueError(f"--{given[0]} is of --negatives queue: leave it out, or give that.")
         # Chosen over data sets and dimensions that nobody tuned: training/evidence/defaults.py.
         cosine = self.kernel == "cosine"
         if self.normalization is None:
@@ -99,6 +113,8 @@ class ContrastiveArguments(RunArguments):
                 self.temperature = float(self.temperature)
             except ValueError:
                 raise ValueError(f"--temperature must be a number or auto, got {self.temperature!r}.") from None
+        if self.perplexity is not None and self.temperature != "auto":
+            raise ValueError(f"--perplexity is of --temperature auto, which is {self.temperature}: leave it out.")
         if self.gradient_accumulation_steps > 1:
             raise ValueError(
                 "--gradient_accumulation_steps > 1 would change the loss: negatives come from one batch (or, with a "
@@ -155,6 +171,9 @@ class MapArguments(ContrastiveArguments):
         for name in ("stage_1_epochs", "stage_2_epochs", "stage_3_epochs", "page_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("warmup_epochs", "stage_3_share"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
         if self.streaming or self.max_train_steps is not None or self.negatives == "queue":
             raise ValueError(
                 "a map counts epochs, over negatives from the batch: leave out --streaming, --max_train_steps and "

@@ -105,8 +105,9 @@ class RunArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         if self.checkpoints_total_limit < 1:
             raise ValueError(f"--checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit}.")
-        if self.seed < 0:
-            raise ValueError(f"--seed must not be negative, got {self.seed}.")
+        for name in ("seed", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
 
 
 def make_parser(arguments_class: type, description: str, **settings) -> FlagParser:

@@ -139,6 +139,36 @@ def test_two_processes_with_two_workers_read_each_picture_of_a_stream_once(make)
     assert sorted(marks(halves[0]) + marks(halves[1])) == list(range(28))
 
 
+def folders_by_class(tmp_path) -> list[str]:
+    """A folder of images and one of save_to_disk, of 4 classes with 256 times the same picture, class by class."""
+    classes = ["a", "b", "c", "d"]
+    for name in classes:
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        (tmp_path / "folder" / name / "0.png").write_bytes(row(0)["bytes"])
+        for number in range(1, 256):
+            os.link(tmp_path / "folder" / name / "0.png", tmp_path / "folder" / name / f"{number}.png")
+    features = datasets.Features({"image": datasets.Image(), "label": ClassLabel(names=classes)})
+    columns = {"image": [row(0)] * 1024, "label": [number // 256 for number in range(1024)]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    return [str(tmp_path / "folder"), str(tmp_path / "saved")]
+
+
+def test_the_stream_of_a_folder_mixes_its_classes_has_shards_for_readers_and_goes_on_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dpssl.data.batches._SHUFFLE_BUFFER", 64)
+    for name in folders_by_class(tmp_path):
+        for reading, num_workers in (("whole", 0), ("shards", 2)):
+            data = load_images(name, streaming=True)
+            assert data.train.num_shards == 4
+            options = dict(image_size=8, batch_size=32, seed=0, stream_reading=reading, num_workers=num_workers)
+            source = ImageSource(data, **options)
+            batches = list(islice(source.loader(), 34))
+            counts = torch.stack([batch["labels"].bincount(minlength=4) for batch in batches])
+            assert (counts > 0).sum(1).min() >= 3 and counts[:32].sum(0).tolist() == [256] * 4
+            readers = dict(batch["reader"] for batch in batches[:21]) if reading == "shards" else None
+            again = ImageSource(load_images(name, streaming=True), **options)
+            assert_same(list(islice(again.loader((0, 21), readers), 13)), batches[21:])
+
+
 def counted_stream(folder, shards: int, rows: int):
     """A set of one picture, `shards` times `rows` times, whose every row leaves a mark where it is read."""
     picture = row(0)
@@ -308,15 +338,17 @@ def test_unreadable_picture_is_an_error_that_names_row_set_and_file(make):
             assert re.search(f"{message}.*--on_bad_image skip", found)
 
 
-def test_preloading_drops_and_counts_unreadable_pictures(make):
-    source = make("preloaded", broken=[0, 9, 26], on_bad_image="skip", batch_size=6)
-    assert list(source.skipped) == ["train row 0", "train row 9", "train row 26"]
+def test_preloading_counts_unreadable_pictures_and_gives_the_batches_of_a_table_that_is_not_preloaded(make):
+    broken = [0, 9, 10, 26]
+    source = make("preloaded", broken=broken, on_bad_image="skip", batch_size=6)
+    assert list(source.skipped) == [f"train row {number}" for number in broken]
     assert all("broken.png" in reason for reason in source.skipped.values())
-    assert source.steps_per_epoch == 4 and len(source.table) == 24
-    batches = take(source, 4)
-    assert sorted(marks(batches)) == [i for i in range(27) if i not in (0, 9, 26)]
-    assert [mark % 3 for mark in marks(batches)] == torch.cat([batch["labels"] for batch in batches]).tolist()
+    assert source.steps_per_epoch == 4 and source.num_images == 27
+    batches = take(source, 12)
     assert not any(batch["skipped"] for batch in batches)
+    read = take(make("table", broken=broken, on_bad_image="skip", batch_size=6), 12)
+    assert set().union(*(batch["skipped"] for batch in read)) == set(broken)
+    assert_same(batches, [batch | {"skipped": {}} for batch in read])
 
 
 def test_unreadable_row_is_replaced_by_the_next_readable_one(make):
@@ -360,9 +392,11 @@ def test_fewer_images_than_one_batch_of_all_processes_is_an_error(make):
         assert len(take(make(kind, batch_size=13, process=(0, 2)), 2)) == 2
 
 
-def test_pictures_left_after_skipping_must_fill_a_batch(make):
-    with pytest.raises(ValueError, match=r"holds 3 images, fewer than one batch of all processes \(4 x 1\)"):
-        make("preloaded", 4, broken=[2], on_bad_image="skip")
+def test_rows_must_fill_a_batch_whether_preloaded_or_not(make):
+    for kind in ("preloaded", "table"):
+        with pytest.raises(ValueError, match=r"holds 3 images, fewer than one batch of all processes \(4 x 1\)"):
+            make(kind, 3, broken=[2], on_bad_image="skip")
+        assert make(kind, 4, broken=[2], on_bad_image="skip").steps_per_epoch == 1
 
 
 def test_on_bad_image_must_be_known(make):

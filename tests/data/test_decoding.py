@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from pictures import encoded, noise
-from PIL import Image
+from PIL import Image, features
 from torchvision.transforms.v2 import functional as F
 
-from hf_dpssl.data.decoding import crop_to_tensor, decode_image, to_rgb, to_square_tensor
+from hf_dpssl.data.decoding import crop_to_tensor, decode_image, picture_size, to_rgb, to_square_tensor
 
 GREY = np.array([[0, 100, 255]], np.uint8)
 DEEP = np.array([[0, 32768, 65535]], np.uint16)
@@ -201,6 +201,22 @@ def test_random_damage_never_raises_anything_but_value_errors():
             assert str(error)
             refused += 1
     assert 50 < refused < 400
+
+
+def test_damaged_avif_is_a_value_error_and_may_have_a_size_or_none():
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    whole, refused = encoded(noise(4, 64, 64), "AVIF"), 0
+    for place in range(whole.index(b"mdat") + 30):  # the head, and how the pixels begin
+        data = bytearray(whole)
+        data[place] = 0
+        assert picture_size(bytes(data)) is None or len(picture_size(bytes(data))) == 2
+        try:
+            assert decode_image(bytes(data)).mode == "RGB"
+        except ValueError as error:
+            assert str(error)
+            refused += 1
+    assert refused > 50
 
 
 def test_square_tensor_of_the_right_size_is_the_picture_itself():

@@ -117,7 +117,7 @@ def test_an_encoder_is_fine_tuned_from_its_own_weights(pictures, encoder, tmp_pa
     results, cells = read(tmp_path)
     assert [row["domains"].keys() for row in results["rows"]] == [{"light"}] * 4 and len(cells) == 2
     embedder = ImageEmbedder(str(encoder), device="cpu")
-    pretrained = PretrainedEncoder(embedder, seed=0)
+    pretrained = PretrainedEncoder(embedder)
     images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     pixel_values = pretrained.normalized(images)
     as_pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
@@ -130,9 +130,28 @@ def test_an_encoder_is_fine_tuned_from_its_own_weights(pictures, encoder, tmp_pa
         features.sum().backward()
         assert all(parameter.grad is not None for parameter in tuned.parameters())
     assert not any(parameter.requires_grad for parameter in embedder.model.parameters())  # the copies learn
-    views = pretrained.augmented(images, torch.arange(4), 3)
-    assert torch.equal(views, pretrained.augmented(images, torch.arange(4), 3)) and views.shape == pixel_values.shape
-    assert not torch.equal(views, pretrained.augmented(images, torch.arange(4), 4))
+    rows = torch.arange(4)
+    views = pretrained.augmented(images, rows, 3, seed=0, domain=1)
+    assert torch.equal(views, pretrained.augmented(images, rows, 3, seed=0, domain=1))
+    assert views.shape == pixel_values.shape
+    for step, seed, domain in [(4, 0, 1), (3, 1, 1), (3, 0, 2), (3, 1, 0)]:
+        assert not torch.equal(views, pretrained.augmented(images, rows, step, seed=seed, domain=domain))
+
+
+def test_a_fine_tuned_run_is_a_function_of_its_own_seed(pictures, encoder, tmp_path, run_script):
+    flags = ["--dataset", pictures, "--encoder", encoder, "--algorithms", "erm", "--targets", "light", "--steps", 2]
+    flags += ["--evaluation_steps", 1, "--output_dir"]
+    run_script("domains", [*flags, tmp_path / "two", "--seeds", 2])
+    run_script("domains", [*flags, tmp_path / "second", "--seed", 1])
+    (_, two), (_, second) = read(tmp_path / "two"), read(tmp_path / "second")
+    (name,) = second
+    assert len(two) == 2 and second[name] == two[name]
+    file = tmp_path / "second" / "cells" / name
+    cell = json.loads(file.read_text())
+    assert cell["decided"].pop("views")  # as of runs whose views were by the first seed of their command
+    file.write_text(json.dumps(cell))
+    with pytest.raises(ValueError, match="was made with other random views: give another --output_dir"):
+        run_script("domains", [*flags, tmp_path / "second", "--seed", 1])
 
 
 def test_without_arguments_digits_are_learned_from_scratch(tmp_path, run_script):

@@ -17,7 +17,7 @@ from hf_dpssl.autoencoder.choices import ARMS
 from hf_dpssl.data.batches import load_images_for
 from hf_dpssl.latent_training.gan_arguments import GANArguments
 from hf_dpssl.models.modeling_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
-from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments
+from hf_dpssl.runs.contrastive_arguments import ContrastiveArguments, MapArguments
 from hf_dpssl.runs.recipe import parse
 
 SMALL = ["--encoder_channels", "8", "16", "--decoder_channels", "8", "16", "--auxiliary_channels", "8", "8"]
@@ -58,6 +58,44 @@ def test_perplexity_is_that_of_the_pretraining_model():
     args = parse(ContrastiveArguments, ["--temperature", "auto", "--perplexity", "0.3"], "")
     model = contrastive.make_model(args, 16, [0.5] * 3, [0.5] * 3)
     assert model.config.temperature == "auto" and model.config.perplexity == 0.3
+
+
+@for_each(
+    "arguments, flags, message",
+    [
+        (ContrastiveArguments, "--num_train_epochs 0", "--num_train_epochs must be at least 1, got 0"),
+        (ContrastiveArguments, "--max_train_steps 0", "--max_train_steps must be at least 1, got 0"),
+        (ContrastiveArguments, "--max_train_steps -3", "--max_train_steps must be at least 1, got -3"),
+        (ContrastiveArguments, "--knn_k 0", "--knn_k must be at least 1, got 0"),
+        (ContrastiveArguments, "--learning_rate -1", "--learning_rate must not be negative, got -1.0"),
+        (ContrastiveArguments, "--learning_rate nan", "--learning_rate must not be negative, got nan"),
+        (ContrastiveArguments, "--warmup_steps -1", "--warmup_steps must not be negative, got -1"),
+        (VQArguments, "--warmup_steps -1", "--warmup_steps must not be negative, got -1"),
+        (MapArguments, "--warmup_epochs -1", "--warmup_epochs must not be negative, got -1"),
+        (MapArguments, "--stage_3_share -1", "--stage_3_share must not be negative, got -1.0"),
+    ],
+)
+def test_numbers_with_which_nothing_is_learned_are_refused(arguments, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments, flags.split(), "")
+    assert message in capsys.readouterr().err
+
+
+@for_each(
+    "flags, message",
+    [
+        ("--temperature 2 --perplexity 0.1", "--perplexity is of --temperature auto, which is 2.0: leave it out"),
+        ("--kernel cosine --perplexity 0.1", "--perplexity is of --temperature auto, which is 0.2: leave it out"),
+        ("--queue_size 512", "--queue_size is of --negatives queue: leave it out"),
+        ("--momentum 0.99", "--momentum is of --negatives queue: leave it out"),
+        ("--momentum_schedule cosine", "--momentum_schedule is of --negatives queue: leave it out"),
+    ],
+)
+def test_contrastive_flags_that_would_do_nothing_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(ContrastiveArguments, flags.split(), "")
+    assert message in capsys.readouterr().err
+    parse(ContrastiveArguments, [*flags.split(), "--negatives", "queue", "--temperature", "auto"], "")
 
 
 def test_revision_of_a_hub_data_set_is_asked_for(monkeypatch):

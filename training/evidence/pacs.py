@@ -136,7 +136,7 @@ def measure_speed(folder: Path) -> None:
         embedded = time.process_time()
         leave_one_domain_out(features, given.labels[kept], given.domains[kept])
         ranked = time.process_time()
-        encoder = PretrainedEncoder(embedder, 0)
+        encoder = PretrainedEncoder(embedder)
         tensors = picture_tensors(given, encoder.size)
         needed = []
         for steps in (21, 121):
