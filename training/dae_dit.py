@@ -30,6 +30,7 @@ from diffusers import DiTTransformer2DModel, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.generation.interval_channel import with_interval
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     loop = TrainingLoop(
         args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data,
-        sources={"autoencoder": pipeline.config.vae_fingerprint},
+        sources=latent_codec.sources(autoencoder),
     )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     best = {"monitor": monitor} if monitor else {}

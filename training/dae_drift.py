@@ -32,6 +32,7 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.contrastive import drift_loss
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     loop = TrainingLoop(
         args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data,
-        sources={"autoencoder": pipeline.config.vae_fingerprint},
+        sources=latent_codec.sources(autoencoder),
     )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     best = {"monitor": monitor} if monitor else {}
