@@ -219,12 +219,13 @@ def save(
     target = Path(args.output_dir) / args.name
     if loop.accelerator.is_main_process:
         ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
-        metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
+        metrics, judged = {}, {"samples": {}}
+        about = lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
         if monitor and monitor.metrics:
-            metrics = monitor.metrics
+            metrics, judged = monitor.metrics, monitor.judged()
             about |= monitor.summary(loop)
         about["curve"] = logged_curve(loop.history, "error" if args.objective == "mean_flow" else "loss")
-        about["samples"] = {"train": num_latents}
+        about |= judged | {"samples": {"train": num_latents} | judged["samples"]}
         with atomic_folder(target) as folder:
             pipeline.save_pretrained(folder)
             save_recipe(args, folder / "recipe.yaml")

@@ -175,13 +175,14 @@ def save(
     if loop.accelerator.is_main_process:
         ancestors = {"autoencoder": autoencoder_folder, "initial transformer": args.init_from}
         ancestors |= {f"features of the field, {i + 1}": name for i, name in enumerate(args.encoders)}
-        metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
+        metrics, judged = {}, {"samples": {}}
+        about = lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
         if monitor and monitor.metrics:
-            metrics = monitor.metrics
+            metrics, judged = monitor.metrics, monitor.judged()
             about |= monitor.summary(loop)
         about["curve"] = logged_curve(loop.history, "two_sample")  # the loss is flat by construction
         about["progress"] = [entry for entry in loop.history if "spread" in entry][-1]
-        about["samples"] = {"train": num_latents}
+        about |= judged | {"samples": {"train": num_latents} | judged["samples"]}
         with atomic_folder(target) as folder:
             pipeline.save_pretrained(folder)
             save_recipe(args, folder / "recipe.yaml")
