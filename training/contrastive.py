@@ -31,6 +31,7 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 
 from hf_dpssl import evaluation
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.contrastive.backbone_check import check_backbone, fitting_model_args
 from hf_dpssl.contrastive.batch_norm import batch_norms
 from hf_dpssl.contrastive.modeling_pretraining import ContrastiveOutput, MoCoForPreTraining, SimCLRForPreTraining
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> Path:
         args, accelerator, args.name, total_steps, source.loader, source.skipped, data,
         bound_to_processes=f"its batch norms are those of --batch_norm {args.batch_norm}, whose statistics are each "
         "process's own" if own_statistics else None,
-        sources={"autoencoder": model.config.vae_fingerprint} if autoencoder else None,
+        sources=latent_codec.sources(autoencoder) if autoencoder else None,
     )  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     loop.keep(model=model, optimizer=optimizer, scheduler=scheduler)
@@ -191,8 +192,10 @@ def make_model(
         "crop_pct": 1.0,
         "crop_mode": "center",
     }
-    fingerprint = None if autoencoder is None else autoencoder.fingerprint()
-    config = ContrastiveConfig(**flags, pretrained_cfg=preprocessing, vae_fingerprint=fingerprint)
+    if autoencoder is not None:
+        flags["vae_fingerprint"] = autoencoder.fingerprint()
+        flags["latent_statistics"] = latent_codec.statistics(autoencoder)
+    config = ContrastiveConfig(**flags, pretrained_cfg=preprocessing)
     model = (MoCoForPreTraining if args.negatives == "queue" else SimCLRForPreTraining)(config)
     if args.init_encoder:
         start_from_encoder_(model, ContrastiveEncoder.from_pretrained(args.init_encoder))

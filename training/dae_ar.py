@@ -241,8 +241,8 @@ def judged(
     extractor = all_succeed(lambda: load_extractor(name, device=device))
     common = {"image_size": config.image_size, "num_channels": config.num_channels, "seed": args.seed}
     common |= {"limit": args.evaluation_images}
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    return generation_quality(generated, args.num_generated, args.dataset, extractor, **common, **columns)
+    data = {"image_column": args.image_column, "label_column": args.label_column, "revision": args.dataset_revision}
+    return generation_quality(generated, args.num_generated, args.dataset, extractor, **common, **data)
 
 
 def save(

@@ -30,6 +30,7 @@ from diffusers import DiTTransformer2DModel, SchedulerMixin
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
 from hf_dpssl.data.image_data import ImageData
 from hf_dpssl.generation.interval_channel import with_interval
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     loop = TrainingLoop(
         args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data,
-        sources={"autoencoder": pipeline.config.vae_fingerprint},
+        sources=latent_codec.sources(autoencoder),
     )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     best = {"monitor": monitor} if monitor else {}
@@ -218,12 +219,13 @@ def save(
     target = Path(args.output_dir) / args.name
     if loop.accelerator.is_main_process:
         ancestors = {"autoencoder": autoencoder_folder, "features that tokens were aligned with": args.align_encoder}
-        metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
+        metrics, judged = {}, {"samples": {}}
+        about = lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
         if monitor and monitor.metrics:
-            metrics = monitor.metrics
+            metrics, judged = monitor.metrics, monitor.judged()
             about |= monitor.summary(loop.history)
         about["curve"] = logged_curve(loop.history, "error" if args.objective == "mean_flow" else "loss")
-        about["samples"] = {"train": num_latents}
+        about |= judged | {"samples": {"train": num_latents} | judged["samples"]}
         with atomic_folder(target) as folder:
             pipeline.save_pretrained(folder)
             save_recipe(args, folder / "recipe.yaml")

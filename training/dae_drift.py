@@ -32,6 +32,7 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.contrastive import drift_loss
 from hf_dpssl.data import keyed_random
 from hf_dpssl.data.batches import ImageSource, load_images_for, ordered_batches
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     loop = TrainingLoop(
         args, accelerator, args.name, args.max_train_steps, make_loader, skipped, data,
-        sources={"autoencoder": pipeline.config.vae_fingerprint},
+        sources=latent_codec.sources(autoencoder),
     )  # fmt: skip
     monitor = GenerationMonitor(args, accelerator, pipeline, images) if args.validation_steps else None
     best = {"monitor": monitor} if monitor else {}
@@ -174,13 +175,14 @@ def save(
     if loop.accelerator.is_main_process:
         ancestors = {"autoencoder": autoencoder_folder, "initial transformer": args.init_from}
         ancestors |= {f"features of the field, {i + 1}": name for i, name in enumerate(args.encoders)}
-        metrics, about = {}, lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
+        metrics, judged = {}, {"samples": {}}
+        about = lineage_of_run(loop.accelerator, data, [loop.seconds], ancestors)
         if monitor and monitor.metrics:
-            metrics = monitor.metrics
+            metrics, judged = monitor.metrics, monitor.judged()
             about |= monitor.summary(loop.history)
         about["curve"] = logged_curve(loop.history, "two_sample")  # the loss is flat by construction
         about["progress"] = [entry for entry in loop.history if "spread" in entry][-1]
-        about["samples"] = {"train": num_latents}
+        about |= judged | {"samples": {"train": num_latents} | judged["samples"]}
         with atomic_folder(target) as folder:
             pipeline.save_pretrained(folder)
             save_recipe(args, folder / "recipe.yaml")

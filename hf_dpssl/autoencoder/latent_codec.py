@@ -6,6 +6,8 @@ here: pictures and masks that a user gives, checked against the autoencoder.
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,38 @@ def has_fingerprint(vae: Autoencoder, expected: str) -> bool:
     """Whether the autoencoder is the one of a fingerprint, or a rounding of it in half precision."""
     found = fingerprint(vae)
     return found == expected or found[:16] in expected.split("-")[1:]
+
+
+def statistics(vae: Autoencoder) -> dict[str, list[float] | float] | None:
+    """By what its latents are normalised, which no fingerprint holds; None where ours has not measured it."""
+    config = vae.config
+    if not isinstance(vae, VQAutoencoder):
+        return {"scaling_factor": float(config.scaling_factor), "shift_factor": float(_shift(vae))}
+    if config.latent_mean is None or config.latent_std is None:
+        return None
+    return {name: [float(value) for value in getattr(config, name)] for name in ("latent_mean", "latent_std")}
+
+
+def sources(vae: Autoencoder) -> dict[str, str]:
+    """Fingerprints of what decides the normalised latents that a run learns from, by their part."""
+    found = {"autoencoder": fingerprint(vae)}
+    if (taken := statistics(vae)) is not None:
+        found["latent normalization"] = combined_sha256({name: json.dumps(value) for name, value in taken.items()})
+    return found
+
+
+def other_statistics(vae: Autoencoder, expected: dict | None) -> str | None:
+    """In words, what of `statistics` is not as expected; None where nothing is, or where nothing is expected."""
+    found = statistics(vae) or {}
+    other = [name for name in expected or {} if found.get(name) != expected[name]]
+    return "; ".join(f"{name} is {_short(found.get(name))} and was {_short(expected[name])}" for name in other) or None
+
+
+def _short(numbers: list[float] | float | None) -> str:
+    """At most four of the numbers."""
+    if not isinstance(numbers, list):
+        return "not set" if numbers is None else f"{numbers:.6g}"
+    return f"[{', '.join(f'{number:.6g}' for number in numbers[:4])}{', ...' if len(numbers) > 4 else ''}]"
 
 
 def latent_channels(vae: Autoencoder) -> int:

@@ -28,6 +28,12 @@ def start_from_encoder_(
         raise ValueError(
             f"{flag} holds an encoder of {held}, the run trains one of {wanted}: give the same --autoencoder."
         )
+    held, wanted = encoder.config.latent_statistics, model.config.latent_statistics
+    if held and wanted and held != wanted:
+        raise ValueError(
+            f"{flag} holds an encoder of latents that were normalised by another latent_mean and latent_std than those "
+            "of the run's autoencoder: give the same --autoencoder."
+        )
     for backbone in [model.encoder, *([model.key_encoder] if isinstance(model, MoCoForPreTraining) else [])]:
         try:
             backbone.load_state_dict(encoder.state_dict())

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import timm
 import torch
+from diffusers import ModelMixin
+from safetensors import safe_open
 from transformers import AutoModel
 
 from ..generation import stock_dit
@@ -179,16 +181,22 @@ def _write_vqmodel(folder: Path, target: Path) -> Written:
     reasons = stock_dit.reasons_against_autoencoder(vae)
     if reasons:
         raise ValueError("diffusers' VQModel and AutoencoderKL cannot express this model: " + "; ".join(reasons) + ".")
-    stock = stock_dit.stock_autoencoder(vae)
+    stock = stock_dit.stored_autoencoder(vae)
     stock.save_pretrained(target)
     return f"{type(stock).__name__} of diffusers", _compare_autoencoders(vae, type(stock).from_pretrained(target))
 
 
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """Precision of a component's weights, which diffusers loads as float32."""
+    with safe_open(min(folder.glob("*.safetensors")), "pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+
+
 def _compare_autoencoders(vae: VQAutoencoder, stock) -> dict[str, float]:
-    """Latents of random images, and images of random codes (of latents where there is no codebook)."""
+    """Latents of random images, and images of random codes (of latents where there is no codebook), in float32."""
+    vae, stock = vae.float(), stock.float()
     config, generator = vae.config, torch.Generator().manual_seed(0)
     images = torch.rand(2, config.num_channels, config.image_size, config.image_size, generator=generator) * 2 - 1
-    images = images.to(vae.dtype)
     mean = images.new_tensor(config.latent_mean).view(1, -1, 1, 1)
     latents = vae.encode_latents(images)
     encoded = stock.encode(images)
@@ -197,7 +205,7 @@ def _compare_autoencoders(vae: VQAutoencoder, stock) -> dict[str, float]:
     if config.quantizer == "vq":
         codes = torch.randint(config.num_codes, (2, config.latent_size, config.latent_size), generator=generator)
         given = vae.quantizer.lookup(codes)
-    decoded = stock.decode((given - mean).to(vae.dtype)).sample
+    decoded = stock.decode(given - mean).sample
     return {
         "latents": relative_difference(shifted, latents - mean, "latents in diffusers"),
         "images": relative_difference(decoded, vae.decode(given).pixel_values, "images in diffusers"),
@@ -211,14 +219,19 @@ def _write_dit(folder: Path, target: Path, scheduler: str | None = None, changes
     pipeline = VQDiTPipeline.from_pretrained(folder)
     if scheduler or changes:
         replace_scheduler(pipeline, scheduler, changes)
+    for name in ("transformer", "vae"):
+        if isinstance(part := getattr(pipeline, name), ModelMixin):
+            part.to(_stored_dtype(folder / name))
     pipeline.export_stock(target)
     stock = stock_dit.DiTPipeline.from_pretrained(target)
+    # Not by `float()`: the table of positions, which is in no file, has been rounded too.
+    pipeline.transformer = type(pipeline.transformer).from_pretrained(folder / "transformer")
     config, generator = pipeline.transformer.config, torch.Generator().manual_seed(0)
     count = len(pipeline.class_names)
     labels = torch.tensor([0, count // 2, max(count - 1, 0)]) if count else torch.empty(0, dtype=torch.int64)
     ours, theirs = (torch.cat([labels, torch.tensor([null])]) for null in (pipeline.null_class, 1000))
     size = (len(ours), config.in_channels, config.sample_size, config.sample_size)
-    noise = torch.randn(size, generator=generator).to(pipeline.transformer.dtype)
+    noise = torch.randn(size, generator=generator)
     steps = torch.linspace(0, 999, len(ours)).long()
     found = stock.transformer(noise, timestep=steps, class_labels=theirs).sample
     expected = pipeline.transformer(noise, timestep=steps, class_labels=ours).sample

@@ -112,22 +112,29 @@ class ClassConditionalPipeline(DiffusionPipeline):
         vae: latent_codec.Autoencoder,
         vae_fingerprint: str | None,
         generator: str,
+        latent_statistics: dict | None = None,
         **modules,
     ) -> None:
         """Register modules and config.
 
         Raises:
-            ValueError: the autoencoder is not the one of `vae_fingerprint`, or the ids are not 0, 1, 2, ...
+            ValueError: the autoencoder is not the one of `vae_fingerprint` and `latent_statistics`, or the ids are not
+                0, 1, 2, ...
         """
-        self._check_fingerprint(vae, vae_fingerprint, generator)
+        self._check_fingerprint(vae, vae_fingerprint, generator, latent_statistics)
         self.register_modules(vae=vae, **modules)
         id2label = {str(class_id): name for class_id, name in (id2label or {}).items()}
         if missing := [i for i in range(len(id2label)) if str(i) not in id2label]:
             raise ValueError(f"id2label must have the ids 0 to {len(id2label) - 1}, but {missing[0]} is missing.")
         self.register_to_config(id2label=id2label, vae_fingerprint=vae_fingerprint)
 
-    def _check_fingerprint(self, vae: latent_codec.Autoencoder, expected: str | None, generator: str) -> None:
-        """ValueError unless an autoencoder, which another one may have replaced, has the expected latents."""
+    def _check_fingerprint(
+        self, vae: latent_codec.Autoencoder, expected: str | None, generator: str, statistics: dict | None = None
+    ) -> None:
+        """ValueError unless an autoencoder, which another one may have replaced, has the expected latents.
+
+        Of a generator of codes `statistics` are None: nothing is normalised.
+        """
         if vae is getattr(self, "_checked_vae", None):
             return
         if expected is not None and any(tensor.is_meta for tensor in vae.state_dict().values()):
@@ -140,6 +147,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(
                 f"this autoencoder (fingerprint {found[:12]}) is not the one the {generator} was trained "
                 f"on ({expected[:12]}): its latents mean something else. Load the one saved with it."
+            )
+        if other := latent_codec.other_statistics(vae, statistics):
+            raise ValueError(
+                f"this autoencoder does not normalise its latents as the one the {generator} was trained on: {other}. "
+                "Load the one saved with it."
             )
         self._checked_vae = vae
 

@@ -76,6 +76,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
         prediction_type: "flow", "epsilon", "v_prediction", "sample" or, of a transformer that takes an interval
             (`interval_channel`), "mean_flow", which needs few steps or one; None: that of scheduler and transformer.
         noise_schedule: `num_train_timesteps` and betas that the transformer was trained with; None: the scheduler's.
+        latent_statistics: by what its latents were normalised then (`latent_codec.statistics`); None: with a
+            fingerprint, those of `vae`.
 
     Raises:
         ValueError: when the autoencoder is not the one the transformer was trained on or has other latents, the names
@@ -95,6 +97,7 @@ class VQDiTPipeline(ClassConditionalPipeline):
         vae_fingerprint: str | None = None,
         prediction_type: str | None = None,
         noise_schedule: dict | None = None,
+        latent_statistics: dict | None = None,
     ):
         super().__init__()
         mean_flow = takes_interval(transformer)
@@ -117,10 +120,14 @@ class VQDiTPipeline(ClassConditionalPipeline):
         check_latents(transformer, vae)
         switch_off_label_dropout_(transformer)
         modules = dict(transformer=transformer, scheduler=scheduler)
-        self._register(id2label, vae, vae_fingerprint, "transformer", **modules)
+        if vae_fingerprint is not None:
+            latent_statistics = latent_statistics or latent_codec.statistics(vae)
+        self._register(id2label, vae, vae_fingerprint, "transformer", latent_statistics, **modules)
         noise_schedule = noise_schedule or noise_schedule_of(scheduler)
         keep_noise_schedule_(scheduler)
-        self.register_to_config(prediction_type=prediction_type, noise_schedule=noise_schedule)
+        self.register_to_config(
+            prediction_type=prediction_type, noise_schedule=noise_schedule, latent_statistics=latent_statistics
+        )
         self._interrupt = False
 
     @property
@@ -211,7 +218,8 @@ class VQDiTPipeline(ClassConditionalPipeline):
                 type, a wrong number of generators, or pictures, masks or latents of a wrong shape, mode or range.
         """
         check_latents(self.transformer, self.vae)
-        self._check_fingerprint(self.vae, self.config.vae_fingerprint, "transformer")
+        held = self.config
+        self._check_fingerprint(self.vae, held.vae_fingerprint, "transformer", held.latent_statistics)
         guided = class_labels is not None
         guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale)
         labels, others, weights = self._class_rows(class_labels, num_images, num_images_per_label, self.null_class)

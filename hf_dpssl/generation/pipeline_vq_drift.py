@@ -38,6 +38,8 @@ class VQDriftPipeline(ClassConditionalPipeline):
             (AutoencoderKL, VQModel, AutoencoderTiny, ...).
         id2label: {class id: name}; {} or None for a model without classes.
         vae_fingerprint: `vae.fingerprint()` at training time.
+        latent_statistics: by what its latents were normalised then (`latent_codec.statistics`); None: with a
+            fingerprint, those of `vae`.
 
     Raises:
         ValueError: when the autoencoder is not the one the transformer was trained on or has other latents, the names
@@ -52,6 +54,7 @@ class VQDriftPipeline(ClassConditionalPipeline):
         vae: latent_codec.Autoencoder,
         id2label: dict | None = None,
         vae_fingerprint: str | None = None,
+        latent_statistics: dict | None = None,
     ):
         super().__init__()
         config = transformer.config
@@ -66,7 +69,10 @@ class VQDriftPipeline(ClassConditionalPipeline):
             )
         check_latents(transformer, vae)
         switch_off_label_dropout_(transformer)
-        self._register(id2label, vae, vae_fingerprint, "transformer", transformer=transformer)
+        if vae_fingerprint is not None:
+            latent_statistics = latent_statistics or latent_codec.statistics(vae)
+        self._register(id2label, vae, vae_fingerprint, "transformer", latent_statistics, transformer=transformer)
+        self.register_to_config(latent_statistics=latent_statistics)
 
     @property
     def null_class(self) -> int:
@@ -110,7 +116,8 @@ class VQDriftPipeline(ClassConditionalPipeline):
             ValueError: an unknown class or output type, a wrong number of generators, or latents of a wrong shape.
         """
         check_latents(self.transformer, self.vae)
-        self._check_fingerprint(self.vae, self.config.vae_fingerprint, "transformer")
+        held = self.config
+        self._check_fingerprint(self.vae, held.vae_fingerprint, "transformer", held.latent_statistics)
         labels, others, weights = self._class_rows(class_labels, num_images, num_images_per_label, self.null_class)
         self._check_request(labels, class_labels, num_images, 1.0, generator, output_type, "latent")
         self._check_counts(batch_size=batch_size)

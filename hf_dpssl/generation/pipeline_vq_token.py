@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from ..autoencoder import latent_codec
 from ..models.call_arguments import Generators, read_generator
 from ..models.modeling_vq import VQAutoencoder
 from .choices import ARCHITECTURES
@@ -298,6 +299,7 @@ class VQTokenPipeline(ClassConditionalPipeline):
         if output_type == "codes":
             images = codes
         else:
+            latent_codec.awaken(self.vae)
             images = self._pictures(self.vae.decode_codes(codes).pixel_values, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

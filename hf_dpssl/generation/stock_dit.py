@@ -37,7 +37,7 @@ def export_dit_pipeline(pipeline: DiffusionPipeline, folder: str | os.PathLike) 
         raise ValueError("diffusers' DiTPipeline cannot express this pipeline: " + "; ".join(reasons) + ".")
     vae = pipeline.vae
     if isinstance(vae, VQAutoencoder):
-        vae = stock_autoencoder(vae)
+        vae = stored_autoencoder(vae)
     stock = DiTPipeline(stock_transformer(pipeline.transformer), vae, pipeline.scheduler)
     with atomic_folder(folder) as target:
         stock.save_pretrained(target)
@@ -120,7 +120,7 @@ def stock_transformer(transformer: DiTTransformer2DModel) -> DiTTransformer2DMod
 
 @torch.no_grad()
 def stock_autoencoder(vae: VQAutoencoder) -> VQModel | AutoencoderKL:
-    """The same autoencoder as a VQModel or AutoencoderKL, whose latents are shifted by our mean."""
+    """The same autoencoder as a VQModel or AutoencoderKL in float32, whose latents are shifted by our mean."""
     config = vae.config
     levels = len(config.encoder_block_out_channels)
     attention = ["Attn" if level in config.attention_levels else "" for level in range(levels)]
@@ -148,7 +148,19 @@ def stock_autoencoder(vae: VQAutoencoder) -> VQModel | AutoencoderKL:
     }
     tensors = _shifted({name: tensor for name, tensor in tensors.items() if name in wanted}, config.latent_mean)
     stock.load_state_dict(tensors)
-    return stock.to(vae.dtype).eval()
+    return stock.eval()
+
+
+def stored_autoencoder(vae: VQAutoencoder) -> VQModel | AutoencoderKL:
+    """`stock_autoencoder` as it is written: encoder and decoder in the autoencoder's precision, which loses nothing.
+
+    The 1x1 convolutions and the codebook stay float32: rounded, what the shift has made of them would be other latents
+    and codes. diffusers loads the whole as float32, or rounds it where `torch_dtype` asks for that.
+    """
+    stock = stock_autoencoder(vae)
+    for part in (stock.encoder, stock.decoder):
+        part.to(vae.dtype)
+    return stock
 
 
 def _shifted(tensors: dict[str, Tensor], mean: list[float]) -> dict[str, Tensor]:

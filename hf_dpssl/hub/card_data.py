@@ -27,6 +27,7 @@ _LIBRARIES = {
     "drift": "hf_dpssl",
     "token": "hf_dpssl",
 }
+_AGAINST_TRAINING = ("dit", "drift")
 # Ancestors by their part in the making: whose weights went on learning, and whose are used as they are. Others, such as
 # a perceptual loss, are in no weight of the model.
 _CONTINUED = ("initial encoder", "initial encoder and head", "encoder and codebook")
@@ -94,7 +95,7 @@ _LABELS = {  # pattern of the key: type, label
     r"inception_score(_(?!std)(?P<by>.+))?": ("inception_score", "inception score by {judge}, higher is better"),
     r"copies": ("copies", "images suspiciously close to a training image, %"),
     r"copy_distance": ("copy_distance", "distance below which an image counts as a copy"),
-    r"class_consistency": (_ACCURACY, "images that a classifier takes for their class, %"),
+    r"class_consistency": ("class_consistency", "images that a classifier takes for their class, %"),
     r"diversity": ("diversity", "diversity within classes, of that of real images"),
     r"(?P<re>r?)fid(_(?P<by>.+))?_(?P<end>low|high|infinity)": ("fid_{end}", "{re}Fréchet distance{by}, {end}"),
     r"(?P<ceiling>ceiling_)?(?P<re>r?)fid(_(?P<by>.+))?": ("fid", "{ceiling}{re}Fréchet distance{by}, lower is better"),
@@ -159,6 +160,8 @@ def eval_results(facts: dict, results: dict) -> list[EvalResult]:
     counts = {"samples": facts["samples"]} if facts["samples"] else {}
     knn = {f"knn_{key}": value for key, value in (results.get("knn") or {}).items() if value is not None}
     found = []
+    # A generator is compared with training images while it trains, which an older results.json does not say.
+    reference = results.get("reference") or ("train" if kind in _AGAINST_TRAINING else "evaluation")
     for figure in figures(kind, facts["metrics"]):
         if figure.value is None or figure.name.startswith("ceiling_") or figure.name.endswith("_uniform"):
             continue  # not measured, or of something else than this model
@@ -168,7 +171,7 @@ def eval_results(facts: dict, results: dict) -> list[EvalResult]:
                 task_type="image-classification" if classifies else _TASKS.get(kind, _GENERATION),
                 dataset_type=(facts["hub_datasets"] or [hub_dataset(dataset) or slug])[0],
                 dataset_name=dataset,
-                dataset_split=_split(facts["splits"], "train" if figure.name.endswith("_train") else "evaluation"),
+                dataset_split=_split(facts["splits"], "train" if figure.name.endswith("_train") else reference),
                 metric_type=figure.type,
                 metric_value=_rounded(figure.value),
                 metric_name=figure.label,

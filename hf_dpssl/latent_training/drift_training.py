@@ -131,7 +131,8 @@ def initial_transformer(
     """A new generator, whose samples are the noise itself, or that of `--init_from`.
 
     Raises:
-        ValueError: `--init_from` is of another autoencoder, other classes, another objective or size.
+        ValueError: `--init_from` is of another autoencoder or of other latent statistics, other classes, another
+            objective or size.
     """
     if args.architecture == "mlp":
         config = autoencoder.config
@@ -163,6 +164,11 @@ def _transformer_of(args: DriftArguments, autoencoder: VQAutoencoder, num_classe
     if pipeline.config.vae_fingerprint != autoencoder.fingerprint():
         raise ValueError(
             f"--init_from {args.init_from} was trained on another autoencoder: pass --autoencoder {args.init_from}/vae."
+        )
+    if other := latent_codec.other_statistics(autoencoder, pipeline.config.latent_statistics):
+        raise ValueError(
+            f"--init_from {args.init_from} was trained on latents that were normalised otherwise: {other}. Pass "
+            f"--autoencoder {args.init_from}/vae."
         )
     if config.num_embeds_ada_norm != max(1, num_classes):
         raise ValueError(
@@ -237,7 +243,7 @@ class LatentFeatures:
         autoencoder: whose latents it takes.
 
     Raises:
-        ValueError: the encoder is of the latents of another autoencoder, or of pictures.
+        ValueError: the encoder is of the latents of another autoencoder or normalised otherwise, or of pictures.
     """
 
     def __init__(self, encoder: ContrastiveEncoder, autoencoder: VQAutoencoder):
@@ -245,6 +251,11 @@ class LatentFeatures:
             raise ValueError(
                 "the encoder of --features was not trained on latents of this autoencoder: pass the --autoencoder that "
                 "it was trained with, or train an encoder of this one by contrastive.py --autoencoder."
+            )
+        if other := latent_codec.other_statistics(autoencoder, encoder.config.latent_statistics):
+            raise ValueError(
+                f"the encoder of --features was trained on latents that were normalised otherwise: {other}. Pass the "
+                "--autoencoder that it was trained with."
             )
         self.encoder = encoder.eval().requires_grad_(False).to(autoencoder.device)
         maps = encoder.timm_model.feature_info

@@ -92,7 +92,10 @@ class GenerationMonitor:
         if args.validation_classifier:
             self.classifier = load_extractor(args.validation_classifier, device=device)
             check_classifier(self.classifier, len(pipeline.class_names), pipeline.vae.config.image_size)
-        self.real = None if self.extractor is None else self._real_features(images)
+        self.real, self.reference = None, None
+        if self.extractor is not None:
+            self.real = self._real_features(images)
+            self.reference = "evaluation" if images.split is images.data.evaluation else "train"
 
     @property
     def metric(self) -> str | None:
@@ -163,6 +166,13 @@ class GenerationMonitor:
             "validations": validations,
             f"validation_{self.metric}": [[entry["step"], entry[key]] for entry in validations],
         }
+
+    def judged(self) -> dict:
+        """For results.json: how many images the figures are of, against how many, and of which split those are."""
+        if self.real is None:
+            return {"samples": {"generated": self.args.validation_images}}
+        samples = {"generated": self.args.validation_images, "reference": len(self.real)}
+        return {"samples": samples, "reference": self.reference}
 
     @torch.no_grad()
     def _generate(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -236,11 +246,7 @@ class GenerationMonitor:
         with atomic_folder(Path(self.args.output_dir) / f"{self.args.name}-best") as folder:
             self.pipeline.save_pretrained(folder)
             save_recipe(self.args, folder / "recipe.yaml")
-            samples = {
-                "generated": self.args.validation_images,
-                "reference": 0 if self.real is None else len(self.real),
-            }
-            about = {"dataset": self.args.dataset, "seed": self.args.seed, "samples": samples, "step": step}
+            about = {"dataset": self.args.dataset, "seed": self.args.seed, "step": step} | self.judged()
             write_results(folder / "results.json", self.metrics, **about)
 
     def _write_grid(self, images: Tensor, step: int) -> None:

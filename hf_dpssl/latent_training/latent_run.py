@@ -13,6 +13,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..autoencoder import latent_codec
 from ..data.batches import ImageSource
 from ..data.image_data import ImageData
 from ..data.image_table import ImageTable
@@ -149,7 +150,10 @@ def cached_training_images(
         FileExistsError, ValueError: the run may not start or go on, as `check_start`.
     """
     # A refused run leaves the cache of a good one as it is.
-    check_start(args, accelerator, args.name, data, {"autoencoder": autoencoder.fingerprint()})
+    sources = latent_codec.sources(autoencoder)
+    if content == "codes":  # which are not normalised
+        sources = {"autoencoder": sources["autoencoder"]}
+    check_start(args, accelerator, args.name, data, sources)
     # Each image is decoded once: nothing is gained by decoding all of them into memory first.
     source = ImageSource.from_arguments(data, replace(args, preload_gb=0.0), accelerator, autoencoder.config.image_size)
     process = (accelerator.process_index, accelerator.num_processes)

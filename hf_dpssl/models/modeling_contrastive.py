@@ -50,6 +50,7 @@ _METHOD_FIELDS = [
     "queue_size",
     "momentum",
     "vae_fingerprint",
+    "latent_statistics",
     "sigreg_weight",
 ]
 
@@ -82,6 +83,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         momentum: share of the old key encoder kept at each step.
         vae_fingerprint: of an encoder of latents, that of the VQAutoencoder whose normalised latents it takes in place
             of pictures; input_size is then theirs. None: it takes pictures.
+        latent_statistics: that autoencoder's latent_mean and latent_std, by which they were normalised.
         sigreg_weight: in (0, 1) the loss is LeJEPA with this weight of SIGReg, in place of a contrastive one, and the
             embeddings are free (feature_norm="none"); 0: contrastive.
         dpssl: recipe and metrics of the run that made the checkpoint.
@@ -114,6 +116,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         queue_size: int = 65536,
         momentum: float = 0.999,
         vae_fingerprint: str | None = None,
+        latent_statistics: dict | None = None,
         sigreg_weight: float = 0.0,
         dpssl: dict | None = None,
         **kwargs,
@@ -135,6 +138,7 @@ class ContrastiveConfig(TimmWrapperConfig):
         self.queue_size = queue_size
         self.momentum = momentum
         self.vae_fingerprint = vae_fingerprint
+        self.latent_statistics = latent_statistics
         self.sigreg_weight = sigreg_weight
         self.dpssl = dpssl or {}
         self.pretrained_cfg = pretrained_cfg or {}

@@ -225,7 +225,11 @@ class VQAutoencoder(PreTrainedModel):
                 f"codes must be (B, h, w) of int64 or int32, got {tuple(codes.shape)} of {codes.dtype}: reshape "
                 "sequences, and convert, first."
             )
-        return self.decode(self.quantizer.lookup(codes), return_dict=True)
+        hook = getattr(self.quantizer, "_hf_hook", None)  # accelerate's, which brings weights before `forward` alone
+        if hook is None:
+            return self.decode(self.quantizer.lookup(codes), return_dict=True)
+        (codes,), _ = hook.pre_forward(self.quantizer, codes)
+        return self.decode(hook.post_forward(self.quantizer, self.quantizer.lookup(codes)), return_dict=True)
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, return_loss: bool = True, **others) -> VQAutoencoderOutput:

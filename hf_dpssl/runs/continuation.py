@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 # Where the images lie and how they are found, and where the autoencoder is: what they are is compared by content.
 _FINDS_DATA = {"dataset", "dataset_revision", "image_column", "label_column"}
 _FINDS_SOURCE = {"autoencoder": {"autoencoder", "autoencoder_recipe", "autoencoder_args"}}
+# What of that is the run's: earlier checkpoints do not name the second, which is compared where it is recorded.
+_GIVE = {
+    "autoencoder": "that of the run",
+    "latent normalization": "the run's own --autoencoder (this one has other latent_mean and latent_std)",
+}
 _LENGTH = {"max_train_steps", "num_train_epochs"}
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 _LISTED = 20
@@ -69,12 +74,13 @@ def check_same_run(
     now_data, then_data = record_of_data(data), meta.get("data")
     free = args.free_to_change() | (_FINDS_DATA if now_data and then_data else set())
     for part, fingerprint in sources.items():
-        free |= _FINDS_SOURCE[part]
-        recorded = meta.get("sources", {}).get(part, "not recorded")
+        free |= _FINDS_SOURCE.get(part, set())
+        unrecorded = "not recorded" if part in _FINDS_SOURCE else fingerprint
+        recorded = meta.get("sources", {}).get(part, unrecorded)
         if recorded != fingerprint:
             raise ValueError(
                 f"cannot continue the run in {where}: its {part} (fingerprint {recorded[:12]}) is not the one of now "
-                f"({fingerprint[:12]}). Give that of the run, or start afresh with --overwrite."
+                f"({fingerprint[:12]}). Give {_GIVE[part]}, or start afresh with --overwrite."
             )
     if args.lr_scheduler in _SCHEDULES_WITHOUT_END and not args.depends_on_length():
         free |= _LENGTH

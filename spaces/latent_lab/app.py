@@ -17,7 +17,7 @@ except ImportError:
     pass
 
 from hf_dpssl import VQAutoencoder, VQDiTPipeline, VQDriftPipeline, VQTokenPipeline
-from hf_dpssl.autoencoder.latent_codec import fingerprint, has_fingerprint
+from hf_dpssl.autoencoder.latent_codec import fingerprint, has_fingerprint, other_statistics
 from hf_dpssl.embedding.embedder import best_device
 from hf_dpssl.generation.bulk_sampling import open_pipeline
 from hf_dpssl.pages.demo_outputs import (
@@ -96,13 +96,16 @@ class Models:
         for name, autoencoder in self.autoencoders.items():
             for found, source in present_models(GENERATORS[name]).items():
                 generator = open_pipeline(source).to(best_device())
-                if has_fingerprint(autoencoder, fingerprint(generator.vae)):
+                statistics = generator.config.get("latent_statistics")  # none of codes: nothing is normalised
+                same = has_fingerprint(autoencoder, fingerprint(generator.vae))
+                if same and not other_statistics(autoencoder, statistics):
                     self.generators[name] = generator
                     self.sources[found] = source
                 elif os.environ.get(MODELS[found][0]):  # else it is one of the demo, which nobody has named
                     raise ValueError(
-                        f"{source} was not trained on the latents of {self.sources[name]}: name the two that belong "
-                        f"together in {MODELS[name][0]} and {MODELS[found][0]}."
+                        f"{source} was not trained on the latents of {self.sources[name]}, normalised by its "
+                        "latent_mean and latent_std: name the two that belong together in "
+                        f"{MODELS[name][0]} and {MODELS[found][0]}."
                     )
 
     @property

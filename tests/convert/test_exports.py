@@ -11,10 +11,11 @@ from cases import for_each
 from diffusers import AutoencoderKL, DiTPipeline, DPMSolverMultistepScheduler, VQModel
 from foreign_processes import run_foreign
 from huggingface_hub import constants
+from safetensors.torch import load_file
 from tiny_checkpoints import drift_pipeline, encoder_model, save_checkpoints
 from tiny_pipelines import make_exportable
 
-from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQDriftPipeline
+from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQDiTPipeline, VQDriftPipeline
 from hf_dpssl.cli.commands import main
 from hf_dpssl.convert.exports import export
 from hf_dpssl.generation.latent_mlp import LatentMLP
@@ -89,6 +90,31 @@ def test_vqmodel_export_reconstructs_as_ours(folders, tmp_path, quantizer, stock
     with torch.no_grad():
         torch.testing.assert_close(stock(images).sample, ours(images).pixel_values, rtol=0, atol=1e-5)
     assert stock.config.scaling_factor == pytest.approx(1 / 1.7)
+
+
+@for_each("quantizer, dtype", [("vq", torch.float16), ("vq", torch.bfloat16), ("kl", torch.bfloat16)])
+def test_half_precision_is_exported_without_loss_and_stored_in_its_precision(quantizer, dtype, tmp_path):
+    pipeline = make_exportable(quantizer)
+    pipeline.to(dtype).save_pretrained(tmp_path / "ours")
+    report = export(tmp_path / "ours", tmp_path / "out", "dit-pipeline")
+    alone = export(tmp_path / "ours" / "vae", tmp_path / "vae", "vqmodel")
+    assert max([*report.differences.values(), *alone.differences.values()]) < 1e-5
+    stock, ours = DiTPipeline.from_pretrained(tmp_path / "out"), VQDiTPipeline.from_pretrained(tmp_path / "ours")
+    ours.vae.float()
+    for pipe in (stock, ours):
+        pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 3.0, "num_inference_steps": 4, "output_type": "np"}
+    found = stock(stock.get_label_ids(["dog", "cat"]), generator=torch.manual_seed(0), **options).images
+    expected = ours(["dog", "cat"], generator=torch.manual_seed(0), quantize=quantizer == "vq", **options).images
+    assert expected.std() > 0.02 and abs(found - expected).max() < 1e-4
+    dtypes = {}
+    for folder in (tmp_path / "out" / "transformer", tmp_path / "out" / "vae", tmp_path / "vae"):
+        tensors = load_file(next(folder.glob("*.safetensors")))
+        dtypes |= {f"{folder.name} {name}": tensor.dtype for name, tensor in tensors.items()}
+    exact = {name.split()[1] for name, kept in dtypes.items() if kept == torch.float32}
+    codebook = {"quantize.embedding.weight"} if quantizer == "vq" else set()
+    convolutions = {f"{name}.{part}" for name in ("quant_conv", "post_quant_conv") for part in ("weight", "bias")}
+    assert exact == convolutions | codebook and set(dtypes.values()) == {dtype, torch.float32}
 
 
 def test_dit_export_draws_the_same_images_in_diffusers(tmp_path):

@@ -1,5 +1,8 @@
 """The pipeline: classes, guidance, schedulers, generators, outputs, save and load."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from cases import for_each
 from diffusers import (
     DPMSolverMultistepScheduler,
 )
-from tiny_pipelines import NAMES, draw_dit, generator, make_dit
+from tiny_pipelines import NAMES, draw_dit, generator, make_dit, make_drift
 
 from hf_dpssl import VQDiTPipeline
 
@@ -146,6 +149,29 @@ def test_foreign_autoencoder_is_refused(pipeline):
     other = make_dit(seed=1)
     with pytest.raises(ValueError, match="is not the one the transformer was trained on"):
         VQDiTPipeline(pipeline.transformer, other.vae, pipeline.scheduler, {}, pipeline.config.vae_fingerprint)
+
+
+@for_each("make", [make_dit, make_drift])
+def test_an_autoencoder_that_normalises_otherwise_is_refused_and_a_folder_of_before_loads_as_ever(make, tmp_path):
+    pipeline = make()
+    other = copy.deepcopy(pipeline.vae)
+    other.config.latent_std = [3.0] * 4
+    assert other.fingerprint() == pipeline.vae.fingerprint()  # encoder and codebook are the same
+    folder = tmp_path / make.__name__
+    pipeline.save_pretrained(folder)
+    said = r"latent_std is \[3, 3, 3, 3\] and was \[1, 2, 0.5, 1.5\]. Load the one saved with it"
+    with pytest.raises(ValueError, match=said):
+        type(pipeline).from_pretrained(folder, vae=other)
+    type(pipeline).from_pretrained(folder)(["cat"], generator=[0])
+    own, pipeline.vae = pipeline.vae, other
+    with pytest.raises(ValueError, match=said):
+        pipeline(["cat"], generator=[0])
+    index = json.loads((folder / "model_index.json").read_text())
+    held = {name: getattr(own.config, name) for name in ("latent_mean", "latent_std")}
+    assert index.pop("latent_statistics") == held
+    (folder / "model_index.json").write_text(json.dumps(index))
+    type(pipeline).from_pretrained(folder)(["cat"], generator=[0])
+    type(pipeline).from_pretrained(folder, vae=other)(["cat"], generator=[0])  # nothing is there to compare with
 
 
 def test_bfloat16_pipeline_loads_and_draws(pipeline, tmp_path):

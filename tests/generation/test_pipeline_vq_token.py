@@ -1,5 +1,6 @@
 """Token pipeline: codes against a loop without cache, sampling against the softmax, guidance, classes, saving."""
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -201,6 +202,27 @@ def test_names_ids_and_mixtures_mean_the_same(pipeline):
 def test_bad_requests_are_refused(pipeline, labels, options, message):
     with pytest.raises(ValueError, match=message):
         draw(pipeline, labels, **options)
+
+
+def test_offloaded_by_model_and_layer_by_layer_it_draws_the_same_images(pipeline):
+    options = {"generator": [0, 1], "output_type": "pt"}
+    moved = make_tokens()
+    moved.enable_model_cpu_offload(device="cpu")
+    brought = []
+    for name in ("language_model", "vae"):
+        hook = getattr(moved, name)._hf_hook
+        bring = hook.pre_forward
+        hook.pre_forward = lambda *args, name=name, bring=bring, **more: (brought.append(name), bring(*args, **more))[1]
+    assert torch.equal(moved(["cat", 1], **options).images, pipeline(["cat", 1], **options).images)
+    assert brought[0] == "language_model" and brought[-1] == "vae"
+    for update in ("ema", "gradient"):  # the codebook is a buffer, or a parameter
+        pipe = VQTokenPipeline(make_token_model(), make_vae(codebook_update=update), dict(enumerate(NAMES)))
+        expected = pipe(["cat", 1], **options).images
+        for model in (pipe.vae, pipe.language_model):  # as enable_sequential_cpu_offload does it
+            accelerate.cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+        for _ in range(2):
+            assert torch.equal(pipe(["cat", 1], **options).images, expected)
+        assert update == "ema" or pipe.vae.quantizer.codebook.is_meta, "and is put away again"
 
 
 def test_parts_that_do_not_belong_together_are_refused():

@@ -1,5 +1,6 @@
 """diffusers' own DiTPipeline: the same images from the same weights, its folders load, and ours become such folders."""
 
+import copy
 import json
 
 import pytest
@@ -153,6 +154,10 @@ def test_other_autoencoders_of_diffusers_encode_decode_and_draw():
         pipeline.set_progress_bar_config(disable=True)
         options = {"image": pixel_values / 2 + 0.5, "num_inference_steps": 2, "output_type": "pt"}
         assert pipeline([1, 2], generator=generator(), **options).images.shape == pixel_values.shape
+        pipeline.vae = copy.deepcopy(vae)
+        pipeline.vae.register_to_config(scaling_factor=2.0)
+        with pytest.raises(ValueError, match=f"scaling_factor is 2 and was {vae.config.scaling_factor}"):
+            pipeline([1, 2], generator=generator(), **options)
 
 
 FOREIGN = """

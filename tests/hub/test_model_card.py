@@ -212,6 +212,23 @@ def test_figures_on_a_data_set_of_the_hub_stand_in_its_results_file_under_its_sp
     assert "split test" in entries[0].notes and not list(finished("gan").glob(".eval_results/*"))
 
 
+def test_a_generators_distance_to_training_images_stands_under_their_split_and_its_consistency_is_no_accuracy(finished):
+    about = {"dataset": "mnist", "splits": {"train": "train", "evaluation": "test"}}
+    path = ".eval_results/ylecun--mnist.yaml"
+    for kind, reference, split in (("dit", "train", "train"), ("drift", None, "train"), ("token", None, "test")):
+        about["metrics"] = {"fid_inception": 3.25} | ({} if kind == "token" else {"class_consistency": 90.0})
+        folder = finished(kind, **about, **({"reference": reference} if reference else {}))
+        assert {result.dataset_split for result in card_of(folder).data.eval_results} == {split}
+        entries = parse_eval_result_entries(yaml.safe_load((folder / path).read_text()))
+        assert [entry.task_id for entry in entries] == ["fid", "class_consistency"][: len(entries)]
+        assert all(f"split {split}" in entry.notes for entry in entries)
+    samples = {"train": 360, "generated": 1000, "reference": 500}
+    folder = finished("dit")
+    results = json.loads((folder / "results.json").read_text())
+    write_json(folder / "results.json", results | {"samples": samples, "reference": "train"})
+    assert "1000 generated images against 500 training images." in card_of(folder).text
+
+
 def test_a_card_written_anew_keeps_figures_of_other_measurements_and_replaces_its_own(finished):
     folder = finished("encoder", dataset="mnist", splits={"train": "train", "evaluation": "test"})
     path = folder / ".eval_results/ylecun--mnist.yaml"

@@ -233,12 +233,15 @@ def test_training_starts_from_a_flow_and_refuses_what_does_not_fit(run_script, r
         assert torch.equal(starts["drift"]["model"].state_dict()[name], tensor)
     make_dit([str(digit) for digit in range(10)], objective="epsilon").save_pretrained(tmp_path / "epsilon")
     make_dit(seed=1).vae.save_pretrained(tmp_path / "other")
+    flow.vae.config.latent_std = [3.0] * 4
+    flow.vae.save_pretrained(tmp_path / "rescaled")
     flags = [*flags, "--overwrite"]
     for changed, message in [
         (["--num_layers", 3], "pass --num_layers 2 --width 32 --num_heads 2 --patch_size 2"),
         (["--unconditional"], "has 10 classes, this run has 0"),
         (["--init_from", tmp_path / "epsilon"], "made of a flow only"),
         (["--autoencoder", tmp_path / "other"], "was trained on another autoencoder"),
+        (["--autoencoder", tmp_path / "rescaled"], "latent_std is [3, 3, 3, 3] and was [1, 2, 0.5, 1.5]"),
         (["--real_per_set", 500], "training images, fewer than the 500 of a set: lower --real_per_set to at most"),
         (["--unconditional", "--guidance_scale", 2], "leave it out with --unconditional"),
         (["--batch_size", 33], "must be a multiple of --images_per_set 8"),

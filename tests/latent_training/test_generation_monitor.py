@@ -101,7 +101,12 @@ def test_figures_are_those_of_images_that_the_kept_pipeline_draws(tmp_path, enco
     assert found["class_consistency"] == pytest.approx(
         100 * float((logits.argmax(1) == torch.tensor(labels)).double().mean())
     )
-    assert json.loads((tmp_path / "dit-best/results.json").read_text())["metrics"] == found
+    kept_results = json.loads((tmp_path / "dit-best/results.json").read_text())
+    assert kept_results["metrics"] == found
+    judged = {"samples": {"generated": NUM_IMAGES, "reference": 100}, "reference": "train"}
+    assert monitor.judged() == judged == {name: kept_results[name] for name in judged}
+    held_out = ImageSource(load_images("digits"), image_size=16, batch_size=8, seed=0).evaluation_table()
+    assert GenerationMonitor(args, Accelerator(cpu=True), pipeline, held_out).judged()["reference"] == "evaluation"
     picture = Image.open(tmp_path / "dit-progress/step-00000002.png")
     assert picture.width >= 64 and len(picture.convert("L").getcolors()) > 10
 

@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_encoders import save_ours
 from tiny_pipelines import make_dit, make_drift, make_tokens, make_vae
 
+from hf_dpssl import VQAutoencoder
 from hf_dpssl.pages.page_pictures import data_url
 
 gradio = pytest.importorskip("gradio", minversion="6.0")
@@ -223,13 +224,21 @@ def test_latent_lab_names_the_command_that_trains_a_missing_generator_and_then_s
     assert str(tmp_path) not in latents.missing_generators(latents.Models())
 
 
-def test_latent_lab_refuses_a_generator_of_other_latents(latents, both_latents, monkeypatch):
+def test_latent_lab_refuses_a_generator_of_other_latents(latents, both_latents, monkeypatch, tmp_path):
     monkeypatch.setenv("DPSSL_DEMO", str(both_latents))
     monkeypatch.setenv("DPSSL_DAE_GENERATOR", str(both_latents / "drift"))
     with pytest.raises(ValueError, match="not trained on the latents of .*DPSSL_DAE and DPSSL_DAE_GENERATOR"):
         latents.Models()
-    monkeypatch.delenv("DPSSL_DAE_GENERATOR")
     monkeypatch.setenv("DPSSL_DAE", str(both_latents / "autoencoder"))
+    assert set(latents.Models().generators) == {"joint", "dae"}
+    rescaled = VQAutoencoder.from_pretrained(both_latents / "autoencoder")
+    rescaled.config.latent_std = [3.0] * rescaled.config.latent_channels
+    rescaled.save_pretrained(tmp_path)
+    monkeypatch.setenv("DPSSL_DAE", str(tmp_path))
+    with pytest.raises(ValueError, match="normalised by its latent_mean and latent_std"):
+        latents.Models()
+    monkeypatch.setenv("DPSSL_DAE", str(both_latents / "autoencoder"))
+    monkeypatch.delenv("DPSSL_DAE_GENERATOR")
     assert set(latents.Models().generators) == {"joint"}  # the demo's is left out, since nobody has named it
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines import make_dit
 
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.autoencoder.arguments import VQArguments
 from hf_dpssl.data import load_images
 from hf_dpssl.latent_training.dit_arguments import DiTArguments
@@ -88,6 +90,21 @@ def test_what_measures_shows_or_saves_memory_may_change_and_what_decides_about_w
         for name, value in bound.items():
             with pytest.raises(ValueError, match=f"{name}: .* -> {value}"):
                 check_same_run(meta, replace(args, **free, **{name: value}), *now)
+
+
+def test_other_latent_statistics_of_the_autoencoder_are_refused_and_may_lack_in_a_checkpoint_of_before():
+    args, now = DiTArguments(), (Processes(1, sharded=False), None)
+    meta = {"arguments": asdict(args), "num_processes": 1, "sharded": False, "readers": False}
+    vae = make_dit().vae
+    meta["sources"] = latent_codec.sources(vae)
+    check_same_run(meta, args, *now, latent_codec.sources(vae), "run")
+    vae.config.latent_std = [3.0] * 4
+    with pytest.raises(ValueError, match="its latent normalization .* other latent_mean and latent_std"):
+        check_same_run(meta, args, *now, latent_codec.sources(vae), "run")
+    meta["sources"] = {"autoencoder": vae.fingerprint()}
+    check_same_run(meta, args, *now, latent_codec.sources(vae), "run")
+    with pytest.raises(ValueError, match="its autoencoder .* Give that of the run"):
+        check_same_run(meta, args, *now, latent_codec.sources(make_dit(seed=1).vae), "run")
 
 
 @pytest.mark.extended

@@ -13,6 +13,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from hf_dpssl import ContrastiveConfig, ContrastiveEncoder, VQAutoencoder, VQConfig, VQTokenPipeline
+from hf_dpssl.autoencoder import measures
+from hf_dpssl.data import batches
 from hf_dpssl.data.image_data import load_images
 from hf_dpssl.data.image_table import ImageTable
 from hf_dpssl.generation.bulk_sampling import draw_images
@@ -133,6 +135,26 @@ def test_classes_can_be_ignored_and_images_are_judged(autoencoder, run_script, t
     assert not (tmp_path / "ar" / "samples-guided.png").exists()
     nats = read(tmp_path / "ar" / "results.json")["metrics"]["nats_per_image"]
     assert nats == pytest.approx(nats_by_hand(tmp_path / "ar", "evaluation", unconditional=True), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.* images for features of")
+def test_images_are_judged_beside_held_out_ones_of_the_data_that_was_trained_on(tmp_path, monkeypatch):
+    seen = {"input_size": [3, 16, 16], "mean": [0.5] * 3, "std": [0.5] * 3}
+    ContrastiveEncoder(ContrastiveConfig("resnet10t", {"channels": [8, 16, 16, 24]}, seen)).save_pretrained(tmp_path)
+    asked = []
+
+    def opened(name, streaming=False, **options):
+        asked.append({"name": name} | options)
+        return load_images("digits")
+
+    for module in (batches, measures):
+        monkeypatch.setattr(module, "load_images", opened)
+    given = ["--dataset", "org/data", "--dataset_revision", "v1", "--image_column", "picture", "--num_generated", "20"]
+    args = parse(ARArguments, [*given, "--label_column", "kind", "--evaluation_images", "20"], "")
+    batches.load_images_for(args)
+    found = dae_ar.judged(torch.rand(20, 3, 16, 16) * 2 - 1, str(tmp_path), VQConfig(image_size=16), args, "cpu")
+    assert any(name.startswith("gfid_") for name in found) and len(asked) == 2
+    assert asked[1] == asked[0] and asked[0]["revision"] == "v1"
 
 
 @pytest.mark.extended

@@ -1,5 +1,6 @@
 """contrastive.py --autoencoder: an encoder of latents beside a plain loop, resumed, loaded, and kept from pictures."""
 
+import copy
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ from tiny_pipelines import make_dit
 from transformers import AutoModel
 
 from hf_dpssl import ContrastiveEncoder, SimCLRForPreTraining
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.cli.commands import main
 from hf_dpssl.convert.autoencoder_importers import convert_autoencoder
 from hf_dpssl.data.batches import ImageSource
@@ -70,6 +72,7 @@ def test_it_is_that_of_a_plain_loop_on_latents_of_the_views_measured_there_and_l
     assert_same(saved.state_dict().values(), model.state_dict().values())
     encoder = ContrastiveEncoder.from_pretrained(folder).eval()
     assert encoder.config.vae_fingerprint == vae[0].fingerprint()
+    assert encoder.config.latent_statistics == latent_codec.statistics(vae[0])
     latents = latents_of(vae[0], all_digits()[0])
     with torch.no_grad():
         torch.testing.assert_close(
@@ -101,6 +104,10 @@ def test_it_resumes_bit_by_bit_and_not_on_another_autoencoder(run_script, refusa
     resume = [*FLAGS, "--output_dir", tmp_path / "run", "--resume_from_checkpoint", "latest", "--autoencoder", vae[1]]
     make_dit(seed=1).vae.save_pretrained(vae[1])
     assert "its autoencoder (fingerprint" in refusal("contrastive", resume)
+    rescaled = copy.deepcopy(vae[0])
+    rescaled.config.latent_std = [3.0] * 4
+    rescaled.save_pretrained(vae[1])
+    assert "its latent normalization (fingerprint" in refusal("contrastive", resume)
     vae[0].save_pretrained(vae[1])
     run_script("contrastive", resume)
     again = load_file(trained[0] / "model.safetensors")
@@ -140,6 +147,13 @@ def test_a_field_in_its_features_is_that_of_the_encoder_on_latents_of_its_autoen
     assert "not trained on latents of this autoencoder" in refusal(
         "dae_drift", [*flags, "--autoencoder", tmp_path / "other"]
     )
+    rescaled = copy.deepcopy(vae[0])
+    rescaled.config.latent_std = [3.0] * 4
+    rescaled.save_pretrained(tmp_path / "rescaled")
+    others = ["--autoencoder", tmp_path / "rescaled"]
+    assert "latent_std is [3, 3, 3, 3] and was [1, 2, 0.5, 1.5]" in refusal("dae_drift", [*flags, *others])
+    start = ["--init_encoder", trained[0], "--output_dir", tmp_path / "warm"]
+    assert "another latent_mean and latent_std" in refusal("contrastive", [*FLAGS, *others, *start])
     assert "this run would train another" in refusal("dae_drift", flags)
     assert not (tmp_path / "g").exists(), "nothing is encoded or trained before"
     run_script("dae_drift", [*flags, "--autoencoder", vae[1]])

@@ -121,6 +121,9 @@ def test_the_last_checkpoint_is_there_before_its_validation_which_a_run_that_goe
     assert [entry["step"] for entry in found[0]["validations"]] == [2, 3]
     assert found[1]["validations"] == found[0]["validations"] and found[1]["best"] == found[0]["best"]
     assert found[0]["metrics"] == {"fid_judge": found[0]["validations"][1]["fid_judge"]}
+    assert found[0]["reference"] == "train" and found[0]["samples"]["generated"] == 20
+    assert found[0]["samples"]["reference"] == 32
+    assert "20 generated images against 32 training images." in (tmp_path / "dit/README.md").read_text()
 
 
 GENERATORS = {  # script: flags, folder, how it is loaded
