@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..embedding.embedder import ImageEmbedder, timm_model
+from ..models.modeling_contrastive import input_settings
 
 
 class PerceptualDistance(nn.Module):
@@ -101,20 +102,20 @@ def load_perceptual(name: str) -> nn.Module:
     if name == "lpips":
         return LpipsDistance()
     if name.startswith("timm:"):
-        return PerceptualDistance(*_arguments(timm_model(name)))
+        model = timm_model(name)
+        return PerceptualDistance(*_arguments(model, model.pretrained_cfg))
     encoder = ImageEmbedder(name).model
     if not hasattr(encoder, "timm_model"):
         raise ValueError(
             f"{type(encoder).__name__} is no timm model: take an encoder of this package or of timm on the Hub."
         )
-    return PerceptualDistance(*_arguments(encoder.timm_model))
+    return PerceptualDistance(*_arguments(encoder.timm_model, input_settings(encoder)))
 
 
-def _arguments(model: nn.Module) -> tuple[nn.Module, list[float], list[float], int | None]:
-    """What `PerceptualDistance` takes, for a timm model."""
-    config = model.pretrained_cfg
+def _arguments(model: nn.Module, settings: dict) -> tuple[nn.Module, list[float], list[float], int | None]:
+    """What `PerceptualDistance` takes, for a timm model whose input is as its settings say."""
     size = None
-    if config.get("fixed_input_size"):
-        sides = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+    if settings.get("fixed_input_size"):
+        sides = getattr(getattr(model, "patch_embed", None), "img_size", None) or settings["input_size"][1:]
         size = int(sides[-1])
-    return model, list(config["mean"]), list(config["std"]), size
+    return model, list(settings["mean"]), list(settings["std"]), size

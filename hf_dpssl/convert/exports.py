@@ -28,7 +28,7 @@ from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..hub.pulling import download
 from ..hub.replay import TOLERANCE, checkpoint_kind
-from ..models.modeling_contrastive import ContrastiveEncoder
+from ..models.modeling_contrastive import ContrastiveEncoder, input_settings
 from ..models.modeling_vq import VQAutoencoder
 from ..runs.atomic_files import atomic_folder, write_json
 from ..runs.lineage import read_json, well_formed
@@ -159,8 +159,8 @@ def _write_timm(folder: Path, target: Path) -> Written:
         )
     config._auto_class = config.auto_map = None
     encoder.save_pretrained(target)
-    settings = config.pretrained_cfg or encoder.timm_model.pretrained_cfg
-    images = torch.randn(2, *settings["input_size"], generator=torch.Generator().manual_seed(0)).to(encoder.dtype)
+    size = input_settings(encoder)["input_size"]
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(encoder.dtype)
     expected = encoder(images).pooler_output
     stock = timm.create_model(f"local-dir:{target}", pretrained=True).eval().to(encoder.dtype)
     model = AutoModel.from_pretrained(target, dtype=encoder.dtype).eval()

@@ -28,7 +28,7 @@ from ..autoencoder import latent_codec
 from ..generation.dit_modulation import Modulations, can_be_split, forward_with_modulations
 from ..generation.pipeline_vq_drift import NOISE_TIMESTEP, VQDriftPipeline
 from ..hub.replay import TOLERANCE
-from ..models.modeling_contrastive import ContrastiveEncoder
+from ..models.modeling_contrastive import ContrastiveEncoder, input_settings
 from ..models.modeling_vq import VQAutoencoder
 
 LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
@@ -156,7 +156,7 @@ def write_encoder(encoder: ContrastiveEncoder, folder: Path) -> tuple[dict[str, 
     Raises:
         RuntimeError: onnxruntime computes something else than torch.
     """
-    settings = encoder.config.pretrained_cfg or encoder.timm_model.pretrained_cfg
+    settings = input_settings(encoder)
     images = torch.randn(max(_BATCHES), *settings["input_size"], generator=torch.Generator().manual_seed(0))
     given = {"pixel_values": images}
     differences = _write(_Features(encoder), folder / "encoder.onnx", given, ["features"])

@@ -36,7 +36,7 @@ from ..generation.interval_channel import latent_channels
 from ..generation.pipeline_vq_dit import VQDiTPipeline
 from ..generation.pipeline_vq_drift import VQDriftPipeline
 from ..generation.pipeline_vq_token import VQTokenPipeline, code_nats
-from ..models.modeling_contrastive import ContrastiveEncoder
+from ..models.modeling_contrastive import ContrastiveEncoder, input_settings
 from ..models.modeling_vaegan import VAEGAN
 from ..models.modeling_vq import VQAutoencoder
 from ..runs.console import one_line
@@ -172,8 +172,7 @@ def _load_encoder(folder: Path) -> list:
 
 
 def _draw_for_encoder(models: list, generator: torch.Generator) -> Tensors:
-    size = models[0].config.pretrained_cfg.get("input_size") or models[0].timm_model.pretrained_cfg["input_size"]
-    return {"pixel_values": torch.randn(2, *size, generator=generator)}
+    return {"pixel_values": torch.randn(2, *input_settings(models[0])["input_size"], generator=generator)}
 
 
 def _run_encoder(models: list, inputs: Tensors) -> Tensors:

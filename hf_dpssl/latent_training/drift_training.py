@@ -21,7 +21,7 @@ from ..data import keyed_random
 from ..generation.latent_mlp import LatentMLP
 from ..generation.pipeline_vq_dit import DiTTransformer2DModel, VQDiTPipeline
 from ..generation.pipeline_vq_drift import NOISE_TIMESTEP
-from ..models.modeling_contrastive import ContrastiveEncoder, check_sees_pictures
+from ..models.modeling_contrastive import ContrastiveEncoder, check_sees_pictures, input_settings
 from ..models.modeling_vq import VQAutoencoder
 from .drift_arguments import DriftArguments
 from .latent_cache import LatentTable
@@ -202,7 +202,7 @@ class DecodedFeatures:
         device = autoencoder.device
         self.autoencoder = autoencoder
         self.encoder = encoder.eval().requires_grad_(False).to(device)
-        settings = encoder.timm_model.pretrained_cfg | (encoder.config.pretrained_cfg or {})
+        settings = input_settings(encoder)
         self.channels, *size = settings["input_size"]
         self.size = tuple(size)
         self.mean = torch.tensor(settings["mean"], device=device).view(1, -1, 1, 1)

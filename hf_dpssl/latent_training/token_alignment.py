@@ -15,7 +15,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ..data.image_table import ImageTable
-from ..models.modeling_contrastive import ContrastiveEncoder, check_sees_pictures
+from ..models.modeling_contrastive import ContrastiveEncoder, check_sees_pictures, input_settings
 
 
 class TokenAlignedTransformer(nn.Module):
@@ -85,7 +85,7 @@ class SpatialFeatures:
         check_sees_pictures(encoder.config, "the encoder that tokens are aligned with")
         self.encoder = encoder.eval().requires_grad_(False).to(device)
         self.side = side
-        settings = encoder.timm_model.pretrained_cfg | (encoder.config.pretrained_cfg or {})
+        settings = input_settings(encoder)
         self.size = tuple(settings["input_size"][1:])
         self.mean = torch.tensor(settings["mean"], device=device).view(1, -1, 1, 1)
         self.std = torch.tensor(settings["std"], device=device).view(1, -1, 1, 1)

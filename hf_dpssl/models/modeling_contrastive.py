@@ -212,6 +212,11 @@ class ContrastiveConfig(TimmWrapperConfig):
         return timm_dict
 
 
+def input_settings(encoder: TimmWrapperModel) -> dict:
+    """What an encoder says of its input (input_size, mean, std, ...); where it says nothing, its architecture does."""
+    return encoder.timm_model.pretrained_cfg | (encoder.config.pretrained_cfg or {})
+
+
 def check_sees_pictures(config: TimmWrapperConfig, name: str) -> None:
     """ValueError for an encoder of latents where pictures are to be given; `config` may be stock, of timm's layout."""
     method = (getattr(config, "dpssl", None) or {}).get("method") or {}

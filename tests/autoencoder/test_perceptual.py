@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from tiny_encoders import MEAN, STD, encoder_folder
 
+from hf_dpssl import ContrastiveEncoder
 from hf_dpssl.autoencoder.perceptual import PerceptualDistance, load_perceptual
+from hf_dpssl.data.views import normalize
 
 
 class TwoStages(torch.nn.Module):
@@ -104,6 +107,19 @@ def test_any_encoder_folder_of_ours_is_a_perceptual_distance(tmp_path):
     distance = load_perceptual(str(tmp_path))
     images, other = (torch.rand(2, 3, 32, 32) * 2 - 1 for _ in range(2))
     assert float(distance(images, other)) > float(distance(images, images)) == 0
+
+
+def test_images_are_normalised_as_the_encoder_itself_normalises_them(tmp_path):
+    """A folder of ours holds its mean and std in config.json; timm's model keeps those of its architecture."""
+    encoder_folder(tmp_path, "resnet10t", {"channels": [8, 16, 16, 24], "stem_width": 8})
+    distance = load_perceptual(str(tmp_path))
+    images = pair()[0]
+    pixel_values = normalize((images + 1) / 2, torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1))
+    stages = ContrastiveEncoder.from_pretrained(tmp_path).timm_model.forward_intermediates(
+        pixel_values, intermediates_only=True
+    )
+    for ours, raw in zip(distance.features(images), stages, strict=True):
+        torch.testing.assert_close(ours, torch.nn.functional.normalize(raw), rtol=1e-4, atol=1e-5)
 
 
 def test_models_without_intermediate_features_are_refused():
