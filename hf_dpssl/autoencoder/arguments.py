@@ -37,6 +37,17 @@ CONFIG_FLAGS = (
     "reconstruction_loss",
     "num_channels",
 )
+# Flags that a preset sets, and the fields of VQConfig of those that bear another name there.
+_OF_PRESETS = (
+    "encoder_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "mid_block_attention",
+    "attention_levels",
+    "latent_channels",
+    "num_codes",
+)
+_CONFIG_NAMES = {"encoder_channels": "encoder_block_out_channels", "layers_per_block": "encoder_layers_per_block"}
 WEAK_DECODER = {"auxiliary_channels": [16, 32], "auxiliary_dropout": 0.05, "auxiliary_dropout_kind": "element"}
 
 
@@ -154,17 +165,24 @@ class VQArguments(RunArguments):
             )
         if self.num_channels not in (1, 3):
             raise ValueError(f"--num_channels must be 1 or 3, got {self.num_channels}.")
-        if self.preset:
-            layout = copy.deepcopy(VQ_PRESETS[self.preset])
-            self.encoder_channels = layout["encoder_block_out_channels"]
-            self.layers_per_block = layout["encoder_layers_per_block"]
-            for name in ("norm_num_groups", "mid_block_attention", "attention_levels", "latent_channels", "num_codes"):
-                setattr(self, name, layout[name])
-            for name in ("decoder_channels", "auxiliary_channels") if ARMS[self.arm][1] else ("decoder_channels",):
-                if len(getattr(self, name)) != len(self.encoder_channels):
-                    setattr(self, name, list(self.encoder_channels))
-            self.preset = None  # the resolved recipe holds what it stood for
+        self._apply_preset()
         self.adversarial_settings(1)
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        layout, defaults = copy.deepcopy(VQ_PRESETS[self.preset]), type(self)()
+        for name in _OF_PRESETS:
+            value, given = layout[_CONFIG_NAMES.get(name, name)], getattr(self, name)
+            if given not in (value, getattr(defaults, name)):
+                raise ValueError(
+                    f"--preset {self.preset} has --{name} {_flag(value)}, got {_flag(given)}: leave one out."
+                )
+            setattr(self, name, value)
+        for name in ("decoder_channels", "auxiliary_channels") if ARMS[self.arm][1] else ("decoder_channels",):
+            if getattr(self, name) == getattr(defaults, name):
+                setattr(self, name, list(self.encoder_channels))
+        self.preset = None  # the resolved recipe holds what it stood for
 
     @property
     def steps_of_joint_arm(self) -> str | None:
@@ -225,3 +243,8 @@ class VQArguments(RunArguments):
             "kept_decoder": stages[-1].kept_decoder,
             "adversarial": None if settings is None else asdict(settings) | {"guard_factor": self.guard_factor},
         }
+
+
+def _flag(value: object) -> str:
+    """As it is written after its flag."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

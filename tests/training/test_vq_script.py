@@ -1,8 +1,11 @@
 """training/dae_vq.py: arms, losses, taken-over autoencoders, and what stops a run."""
 
+import itertools
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import dae_vq
 import pytest
 import torch
 import yaml
@@ -10,6 +13,9 @@ from safetensors.torch import load_file
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.autoencoder.arguments import VQArguments
+from hf_dpssl.autoencoder.choices import ARMS
+from hf_dpssl.models.choices import VQ_PRESETS
+from hf_dpssl.runs.recipe import parse, save_recipe
 
 SMALL = ["--encoder_channels", 8, 16, "--decoder_channels", 8, 16, "--auxiliary_channels", 8, 8, "--norm_num_groups", 4]
 COMMON = [*SMALL, "--stage_1_steps", 4, "--stage_2_steps", 4, "--batch_size", 16, "--num_codes", 32]
@@ -148,3 +154,13 @@ def test_preset_is_resolved_in_the_recipe():
     config = VQConfig.preset("f8")
     assert args.preset is None and args.encoder_channels == config.encoder_block_out_channels
     assert yaml.safe_load(yaml.safe_dump(asdict(args)))["attention_levels"] == config.attention_levels
+
+
+def test_every_preset_starts_with_every_arm_and_its_resolved_recipe_is_the_same_run(tmp_path):
+    for preset, arm in itertools.product(VQ_PRESETS, ARMS):
+        args = VQArguments(preset=preset, arm=arm)
+        with torch.device("meta"):
+            model, _ = dae_vq.make_model(args, SimpleNamespace(image_size=32))
+        assert model.config.encoder_block_out_channels == VQ_PRESETS[preset]["encoder_block_out_channels"], arm
+        save_recipe(args, tmp_path / "recipe.yaml")
+        assert parse(VQArguments, ["--recipe", str(tmp_path / "recipe.yaml")], "") == args, (preset, arm)
