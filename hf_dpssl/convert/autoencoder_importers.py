@@ -244,10 +244,9 @@ def _from_taming(
 
 
 def _from_ours(source: str, subfolder: str | None, image_size: int | None, fields: dict) -> VQAutoencoder:
-    if fields:
-        raise ValueError(f"{source} is a VQAutoencoder already and is taken as it is, without {sorted(fields)}.")
-    model = VQAutoencoder.from_pretrained(source, **({"subfolder": subfolder} if subfolder else {}))
-    model = model.float()
+    where = {"subfolder": subfolder} if subfolder else {}
+    _check_given(fields, VQConfig.from_pretrained(source, **where).to_dict(), _name(source))
+    model = VQAutoencoder.from_pretrained(source, **where).float()
     if image_size not in (None, model.config.image_size):
         before, model.config.image_size = model.config.image_size, image_size
         model.config._check()
@@ -300,16 +299,20 @@ def _name(source: str) -> str:
 
 
 def _build(settings: dict, tensors: Mapping[str, Tensor] | None, fields: dict, report: dict) -> VQAutoencoder:
-    fixed = sorted(name for name in set(settings) & set(fields) if settings[name] != fields[name])
-    if fixed:
-        raise ValueError(
-            f"{', '.join(f'{name}={settings[name]}' for name in fixed)} follows from {report['source']}: leave it out."
-        )
+    _check_given(fields, settings, report["source"])
     config = VQConfig(**fields | settings, dpssl={"imported": report})
     model = VQAutoencoder(config)
     if tensors is not None:
         _load(model, _with_defaults(model, tensors), report["source"])
     return model
+
+
+def _check_given(fields: dict, settings: Mapping, source: str) -> None:
+    """ValueError where fields that were given say something else than the settings of the source."""
+    fixed = sorted(name for name in set(settings) & set(fields) if settings[name] != fields[name])
+    if fixed:
+        held, given = (", ".join(f"{name}={of[name]}" for name in fixed) for of in (settings, fields))
+        raise ValueError(f"{held} follows from {source}, got {given}: leave it out.")
 
 
 def _with_defaults(model: VQAutoencoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
