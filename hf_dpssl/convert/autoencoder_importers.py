@@ -3,7 +3,7 @@ for them: `training/dae_vq.py --init_from SOURCE`, or `hf-dpssl import SOURCE --
 
 | source | becomes |
 |---|---|
-| diffusers VQModel (folder or Hub id) | encoder, codebook and decoder; codes by distance |
+| diffusers VQModel (folder or Hub id) | encoder, codebook and decoder; codes by distance; scaling, unless the default |
 | diffusers AutoencoderKL | quantizer "kl"; scaling and shift as latent_mean and latent_std |
 | taming-transformers, latent diffusion (.ckpt, .safetensors) | VQ or KL by what the file holds; see taming_layout.py |
 | VQAutoencoder of ours | as it is |
@@ -36,6 +36,8 @@ from . import taming_layout
 from .foreign_layouts import count_by_part
 from .pickled_tensors import read_pickled_tensors
 
+# What a VQModel says where nobody has measured its latents: the default, of Stable Diffusion's AutoencoderKL.
+_UNMEASURED_SCALE = inspect.signature(VQModel.__init__).parameters["scaling_factor"].default
 _DIFFUSERS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 _SUPPORTED = (
     "supported are diffusers' VQModel and AutoencoderKL, .ckpt or .safetensors files of taming-transformers and latent "
@@ -179,7 +181,7 @@ def _from_diffusers(
     if cls is VQModel:
         settings["num_codes"] = theirs["num_vq_embeddings"]
         notes.append("losses are not taken over: commitment_weight is this package's, on the commitment term")
-    else:
+    if cls is AutoencoderKL or theirs["scaling_factor"] != _UNMEASURED_SCALE:
         fields = _statistics(theirs, settings["latent_channels"]) | fields
     size = theirs["sample_size"]
     size = image_size or (size[0] if isinstance(size, list | tuple) else size)
