@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> Path:
     model.to(accelerator.device)
     if model.quantizer is not None:
         model.quantizer.defer_update = True  # the codebook moves once per optimiser step
-    if args.init_from is None:
+    if _has_new_codebook(model):
         initialize_codebook(model, source, args)
     say(f"{args.label}: " + ", ".join(f"{stage.name} {stage.steps} steps" for stage in stages))
     if unused := args.unused_weakness():
@@ -114,12 +114,13 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
     """The autoencoder of the first stage, and the stages."""
     if args.init_from is not None:
         options = {"image_size": source.image_size, "num_channels": args.num_channels}
+        options |= args.fields_for_source()
         model = convert_autoencoder(args.init_from, config_file=args.init_config, **options)
         model.config.reconstruction_loss = args.reconstruction_loss
-        decoder = "fresh" if args.init_decoder == "fresh" else "keep"
-        if decoder == "keep" and model.config.backbone is None:
-            args.decoder_channels = list(model.config.decoder_block_out_channels)
-        return model, [Stage("decoder", args.stage_2_steps, False, decoder)]
+        args.resolve_by_source(model.config)
+        if _has_new_codebook(model):
+            args.train_codebook_in_stage_2 = True
+        return model, [Stage("decoder", args.stage_2_steps, False, args.init_decoder)]
     _, narrow, dropout = ARMS[args.arm]
     options = {name: getattr(args, name) for name in CONFIG_FLAGS} | {"image_size": source.image_size}
     options |= {"encoder_block_out_channels": args.encoder_channels, "encoder_layers_per_block": args.layers_per_block}
@@ -140,6 +141,11 @@ def make_model(args: VQArguments, source: ImageSource) -> tuple[VQAutoencoder, l
     return model, stages_of(args.arm, args.steps_of_joint_arm, args.stage_1_steps, args.stage_2_steps, flops)
 
 
+def _has_new_codebook(model: VQAutoencoder) -> bool:
+    """Whether nothing has trained its codebook yet: of a run from scratch, or one given to an encoder's features."""
+    return model.quantizer is not None and not model.quantizer.is_initialized
+
+
 def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
     """Fixed held-out images, where the data set has some."""
     table = source.evaluation_table(together=True)
@@ -152,8 +158,6 @@ def validation_of(args: VQArguments, source: ImageSource) -> Validation | None:
 @torch.no_grad()
 def initialize_codebook(model: VQAutoencoder, source: ImageSource, args: VQArguments) -> None:
     """k-means start on the latents of the first optimiser step's images."""
-    if model.quantizer is None:
-        return
     if source.table is not None:
         check_codebook_size(model.config, len(source.table))
     batches = iter(source.loader())

@@ -13,6 +13,7 @@ from .adversarial_settings import AdversarialSettings
 from .choices import ADVERSARIAL_NAMES, ARMS, BUDGETS, LATENT_NORMALIZATIONS
 
 if TYPE_CHECKING:
+    from ..models.configuration_vq import VQConfig
     from .adversarial_term import AdversarialTerm
     from .training import Stage
 
@@ -37,6 +38,17 @@ CONFIG_FLAGS = (
     "reconstruction_loss",
     "num_channels",
 )
+# Flags that a preset sets, and the fields of VQConfig of those that bear another name there.
+_OF_PRESETS = (
+    "encoder_channels",
+    "layers_per_block",
+    "norm_num_groups",
+    "mid_block_attention",
+    "attention_levels",
+    "latent_channels",
+    "num_codes",
+)
+_CONFIG_NAMES = {"encoder_channels": "encoder_block_out_channels", "layers_per_block": "encoder_layers_per_block"}
 WEAK_DECODER = {"auxiliary_channels": [16, 32], "auxiliary_dropout": 0.05, "auxiliary_dropout_kind": "element"}
 
 
@@ -70,7 +82,11 @@ class VQArguments(RunArguments):
         "scale of the latents that generators see: each channel's own, or one for all, as diffusers' classes need it",
         choices=LATENT_NORMALIZATIONS,
     )
-    quantizer: str = option("vq", "codebook, Gaussian latents, or neither", choices=VQ_CHOICES["quantizer"])
+    quantizer: str | None = option(
+        None,
+        "codebook, Gaussian latents, or neither; default: vq, with --init_from the source's (none of an encoder)",
+        choices=VQ_CHOICES["quantizer"],
+    )
     num_codes: int = option(256, "size of the codebook")
     codebook_decay: float = option(0.99, "share kept of the codebook's statistics at each step")
     revival_threshold: float = option(0.03, "codes used below this share of the mean restart; 0: never")
@@ -154,17 +170,64 @@ class VQArguments(RunArguments):
             )
         if self.num_channels not in (1, 3):
             raise ValueError(f"--num_channels must be 1 or 3, got {self.num_channels}.")
-        if self.preset:
-            layout = copy.deepcopy(VQ_PRESETS[self.preset])
-            self.encoder_channels = layout["encoder_block_out_channels"]
-            self.layers_per_block = layout["encoder_layers_per_block"]
-            for name in ("norm_num_groups", "mid_block_attention", "attention_levels", "latent_channels", "num_codes"):
-                setattr(self, name, layout[name])
-            for name in ("decoder_channels", "auxiliary_channels") if ARMS[self.arm][1] else ("decoder_channels",):
-                if len(getattr(self, name)) != len(self.encoder_channels):
-                    setattr(self, name, list(self.encoder_channels))
-            self.preset = None  # the resolved recipe holds what it stood for
+        if self.quantizer is None and self.init_from is None:
+            self.quantizer = "vq"
+        self._apply_preset()
         self.adversarial_settings(1)
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        layout, defaults = copy.deepcopy(VQ_PRESETS[self.preset]), type(self)()
+        for name in _OF_PRESETS:
+            value, given = layout[_CONFIG_NAMES.get(name, name)], getattr(self, name)
+            if given not in (value, getattr(defaults, name)):
+                raise ValueError(
+                    f"--preset {self.preset} has --{name} {_flag(value)}, got {_flag(given)}: leave one out."
+                )
+            setattr(self, name, value)
+        for name in ("decoder_channels", "auxiliary_channels") if ARMS[self.arm][1] else ("decoder_channels",):
+            if getattr(self, name) == getattr(defaults, name):
+                setattr(self, name, list(self.encoder_channels))
+        self.preset = None  # the resolved recipe holds what it stood for
+
+    def fields_for_source(self) -> dict:
+        """Fields of `VQConfig` that flags ask for, for the source of --init_from: all that are not their defaults.
+
+        Those of a fresh decoder are none of the source's; the pixel loss and the channels of images are always given.
+        """
+        names = {name: name for name in CONFIG_FLAGS if name not in ("reconstruction_loss", "num_channels")}
+        names["encoder_channels"] = "encoder_block_out_channels"
+        if self.init_decoder == "keep":
+            names |= {"decoder_channels": "decoder_block_out_channels", "layers_per_block": "decoder_layers_per_block"}
+        defaults = {name: getattr(type(self)(), name) for name in names} | {"quantizer": None}
+        return {names[name]: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
+
+    def resolve_by_source(self, config: VQConfig) -> None:
+        """Make the flags say what was taken over by --init_from, and by it the stored recipe.
+
+        Raises:
+            ValueError: codes are asked for where latents have no codebook, or widths for a timm model.
+        """
+        defaults = type(self)()
+        if self.quantizer is None and config.quantizer != "vq" and self.num_codes != defaults.num_codes:
+            raise ValueError(
+                f"--num_codes {self.num_codes} is of a codebook, which the latents of {self.init_from} have not: add "
+                "--quantizer vq (of an encoder), or leave it out."
+            )
+        if self.encoder_channels not in (defaults.encoder_channels, config.encoder_block_out_channels):
+            raise ValueError(
+                f"--encoder_channels {_flag(self.encoder_channels)}: the encoder is that of {self.init_from}, leave it "
+                "out."
+            )
+        for name in CONFIG_FLAGS:
+            setattr(self, name, copy.copy(getattr(config, name)))
+        self.encoder_channels = list(config.encoder_block_out_channels)
+        widths, kept = list(config.decoder_block_out_channels), self.init_decoder == "keep"
+        if kept:
+            self.layers_per_block = config.decoder_layers_per_block
+        if kept or (self.decoder_channels == defaults.decoder_channels and len(self.decoder_channels) != len(widths)):
+            self.decoder_channels = widths
 
     @property
     def steps_of_joint_arm(self) -> str | None:
@@ -225,3 +288,8 @@ class VQArguments(RunArguments):
             "kept_decoder": stages[-1].kept_decoder,
             "adversarial": None if settings is None else asdict(settings) | {"guard_factor": self.guard_factor},
         }
+
+
+def _flag(value: object) -> str:
+    """As it is written after its flag."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -3,7 +3,7 @@ for them: `training/dae_vq.py --init_from SOURCE`, or `hf-dpssl import SOURCE --
 
 | source | becomes |
 |---|---|
-| diffusers VQModel (folder or Hub id) | encoder, codebook and decoder; codes by distance |
+| diffusers VQModel (folder or Hub id) | encoder, codebook and decoder; codes by distance; scaling, unless the default |
 | diffusers AutoencoderKL | quantizer "kl"; scaling and shift as latent_mean and latent_std |
 | taming-transformers, latent diffusion (.ckpt, .safetensors) | VQ or KL by what the file holds; see taming_layout.py |
 | VQAutoencoder of ours | as it is |
@@ -36,6 +36,8 @@ from . import taming_layout
 from .foreign_layouts import count_by_part
 from .pickled_tensors import read_pickled_tensors
 
+# What a VQModel says where nobody has measured its latents: the default, of Stable Diffusion's AutoencoderKL.
+_UNMEASURED_SCALE = inspect.signature(VQModel.__init__).parameters["scaling_factor"].default
 _DIFFUSERS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
 _SUPPORTED = (
     "supported are diffusers' VQModel and AutoencoderKL, .ckpt or .safetensors files of taming-transformers and latent "
@@ -179,7 +181,7 @@ def _from_diffusers(
     if cls is VQModel:
         settings["num_codes"] = theirs["num_vq_embeddings"]
         notes.append("losses are not taken over: commitment_weight is this package's, on the commitment term")
-    else:
+    if cls is AutoencoderKL or theirs["scaling_factor"] != _UNMEASURED_SCALE:
         fields = _statistics(theirs, settings["latent_channels"]) | fields
     size = theirs["sample_size"]
     size = image_size or (size[0] if isinstance(size, list | tuple) else size)
@@ -244,10 +246,9 @@ def _from_taming(
 
 
 def _from_ours(source: str, subfolder: str | None, image_size: int | None, fields: dict) -> VQAutoencoder:
-    if fields:
-        raise ValueError(f"{source} is a VQAutoencoder already and is taken as it is, without {sorted(fields)}.")
-    model = VQAutoencoder.from_pretrained(source, **({"subfolder": subfolder} if subfolder else {}))
-    model = model.float()
+    where = {"subfolder": subfolder} if subfolder else {}
+    _check_given(fields, VQConfig.from_pretrained(source, **where).to_dict(), _name(source))
+    model = VQAutoencoder.from_pretrained(source, **where).float()
     if image_size not in (None, model.config.image_size):
         before, model.config.image_size = model.config.image_size, image_size
         model.config._check()
@@ -300,16 +301,20 @@ def _name(source: str) -> str:
 
 
 def _build(settings: dict, tensors: Mapping[str, Tensor] | None, fields: dict, report: dict) -> VQAutoencoder:
-    fixed = sorted(name for name in set(settings) & set(fields) if settings[name] != fields[name])
-    if fixed:
-        raise ValueError(
-            f"{', '.join(f'{name}={settings[name]}' for name in fixed)} follows from {report['source']}: leave it out."
-        )
+    _check_given(fields, settings, report["source"])
     config = VQConfig(**fields | settings, dpssl={"imported": report})
     model = VQAutoencoder(config)
     if tensors is not None:
         _load(model, _with_defaults(model, tensors), report["source"])
     return model
+
+
+def _check_given(fields: dict, settings: Mapping, source: str) -> None:
+    """ValueError where fields that were given say something else than the settings of the source."""
+    fixed = sorted(name for name in set(settings) & set(fields) if settings[name] != fields[name])
+    if fixed:
+        held, given = (", ".join(f"{name}={of[name]}" for name in fixed) for of in (settings, fields))
+        raise ValueError(f"{held} follows from {source}, got {given}: leave it out.")
 
 
 def _with_defaults(model: VQAutoencoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -80,6 +80,24 @@ def merge_card(existing: str, generated: str) -> str:
     return merged.replace("\n", "\r\n") if crlf else merged
 
 
+def pushed_card(existing: str, own: str) -> str:
+    """The card that a push puts in place of `existing`, which the Hub has, for the `own` one of a folder.
+
+    A generated one is merged (`merge_card`). One without marks is a person's, and is published as it is.
+
+    Raises:
+        ValueError: as `merge_card`; or the Hub's card is a generated one, which a card without marks would replace.
+    """
+    if _NAME in own:
+        return merge_card(existing, own)
+    if _NAME in existing:
+        raise ValueError(
+            "README.md on the Hub holds a generated part and that of the folder has none, so that it would be lost: "
+            "write it below your text with `hf-dpssl card FOLDER`, or delete README.md on the Hub; then push again."
+        )
+    return own
+
+
 def add_results(card: str, title: str, results: list[EvalResult]) -> str:
     """A card with these results in its model-index, in place of earlier ones of the same measurement.
 

@@ -12,7 +12,8 @@ import yaml
 from ..runs.redaction import redacted
 from . import replay
 
-_WEIGHTS = r"(model|diffusion_pytorch_model|adapter_model)([.-][\w.-]+)?\.safetensors(\.index\.json)?"
+_INDEX = r"safetensors\.index(\.[\w-]+)?\.json"  # of sharded weights; of a variant model.safetensors.index.fp16.json
+_WEIGHTS = rf"(model|diffusion_pytorch_model|adapter_model)([.-][\w.-]+)?\.(safetensors|{_INDEX})"
 _CODE = "|".join(re.escape(path.name) for path in sorted(Path(__file__).parents[1].glob("models/*.py")))
 _MODEL = rf"config\.json|generation_config\.json|preprocessor_config\.json|adapter_config\.json|{_WEIGHTS}|{_CODE}"
 _STOCK = (  # of other libraries' models
@@ -33,7 +34,8 @@ _FOLDERS = {  # of each kind: folders that hold a part of the model, and files o
 }
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
 _LINK = re.compile(r"(?:\]\(|\bsrc=[\"']?)\s*<?((?!\w+:|/)[^)\s\"'>#]+)")
-_NOT_REDACTED = re.compile(r".*(tokenizer|vocab|added_tokens|safetensors\.index)\.json")
+_NOT_REDACTED = re.compile(rf".*((tokenizer|vocab|added_tokens)\.json|{_INDEX})")
+_IS_INDEX = re.compile(rf".*\.{_INDEX}")
 
 
 def publishable_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -68,11 +70,16 @@ def publishable_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
         raise FileNotFoundError(
             f"{folder} holds no weights in safetensors format: save the model with save_pretrained."
         )
-    for name in (name for name in files if name.endswith(".safetensors.index.json")):
+    for name in filter(_IS_INDEX.fullmatch, files):
         shards = set(json.loads(files[name].read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(shard for shard in shards if not (files[name].parent / shard).is_file()):
             raise FileNotFoundError(f"{folder} is incomplete: {name} names {missing[0]}, which is not there.")
     return dict(sorted(files.items())), sorted(left_out)
+
+
+def holds_weights(name: str) -> bool:
+    """Whether a file of a repository is weights, whole or a shard, or the index of shards."""
+    return name.endswith(".safetensors") or _IS_INDEX.fullmatch(name) is not None
 
 
 def without_machine(name: str, path: Path) -> Path | bytes:

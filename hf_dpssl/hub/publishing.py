@@ -27,10 +27,10 @@ from huggingface_hub.utils import get_token
 from ..contrastive.modeling_pretraining import ContrastivePreTrainedModel
 from ..runs.console import one_line
 from ..runs.lineage import well_formed
-from . import eval_files, model_card, replay
-from .published_files import publishable_files, without_machine
+from . import eval_files, replay
+from .card_merge import pushed_card
+from .published_files import holds_weights, publishable_files, without_machine
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _WAITS = (1.0, 2.0, 4.0)  # seconds between attempts, unless the Hub says how long
 _LONGEST_WAIT = 300.0
 _AGAIN = "Nothing was published. Push again: files that have arrived are not sent twice."
@@ -259,7 +259,8 @@ def push(
     """Publish a finished checkpoint folder as one commit, pull it back into a fresh cache and replay its stored pair.
 
     Published are the files of `publishable_files`, without folders of this machine in what JSON and YAML say. A README
-    on the Hub keeps what a person wrote outside the generated part. Weights of an earlier push that the
+    on the Hub keeps what a person wrote outside the generated part; one without such a part, of a person's own, is
+    published as it is in the folder. Weights of an earlier push that the
     folder no longer has, and the pretraining/ of another encoder, are removed in the same commit; other files stay.
 
     Args:
@@ -270,6 +271,7 @@ def push(
 
     Raises:
         FileNotFoundError: no finished checkpoint.
+        ValueError: a card whose marks are damaged, or that lacks the generated part which the Hub's has.
         PushError: the Hub refuses or cannot be reached, and nothing is published; or what was pulled back differs.
     """
     start, folder = time.perf_counter(), Path(folder)
@@ -287,8 +289,8 @@ def push(
     target = Target(repo_id, **where)
     _set_pair(contents, folder, target.read(replay.FILE_NAME))
     if card:
-        existing, generated = target.read("README.md") or b"", contents["README.md"]
-        contents["README.md"] = model_card.merge_card(existing.decode("utf-8"), generated.decode("utf-8")).encode()
+        existing, own = target.read("README.md") or b"", contents["README.md"]
+        contents["README.md"] = pushed_card(existing.decode("utf-8"), own.decode("utf-8")).encode()
     for name in (name for name in contents if name.startswith(constants.EVAL_RESULTS_FOLDER)):
         entries = eval_files.read_entries(name, files[name].read_bytes())
         contents[name] = eval_files.merged(name, target.read(name), entries).encode()
@@ -313,9 +315,9 @@ def _sizes(contents: dict[str, Content]) -> dict[str, int]:
 
 def _stale(present: dict[str, str], contents: dict[str, Content]) -> list[str]:
     """Weights beside new ones that are none of them, and another encoder's `pretraining/`: a loader might take them."""
-    folders = {path.rpartition("/")[0] for path in contents if path.endswith(_WEIGHTS)}
+    folders = {path.rpartition("/")[0] for path in contents if holds_weights(path)}
     others = () if "pretraining" in folders else ("pretraining/",)
-    found = (p for p in present if p.startswith(others) or (p.endswith(_WEIGHTS) and p.rpartition("/")[0] in folders))
+    found = (p for p in present if p.startswith(others) or (holds_weights(p) and p.rpartition("/")[0] in folders))
     return sorted(path for path in found if path not in contents)
 
 

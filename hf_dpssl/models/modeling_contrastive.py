@@ -209,6 +209,8 @@ class ContrastiveConfig(TimmWrapperConfig):
             "pretrained_cfg": self._layer_names() | self.pretrained_cfg | {"num_classes": 0},
             "dpssl": self.dpssl | {"method": method},
         }
+        if not self.do_pooling:
+            timm_dict["do_pooling"] = False
         if self.model_args:  # never with num_classes, which AutoModel would then get twice
             timm_dict["model_args"] = {k: v for k, v in self.model_args.items() if k != "num_classes"}
         if getattr(self, "auto_map", None):

@@ -163,6 +163,7 @@ def test_arguments_resolve_budget_preset_and_the_start_of_the_adversarial_term()
     args = VQArguments(preset="f16")
     assert args.encoder_channels == [128, 128, 256, 256, 512] and args.num_codes == 1024
     assert args.decoder_channels == args.encoder_channels and args.preset is None
+    assert VQArguments(preset="f2", num_codes=1024, decoder_channels=[32, 64]).decoder_channels == [32, 64]
     assert VQArguments().term(100) is None
     assert VQArguments(adversarial="hinge", adversarial_start=0.6).term(1000).start == 600
     assert VQArguments(adversarial="hinge", adversarial_start=30001).term(1000).start == 30001
@@ -172,6 +173,9 @@ def test_arguments_resolve_budget_preset_and_the_start_of_the_adversarial_term()
         ({"arm": "weak_width", "budget": "flops"}, "--budget flops is of the joint arms, and this is weak_width"),
         ({"init_from": "folder", "budget": "total"}, "this is decoder alone, .* leave it out, of a recipe too"),
         ({"validation_steps": 0}, "validation_steps"),
+        ({"preset": "f8", "num_codes": 1024}, "--preset f8 has --num_codes 16384, got 1024: leave one out"),
+        ({"preset": "f2", "encoder_channels": [64, 64]}, "has --encoder_channels 64 128, got 64 64"),
+        ({"preset": "f4", "layers_per_block": 3}, "has --layers_per_block 2, got 3"),
     ):
         with pytest.raises(ValueError, match=named):
             VQArguments(**wrong)

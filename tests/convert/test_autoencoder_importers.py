@@ -8,8 +8,10 @@ from cases import for_each
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
 from hf_dpssl import VQAutoencoder, VQConfig
+from hf_dpssl.autoencoder import latent_codec
 from hf_dpssl.cli.commands import main
 from hf_dpssl.convert.autoencoder_importers import convert_autoencoder, is_autoencoder_source
+from hf_dpssl.generation.stock_dit import stock_autoencoder
 
 SIZE = 16
 SMALL = {
@@ -64,6 +66,19 @@ def test_vq_model_gives_its_latents_codes_and_images(tmp_path, config):
     assert ours.config.latent_mean is None and ours.config.num_codes == config["num_vq_embeddings"]
 
 
+@torch.no_grad()
+def test_an_autoencoder_exported_to_vq_model_and_taken_back_has_latents_of_the_same_scale(tmp_path):
+    torch.manual_seed(0)
+    statistics = {"latent_mean": [0.5, -1.0, 2.0, 0.0], "latent_std": [4.0] * 4}
+    config = VQConfig(image_size=SIZE, encoder_block_out_channels=[16, 16], num_codes=8, **statistics)
+    ours = VQAutoencoder(config).eval()
+    stock_autoencoder(ours).save_pretrained(tmp_path)
+    back = convert_autoencoder(tmp_path)
+    assert back.config.latent_std == pytest.approx([4.0] * 4)
+    expected, found = (latent_codec.encode(model, images()) for model in (ours, back))
+    assert (found - expected).abs().max() < 1e-5
+
+
 @for_each("config, mean, std", [
         ({"scaling_factor": 0.25}, [0.0] * 4, [4.0] * 4),
         (ATTENTION | {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.5}, [0.5] * 4, None),
@@ -97,8 +112,9 @@ def test_own_autoencoder_is_taken_as_it_is(tmp_path):
     assert convert_autoencoder(tmp_path, image_size=32).config.image_size == 32
     with pytest.raises(ValueError, match="image_size=18 must be a multiple of the downsampling factor 4"):
         convert_autoencoder(tmp_path, image_size=18)
-    with pytest.raises(ValueError, match="without .*num_codes"):
+    with pytest.raises(ValueError, match="num_codes=8 follows from .*, got num_codes=16: leave it out"):
         convert_autoencoder(tmp_path, num_codes=16)
+    assert convert_autoencoder(tmp_path, num_codes=8).config.num_codes == 8
     with pytest.raises(ValueError, match="1-channel images, not of 3"):
         convert_autoencoder(tmp_path, num_channels=3)
 

@@ -7,12 +7,14 @@ import shutil
 import dae_dit
 import dae_gan
 import pytest
+import torch
 import yaml
 from hub_server import StoredFile
 from hub_server_write import preceded_by
-from tiny_checkpoints import save_checkpoints
+from tiny_checkpoints import dit_pipeline, save_checkpoints
 
 from hf_dpssl import VQDiTPipeline
+from hf_dpssl.hub.card_merge import marked_card
 from hf_dpssl.hub.model_card import _code, render_card
 from hf_dpssl.hub.published_files import publishable_files
 from hf_dpssl.hub.publishing import PushError, push
@@ -98,6 +100,42 @@ def test_a_byte_that_differs_in_what_is_pulled_back_is_noticed(hub, finished):
     with pytest.raises(PushError, match=r"recipe\.yaml was not pulled back as it was sent: push again"):
         push(finished, "org/gan")
     assert push(finished, "org/again").difference is not None
+
+
+def test_a_folder_with_a_persons_own_card_is_pushed_again_and_again(hub, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "gan")
+    for text in ("---\nlicense: mit\n---\n# My own\n", "---\nlicense: mit\n---\n# My own\n", "Other words.\n"):
+        (folder / "README.md").write_bytes(text.encode())
+        push(folder, "org/own")
+        assert hub.files("org/own")["README.md"] == text.encode()
+    generated = marked_card({"license": "mit"}, "Figures.")
+    (folder / "README.md").write_text(generated)
+    push(folder, "org/own")
+    assert hub.files("org/own")["README.md"].decode().startswith("---\nlicense: mit\n---\n\nOther words.\n")
+    before = hub.history("org/own")
+    (folder / "README.md").write_text("Other words.\n")
+    with pytest.raises(
+        ValueError, match="on the Hub holds a generated part .* would be lost: write it below your text"
+    ):
+        push(folder, "org/own")
+    assert hub.history("org/own") == before
+
+
+def test_shards_of_a_variant_are_published_with_their_index(hub, tmp_path):
+    pipeline, folder = dit_pipeline(), tmp_path / "dit"
+    pipeline.save_pretrained(folder)
+    pipeline.save_pretrained(folder, variant="fp16", max_shard_size="20KB")
+    assert push(folder, "org/variant").left_out == []
+    loaded = VQDiTPipeline.from_pretrained("org/variant", variant="fp16", cache_dir=tmp_path / "cache")
+    for name, tensor in pipeline.transformer.state_dict().items():
+        assert torch.equal(loaded.transformer.state_dict()[name], tensor), name
+    index = "vae/model.safetensors.index.fp16.json"
+    shards = set(json.loads((folder / index).read_text())["weight_map"].values())
+    pipeline.save_pretrained(tmp_path / "whole")
+    assert {index, *(f"vae/{shard}" for shard in shards)} <= set(push(tmp_path / "whole", "org/variant").removed)
+    (folder / "vae" / min(shards)).unlink()
+    with pytest.raises(FileNotFoundError, match=f"incomplete: {index} names {min(shards)}"):
+        publishable_files(folder)
 
 
 def test_a_bar_or_a_line_in_a_value_stays_within_its_cell_of_the_card(finished, tmp_path):

@@ -288,6 +288,15 @@ def test_config_json_has_timms_layout_and_the_method(checkpoint):
     assert not any(key.startswith("timm_model") for key in load_file(folder / "model.safetensors"))
 
 
+def test_an_encoder_whose_features_are_not_pooled_stays_so(tmp_path):
+    encoder = ContrastiveEncoder(config(do_pooling=False)).eval()
+    encoder.save_pretrained(tmp_path)
+    for loaded in (ContrastiveEncoder.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        output = loaded(images(5))
+        assert output.pooler_output is None and output.last_hidden_state.ndim == 4
+    assert "do_pooling" not in config().to_timm_dict(16)
+
+
 def test_encoder_loads_bit_equal_from_both_folders_by_us_by_transformers_and_by_timm(checkpoint):
     folder, model = checkpoint
     expected = model.encoder(images(5)).pooler_output

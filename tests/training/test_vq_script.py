@@ -1,17 +1,25 @@
 """training/dae_vq.py: arms, losses, taken-over autoencoders, and what stops a run."""
 
+import itertools
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import dae_vq
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_encoders import encoder_folder
 
 from hf_dpssl import VQAutoencoder, VQConfig
 from hf_dpssl.autoencoder.arguments import VQArguments
+from hf_dpssl.autoencoder.choices import ARMS
+from hf_dpssl.models.choices import VQ_PRESETS
+from hf_dpssl.runs.recipe import parse, save_recipe
 
 SMALL = ["--encoder_channels", 8, 16, "--decoder_channels", 8, 16, "--auxiliary_channels", 8, 8, "--norm_num_groups", 4]
+CONVNEXT = {"patch_size": 1, "depths": [1, 1, 1, 1], "dims": [8, 8, 8, 16]}
 COMMON = [*SMALL, "--stage_1_steps", 4, "--stage_2_steps", 4, "--batch_size", 16, "--num_codes", 32]
 COMMON += ["--validation_steps", 1, "--validation_images", 32, "--evaluation_images", 100]
 
@@ -73,6 +81,63 @@ def test_decoder_of_a_taken_over_autoencoder_never_ends_below_its_start(run_scri
     fresh, weights, _ = run(run_script, tmp_path / "fresh", "--init_from", source, "--init_decoder", "fresh")
     assert not torch.equal(weights["decoder.conv_in.weight"], before["decoder.conv_in.weight"])
     assert torch.equal(weights["quantizer.codebook"], before["quantizer.codebook"])
+
+
+def taken_over(source, *flags):
+    """Arguments and model of dae_vq.py with --init_from, and what the recipe that it stores makes of them."""
+    args = parse(VQArguments, ["--init_from", str(source), *map(str, flags)], "")
+    torch.manual_seed(args.seed)
+    model, stages = dae_vq.make_model(args, SimpleNamespace(image_size=16))
+    if stages[0].decoder == "fresh":
+        model.replace_decoder(args.decoder_channels, args.layers_per_block)
+    return args, model
+
+
+def test_flags_about_a_taken_over_encoder_are_honoured_or_refused_and_the_recipe_says_what_is(tmp_path):
+    encoder_folder(tmp_path / "encoder", "convnext_atto", CONVNEXT, size=16)
+    torch.manual_seed(0)
+    layout = {"image_size": 16, "encoder_block_out_channels": [8, 16], "norm_num_groups": 4, "num_codes": 8}
+    VQAutoencoder(VQConfig(**layout, quantizer="kl", mid_block_attention=False)).save_pretrained(tmp_path / "kl")
+    wide = ["--decoder_channels", 8, 16, 24, 32, "--layers_per_block", 2]
+    honoured = [
+        ("encoder", [], ["none", [32, 64, 128, 128], 1]),
+        ("encoder", ["--quantizer", "vq", "--num_codes", 6, *wide], ["vq", [8, 16, 24, 32], 2]),
+        ("encoder", ["--init_decoder", "fresh"], ["none", [32, 64, 128, 128], 1]),
+        ("encoder", ["--quantizer", "vq", "--init_decoder", "fresh", *wide], ["vq", [8, 16, 24, 32], 2]),
+        ("kl", [], ["kl", [8, 16], 1]),
+        ("kl", ["--num_codes", 8, "--quantizer", "kl"], ["kl", [8, 16], 1]),
+        ("kl", ["--init_decoder", "fresh", "--decoder_channels", 16, 8], ["kl", [16, 8], 1]),
+    ]
+    for name, flags, wanted in honoured:
+        args, model = taken_over(tmp_path / name, *flags)
+        config = model.config
+        assert [config.quantizer, config.decoder_block_out_channels, config.decoder_layers_per_block] == wanted, flags
+        assert [args.quantizer, args.decoder_channels, args.layers_per_block] == wanted, flags
+        assert args.num_codes == config.num_codes and args.train_codebook_in_stage_2 == (wanted[0] == "vq")
+        save_recipe(args, tmp_path / "recipe.yaml")
+        again, same = taken_over(tmp_path / name, "--recipe", tmp_path / "recipe.yaml")
+        assert again == args and same.config.to_dict() == config.to_dict(), flags
+    for name, flags, message in [
+        ("encoder", ["--num_codes", 6], "--num_codes 6 is of a codebook, .*: add --quantizer vq"),
+        ("encoder", ["--encoder_channels", 8, 8, 8, 8], "--encoder_channels 8 8 8 8: the encoder is that of"),
+        ("encoder", ["--latent_channels", 8], "latent_channels=16 follows from encoder, got latent_channels=8"),
+        ("kl", ["--quantizer", "vq"], "quantizer=kl follows from kl, got quantizer=vq"),
+        ("kl", ["--decoder_channels", 16, 8], r"decoder_block_out_channels=\[8, 16\] follows from kl"),
+        ("kl", ["--preset", "f2"], "norm_num_groups=4.* follows from kl"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            taken_over(tmp_path / name, *flags)
+
+
+def test_a_codebook_for_an_encoders_features_starts_at_their_centres_and_learns(run_script, tmp_path):
+    encoder_folder(tmp_path / "encoder", "convnext_atto", CONVNEXT, size=16)
+    flags = ["--init_from", tmp_path / "encoder", "--quantizer", "vq", "--num_codes", 16, "--stage_2_steps", 1]
+    flags += ["--norm_num_groups", 4, "--decoder_channels", 8, 8, 8, 8, "--batch_size", 16, "--evaluation_images", 100]
+    run_script("dae_vq", [*flags, "--validation_images", 32, "--image_size", 16, "--output_dir", tmp_path / "run"])
+    model = VQAutoencoder.from_pretrained(tmp_path / "run" / "autoencoder")
+    assert model.quantizer.is_initialized and model.config.codebook_frozen is False
+    assert model.quantizer.usage()["code_usage"] > 50
+    model.check_encoder_unchanged()
 
 
 @pytest.mark.extended
@@ -148,3 +213,13 @@ def test_preset_is_resolved_in_the_recipe():
     config = VQConfig.preset("f8")
     assert args.preset is None and args.encoder_channels == config.encoder_block_out_channels
     assert yaml.safe_load(yaml.safe_dump(asdict(args)))["attention_levels"] == config.attention_levels
+
+
+def test_every_preset_starts_with_every_arm_and_its_resolved_recipe_is_the_same_run(tmp_path):
+    for preset, arm in itertools.product(VQ_PRESETS, ARMS):
+        args = VQArguments(preset=preset, arm=arm)
+        with torch.device("meta"):
+            model, _ = dae_vq.make_model(args, SimpleNamespace(image_size=32))
+        assert model.config.encoder_block_out_channels == VQ_PRESETS[preset]["encoder_block_out_channels"], arm
+        save_recipe(args, tmp_path / "recipe.yaml")
+        assert parse(VQArguments, ["--recipe", str(tmp_path / "recipe.yaml")], "") == args, (preset, arm)
