@@ -68,8 +68,12 @@ class ImageTable(torch.utils.data.Dataset):
         return len(self.split)
 
     def random_rows(self, limit: int | None) -> Sequence[int]:
-        """Rows in ascending order: a random subset of that size, of each class its share; all without a limit."""
-        return self.data.random_rows(self.split, limit)
+        """Rows in ascending order: a random subset of that size, of each class its share; all without a limit.
+
+        Those of them that `preload` could not read are left out.
+        """
+        rows = self.data.random_rows(self.split, limit)
+        return [row for row in rows if row not in self._unreadable] if self._unreadable else rows
 
     def preload(self, max_bytes: int, show_progress: bool = True, *, together: bool = False) -> dict[int, str]:
         """Decode everything once if it fits into `max_bytes`; returns {row: reason} of rows replaced by "skip".

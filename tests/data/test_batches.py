@@ -344,6 +344,7 @@ def test_preloading_counts_unreadable_pictures_and_gives_the_batches_of_a_table_
     assert list(source.skipped) == [f"train row {number}" for number in broken]
     assert all("broken.png" in reason for reason in source.skipped.values())
     assert source.steps_per_epoch == 4 and source.num_images == 27
+    assert source.table.random_rows(None) == [number for number in range(27) if number not in broken]
     batches = take(source, 12)
     assert not any(batch["skipped"] for batch in batches)
     read = take(make("table", broken=broken, on_bad_image="skip", batch_size=6), 12)
