@@ -192,6 +192,7 @@ def dial_result(best: list[int]) -> dict:
     study = {
         "arms": dict.fromkeys(places),
         "metrics": {"x": {"says": "X", "better": "lower"}},
+        "curve": {"says": "loss"},
         "dial": {"says": "weakness", "arms": places, "metrics": ["x"]},
     }
     rows = {
