@@ -58,7 +58,9 @@ class VQArguments(RunArguments):
 
     num_channels: int = option(3, "1: images are made grey", group="data")
 
-    preset: str | None = option(None, "published layout instead of widths", choices=VQ_PRESETS, group="model")
+    preset: str | None = option(
+        None, "published layout; flags at their defaults count as not given", choices=VQ_PRESETS, group="model"
+    )
     encoder_channels: list[int] = option([16, 32], "width of each encoder level; n levels downsample by 2^(n-1)")
     decoder_channels: list[int] = option([24, 48], "width of each decoder level")
     layers_per_block: int = option(1, "residual blocks per level")

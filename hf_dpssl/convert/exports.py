@@ -187,8 +187,11 @@ def _write_vqmodel(folder: Path, target: Path) -> Written:
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """Precision of a component's weights, which diffusers loads as float32."""
-    with safe_open(min(folder.glob("*.safetensors")), "pt") as tensors:
+    """Precision of a component's weights, which diffusers loads as float32; that of a .bin file is taken for it."""
+    file = min(folder.glob("*.safetensors"), default=None)
+    if file is None:
+        return torch.float32
+    with safe_open(file, "pt") as tensors:
         return tensors.get_tensor(next(iter(tensors.keys()))).dtype
 
 

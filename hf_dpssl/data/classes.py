@@ -7,7 +7,7 @@
 | None, or -1 in a ClassLabel or among integers | an image without class, -1 |
 | a held-out split without the column | images without class |
 | floats, lists, dates, ...; -1 and 1 alone; a held-out class that no training image has | no classes: `NoClasses` |
-| the same where all splits count together | a class like the others |
+| a held-out class that no training image has, where all splits count together | a class like the others |
 
 Labels are looked for by type, else by the names of `LABEL_NAMES` (cls, and json.label, as WebDataset has them).
 Splits are aligned by name: the same text in Unicode form NFC is the same class; case counts. Of a stream only a

@@ -211,9 +211,12 @@ def _by_split(scan: FolderScan, images: list[tuple[str, ...]]) -> tuple[dict[str
 def _check_hidden_splits(scan: FolderScan, images: list[tuple[str, ...]], first: Counter[str]) -> None:
     """ValueError where folders that would be classes are called like two splits, or hold them all."""
     common = os.path.commonprefix([parts[:-1] for parts in images if len(parts) > 1])
-    inside = {parts[len(common)] for parts in images if parts[: len(common)] == common and len(parts) > len(common) + 1}
+    depth = len(common)
+    inside = Counter(parts[depth] for parts in images if parts[:depth] == common and len(parts) > depth + 1)
     inner = sorted(name for name in inside if split_words(name))
-    if common and len(_splits_of(inner)) > 1:
+    exact = {_SPLIT_OF_NAME[name.lower()] for name in inner if name.lower() in _SPLIT_OF_NAME}
+    few_others = len(images) - sum(inside[name] for name in inner) <= _LARGEST_STRAY_SHARE * len(images)
+    if common and (len(exact) > 1 or few_others and len(_splits_of(inner)) > 1):
         raise ValueError(
             f"the split folders {_shown(inner)} of {scan.root} lie in the folder {_text('/'.join(common))}: give "
             f"{_text(os.path.join(scan.root, *common))} itself."

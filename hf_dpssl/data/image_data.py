@@ -219,7 +219,7 @@ def load_images(
     train = with_json_labels(_undecoded(name, train, image_column), wanted)
     held_out = {s: with_json_labels(_undecoded(name, held_out[s], image_column), wanted) for s in held_out}
     candidates = [wanted] if wanted is not None else label_candidates(columns_of(train), (image_column, domain_column))
-    evaluation = _together(name, held_out, [image_column, *candidates])
+    evaluation = _together(name, held_out, [image_column, *(candidates if len(candidates) == 1 else [])])
     labels = _classes(name, train, evaluation, candidates, wanted, together)
     train, evaluation, label_column, class_names, problem = labels
     if evaluation is None and hold_out and not isinstance(train, IterableDataset):

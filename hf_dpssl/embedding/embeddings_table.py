@@ -155,7 +155,8 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
 def load_splits(plan: dict) -> tuple:
     """(ImageData, {"train", "evaluation": Dataset}) that a plan or manifest speaks of; validation and test in one."""
     options = {name: plan[name] for name in ("image_column", "label_column", "revision")}
-    data = load_images(plan["dataset"], **options, hold_out=False, evaluation_split="every")
+    options["evaluation_split"] = None if plan["split"] == "train" else "every"
+    data = load_images(plan["dataset"], **options, hold_out=False)
     splits = {"train": data.train, "evaluation": data.evaluation}
     return data, {name: splits[name] for name in splits if splits[name] is not None and plan["split"] in (None, name)}
 

@@ -260,8 +260,9 @@ def push(
 
     Published are the files of `publishable_files`, without folders of this machine in what JSON and YAML say. A README
     on the Hub keeps what a person wrote outside the generated part; one without such a part, of a person's own, is
-    published as it is in the folder. Weights of an earlier push that the
-    folder no longer has, and the pretraining/ of another encoder, are removed in the same commit; other files stay.
+    published as it is in the folder, in the place of what the Hub has (which its history keeps). Weights of an earlier
+    push that the folder no longer has, and the pretraining/ of another encoder, are removed in the same commit; other
+    files stay.
 
     Args:
         folder: as the training scripts write it (encoder/, autoencoder/, dit/, ...).

@@ -65,7 +65,7 @@ class GANArguments(ValidationArguments):
     compare_densities: bool = option(False, "judge images of all other densities of the latents too")
     extractor: list[str] = option([], "of the judgement: resnet56-cifar10, inception, or an encoder's folder or id")
     validation_extractor: str | None = option(
-        None, "extractor of a validation's FID against held-out images; default: the first --extractor"
+        None, "extractor of a validation's FID against held-out images: as --extractor"
     )
 
     # What else GenerationMonitor asks of arguments: a GAN has no classes, and its call no options.
@@ -73,8 +73,6 @@ class GANArguments(ValidationArguments):
     grid_images_per_class = 10
 
     def __post_init__(self):
-        if self.validation_steps and self.extractor and not self.validation_extractor:
-            self.validation_extractor = self.extractor[0]
         super().__post_init__()
         if self.latent == "simclr" and not self.encoder:
             raise ValueError("--latent simclr needs --encoder: the folder or Hub id of a trained encoder.")

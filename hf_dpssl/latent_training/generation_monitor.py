@@ -95,7 +95,7 @@ class GenerationMonitor:
         self.real, self.reference = None, None
         if self.extractor is not None:
             self.real = self._real_features(images)
-            self.reference = "evaluation" if images.split is images.data.evaluation else "train"
+            self.reference = "evaluation" if isinstance(pipeline, GANPipeline) else "train"
 
     @property
     def metric(self) -> str | None:

@@ -220,7 +220,7 @@ class ContrastiveConfig(TimmWrapperConfig):
 
 def input_settings(encoder: TimmWrapperModel) -> dict:
     """What an encoder says of its input (input_size, mean, std, ...); where it says nothing, its architecture does."""
-    return encoder.timm_model.pretrained_cfg | (encoder.config.pretrained_cfg or {})
+    return encoder.timm_model.pretrained_cfg | (getattr(encoder.config, "pretrained_cfg", None) or {})
 
 
 def check_sees_pictures(config: TimmWrapperConfig, name: str) -> None:

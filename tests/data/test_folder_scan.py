@@ -68,6 +68,13 @@ def numbered(folder, count):
             ["cat", "dog"],
             5,
         ),
+        # names with words of splits among others in one folder, which are no splits
+        (
+            [*numbered("all/bullet_train", 2), *numbered("all/test_tube", 2), *numbered("all/cat", 6)],
+            {"train": 10},
+            None,
+            0,
+        ),
         # classes are the first level
         (["cat/day1/1.png", "cat/day2/1.png", "dog/day1/2.png"], {"train": [2, 1]}, ["cat", "dog"], 0),
         # other formats

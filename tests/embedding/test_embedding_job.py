@@ -101,6 +101,12 @@ def test_every_split_is_embedded_and_what_is_left_out_is_named(encoder, tmp_path
     write_parquet(tmp_path / "rows" / "test.parquet", images, caption=(["a"] * 3, datasets.Value("string")))
     table = embed_images(EmbedJob(str(encoder), str(tmp_path / "rows"), str(tmp_path / "unlabelled")))
     assert table.labels.tolist() == [0, 1, 1] * 2 + [-1] * 3
+    # Of one split the others need not be alike.
+    write_parquet(tmp_path / "rows" / "test.parquet", images, label=(["a"] * 3, datasets.Value("string")))
+    with pytest.raises(ValueError, match="give both the same ones"):
+        embed_images(EmbedJob(str(encoder), str(tmp_path / "rows"), str(tmp_path / "unlike")))
+    table = embed_images(EmbedJob(str(encoder), str(tmp_path / "rows"), str(tmp_path / "train"), split="train"))
+    assert table.labels.tolist() == [0, 1, 1] and set(table.splits) == {"train"}
 
 
 def test_files_are_relative_to_the_folder_however_it_is_given(encoder, tmp_path, monkeypatch):

@@ -332,6 +332,32 @@ def test_whole_seeds_of_a_results_file_go_on_in_another_folder(tmp_path, capsys)
     assert not (second / "cells" / f"{cells[-2].name}.json").exists()
 
 
+def test_a_restore_that_is_killed_leaves_no_cell_and_is_made_again(tmp_path, monkeypatch):
+    stated = reproduce.statement("dimensions", "quick", None, claim_statements.CLAIMS)
+    first, second = tmp_path / "first" / "dimensions", tmp_path / "second" / "dimensions"
+    for folder in (first, second):
+        prepared(folder)
+    cells = claim_cells.plan(stated["study"], 5)[:20]
+    for cell in cells:
+        write_cell(first, cell, 50.0)
+    claim_cells.write_study(stated, first, path := tmp_path / "second" / "dimensions.json")
+    written, write = [], claim_restore.write_json
+
+    def killed(place, content):
+        written.append(place)
+        if len(written) == 16:
+            raise KeyboardInterrupt
+        write(place, content)
+
+    monkeypatch.setattr(claim_restore, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        claim_restore.restore(stated["study"], second, path)
+    assert not (second / "cells").exists()
+    monkeypatch.undo()
+    claim_restore.restore(stated["study"], second, path)
+    assert {found.stem for found in (second / "cells").glob("*.json")} == {cell.name for cell in cells}
+
+
 @pytest.mark.parametrize("other", ["weights", "content"])
 def test_seeds_that_would_not_compare_with_new_ones_are_not_taken_over(tmp_path, other):
     stated = reproduce.statement("dimensions", "quick", None, claim_statements.CLAIMS)
@@ -756,7 +782,9 @@ def test_a_gan_of_a_claim_has_the_curve_the_tuning_and_the_distance_of_its_own_r
     study["arms"] = {"dae": study["arms"]["dae"]}
     study["shared"]["extractor"]["flags"] = study["shared"]["extractor"]["flags"].replace("256", "64")
     done = []
-    for cell in claim_cells.run_study({"study": study, "seeds": 5}, tmp_path):
+    stated = reproduce.statement("gan", "cpu", None, claim_statements.CLAIMS) | {"study": study}
+    places = claim_cells.ready(study, tmp_path)
+    for cell in claim_cells.run_study(stated, tmp_path, places):
         done.append(cell.name)
         if cell.point is None:
             break

@@ -11,7 +11,7 @@ from pathlib import Path
 from claim_cells import TUNING_SEED, Cell, digests
 from runs import alone
 
-from hf_dpssl.runs.atomic_files import write_json
+from hf_dpssl.runs.atomic_files import atomic_folder, write_json
 from hf_dpssl.runs.console import say
 from hf_dpssl.runs.lineage import read_json
 
@@ -50,8 +50,9 @@ def restore(study: dict, folder: Path, results: Path) -> None:
         record = {"seeds": seeds, "command": stored["command"], "environment": stored["environment"]}
         if found:
             write_json(folder / RECORD, {"before": [*stored.get("before", []), record]})
-        for cell, content in found.items():
-            write_json(cells / f"{cell.name}.json", content)
+            with atomic_folder(cells) as made:  # all or none, so that a kill leaves no pair in two halves
+                for cell, content in found.items():
+                    write_json(made / f"{cell.name}.json", content)
         again = f"; run again, as not all of their arms are there: {', '.join(left)}" if left else ""
         say(f"{results.stem}: {len(found)} cells are those of {results}{again}")
 
