@@ -84,6 +84,7 @@ def test_curve_is_of_images_that_the_averaged_generator_of_a_checkpoint_draws_be
     best = min(range(3), key=values.__getitem__)
     assert results["best"] == {"step": [2, 4, 5][best], "fid": values[best]}
 
+    assert json.loads((tmp_path / "gan-best/results.json").read_text())["reference"] == "evaluation"
     kept = VAEGAN.from_pretrained(tmp_path / "gan-best").eval()
     averages = state_of(tmp_path, [2, 4, 5][best])["ema"]["shadow_params"]
     assert all(a.equal(b) for a, b in zip(kept.generator.parameters(), averages, strict=True))
