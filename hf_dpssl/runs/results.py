@@ -71,7 +71,10 @@ def logged_curve(history: list[dict], name: str) -> list[list[float]]:
 
 
 def environment() -> dict:
-    """Machine and library versions: {"python", "platform", "processor", "cpu_count", "threads", "accelerator", ...}."""
+    """Machine and library versions.
+
+    {"python", "platform", "processor", "instructions" (AVX2, AVX512, ...), "cpu_count", "threads", "accelerator", ...}
+    """
     versions = {}
     for library in _LIBRARIES:
         try:
@@ -82,6 +85,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # which decide the last bits of sums
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

@@ -16,7 +16,7 @@ def test_environment_names_machine_and_the_installed_versions():
     assert found["libraries"]["hf_dpssl"] == metadata.version("hf_dpssl")
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["threads"] == torch.get_num_threads() and found["cpu_count"] >= 1
-    assert all(found[name] for name in ("platform", "processor", "accelerator"))
+    assert all(found[name] for name in ("platform", "processor", "instructions", "accelerator"))
 
 
 def test_results_hold_command_seed_samples_and_versions_and_no_folder_of_the_script(tmp_path, monkeypatch):

@@ -355,16 +355,22 @@ def _paragraph(claim: dict, entry: dict, result: dict) -> str:
         f"Differs from the paper: {claim['differs_from_paper']}",
         f"What would change our mind: {claim['change_of_mind']}",
         f"Fingerprint of statement, images and shared "
-        f"encoders: {result['fingerprint'][:16]}; {machine['processor']}, {machine['threads']} thread(s), torch "
+        f"encoders: {result['fingerprint'][:16]}; {processor(machine)}, {machine['threads']} thread(s), torch "
         f"{machine['libraries']['torch']}.",
         *(
-            f"Seeds {', '.join(map(str, part['seeds']))} by an earlier run on {part['environment']['processor']}, "
+            f"Seeds {', '.join(map(str, part['seeds']))} by an earlier run on {processor(part['environment'])}, "
             f"torch {part['environment']['libraries']['torch']}."
             for part in result.get("before", [])
             if part["seeds"]
         ),
     ]
     return " ".join(" ".join(part.split()) for part in parts)
+
+
+def processor(environment: dict) -> str:
+    """The processor of a result, with its vector instructions where they were recorded: they decide rounding."""
+    instructions = f" ({environment['instructions']})" if "instructions" in environment else ""
+    return environment["processor"] + instructions
 
 
 def _difference(metric: dict) -> str:

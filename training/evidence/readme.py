@@ -476,7 +476,7 @@ def circumstances(report: dict) -> str:
     machine = report["environment"]
     return (
         f"Command `{report['command']}`, data: {report['dataset']}, random seed {report['seed']}; "
-        f"{machine['processor']}, {machine['threads']} thread(s), torch {machine['libraries']['torch']}."
+        f"{claim_page.processor(machine)}, {machine['threads']} thread(s), torch {machine['libraries']['torch']}."
     )
 
 
