@@ -6,6 +6,7 @@ Source: https://huggingface.co/docs/hub/eval-results. Other data sets' figures s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
@@ -31,6 +32,11 @@ def eval_files(results: Iterable[EvalResult], read: Callable[[str], bytes | None
         path = f".eval_results/{result.dataset_type.replace('/', '--')}.yaml"
         found.setdefault(path, []).extend(eval_result_entries_to_yaml([entry]))
     return {path: merged(path, read(path), entries) for path, entries in found.items()}
+
+
+def eval_files_of_folder(results: Iterable[EvalResult], folder: Path) -> dict[str, str]:
+    """`eval_files` with what a folder's own files hold; errors as there."""
+    return eval_files(results, lambda path: (folder / path).read_bytes() if (folder / path).is_file() else None)
 
 
 def merged(path: str, present: bytes | None, entries: list[dict]) -> str:

@@ -23,7 +23,7 @@ from ..runs.shipped_folders import shipped_folder
 from .card_data import HUB_ID, energy, eval_results, figures, front_matter, is_decoupled, licences_of
 from .card_merge import marked_card, merge_card, with_entries
 from .checkpoint_facts import KINDS, facts_of
-from .eval_files import eval_files
+from .eval_files import eval_files_of_folder
 from .licences import KEYS as LICENCE_KEYS
 from .licences import is_restricted, licence_entries
 
@@ -85,7 +85,7 @@ def write_card(
     files = {}
     if in_folder:
         found = eval_results(facts_of(folder), read_json(folder / "results.json"))
-        files = eval_files(found, lambda name: (folder / name).read_bytes() if (folder / name).is_file() else None)
+        files = eval_files_of_folder(found, folder)
     with atomic_file(output, "wb") as file:
         file.write(merged.encode("utf-8"))
     for name, text in files.items():

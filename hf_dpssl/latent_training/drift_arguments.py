@@ -106,13 +106,3 @@ class DriftArguments(TransformerRunArguments):
             "dof": self.dof,
             "symmetric": self.symmetric,
         }
-
-    @property
-    def sampling(self) -> dict:
-        """Options of the pipeline's call for samples that are measured."""
-        return {}
-
-    @property
-    def grid(self) -> dict:
-        """Options of the pipeline's call for the sample grid."""
-        return {}

@@ -68,7 +68,7 @@ class GANArguments(ValidationArguments):
         None, "extractor of a validation's FID against held-out images: as --extractor"
     )
 
-    # What else GenerationMonitor asks of arguments: a GAN has no classes, and its call no options.
+    # What else GenerationMonitor asks of arguments: a GAN has no classes.
     validation_classifier = best_metric = None
     grid_images_per_class = 10
 
@@ -99,16 +99,6 @@ class GANArguments(ValidationArguments):
             return []
         unfit = {self.density} | ({"prior"} if self.latent == "simclr" else set())
         return [kind for kind in GAN_DENSITIES if kind not in unfit]
-
-    @property
-    def sampling(self) -> dict:
-        """Options of the call for images of validations."""
-        return {}
-
-    @property
-    def grid(self) -> dict:
-        """Options of the call for the sample grids."""
-        return {}
 
     def term(self) -> AdversarialTerm:
         """The adversarial term; it is the generator's own loss, so it has weight 1 from the first step on."""

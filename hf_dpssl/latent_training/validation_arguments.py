@@ -31,3 +31,13 @@ class ValidationArguments(RunArguments):
             raise ValueError("--validation_extractor needs --validation_steps of at least 1.")
         if self.validation_extractor and self.validation_images < 2:
             raise ValueError("--validation_extractor compares distributions: --validation_images of at least 2.")
+
+    @property
+    def sampling(self) -> dict:
+        """Options of the generator's call for images that are measured."""
+        return {}
+
+    @property
+    def grid(self) -> dict:
+        """Options of the generator's call for the sample grids."""
+        return {}

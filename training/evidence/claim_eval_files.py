@@ -25,7 +25,7 @@ from runs import alone
 from hf_dpssl.cli.train import SCRIPTS
 from hf_dpssl.data.image_data import TABLE, load_images
 from hf_dpssl.hub.card_data import figures
-from hf_dpssl.hub.eval_files import eval_files
+from hf_dpssl.hub.eval_files import eval_files_of_folder
 from hf_dpssl.runs.atomic_files import atomic_file
 from hf_dpssl.runs.recipe import parse
 
@@ -125,7 +125,7 @@ def write_eval_files(stated: dict, cell: Cell, fill: dict, values: dict[str, flo
             found[step.model] += _results(stated, cell, fill, step, name, values[name])
     for model, results in found.items():
         with alone(model.with_name(f"{model.name}_eval_results.json")):  # arms that share a model may end at once
-            for path, text in eval_files(results, lambda path, model=model: _content(model / path)).items():
+            for path, text in eval_files_of_folder(results, model).items():
                 with atomic_file(model / path) as file:
                     file.write(text)
 
@@ -179,7 +179,3 @@ def _samples(content: dict | list, keys: list) -> dict[str, int]:
 
 def _normal(path: Path) -> Path:
     return Path(os.path.normpath(path))
-
-
-def _content(path: Path) -> bytes | None:
-    return path.read_bytes() if path.is_file() else None
